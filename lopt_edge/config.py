@@ -1,0 +1,190 @@
+"""The configuration of a fine-tuning run: one pydantic model, from a YAML file and flags (flags win).
+
+Each knob is declared once, here, with its type, default and help; the command line is made from these fields (cli.py),
+YAML keys are the field names (hyphens are accepted for underscores). Rules: all mistakes of a file and its flags are found
+in one pass and shown together, each with its line in the file or its flag; an unknown key is an error with a suggestion;
+a setting that has no effect is said (`no_effect_warnings`). What needs the model or the data to be judged (boundaries
+beyond the depth, say) is checked where those are read. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lopt_edge.errors import InputError, raise_collected
+
+
+class Config(BaseModel):
+    """Every setting of `finetune`. Field help texts are what `lopt-edge finetune --help` shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field(min_length=1, description="model folder, or hub id (org/name)")
+    data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
+    output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
+    method: Literal["lopt", "e2e", "frozen"] = Field("lopt", description="how far the task gradient reaches")
+    num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
+    boundary_layers: tuple[int, ...] | None = Field(
+        None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
+    )
+    max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
+    epochs: int = Field(1, ge=1, description="passes over the data")
+    batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
+    grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr_local: float | None = Field(None, gt=0, description="peak learning rate of the early segments (default: lr)")
+    local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
+    clip: float = Field(1.0, ge=0, description="gradient clipping norm; 0 turns it off")
+    clip_scope: Literal["segment", "global"] = Field("segment", description="norm per segment, or over all parameters")
+    lora_r: int = Field(16, ge=1, le=4096, description="LoRA rank")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA alpha; the branch is scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA branch's input")
+    lora_targets: tuple[str, ...] = Field(("all-linear",), description="all-linear, or e.g. q_proj,v_proj")
+    data_format: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
+        None, description="form of the data rows (default: detected)"
+    )
+    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    eval_data: str | None = Field(None, description="held-out data in any of the forms of --data")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the data held out for evaluation")
+    eval_every: int | None = Field(None, ge=1, description="evaluate every N steps (default: before and after)")
+    keep_best: bool = Field(False, description="save the adapter of the lowest evaluation loss, not the last one")
+    retention_data: str | None = Field(None, description="other held-out text, to see what the run forgets")
+    sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
+    init_adapter: str | None = Field(None, description="LoRA adapter folder to start from")
+    cache_dir: str | None = Field(None, description="folder of quantised copies (default: ~/.cache/lopt-edge)")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of adapters, data order and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the matrix products"
+    )
+    dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
+
+    @field_validator("boundary_layers", "lora_targets", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return tuple(part.strip() for part in str(value).split(",") if part.strip())
+        return value
+
+    @field_validator("boundary_layers", "lora_targets")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value is not None and not value:
+            raise ValueError("must name at least one")
+        return value
+
+    @property
+    def local_lr(self) -> float:
+        return self.lr if self.lr_local is None else self.lr_local
+
+    def as_yaml(self) -> str:
+        """The resolved settings, in the order of declaration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """A Config from a YAML file and overrides. Raises InputError(s) that name every mistake."""
+    values, lines = ({}, {}) if path is None else _read_yaml(Path(path))
+    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    errors = [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
+    errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
+    known = {key: value for key, value in {**values, **flags}.items() if key in Config.model_fields}
+    try:
+        config = Config(**known)
+    except ValidationError as error:
+        for fault in error.errors():
+            key = str(fault["loc"][0])
+            where = f"--{key.replace('_', '-')}" if key in flags or key not in values else _place(key, path, lines)
+            errors.append(_as_input_error(dict(fault), where))
+        raise_collected(errors)
+        raise
+    raise_collected(errors)
+    return config
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values by normalised key, and the line of each key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path), fix="check the config's path") from None
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text", where=str(path)) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"is not valid YAML: {' '.join(str(error).split())[:300]}", where=str(path)) from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise InputError("must hold 'key: value' lines", where=str(path))
+    lines = {_normal(key.value): key.start_mark.line + 1 for key, _ in node.value}
+    return {_normal(key): _number(value) for key, value in values.items()}, lines
+
+
+def _normal(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 (no dot) as text; people write it, so it is read as the number that it is."""
+    if isinstance(value, str):
+        try:
+            return float(value) if set(value) <= set("0123456789+-.eE") and value.lower().count("e") == 1 else value
+        except ValueError:
+            return value
+    return value
+
+
+def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
+    return f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
+
+
+def _unknown_key(key: str, where: str) -> InputError:
+    near = difflib.get_close_matches(key, Config.model_fields, n=1)
+    return InputError("unknown setting", where=where, fix=f"did you mean {near[0]!r}?" if near else "see --help")
+
+
+def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return InputError("is needed", where=where, fix=Config.model_fields[str(fault["loc"][0])].description or "")
+    return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
+
+
+def no_effect_warnings(config: Config) -> list[str]:
+    """One sentence for each setting that was given but changes nothing in this combination."""
+    given = config.model_fields_set
+    found = []
+    if "num_segments" in given and (config.boundary_layers or config.method == "e2e"):
+        reason = "boundary_layers replaces it" if config.boundary_layers else "e2e is one segment"
+        found.append(f"num_segments has no effect: {reason}")
+    if config.boundary_layers and config.method == "e2e":
+        found.append("boundary_layers has no effect: e2e is one segment")
+    if config.method != "lopt":
+        names = [name for name in ("lr_local", "local_weight") if name in given]
+        found += [f"{name} has no effect: method {config.method} has no local loss" for name in names]
+    elif "local_weight" in given and config.clip > 0 and config.clip_scope == "segment":
+        found.append("local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's "
+                     "scale; lr_local is the knob")  # fmt: skip
+    if "clip_scope" in given and config.clip == 0:
+        found.append("clip_scope has no effect: clip is 0")
+    if "epochs" in given and config.max_steps is not None:
+        found.append("epochs has no effect: max_steps wins")
+    if not config.eval_data and not config.eval_fraction:
+        found += [f"{name} has no effect: there is no eval_data and no eval_fraction"
+                  for name in ("eval_every", "keep_best") if getattr(config, name)]  # fmt: skip
+    if config.eval_data and config.eval_fraction:
+        found.append("eval_fraction has no effect: eval_data is given")
+    return found

@@ -1,0 +1,177 @@
+"""The chat template: how a conversation becomes one text.
+
+Three sources, in this order: the file that `--chat-template` names, the tokenizer's own template, and for a base model
+without one this default (`<bos>` only if the tokenizer adds one; `<eos>` is the tokenizer's own, so that no token has
+to be added to the vocabulary):
+
+    <bos>The system message, if any.
+
+    User: a question
+    Assistant: the reply<eos>
+    User: ...
+
+Rules. Rendering goes through `tokenizer.apply_chat_template` (a sandboxed jinja), because the template comes from a
+model's author; whatever it raises becomes an `InputError`. The template writes every special token itself, as in
+`apply_chat_template`, so the tokens of training are those of chatting. Calls of `strftime_now` are answered with one
+fixed date, else a run that is resumed tomorrow would see other tokens than today.
+
+At load, one probe conversation is rendered. It shows a broken template before any row is read, and it tells what ends
+an assistant turn (`<|im_end|>`, `</s>`, ...): that text is a target, so that a model learns to stop. A template that
+ends a turn without any special token gets the tokenizer's eos after the last turn (`encode` appends it).
+
+Not here: which characters of the text are targets (`encode`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lopt_edge.data.formats import Message
+from lopt_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIXED_DATE = date(2024, 7, 26)  # the date that Llama 3's template falls back to
+STRFTIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+PROBE_REPLY = "lopt-edge-probe"
+
+DEFAULT_BODY = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content }}{{ '\\n\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\\n' }}"
+    "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    # No space after the colon: it belongs to the reply's first token (" Yes" is one token in most vocabularies).
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A jinja template with what ends its assistant turns."""
+
+    source: str
+    where: str  # the file, or "the model's chat template": what an error names
+    turn_tail: str = ""  # all that follows the content of a last assistant message
+    turn_end: str = ""  # the part of it that is a target: up to and with the end token
+    end_token: str | None = None  # None: no special token ends a turn, so eos is appended to the last
+
+    def render(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        where: str = "",
+    ) -> str:
+        """The conversation as one text, special tokens included."""
+        chat = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return tokenizer.apply_chat_template(
+                chat,
+                chat_template=_with_fixed_dates(self.source),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # the template is foreign code: it may raise anything
+            fix = "change the row to what the template takes, or give another one with --chat-template"
+            what = f"{self.where} cannot render this: {type(error).__name__}: {str(error)[:300]}"
+            raise InputError(what, where=where, fix=fix) from error
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The tokens after which a reply is over: eos and the template's own end token."""
+        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(self.end_token) if self.end_token else None}
+        return tuple(sorted(end for end in ends if end is not None))
+
+
+def load_template(
+    tokenizer: PreTrainedTokenizerBase, override_path: str | Path | None = None
+) -> tuple[ChatTemplate, str]:
+    """The template for this tokenizer, and why this one."""
+    if override_path is not None:
+        template = ChatTemplate(_read_template(Path(override_path)), where=f"the chat template {override_path}")
+        reason = f"from the file {override_path}"
+    elif tokenizer.chat_template:
+        template = ChatTemplate(_own_template(tokenizer), where="the model's chat template")
+        reason = "the tokenizer's own"
+    else:
+        template = ChatTemplate(_default_source(tokenizer), where="the default chat template")
+        reason = "the simple default (User: / Assistant:), because the tokenizer has none"
+    template = _probed(template, tokenizer)
+    if template.end_token is None:
+        _require_eos(tokenizer)
+        reason += f"; no special token ends its turns, so {tokenizer.eos_token!r} is appended to the last reply"
+    if _with_fixed_dates(template.source) != template.source:
+        reason += f"; its date is fixed to {FIXED_DATE:%d %b %Y}"
+    return template, reason
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text (usually bos, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
+    return []
+
+
+@lru_cache(maxsize=8)
+def _with_fixed_dates(source: str) -> str:
+    return STRFTIME_CALL.sub(lambda call: json.dumps(FIXED_DATE.strftime(call[2])), source)
+
+
+def _read_template(path: Path) -> str:
+    fix = "give a text file that holds one jinja chat template"
+    try:
+        source = path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the chat template ({reason})", where=str(path), fix=fix) from error
+    if not source.strip():
+        raise InputError("the chat template is empty", where=str(path), fix=fix)
+    return source
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several named templates, none of them called "default"
+        fix = "write the one to use to a file and give it with --chat-template"
+        raise InputError(f"the model has several chat templates: {error}", where="tokenizer", fix=fix) from error
+
+
+def _default_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    _require_eos(tokenizer)
+    lead = "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
+    return "{{ " + json.dumps(lead) + " }}" + DEFAULT_BODY
+
+
+def _require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.eos_token:
+        fix = "set eos_token in tokenizer_config.json; without it the model cannot learn to stop"
+        raise InputError("the tokenizer has no end-of-sequence token", where="tokenizer", fix=fix)
+
+
+def _probed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template with what follows an assistant's content, read off a rendered probe."""
+    text = template.render(tokenizer, [("user", "probe"), ("assistant", PROBE_REPLY)])
+    head, found, tail = text.rpartition(PROBE_REPLY)
+    if not found or not head:
+        fix = "give a template that renders a user and an assistant message"
+        raise InputError(f"{template.where} leaves out the assistant's reply", fix=fix)
+    tokens = {token for token in (*tokenizer.get_added_vocab(), tokenizer.eos_token) if token and token.strip()}
+    # The earliest special token of the tail; at one place the longest. Phi-3 writes "<|end|>\n<|endoftext|>".
+    places = [(tail.index(token), -len(token), token) for token in tokens if token in tail]
+    if not places:
+        return ChatTemplate(template.source, template.where, tail, tail.rstrip(), None)
+    start, _, token = min(places)
+    return ChatTemplate(template.source, template.where, tail, tail[: start + len(token)], token)

@@ -1,0 +1,51 @@
+"""The errors a user meets: what is wrong, where, and what to do about it.
+
+Rule: whatever a person can cause by a wrong file, flag or folder ends in an `InputError` (exit code 2), and a run that
+fails for other reasons ends in a `RunError` (exit code 1). Both are printed as plain sentences; only a defect of ours
+shows a traceback. Several mistakes found together travel together (`InputErrors`). This file prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoptError(Exception):
+    """Base of every error that lopt-edge raises on purpose; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class InputError(LoptError):
+    """Wrong input. `what` is wrong, `where` it stands (file:line, config key, flag), and the `fix`."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        text = f"{where}: {what}" if where else what
+        super().__init__(f"{text}\n  -> {fix}" if fix else text)
+
+
+class InputErrors(InputError):
+    """Several input errors found in one pass, shown together."""
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {error}" for error in self.errors))
+
+
+class RunError(LoptError):
+    """A run that could not go on; `where` names the op, the step or the path."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        text = f"{where}: {what}" if where else what
+        super().__init__(f"{text}\n  -> {fix}" if fix else text)
+
+
+def raise_collected(errors: Sequence[InputError]) -> None:
+    """Raise nothing for no error, the error itself for one, all of them together for several."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputErrors(errors)

@@ -1,0 +1,203 @@
+"""Model facts: what config.json says about a model's shape, without loading anything.
+
+A family is a `model_type` of transformers 5 whose layers we know how to run one by one. What differs between families
+is small and stands in one table: fused projections, head and embedding factors, default values that the config may leave
+out. The rule: every number comes from the config (or transformers' documented default for that family), never from the
+weights; what is not in the table is refused with the list of what is. No torch, no transformers here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lopt_edge.errors import InputError, raise_collected
+
+# model_type -> what a config of that family may leave out (transformers' defaults), and its fused projections.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"attention_bias": "qkv"},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "phi3": {"fused": True},
+    "smollm3": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "olmo2": {},
+    "granite": {},
+}
+FAMILIES = tuple(_DEFAULTS)
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """One linear layer of a decoder layer; `name` is its path inside the layer, e.g. self_attn.q_proj."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def short_name(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The shape of a model, as far as planning needs it. All counts are exact."""
+
+    model_type: str
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    tied: bool
+    linears: tuple[LinearFacts, ...]
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    recorded_dtype: str
+    quantised: bool
+    max_positions: int | None
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        return tuple(linear.short_name for linear in self.linears)
+
+    def layer_parameters(self) -> int:
+        """Elements of one layer's weight matrices (what is stored in 4 bits)."""
+        return sum(linear.in_features * linear.out_features for linear in self.linears)
+
+
+def facts_from_config(config: object, *, where: str) -> ModelFacts:
+    """Facts from a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
+    if not isinstance(config, dict):
+        raise InputError("is not a JSON object", where=where)
+    model_type = config.get("model_type")
+    quantised = _check_quantisation(config, where)
+    if model_type not in _DEFAULTS:
+        raise InputError(
+            f"model_type {str(model_type)[:60]!r} is not supported",
+            where=where,
+            fix="supported decoder-only families: " + ", ".join(FAMILIES),
+        )
+    known = {**_DEFAULTS[model_type], **{key: value for key, value in config.items() if value is not None}}
+    _check_numbers(known, where)
+    n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    n_kv_heads = known.get("num_key_value_heads", n_heads)
+    head_dim = known.get("head_dim") or hidden // n_heads
+    window = known.get("sliding_window") if known.get("use_sliding_window", model_type != "qwen2") else None
+    if "sliding_window" in config and config["sliding_window"] is None:
+        window = None
+    architectures = config.get("architectures") or [None]
+    return ModelFacts(
+        model_type=model_type,
+        architecture=str(architectures[0]),
+        n_layers=n_layers,
+        hidden_size=hidden,
+        intermediate_size=known["intermediate_size"],
+        vocab_size=known["vocab_size"],
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        tied=bool(known.get("tie_word_embeddings", False)),
+        linears=_linears(known, n_kv_heads=n_kv_heads, head_dim=head_dim),
+        layer_types=_layer_types(known, model_type, n_layers, window),
+        sliding_window=window,
+        recorded_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        quantised=quantised,
+        max_positions=known.get("max_position_embeddings"),
+    )
+
+
+def _check_quantisation(config: dict[str, Any], where: str) -> bool:
+    """True for a bitsandbytes 4-bit folder, False for full precision; every other form is refused by name."""
+    quantisation = config.get("quantization_config")
+    if not isinstance(quantisation, dict):
+        return False
+    method = str(quantisation.get("quant_method"))
+    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
+        return True
+    if method == "gptq":
+        raise InputError(
+            "this folder is quantised with GPTQ, which lopt-edge cannot train on",
+            where=where,
+            fix="use the full-precision model or its bnb-4bit form; GPTQ will come with the extra 'gptq' (optimum)",
+        )
+    raise InputError(
+        f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
+        where=where,
+        fix="use the full-precision model or its bnb-4bit form (AWQ and GPTQ: the coming extra 'gptq', through optimum)",
+    )
+
+
+def _check_numbers(known: dict[str, Any], where: str) -> None:
+    errors = []
+    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
+        value = known.get(key)
+        if value is None and key in _REQUIRED:
+            errors.append(InputError(f"lacks {key!r}", where=where, fix="the model folder is incomplete"))
+        elif value is not None and (type(value) is not int or not 0 < value < 2**31):
+            errors.append(InputError(f"{key} must be a positive integer, not {str(value)[:40]!r}", where=where))
+    raise_collected(errors)
+    if known["num_hidden_layers"] > 10_000:
+        raise InputError(f"num_hidden_layers {known['num_hidden_layers']} is out of reason", where=where)
+    if known["num_attention_heads"] % known.get("num_key_value_heads", 1):
+        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
+
+
+def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
+    hidden, inner, n_heads = known["hidden_size"], known["intermediate_size"], known["num_attention_heads"]
+    q_size, kv_size = n_heads * head_dim, n_kv_heads * head_dim
+    if known.get("fused"):
+        return (
+            LinearFacts("self_attn.qkv_proj", hidden, q_size + 2 * kv_size, bias=False),
+            LinearFacts("self_attn.o_proj", q_size, hidden, bias=False),
+            LinearFacts("mlp.gate_up_proj", hidden, 2 * inner, bias=False),
+            LinearFacts("mlp.down_proj", inner, hidden, bias=False),
+        )
+    bias = known.get("attention_bias", False)
+    mlp_bias = bool(known.get("mlp_bias", False))
+    sizes = ((hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden))
+    attention = tuple(
+        LinearFacts(f"self_attn.{name}", *size, bias=bool(bias) and not (bias == "qkv" and name == "o_proj"))
+        for name, size in zip(_ATTENTION, sizes, strict=True)
+    )
+    return (
+        *attention,
+        LinearFacts("mlp.gate_proj", hidden, inner, bias=mlp_bias),
+        LinearFacts("mlp.up_proj", hidden, inner, bias=mlp_bias),
+        LinearFacts("mlp.down_proj", inner, hidden, bias=mlp_bias),
+    )
+
+
+def _layer_types(known: dict[str, Any], model_type: str, n_layers: int, window: int | None) -> tuple[str, ...]:
+    """`full_attention` or `sliding_attention` per layer, as transformers 5 derives it for the family."""
+    given = known.get("layer_types")
+    if isinstance(given, list) and len(given) == n_layers:
+        return tuple(str(kind) for kind in given)
+    full, sliding = "full_attention", "sliding_attention"
+    if window is None:
+        return (full,) * n_layers
+    if model_type in ("mistral", "phi3"):
+        return (sliding,) * n_layers
+    if model_type == "gemma2":
+        return tuple(sliding if (i + 1) % 2 else full for i in range(n_layers))
+    if model_type == "gemma3_text":
+        pattern = known.get("sliding_window_pattern", known.get("_sliding_window_pattern", 6))
+        return tuple(sliding if (i + 1) % pattern else full for i in range(n_layers))
+    if model_type in ("qwen2", "qwen3"):
+        first = known.get("max_window_layers", 28)
+        return tuple(sliding if i >= first else full for i in range(n_layers))
+    return (full,) * n_layers
+
+
+def packs(name: str) -> bool:
+    """Whether a tensor of a model folder is stored in 4 bits: the matrices inside the decoder layers."""
+    return ".layers." in name and name.endswith("_proj.weight")

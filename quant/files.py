@@ -1,0 +1,247 @@
+"""4-bit model folders: read them, and make them from a full-precision folder, one tensor at a time.
+
+The on-disk form is the one that bitsandbytes and transformers read: beside `N.weight` (uint8, (n / 2, 1)) stand
+`N.weight.absmax`, `.quant_map`, `.nested_absmax`, `.nested_quant_map` and `.quant_state.bitsandbytes__nf4` (a JSON text
+as bytes). So `AutoModelForCausalLM.from_pretrained` loads our folders, and we load published ones without requantising.
+
+Rules: while quantising, memory holds one full-precision tensor plus its packed result (sizes are known before the first
+byte, so files are written front to back); what is not packed is copied in pieces; reads are positioned reads into fresh
+memory, never a memory map, so that no file page stays in the resident set. Which tensors to pack is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.headers import SINGLE_NAME, FolderError, SafetensorsWriter, TensorEntry, read_headers, read_json
+from quant.nf4 import PackedWeight, pack
+from quant.sizes import packed_sizes
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+STATE_SUFFIX = ".quant_state.bitsandbytes__"
+COPY_BYTES = 16 << 20
+NamedTensor = tuple[str, Tensor]
+
+
+def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
+    """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads."""
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            position, done = entry.start + start, 0
+            while done < len(out):
+                n_read = os.preadv(file.fileno(), [out[done:]], position + done)
+                if n_read == 0:
+                    raise FolderError(f"{entry.path}: ends inside tensor {entry.name!r} (truncated while reading?)")
+                done += n_read
+    except OSError as error:
+        raise FolderError(f"{entry.path}: cannot read tensor {entry.name!r} ({error.strerror})") from None
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor in fresh CPU memory, in its stored dtype and shape."""
+    if entry.dtype not in TORCH_DTYPES:
+        raise FolderError(f"{entry.path}: tensor {entry.name!r} has dtype {entry.dtype}, which is not supported")
+    out = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+    if out.numel():
+        read_bytes(entry, tensor_bytes(out))
+    return out
+
+
+def is_packed(entries: dict[str, TensorEntry], name: str) -> bool:
+    """Whether the matrix `name` (ends in .weight) is stored in 4 bits."""
+    return f"{name}.absmax" in entries
+
+
+def read_packed(entries: dict[str, TensorEntry], name: str) -> PackedWeight:
+    """One packed matrix from a bitsandbytes folder; checks every size against the recorded shape."""
+    state_names = [f"{name}{STATE_SUFFIX}{kind}" for kind in ("nf4", "fp4") if f"{name}{STATE_SUFFIX}{kind}" in entries]
+    if not state_names:
+        raise FolderError(f"{entries[name].path}: {name!r} has no bitsandbytes 4-bit quantisation state")
+    where = f"{entries[name].path}: quantisation state of {name!r}"
+    state = _read_state(entries[state_names[0]], where)
+    nested = f"{name}.nested_absmax" in entries
+    parts = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
+    missing = [part for part in parts if f"{name}.{part}" not in entries]
+    if missing:
+        raise FolderError(f"{where}: {missing[0]} is missing")
+    tensors = {part: read_tensor(entries[f"{name}.{part}"]) for part in parts}
+    shape = (state["shape"][0], state["shape"][1])
+    sizes = packed_sizes(shape)
+    codes = read_tensor(entries[name]).view(-1)
+    n_blocks = -(-prod(shape) // state["blocksize"])
+    wrong = codes.numel() != sizes.codes_bytes or tensors["absmax"].numel() != n_blocks
+    if wrong or tensors["quant_map"].numel() != 16 or codes.dtype != torch.uint8:
+        raise FolderError(f"{where}: does not match the stored sizes")
+    if nested and tensors["nested_absmax"].numel() != -(-n_blocks // state["nested_blocksize"]):
+        raise FolderError(f"{where}: nested scales do not match the stored sizes")
+    return PackedWeight(
+        codes=codes,
+        absmax=tensors["absmax"],
+        code_map=tensors["quant_map"],
+        shape=shape,
+        dtype=getattr(torch, state["dtype"]),
+        nested_absmax=tensors.get("nested_absmax"),
+        nested_map=tensors.get("nested_quant_map"),
+        offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
+        block_elements=state["blocksize"],
+        nested_block_elements=state.get("nested_blocksize", 256),
+        quant_type=state["quant_type"],
+    )
+
+
+def _read_state(entry: TensorEntry, where: str) -> dict[str, Any]:
+    if entry.n_bytes > 4096:
+        raise FolderError(f"{where}: {entry.n_bytes} bytes is too long")
+    try:
+        state = json.loads(bytes(read_tensor(entry).tolist()))
+        shape = state["shape"]
+        sound = (
+            len(shape) == 2
+            and all(type(side) is int and side > 0 for side in shape)
+            and state["blocksize"] in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+            and state.get("nested_blocksize", 256) in (256, 64, 128, 512, 1024, 2048, 4096)
+            and state["dtype"] in ("float32", "bfloat16", "float16")
+            and state["quant_type"] in ("nf4", "fp4")
+            and isinstance(state.get("nested_offset", 0.0), float | int)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError, UnicodeDecodeError):
+        sound = False
+    if not sound:
+        raise FolderError(f"{where}: malformed")
+    return dict(state)
+
+
+def packed_layout(name: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors that a packed matrix becomes on disk, in writing order."""
+    sizes = packed_sizes(shape)
+    return [
+        (name, "U8", (sizes.codes_bytes, 1)),
+        (f"{name}.absmax", "U8", (sizes.absmax_bytes,)),
+        (f"{name}.quant_map", "F32", (16,)),
+        (f"{name}.nested_absmax", "F32", (sizes.nested_absmax_bytes // 4,)),
+        (f"{name}.nested_quant_map", "F32", (256,)),
+        (f"{name}{STATE_SUFFIX}nf4", "U8", (STATE_BYTES,)),
+    ]
+
+
+STATE_BYTES = 256  # the JSON state is padded with blanks to this, so that the layout is known before quantising
+
+
+def packed_tensors(name: str, weight: PackedWeight) -> Iterator[NamedTensor]:
+    """The tensors of `packed_layout`, from a packed matrix."""
+    if weight.nested_absmax is None or weight.nested_map is None or weight.offset is None:
+        raise ValueError("only double-quantised matrices are written")
+    state = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_elements,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+        "nested_blocksize": weight.nested_block_elements,
+        "nested_dtype": "float32",
+        "nested_offset": weight.offset.item(),
+    }
+    text = json.dumps(state).encode().ljust(STATE_BYTES)
+    yield name, weight.codes.view(-1, 1)
+    yield f"{name}.absmax", weight.absmax
+    yield f"{name}.quant_map", weight.code_map
+    yield f"{name}.nested_absmax", weight.nested_absmax
+    yield f"{name}.nested_quant_map", weight.nested_map
+    yield f"{name}{STATE_SUFFIX}nf4", torch.tensor(list(text), dtype=torch.uint8)
+
+
+def quantization_config(compute_dtype: str) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json for our folders (every default that misleads is said)."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def pack_tensors(
+    layout: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[NamedTensor],
+    path: Path,
+    *,
+    should_pack: Callable[[str], bool],
+    dtype: torch.dtype,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write one 4-bit safetensors file from a stream of full-precision tensors that come in the layout's order."""
+    full_layout: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, dtype_name, shape in layout:
+        full_layout += packed_layout(name, (shape[0], shape[1])) if should_pack(name) else [(name, dtype_name, shape)]
+    with SafetensorsWriter(path, full_layout) as writer:
+        for name, tensor in tensors:
+            if should_pack(name):
+                packed = pack(tensor, dtype=dtype)
+                del tensor
+                for part_name, part in packed_tensors(name, packed):
+                    writer.write(part_name, tensor_bytes(part.contiguous()))
+            else:
+                writer.write(name, tensor_bytes(tensor.contiguous()))
+            on_tensor(name)
+
+
+def quantise_folder(
+    source: Path,
+    target: Path,
+    *,
+    should_pack: Callable[[str], bool],
+    dtype: torch.dtype,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write `source` in 4-bit form to the new folder `target` (which must not exist; it appears when complete).
+
+    `dtype` is recorded as the compute dtype and in each quantisation state. Raises FolderError for a broken source.
+    """
+    entries = read_headers(source)
+    config = read_json(source / "config.json")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        ordered = sorted(entries.values(), key=lambda entry: (entry.path.name, entry.start))
+        layout = [(entry.name, entry.dtype, entry.shape) for entry in ordered]
+        stream = ((entry.name, read_tensor(entry)) for entry in ordered)
+        pack_tensors(layout, stream, partial / SINGLE_NAME, should_pack=should_pack, dtype=dtype, on_tensor=on_tensor)
+        dtype_name = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        config |= {"dtype": dtype_name, "quantization_config": quantization_config(dtype_name)}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_small_files(source, partial)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a model folder beside its weights and config: tokenizer, template, generation settings."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+                    "generation_config.json", "chat_template*", "LICENSE*"):  # fmt: skip
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)

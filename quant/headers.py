@@ -1,0 +1,177 @@
+"""Safetensors headers: which tensor lies where in which file of a model folder. Reads no tensor data, imports no torch.
+
+A model folder is untrusted input. Rules: a header is at most 100 MB (the format's own limit) and must be plain JSON; each
+tensor's byte range must lie inside its file and match its dtype and shape, so that nothing is ever allocated on the word
+of a header alone; an index file may name only files directly inside the folder. Pickle weights (.bin, .pt) are never
+read. Faults raise `FolderError`, which names the file; callers turn it into their own error type.
+
+The writer (`SafetensorsWriter`) is here because safetensors' own `save_file` wants all tensors of a file at once, and we
+must never hold more than one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quant.sizes import DTYPE_BYTES
+
+MAX_HEADER_BYTES = 100_000_000
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class FolderError(Exception):
+    """A model folder that cannot be read; the text names the file and the fault."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: `start` counts from the beginning of the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a model folder; broken or too deeply nested text raises `FolderError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{path}: file not found") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise FolderError(f"{path}: cannot be read as JSON ({str(error)[:200]})") from None
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, each range checked against the file's real size."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if len(head) < 8:
+                raise FolderError(f"{path}: {file_bytes} bytes is too short for a safetensors file (truncated?)")
+            header_bytes = int.from_bytes(head, "little")
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise FolderError(f"{path}: says its header has {header_bytes} bytes, the file has {file_bytes}")
+            header = json.loads(file.read(header_bytes))
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise FolderError(f"{path}: its header is not valid JSON ({str(error)[:200]})") from None
+    if not isinstance(header, dict):
+        raise FolderError(f"{path}: its header is not a JSON object")
+    items = ((name, value) for name, value in header.items() if name != "__metadata__")
+    return {name: _entry(name, value, path, 8 + header_bytes, file_bytes) for name, value in items}
+
+
+def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) -> TensorEntry:
+    try:
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        raise FolderError(f"{path}: tensor {name!r} has a malformed header entry") from None
+    if not integers or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+        raise FolderError(f"{path}: tensor {name!r} has an inconsistent dtype, shape or byte range")
+    if data_start + end > file_bytes:
+        raise FolderError(
+            f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}"
+        )
+    return TensorEntry(name, path, dtype, shape, data_start + begin, end - begin)
+
+
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
+    """All tensors of a model folder, through its index file or its single safetensors file."""
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        index = read_json(index_path)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FolderError(f"{index_path}: has no 'weight_map' object")
+        names = sorted({_shard_name(value, index_path) for value in weight_map.values()})
+    elif (folder / SINGLE_NAME).exists():
+        names, weight_map = [SINGLE_NAME], {}
+    else:
+        raise FolderError(_no_weights(folder))
+    entries: dict[str, TensorEntry] = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise FolderError(f"{folder / name}: the shard is named in {INDEX_NAME} but missing")
+        entries.update(read_header(folder / name))
+    missing = sorted(set(weight_map) - set(entries))
+    if missing:
+        raise FolderError(f"{index_path}: names {len(missing)} tensors that no shard holds, e.g. {missing[0]!r}")
+    return entries
+
+
+def _shard_name(value: Any, index_path: Path) -> str:
+    if not isinstance(value, str) or Path(value).name != value or not value.endswith(".safetensors"):
+        raise FolderError(f"{index_path}: shard name {str(value)[:80]!r} is not a .safetensors file inside the folder")
+    return value
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{folder}: holds pickle weights only ({pickles[0]}); loading them could run foreign code. "
+            "Use the safetensors form of this model"
+        )
+    return f"{folder}: no weights here (neither {SINGLE_NAME} nor {INDEX_NAME})"
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file tensor by tensor. The layout is declared first, then the bytes come in that order.
+
+    The file appears under its final name only when all tensors were written (written beside, synced, renamed).
+    """
+
+    def __init__(self, path: Path, layout: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.expected: list[tuple[str, int]] = []
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for name, dtype, shape in layout:
+            end = begin + prod(shape) * DTYPE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            self.expected.append((name, end - begin))
+            begin = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format asks that tensor data starts at a multiple of 8 bytes
+        self.file = self.partial.open("wb")
+        self.file.write(len(text).to_bytes(8, "little") + text)
+        self.n_written = 0
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Append the bytes of the next tensor; name and size must be the declared ones."""
+        if (name, len(data)) != self.expected[self.n_written]:
+            raise ValueError(f"{name} with {len(data)} bytes, declared was {self.expected[self.n_written]}")
+        self.file.write(data)
+        self.n_written += 1
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            if self.n_written != len(self.expected):
+                raise ValueError(f"{self.path}: {self.n_written} of {len(self.expected)} tensors written")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)

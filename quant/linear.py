@@ -1,0 +1,144 @@
+"""A linear layer on a packed weight with a LoRA branch, whose graph keeps only its input.
+
+y = x W^T + bias + s (x A) B with A (in, r) and B (r, out), the papers' convention (peft stores both transposed).
+The backward is written by hand (MeSP, arXiv 2602.13069, derives the same):
+    dB = s (x A)^T g      dA = s x^T (g B^T)      dx = g W + s (g B^T) A^T
+The rule: no dequantised weight outlives the product that it was made for. It is written into one `UnpackBuffer` shared by
+all layers of a device, in forward and again in backward; where dx is not needed (the first layer of a segment) the
+backward does not unpack at all. x A is recomputed (rank r: cheap). Without adapters not even x is kept.
+Dropout acts on the LoRA branch's input. Its mask is a function of a key that the caller sets, so that a recomputation
+draws the same mask; the backward draws it again instead of keeping it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.nf4 import PackedWeight, unpack_into
+
+
+class UnpackBuffer:
+    """One flat buffer per dtype, grown to the largest weight seen; every view is void after the next `view`."""
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def view(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous (rows, columns) view of the buffer."""
+        n_elements = shape[0] * shape[1]
+        flat = self.flat.get((device, dtype))
+        if flat is None or flat.numel() < n_elements:
+            self.flat.pop((device, dtype), None)
+            flat = self.flat[device, dtype] = torch.empty(n_elements, dtype=dtype, device=device)
+        return flat[:n_elements].view(shape)
+
+
+@dataclass(eq=False)
+class DropoutClock:
+    """Where the run stands, for dropout masks: a mask is a function of (seed, step, micro-batch, layer, module)."""
+
+    seed: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    active: bool = False
+
+    def key(self, layer: int, module: int) -> int:
+        """A 63-bit key; the five numbers are mixed one after the other (splitmix64's finaliser)."""
+        state = 0
+        for number in (self.seed, self.step, self.micro_batch, layer, module):
+            state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+            state ^= state >> 31
+        return state >> 1
+
+
+def dropout_mask(like: Tensor, *, rate: float, key: int) -> Tensor:
+    """A mask of zeros and 1 / (1 - rate) in the shape and dtype of `like`, the same for the same key and device kind."""
+    generator = torch.Generator(device=like.device).manual_seed(key)
+    return torch.empty_like(like).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+
+
+class PackedLinear(nn.Module):
+    """Linear layer over a packed weight; `lora_a` (in, r) and `lora_b` (r, out) are fp32 or absent.
+
+    Input (..., in) in the compute dtype, output (..., out) in the same. The bias is kept in the compute dtype.
+    """
+
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, buffer: UnpackBuffer) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.buffer = in_features, out_features, buffer
+        self.weight: PackedWeight | None = None
+        self.bias: Tensor | None = None
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.scale = 0.0
+        self.dropout_rate = 0.0
+        self.clock: DropoutClock | None = None
+        self.position = (0, 0)  # (layer, module): this layer's share of the dropout key
+
+    def attach(self, lora_a: nn.Parameter, lora_b: nn.Parameter, *, scale: float) -> None:
+        """Put a LoRA branch on: A (in, r), B (r, out), scale = alpha / r."""
+        self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = None
+        if self.dropout_rate and self.clock is not None and self.clock.active:
+            key = self.clock.key(*self.position)
+        return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, key)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The dequantised weight (out, in) in the shared buffer; void after any other layer's call."""
+        if self.weight is None:
+            raise RuntimeError("the weight of this layer is not resident")
+        return unpack_into(self.weight, self.buffer.view(self.weight.shape, dtype, self.weight.device))
+
+
+class _PackedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: PackedLinear, key: int | None
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if layer.bias is None:
+            y = flat @ layer.unpacked(x.dtype).t()
+        else:
+            y = torch.addmm(layer.bias, flat, layer.unpacked(x.dtype).t())
+        if a is not None and b is not None:
+            dropped = flat if key is None else flat * dropout_mask(flat, rate=layer.dropout_rate, key=key)
+            y.addmm_(dropped @ a.to(x.dtype), b.to(x.dtype), alpha=layer.scale)
+        ctx.layer, ctx.key, ctx.input_shape = layer, key, x.shape
+        ctx.save_for_backward(*((x, a, b) if a is not None else ()))
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer, g = ctx.layer, grads[0].reshape(-1, grads[0].shape[-1])
+        need_x, need_a, need_b = ctx.needs_input_grad[:3]
+        dx = g @ layer.unpacked(g.dtype) if need_x else None
+        da = db = None
+        if ctx.saved_tensors:
+            x, a, b = ctx.saved_tensors
+            flat, mask = x.reshape(-1, x.shape[-1]), None
+            if ctx.key is not None:
+                mask = dropout_mask(flat, rate=layer.dropout_rate, key=ctx.key)
+                flat = flat * mask
+            a_cast = a.to(g.dtype)
+            g_b = g @ b.to(g.dtype).t()  # (tokens, r)
+            if need_a:
+                da = (flat.t() @ g_b).to(a.dtype).mul_(layer.scale)
+            if need_b:
+                db = ((flat @ a_cast).t() @ g).to(b.dtype).mul_(layer.scale)
+            if dx is not None:
+                if mask is None:
+                    dx.addmm_(g_b, a_cast.t(), alpha=layer.scale)
+                else:
+                    dx.addcmul_(g_b @ a_cast.t(), mask, value=layer.scale)
+        return None if dx is None else dx.view(ctx.input_shape), da, db, None, None

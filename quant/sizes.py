@@ -1,0 +1,54 @@
+"""Bytes of a weight matrix in the 4-bit form, by arithmetic alone (no torch).
+
+The form is bitsandbytes' NF4 with double quantisation: two 4-bit codes a byte; one absolute maximum per block of 64
+elements, itself stored in 8 bits as an offset from the mean with one fp32 scale per 256 blocks; a 16-entry and a
+256-entry code map. The rule: every number here equals the size of the tensor that `quant.nf4.pack` makes; a test holds
+it. It knows nothing of files or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+BLOCK_ELEMENTS = 64
+NESTED_BLOCK_ELEMENTS = 256
+CODE_MAP_BYTES = 16 * 4
+NESTED_MAP_BYTES = 256 * 4
+
+# Bytes per element of the dtypes that occur in safetensors files, by their safetensors names.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """Bytes of one packed matrix: the codes, the scales that belong to it, and the (shareable) code maps."""
+
+    codes_bytes: int
+    absmax_bytes: int
+    nested_absmax_bytes: int
+    maps_bytes: int
+
+    @property
+    def scales_bytes(self) -> int:
+        return self.absmax_bytes + self.nested_absmax_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """What one matrix takes in memory; the code maps are shared by all matrices and left out."""
+        return self.codes_bytes + self.scales_bytes
+
+
+def packed_sizes(shape: tuple[int, ...]) -> PackedSizes:
+    """Sizes of the packed form of a matrix of this shape."""
+    n_elements = prod(shape)
+    n_blocks = ceil(n_elements / BLOCK_ELEMENTS)
+    return PackedSizes(
+        codes_bytes=ceil(n_elements / 2),
+        absmax_bytes=n_blocks,
+        nested_absmax_bytes=4 * ceil(n_blocks / NESTED_BLOCK_ELEMENTS),
+        maps_bytes=CODE_MAP_BYTES + NESTED_MAP_BYTES,
+    )
