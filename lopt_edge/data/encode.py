@@ -75,7 +75,7 @@ class _Rendered:
     last_turn_only: bool = False
 
 
-def encode(
+def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, max_seq_len: int
 ) -> list[Example]:
     """The examples of one row: one, several for a long text, none if no target is left."""
@@ -87,7 +87,7 @@ def encode_rows(
 ) -> list[list[Example]]:
     """The examples of every row, in order. Rows that cannot be rendered are told together."""
     if max_seq_len < 2:
-        raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max_seq_len", fix="use 2 or more")
+        raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max-seq-len", fix="use 2 or more")
     if not tokenizer.is_fast:
         fix = "use a model that ships tokenizer.json"
         raise InputError("the tokenizer has no fast form, so targets cannot be located", where="tokenizer", fix=fix)

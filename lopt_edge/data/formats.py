@@ -269,9 +269,7 @@ def _shown(value: object) -> str:
     return repr(value[:40]) if isinstance(value, str) else type(value).__name__
 
 
-def _collect(
-    errors: list[InputError], value: dict[str, Any], key: str, *, where: str, may_be_blank: bool = False
-) -> str:
+def _collect(errors: list[InputError], value: dict[str, Any], key: str, *, where: str, may_be_blank: bool = False) -> str:
     try:
         return _text(value, key, where=where, may_be_blank=may_be_blank)
     except InputError as error:

@@ -75,12 +75,14 @@ class ChatTemplate:
         """The conversation as one text, special tokens included."""
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
-            return tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 chat,
                 chat_template=_with_fixed_dates(self.source),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
+            assert isinstance(text, str)  # because of tokenize=False
+            return text
         except Exception as error:  # the template is foreign code: it may raise anything
             fix = "change the row to what the template takes, or give another one with --chat-template"
             what = f"{self.where} cannot render this: {type(error).__name__}: {str(error)[:300]}"
@@ -92,9 +94,7 @@ class ChatTemplate:
         return tuple(sorted(end for end in ends if end is not None))
 
 
-def load_template(
-    tokenizer: PreTrainedTokenizerBase, override_path: str | Path | None = None
-) -> tuple[ChatTemplate, str]:
+def load_template(tokenizer: PreTrainedTokenizerBase, override_path: str | Path | None = None) -> tuple[ChatTemplate, str]:
     """The template for this tokenizer, and why this one."""
     if override_path is not None:
         template = ChatTemplate(_read_template(Path(override_path)), where=f"the chat template {override_path}")

@@ -1,0 +1,64 @@
+"""From a data file to micro-batches of token ids: in the order in which data meets them, `records` (file -> rows with
+their places), `formats` (rows -> conversations, prompts, texts), `template` (conversation -> text), `encode` (text ->
+ids and targets), `dataset` (all of it, counted), `order` (epochs, windows, micro-batches), `report` (data check).
+
+Rule: nothing here imports torch, and every fault of the user's file is an `InputError` that says where.
+"""
+
+from lopt_edge.data.dataset import Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data.encode import Example, encode_row, encode_rows
+from lopt_edge.data.formats import (
+    DATA_FORMATS,
+    Conversation,
+    DataFormat,
+    PromptCompletion,
+    TextRow,
+    detect_format,
+    to_conversation,
+    to_rows,
+)
+from lopt_edge.data.order import (
+    IGNORED,
+    MicroBatch,
+    Window,
+    WindowTotals,
+    collate,
+    epoch_windows,
+    window_totals,
+)
+from lopt_edge.data.records import Record, read_records
+from lopt_edge.data.report import check_facts, check_report, marked_pieces
+from lopt_edge.data.template import ChatTemplate, leading_ids, load_template
+
+__all__ = [
+    "DATA_FORMATS",
+    "IGNORED",
+    "ChatTemplate",
+    "Conversation",
+    "DataFormat",
+    "Dataset",
+    "Example",
+    "MicroBatch",
+    "PromptCompletion",
+    "Record",
+    "TextRow",
+    "Window",
+    "WindowTotals",
+    "check_facts",
+    "check_report",
+    "collate",
+    "detect_format",
+    "encode_row",
+    "encode_rows",
+    "epoch_windows",
+    "fingerprint_of",
+    "leading_ids",
+    "load_dataset",
+    "load_template",
+    "marked_pieces",
+    "read_records",
+    "split",
+    "to_conversation",
+    "to_rows",
+    "window_totals",
+]

@@ -1,0 +1,145 @@
+"""A data file as a tuple of examples, with all that was counted and decided on the way.
+
+Rule: what is lost is counted (truncated, dropped, rows of which only the last turn could be used), every automatic
+choice carries its reason, and a file that would train nothing is refused instead of giving a loss of 0.0. The
+fingerprint is a hash of ids and masks in order, so a checkpoint can tell that a resumed run sees the same data.
+
+Not here: the order of an epoch (`order`), and any knowledge of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lopt_edge.data.encode import Example, encode_rows
+from lopt_edge.data.formats import Conversation, DataFormat, Row, detect_format, to_rows
+from lopt_edge.data.records import Record, read_records
+from lopt_edge.data.template import ChatTemplate, load_template
+from lopt_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded examples in file order. `n_dropped` counts the rows of which no example is left."""
+
+    examples: tuple[Example, ...]
+    format: DataFormat
+    reason: str
+    template_reason: str
+    max_seq_len: int
+    n_rows: int
+    n_dropped: int
+    fingerprint: str
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(example) for example in self.examples)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def n_supervised(self) -> int:
+        return sum(example.n_supervised for example in self.examples)
+
+    @property
+    def n_truncated(self) -> int:
+        return sum(example.truncated for example in self.examples)
+
+    @property
+    def n_last_turn_only(self) -> int:
+        return sum(example.last_turn_only for example in self.examples)
+
+
+def load_dataset(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_len: int,
+    data_format: DataFormat | None = None,
+    chat_template: str | Path | None = None,
+) -> Dataset:
+    """Read, detect, normalise, render and encode one data file."""
+    records = read_records(path)
+    found, reason = _format_of(records, data_format)
+    rows = to_rows(records, data_format=found)
+    template, template_reason = _template_for(rows, tokenizer, chat_template)
+    encoded = encode_rows(rows, tokenizer, template=template, max_seq_len=max_seq_len)
+    examples = tuple(example for row in encoded for example in row)
+    if not examples:
+        raise InputError(
+            f"no token to learn from is left within {max_seq_len} tokens ({len(rows)} rows, all dropped)",
+            where=str(path),
+            fix="raise --max-seq-len, or shorten the prompts so that the replies fit",
+        )
+    return Dataset(
+        examples=examples,
+        format=found,
+        reason=reason,
+        template_reason=template_reason,
+        max_seq_len=max_seq_len,
+        n_rows=len(rows),
+        n_dropped=sum(not row for row in encoded),
+        fingerprint=fingerprint_of(examples),
+    )
+
+
+def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held out): a seeded choice of about `fraction` of the examples, both parts in file order."""
+    count = len(dataset.examples)
+    if not 0 < fraction < 1:
+        raise InputError(f"{fraction} is not between 0 and 1", where="eval-fraction", fix="use a value such as 0.1")
+    if count < 2:
+        fix = "give more data, or held-out data of its own with --eval-data"
+        raise InputError("one example cannot be split in two", where="eval-fraction", fix=fix)
+    n_held_out = min(max(round(count * fraction), 1), count - 1)
+    held_out = set(random.Random(f"split {seed}").sample(range(count), n_held_out))
+    train = [example for index, example in enumerate(dataset.examples) if index not in held_out]
+    rest = [example for index, example in enumerate(dataset.examples) if index in held_out]
+    return _part(dataset, train, name="train"), _part(dataset, rest, name="held-out")
+
+
+def fingerprint_of(examples: Sequence[Example]) -> str:
+    """SHA-256 over the ids and masks of all examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.supervised)
+    return digest.hexdigest()
+
+
+def _part(dataset: Dataset, examples: Sequence[Example], *, name: str) -> Dataset:
+    return replace(
+        dataset,
+        examples=tuple(examples),
+        reason=f"{dataset.reason}; {name} part of a seeded split",
+        n_rows=len({example.where for example in examples}),
+        n_dropped=0,
+        fingerprint=fingerprint_of(examples),
+    )
+
+
+def _format_of(records: Sequence[Record], data_format: DataFormat | None) -> tuple[DataFormat, str]:
+    if data_format is None:
+        return detect_format(records)
+    return data_format, "named by --data-format"
+
+
+def _template_for(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, override: str | Path | None
+) -> tuple[ChatTemplate | None, str]:
+    if any(isinstance(row, Conversation) for row in rows):
+        return load_template(tokenizer, override)
+    if override is not None:
+        return None, "not used: this data holds no conversations, so --chat-template has no effect"
+    return None, "not used: this data holds no conversations"

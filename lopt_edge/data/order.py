@@ -1,0 +1,86 @@
+"""The order of an epoch and the batches in it.
+
+A window is what one optimizer step sees: `batch_size * grad_accum` sequences, cut into micro-batches. The shuffle is a
+function of (seed, epoch, number of examples) alone, so a resumed run finds its place from three integers.
+
+Rule: every example exactly once per epoch. Which examples share a window is decided by the shuffle alone; only inside a
+window are they sorted by length, so that a micro-batch pads little and no step sees only short or only long
+sequences. The micro-batches of a window then run in a seeded order. The last window may be short; its totals
+(`window_totals`) are known before its first forward, and the losses are divided by them.
+
+Not here: tensors. A micro-batch is lists of Python ints.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lopt_edge.data.encode import Example
+from lopt_edge.errors import InputError
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+Window = tuple[tuple[int, ...], ...]  # micro-batches of example indices
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded ids; `targets[b][t]` is the token after t where that is a target, else IGNORED."""
+
+    input_ids: list[list[int]]
+    targets: list[list[int]]
+    lengths: tuple[int, ...]
+
+    @property
+    def n_supervised(self) -> int:
+        return sum(target != IGNORED for row in self.targets for target in row)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class WindowTotals:
+    """What the losses of one window are divided by: targets, and tokens that are not padding (prompts included)."""
+
+    supervised: int
+    tokens: int
+
+
+def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int) -> tuple[Window, ...]:
+    """All windows of one epoch."""
+    for name, value in (("batch-size", batch_size), ("grad-accum", grad_accum)):
+        if value < 1:
+            raise InputError(f"{value} is not a positive number", where=name, fix="use 1 or more")
+    rng = random.Random(f"order {seed} {epoch}")  # a string seed: the same on every platform and Python version
+    indices = list(range(len(lengths)))
+    rng.shuffle(indices)
+    size = batch_size * grad_accum
+    windows = []
+    for begin in range(0, len(indices), size):
+        by_length = sorted(indices[begin : begin + size], key=lengths.__getitem__)
+        batches = [tuple(by_length[at : at + batch_size]) for at in range(0, len(by_length), batch_size)]
+        rng.shuffle(batches)
+        windows.append(tuple(batches))
+    return tuple(windows)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
+    """One micro-batch, padded on the right to its longest sequence."""
+    longest = max(len(example) for example in examples)
+    input_ids, targets = [], []
+    for example in examples:
+        ids, padding = example.input_ids.tolist(), longest - len(example)
+        nexts = zip(ids[1:], example.supervised[1:], strict=True)
+        targets.append([token if supervised else IGNORED for token, supervised in nexts] + [IGNORED] * (padding + 1))
+        input_ids.append(ids + [pad_id] * padding)
+    return MicroBatch(input_ids, targets, tuple(len(example) for example in examples))
+
+
+def window_totals(examples: Sequence[Example], window: Window) -> WindowTotals:
+    """The totals of one window over all its micro-batches."""
+    chosen = [examples[index] for batch in window for index in batch]
+    return WindowTotals(sum(example.n_supervised for example in chosen), sum(len(example) for example in chosen))

@@ -1,0 +1,136 @@
+"""What `lopt-edge data check` shows: the data as the model will see it.
+
+Rule: what is trained on must be visible without colour, so targets stand in ⟦...⟧ as well as in green. Text from the
+file is never read as markup, and its control characters are shown, not sent to the terminal.
+
+Nothing is decided here; the figures are those of the `Dataset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lopt_edge.data.dataset import Dataset
+from lopt_edge.data.encode import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "⟦", "⟧"
+SHOWN_TOKENS = 400  # of one example; the rest is counted
+BINS, BAR = 8, 40
+# C0 and C1 control characters but newline and tab become visible signs (an escape sequence in a data file stays text).
+CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | dict.fromkeys(range(127, 160), 0xFFFD)
+
+
+def check_facts(dataset: Dataset) -> dict[str, Any]:
+    """The figures of the report as plain values (for --json and tests)."""
+    lengths = dataset.lengths
+    return {
+        "format": dataset.format,
+        "format_reason": dataset.reason,
+        "template": dataset.template_reason,
+        "max_seq_len": dataset.max_seq_len,
+        "rows": dataset.n_rows,
+        "examples": len(lengths),
+        "truncated": dataset.n_truncated,
+        "dropped": dataset.n_dropped,
+        "last_turn_only": dataset.n_last_turn_only,
+        "tokens": dataset.n_tokens,
+        "supervised_tokens": dataset.n_supervised,
+        "length_min": min(lengths),
+        "length_median": median(lengths),
+        "length_max": max(lengths),
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_examples: int = 3) -> RenderableType:
+    """Format, figures, length histogram and the first examples with their targets marked."""
+    parts: list[RenderableType] = [_figures(dataset), Text("\nLengths in tokens"), _histogram(dataset.lengths)]
+    shown = dataset.examples[:n_examples]
+    if shown:
+        legend = Text("\nThe first examples; ")
+        legend.append(f"{OPEN}what the model learns to write{CLOSE}", style="green").append(" is marked:")
+        parts.append(legend)
+    for example in shown:
+        title = Text(_visible(f"{example.where}: {len(example)} tokens, {example.n_supervised} supervised"))
+        if example.truncated:
+            title.append(", truncated", style="yellow")
+        parts.append(Panel(_marked(example, tokenizer), title=title, title_align="left"))
+    return Group(*parts)
+
+
+def _figures(dataset: Dataset) -> Table:
+    facts = check_facts(dataset)
+    table = Table.grid(padding=(0, 2))
+    supervised_share = 100 * facts["supervised_tokens"] / facts["tokens"]
+    rows = [
+        ("format", f"{facts['format']} ({facts['format_reason']})"),
+        ("chat template", facts["template"]),
+        ("rows", f"{facts['rows']:,} -> {facts['examples']:,} examples"),
+        ("truncated", f"{facts['truncated']:,} examples cut at {facts['max_seq_len']:,} tokens"),
+        ("dropped", f"{facts['dropped']:,} rows with no token to learn from"),
+        ("tokens", f"{facts['tokens']:,}, of them {facts['supervised_tokens']:,} supervised ({supervised_share:.1f}%)"),
+    ]
+    if facts["last_turn_only"]:
+        why = "the chat template renders their earlier turns differently, so only the last one is trained on"
+        rows.append(("last turn only", f"{facts['last_turn_only']:,} examples: {why}"))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(_visible(value)))
+    return table
+
+
+def _histogram(lengths: tuple[int, ...]) -> Table:
+    """Equal bins from the shortest to the longest; a bin that is not empty has a bar."""
+    low, high = min(lengths), max(lengths)
+    width = max(-(-(high - low + 1) // BINS), 1)
+    counts = [0] * (-(-(high - low + 1) // width))
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right")
+    for index, count in enumerate(counts):
+        first = low + index * width
+        bar = "█" * max(round(BAR * count / max(counts)), count > 0)
+        table.add_row(f"{first} - {min(first + width - 1, high)}", bar, f"{count:,}")
+    return table
+
+
+def _marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    text = Text()
+    for piece, supervised in marked_pieces(example, tokenizer, limit=SHOWN_TOKENS):
+        shown = _visible(piece)
+        text.append(f"{OPEN}{shown}{CLOSE}" if supervised else shown, style="green" if supervised else "")
+    if len(example) > SHOWN_TOKENS:
+        text.append(f" ... and {len(example) - SHOWN_TOKENS:,} more tokens", style="dim")
+    return text
+
+
+def marked_pieces(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    """(text, is it a target) of the runs of an example.
+
+    A run is the difference of two decoded prefixes: decoded alone, a SentencePiece run would lose its leading blank.
+    """
+    ids = example.input_ids.tolist()[:limit]
+    done, before = 0, ""
+    for supervised, run in groupby(example.supervised[: len(ids)]):
+        done += len(list(run))
+        upto = tokenizer.decode(ids[:done], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(upto, str)  # one sequence in, one text out
+        yield upto[len(before) :], bool(supervised)
+        before = upto
+
+
+def _visible(text: str) -> str:
+    return text.translate(CONTROLS)

@@ -1,0 +1,143 @@
+"""Where a model's files are: a local folder or a hub id, its facts, and its 4-bit copy in the cache.
+
+Rules: nothing is ever executed from a model folder (no remote code, no pickle: only JSON, safetensors and tokenizer files
+are fetched or read); a folder that is already in bitsandbytes' 4-bit form is used as it is; any other is quantised once,
+tensor by tensor, into the cache, under a key made of its config and its tensors' layout, sizes and file times. The copy
+appears under its final name only when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts import ModelFacts, facts_from_config, packs
+from quant.headers import FolderError, TensorEntry, read_headers, read_json
+
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+                "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this machine: its folder, what it is called, its facts, and (for a hub id) the commit."""
+
+    path: Path
+    name: str
+    facts: ModelFacts
+    commit: str | None = None
+
+
+def default_cache() -> Path:
+    return Path.home() / ".cache" / "lopt-edge"
+
+
+def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
+    """The folder and facts of a local folder or a hub id. Raises InputError for what is missing or unsupported."""
+    path, commit = Path(name).expanduser(), None
+    if not path.is_dir():
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise InputError(f"no model folder at {name!r}", where="model", fix="give a folder or a hub id (org/name)")
+        path, commit = _download(name, revision)
+    try:
+        config = read_json(path / "config.json")
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
+    facts = facts_from_config(config, where=str(path / "config.json"))
+    return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{name!r} is no local folder, and the hub did not give it: {reason}",
+            where="model",
+            fix="check the name, the revision, your access rights and the network; or give a local folder",
+        ) from None
+    return path, path.name  # a snapshot's folder is named by its commit
+
+
+def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of a model folder. Raises InputError for missing weights or a truncated shard."""
+    try:
+        return read_headers(folder)
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
+
+
+def four_bit_folder(
+    model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+) -> tuple[Path, bool]:
+    """The folder with the model in 4 bits, and whether it was there already."""
+    entries = tensor_entries(model.path)
+    check_weights(model, entries)
+    if model.facts.quantised:
+        return model.path, True
+    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    target = root / f"{model.path.resolve().name[:40]}-{_cache_key(model.path, entries)}"
+    if (target / "config.json").exists():
+        return target, True
+    quantise_model(model, target, on_tensor=on_tensor)
+    return target, False
+
+
+def quantise_model(
+    model: ModelFolder, target: Path, *, dtype: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+) -> None:
+    """Write the 4-bit copy of a full-precision model to `target`; `dtype` is what it records (default: its own)."""
+    import torch
+
+    from quant.files import quantise_folder
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, on_tensor=on_tensor)
+    except FolderError as error:
+        raise InputError(str(error), where="model") from None
+    except OSError as error:
+        raise InputError(f"cannot write the 4-bit copy: {error.strerror}", where=str(target),
+                         fix="free space there, or choose another folder with --cache-dir") from None  # fmt: skip
+
+
+def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
+    """Each matrix that the config promises is there in the promised shape, before anything is allocated."""
+    facts = model.facts
+    expected = {"model.embed_tokens.weight": (facts.vocab_size, facts.hidden_size)}
+    expected |= {} if facts.tied else {"lm_head.weight": (facts.vocab_size, facts.hidden_size)}
+    for layer in range(facts.n_layers):
+        for linear in facts.linears:
+            name = f"model.layers.{layer}.{linear.name}.weight"
+            if not facts.quantised or f"{name}.absmax" not in entries:
+                expected[name] = (linear.out_features, linear.in_features)
+            elif name not in entries:
+                expected[name] = ()
+    for name, shape in expected.items():
+        entry = entries.get(name)
+        if entry is None or entry.shape != shape:
+            found = "is missing" if entry is None else f"has shape {entry.shape}, config.json says {shape}"
+            raise InputError(f"{name} {found}", where=str(model.path), fix="weights and config.json do not belong together")
+        if entry.dtype not in ("F32", "BF16", "F16"):
+            raise InputError(f"{name} has dtype {entry.dtype}, which is not supported", where=str(entry.path),
+                             fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+
+
+def _cache_key(folder: Path, entries: dict[str, TensorEntry]) -> str:
+    files = sorted({entry.path for entry in entries.values()} | {folder / "config.json"})
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    layout = sorted((entry.name, entry.dtype, entry.shape, entry.start) for entry in entries.values())
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    text = json.dumps([CACHE_VERSION, str(folder.resolve()), config, stamps, layout])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

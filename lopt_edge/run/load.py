@@ -1,0 +1,204 @@
+"""A model as units that run one by one: token embedding, decoder layers, and what the head needs.
+
+The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`
+and every other parameter is read from the folder in the compute dtype. The rule: layer-by-layer logits equal
+`AutoModelForCausalLM`'s (design law 4; tests/laws/test_families.py). Nothing is quantised here, no adapter made.
+
+Dropout that a config may ask for inside attention or residuals is off: layers run in evaluation mode; the only dropout of
+a run is LoRA's, whose masks can be drawn again.
+
+Shapes: B sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.errors import InputError
+from lopt_edge.models import tensor_entries
+from lopt_edge.plan.facts import ModelFacts
+from lopt_edge.run.vocabulary import Vocabulary
+from quant.files import is_packed, read_packed, read_tensor
+from quant.headers import FolderError, TensorEntry
+from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.nf4 import PackedWeight, pack
+
+EAGER_ONLY = ("gemma2",)  # transformers refuses SDPA there: soft-capped attention scores
+
+
+@dataclass(eq=False)
+class Frame:
+    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type."""
+
+    position_ids_1T: Tensor
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor | None]
+
+
+@dataclass(eq=False)
+class Model:
+    """The frozen base in units. `clock` is shared by all layers' dropout."""
+
+    facts: ModelFacts
+    config: Any
+    layers: list[nn.Module]
+    norm: nn.Module
+    rotary: nn.Module
+    embedding: Vocabulary
+    lm_head: Vocabulary
+    device: torch.device
+    dtype: torch.dtype
+    clock: DropoutClock
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
+        hidden_BTD = self.embedding.rows(ids_BT.reshape(-1)).view(*ids_BT.shape, -1)
+        if self.facts.model_type in ("gemma2", "gemma3_text"):
+            # transformers rounds this factor to the embedding's dtype before it multiplies
+            return hidden_BTD * torch.tensor(self.facts.hidden_size**0.5, dtype=self.dtype)
+        if self.facts.model_type == "granite":
+            return hidden_BTD * self.config.embedding_multiplier
+        return hidden_BTD
+
+    def frame(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> Frame:
+        """Positions start .. start + T; masks are None where the attention kernel's own causal mask does.
+
+        Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
+        """
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        positions = torch.arange(start, start + hidden_BTD.shape[1], device=self.device).unsqueeze(0)
+        arguments = {"config": self.config, "inputs_embeds": hidden_BTD, "attention_mask": None,
+                     "past_key_values": cache, "position_ids": positions}  # fmt: skip
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        kinds = sorted(set(self.facts.layer_types))
+        by_type = self.facts.model_type == "gemma3_text"  # its rotary tables differ per layer type
+        rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
+        return Frame(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
+
+    def run_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None) -> Tensor:
+        """Layer `layer`'s output (B, T, D)."""
+        kind = self.facts.layer_types[layer]
+        output = self.layers[layer](
+            hidden_BTD,
+            attention_mask=frame.masks[kind],
+            position_embeddings=frame.rotary[kind],
+            position_ids=frame.position_ids_1T,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+
+def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Model:
+    """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one). Raises InputError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    entries = tensor_entries(folder)
+    attention = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    config = AutoConfig.from_pretrained(folder, attn_implementation=attention)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    rotary = type(skeleton.rotary_emb)(config=config).to(device)  # its tables are computed, not stored
+    buffer, clock = UnpackBuffer(), DropoutClock()
+    shared: dict[bytes, Tensor] = {}
+    try:
+        for i, layer in enumerate(skeleton.layers):
+            _fill_layer(layer, i, facts, entries, device=device, dtype=dtype, buffer=buffer, clock=clock, shared=shared)
+        _fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+    on_device = device.type != "cpu"
+    head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
+    return Model(
+        facts=facts,
+        config=config,
+        layers=list(skeleton.layers),
+        norm=skeleton.norm,
+        rotary=rotary,
+        embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
+        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=on_device),
+        device=device,
+        dtype=dtype,
+        clock=clock,
+    )
+
+
+def weight_placement(facts: ModelFacts, device_type: str) -> tuple[tuple[str, str], ...]:
+    """Where each unit's weights lie, for the plan's header: what `load_model` does."""
+    head = "disk" if device_type == "cpu" else "resident"
+    layers = tuple((f"layer {i}", "resident") for i in range(facts.n_layers))
+    return (("embed", "disk"), *layers, ("head", head))
+
+
+def _fill_layer(
+    layer: nn.Module,
+    index: int,
+    facts: ModelFacts,
+    entries: dict[str, TensorEntry],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    buffer: UnpackBuffer,
+    clock: DropoutClock,
+    shared: dict[bytes, Tensor],
+) -> None:
+    prefix = f"model.layers.{index}."
+    for module_index, linear in enumerate(facts.linears):
+        packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
+        packed.weight = _read_weight(f"{prefix}{linear.name}.weight", entries, device=device, shared=shared)
+        if linear.bias:
+            packed.bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias")).to(device=device, dtype=dtype)
+        packed.clock, packed.position = clock, (index, module_index)
+        layer.set_submodule(linear.name, packed)
+    _fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+
+
+def _read_weight(
+    name: str, entries: dict[str, TensorEntry], *, device: torch.device, shared: dict[bytes, Tensor]
+) -> PackedWeight:
+    """A packed matrix on the device; the code maps, the same for all matrices, are shared."""
+    if not is_packed(entries, name):
+        return pack(read_tensor(_entry(entries, name)).to(device))
+    weight = read_packed(entries, name)
+    moved = {}
+    for field in ("codes", "absmax", "code_map", "nested_absmax", "nested_map", "offset"):
+        tensor = getattr(weight, field)
+        if tensor is None:
+            continue
+        if field in ("code_map", "nested_map"):
+            tensor = shared.setdefault(bytes(tensor.numpy()), tensor)
+        moved[field] = tensor.to(device)
+    return PackedWeight(
+        **moved,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        block_elements=weight.block_elements,
+        nested_block_elements=weight.nested_block_elements,
+        quant_type=weight.quant_type,
+    )
+
+
+def _fill_parameters(
+    module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace every meta parameter by the folder's, frozen, in the compute dtype."""
+    for name, _ in list(module.named_parameters()):
+        value = read_tensor(_entry(entries, prefix + name)).to(device=device, dtype=dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    if left:
+        raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")
+
+
+def _entry(entries: dict[str, TensorEntry], name: str) -> TensorEntry:
+    if name not in entries:
+        raise FolderError(f"tensor {name!r} is missing")
+    return entries[name]

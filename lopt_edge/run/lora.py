@@ -1,0 +1,134 @@
+"""LoRA adapters: made, found by name, read and written in peft's naming.
+
+Parameters are fp32. A is (in, r), uniform in +-1/sqrt(in) (peft's kaiming-uniform with a = sqrt 5); B is (r, out), zero.
+Initial values are a function of (seed, layer, module) and are drawn on the CPU, so that they do not depend on the device
+or on which other layers train. peft stores both matrices transposed, under
+`base_model.model.model.layers.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts import ModelFacts
+from lopt_edge.run.load import Model
+from quant.files import read_tensor
+from quant.headers import FolderError, read_header, read_json
+from quant.linear import DropoutClock, PackedLinear
+
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+
+def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
+    """The linear layers' short names that `--lora-targets` names, in the layer's order."""
+    wanted = set(targets)
+    if "all-linear" in wanted:
+        return facts.linear_names
+    unknown = sorted(wanted - set(facts.linear_names))
+    if unknown:
+        raise InputError(
+            f"{', '.join(unknown)} is not in this model", where="lora_targets",
+            fix=f"choose all-linear or from {', '.join(facts.linear_names)}",
+        )  # fmt: skip
+    return tuple(name for name in facts.linear_names if name in wanted)
+
+
+def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
+    """The linear layers of a layer that carry an adapter, with their paths inside the layer."""
+    for linear in model.facts.linears:
+        module = model.layers[layer].get_submodule(linear.name)
+        if isinstance(module, PackedLinear) and module.lora_a is not None:
+            yield linear.name, module
+
+
+def layer_parameters(model: Model, layer: int) -> list[nn.Parameter]:
+    """A layer's adapter matrices, in a fixed order."""
+    pairs = ((module.lora_a, module.lora_b) for _, module in adapted(model, layer))
+    return [matrix for pair in pairs for matrix in pair if matrix is not None]
+
+
+def attach_adapters(
+    model: Model,
+    layers: Iterable[int],
+    *,
+    targets: tuple[str, ...],
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Put fresh adapters on the given layers."""
+    for layer in layers:
+        for index, linear in enumerate(model.facts.linears):
+            if linear.short_name not in targets:
+                continue
+            key = DropoutClock(seed=seed, step=-1).key(layer, index)  # no training step is -1
+            bound = linear.in_features**-0.5
+            a = torch.empty(linear.in_features, r).uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
+            module = model.layers[layer].get_submodule(linear.name)
+            _attach(module, a, torch.zeros(r, linear.out_features), scale=alpha / r, device=model.device)
+            module.dropout_rate = dropout
+
+
+def _attach(module: nn.Module, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
+    assert isinstance(module, PackedLinear)
+    module.attach(nn.Parameter(a.to(device)), nn.Parameter(b.to(device)), scale=scale)
+
+
+def adapter_tensors(model: Model) -> dict[str, Tensor]:
+    """All adapter matrices by peft's names and in peft's layout, fp32 on the CPU."""
+    found = {}
+    for layer in range(model.facts.n_layers):
+        for name, module in adapted(model, layer):
+            prefix = f"base_model.model.model.layers.{layer}.{name}."
+            assert module.lora_a is not None and module.lora_b is not None
+            found[prefix + "lora_A.weight"] = module.lora_a.detach().t().contiguous().cpu()
+            found[prefix + "lora_B.weight"] = module.lora_b.detach().t().contiguous().cpu()
+    return found
+
+
+def load_adapters(model: Model, folder: Path) -> list[int]:
+    """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit."""
+    where = str(folder)
+    try:
+        config = read_json(folder / ADAPTER_CONFIG_NAME)
+        entries = read_header(folder / ADAPTER_NAME)
+        _check_adapter_config(config, where)
+        layers = set()
+        left = set(entries)
+        for layer in range(model.facts.n_layers):
+            for linear in model.facts.linears:
+                names = [f"base_model.model.model.layers.{layer}.{linear.name}.lora_{m}.weight" for m in "AB"]
+                if not left >= set(names):
+                    continue
+                left -= set(names)
+                a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
+                if a.shape[0] != linear.in_features or b.shape[1] != linear.out_features or a.shape[1] != b.shape[0]:
+                    raise InputError(f"{names[0]} does not fit this model", where=where)
+                scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
+                module = model.layers[layer].get_submodule(linear.name)
+                _attach(module, a, b, scale=scale, device=model.device)
+                layers.add(layer)
+    except FolderError as error:
+        raise InputError(str(error), where=where, fix="an adapter folder holds adapter_config.json and "
+                         "adapter_model.safetensors") from None  # fmt: skip
+    if left or not layers:
+        detail = f"holds {sorted(left)[0]!r}, which this model has no place for" if left else "holds no LoRA matrices"
+        raise InputError(detail, where=where, fix="use an adapter that was trained on this model")
+    return sorted(layers)
+
+
+def _check_adapter_config(config: object, where: str) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InputError("is not a LoRA adapter (peft_type LORA)", where=where)
+    if not isinstance(config.get("lora_alpha"), int | float) or isinstance(config["lora_alpha"], bool):
+        raise InputError("adapter_config.json lacks a number 'lora_alpha'", where=where)
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if unsupported or config.get("bias", "none") != "none":
+        raise InputError(f"the adapter uses {(unsupported or ['bias'])[0]!r}, which is not supported", where=where)

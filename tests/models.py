@@ -1,0 +1,52 @@
+"""Tiny random models of every supported family, as real transformers folders. Used by the law tests; not a test itself.
+
+Widths are multiples of 64: bitsandbytes 0.50.2's CPU kernel dequantises matrices with other row lengths wrongly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BASE = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "gemma2": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32,
+                    "sliding_window_pattern": 2},
+    "phi3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+                "attention_multiplier": 0.2},
+}  # fmt: skip
+
+
+def tiny_config(family: str, **changes: object) -> object:
+    values = {**BASE, **FAMILIES[family], **changes}
+    if family == "phi3":
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    return AutoConfig.for_model(family, **values)
+
+
+def make_folder(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+    """A saved model folder with random weights large enough that every part matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # norms and biases that differ from their defaults
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return folder
