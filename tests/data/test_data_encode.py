@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lopt_edge.data import Conversation, PromptCompletion, TextRow, encode_row, load_template, marked_pieces
+from lopt_edge.data import Conversation, PromptCompletion, TextRow, encode_row, encode_rows, load_template, marked_pieces
 from lopt_edge.errors import InputError, InputErrors
 
 TWO_TURNS = (("user", "hello"), ("assistant", "yes, it is"), ("user", "and two?"), ("assistant", "no"))
@@ -119,7 +119,7 @@ def test_text_after_the_last_reply_is_cut_off(make_tokenizer):
         ("hello:", " yes", " yes<eos>"),
         ("hello: ", "yes", "yes<eos>"),
         ("hello\n", "yes", "yes<eos>"),
-        ("def add(left", ", right)", ", right)<eos>"),
+        ("def add(left", " , right)", " , right)<eos>"),
     ],
 )
 def test_completion_and_eos_are_learned(make_tokenizer, kind, prompt, completion, text):
@@ -127,16 +127,17 @@ def test_completion_and_eos_are_learned(make_tokenizer, kind, prompt, completion
     example = example_of(PromptCompletion(prompt, completion, "d:1"), tokenizer)
     # A blank that the tokenizer joins to the reply (" yes") may come with it.
     assert "".join(learned(example, tokenizer)).lstrip(" ") == text.lstrip(" ")
-    assert tokenizer.decode(example.input_ids.tolist()).removeprefix("<bos>") == prompt + completion + "<eos>"
+    decoded = tokenizer.decode(example.input_ids.tolist()).removeprefix("<bos>")
+    assert decoded.lstrip(" ") == prompt + completion + "<eos>"  # Metaspace puts a blank before the first word
     starts_with_bos = example.input_ids[0] == tokenizer.bos_token_id
     assert starts_with_bos == (kind != "plain")
 
 
 def test_a_token_that_takes_letters_from_the_prompt_is_no_target(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    assert len(tokenizer("hello")["input_ids"]) == 1
-    example = example_of(PromptCompletion("hel", "lo there", "d:1"), tokenizer)
-    assert learned(example, tokenizer) == [" there<eos>"]
+    assert len(tokenizer(" add")["input_ids"]) == 1
+    example = example_of(PromptCompletion("def ad", "d(left", "d:1"), tokenizer)
+    assert learned(example, tokenizer) == ["(left<eos>"]
 
 
 def test_trimmed_offsets_do_not_leak_the_prompt(make_tokenizer):
@@ -175,13 +176,11 @@ def test_long_conversations_lose_their_right_end(make_tokenizer):
 
 def test_the_first_token_is_never_a_target(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    assert example_of(TextRow("hello", "d:1"), tokenizer).supervised == b"\0\1"
+    assert example_of(TextRow("h", "d:1"), tokenizer).supervised == b"\0\1"
 
 
 def test_rows_that_a_template_refuses_are_told_together(make_tokenizer):
     tokenizer = make_tokenizer("mistral")
-    from lopt_edge.data import encode_rows
-
     bad = [Conversation((("user", "a"), ("user", "b"), ("assistant", "c")), f"d:{line}") for line in (1, 2)]
     with pytest.raises(InputErrors, match="roles must alternate") as caught:
         encode_rows(bad, tokenizer, template=load_template(tokenizer)[0], max_seq_len=50)
@@ -201,6 +200,11 @@ def test_default_template_reads_as_documented(make_tokenizer):
     assert template.stop_ids(tokenizer) == (tokenizer.eos_token_id,)
 
 
+NO_END_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant> {% endif %}"
+)
+
+
 def test_override_file_wins(make_tokenizer, write):
     tokenizer = make_tokenizer("chatml")
     template, reason = load_template(tokenizer, write("t.jinja", NO_END_TEMPLATE))
@@ -208,11 +212,6 @@ def test_override_file_wins(make_tokenizer, write):
     assert "'<eos>' is appended" in reason
     (example,) = encode_row(Conversation(TWO_TURNS[:2], "d:1"), tokenizer, template, 500)
     assert learned(example, tokenizer) == ["yes, it is<eos>"]
-
-
-NO_END_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant> {% endif %}"
-)
 
 
 @pytest.mark.parametrize(

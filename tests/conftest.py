@@ -1,0 +1,35 @@
+"""Fixtures: tiny model folders (made once a session) and a way to put a model, batches and an executor together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+from tests.models import make_folder
+
+torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not depend on the number of cores
+
+
+@pytest.fixture(scope="session")
+def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(family, dtype, **config changes) -> a 4-bit folder of a tiny random model, made once."""
+    from lopt_edge.models import find_model, four_bit_folder
+
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+        key = f"{family} {dtype} {sorted(changes.items())}"
+        if key not in made:
+            root = tmp_path_factory.mktemp("model")
+            source = make_folder(root / "source", family, dtype=dtype, **changes)
+            made[key], _ = four_bit_folder(find_model(str(source)), cache_dir=str(root / "cache"))
+        return made[key]
+
+    return get
