@@ -85,9 +85,7 @@ def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) 
     if not integers or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise FolderError(f"{path}: tensor {name!r} has an inconsistent dtype, shape or byte range")
     if data_start + end > file_bytes:
-        raise FolderError(
-            f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}"
-        )
+        raise FolderError(f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}")
     return TensorEntry(name, path, dtype, shape, data_start + begin, end - begin)
 
 

@@ -103,9 +103,7 @@ class PackedLinear(nn.Module):
 
 class _PackedLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: PackedLinear, key: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: PackedLinear, key: int | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if layer.bias is None:
             y = flat @ layer.unpacked(x.dtype).t()

@@ -38,7 +38,9 @@ def tiny_config(family: str, **changes: object) -> object:
     return AutoConfig.for_model(family, **values)
 
 
-def make_folder(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+def make_folder(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes
+) -> Path:
     """A saved model folder with random weights large enough that every part matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)

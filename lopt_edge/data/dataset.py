@@ -33,6 +33,7 @@ class Dataset:
     examples: tuple[Example, ...]
     format: DataFormat
     reason: str
+    template: ChatTemplate | None  # None where no row is a conversation
     template_reason: str
     max_seq_len: int
     n_rows: int
@@ -85,6 +86,7 @@ def load_dataset(
         examples=examples,
         format=found,
         reason=reason,
+        template=template,
         template_reason=template_reason,
         max_seq_len=max_seq_len,
         n_rows=len(rows),

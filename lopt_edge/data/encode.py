@@ -34,13 +34,15 @@ from typing import TYPE_CHECKING
 
 from lopt_edge.data.faults import Faults
 from lopt_edge.data.formats import Conversation, PromptCompletion, Row, TextRow
+from lopt_edge.data.long_text import long_text_ids
 from lopt_edge.data.template import ChatTemplate, leading_ids
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_BATCH = 256  # rows per tokenizer call: enough to use every core, few enough that offsets stay small
+# Per tokenizer call: enough rows to use every core, and few enough characters that its offsets stay small.
+BATCH_ROWS, BATCH_CHARACTERS = 256, 500_000
 Span = tuple[int, int]  # characters [start, end)
 
 
@@ -100,10 +102,9 @@ def encode_rows(
     faults.raise_any()
     lead = leading_ids(tokenizer)
     encoded = []
-    for begin in range(0, len(rendered), TOKENIZER_BATCH):
-        batch = rendered[begin : begin + TOKENIZER_BATCH]
-        for item, ids, mask in _tokenise(batch, tokenizer, lead=lead):
-            encoded.append(_cut(item, ids, mask, max_seq_len=max_seq_len))
+    for batch in _batches(rendered):
+        for item, ids, mask in _tokenise(batch, tokenizer):
+            encoded.append(_finish(item, ids, mask, lead=lead, eos=tokenizer.eos_token_id, max_seq_len=max_seq_len))
     return encoded
 
 
@@ -173,9 +174,27 @@ def _turn_span(
 # --- text and spans to tokens -----------------------------------------------------------------------------------------
 
 
+def _batches(rendered: Sequence[_Rendered]) -> Iterator[list[_Rendered]]:
+    batch: list[_Rendered] = []
+    size = 0
+    for item in rendered:
+        if batch and (len(batch) == BATCH_ROWS or size + len(item.text) > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item.text)
+    if batch:
+        yield batch
+
+
 def _tokenise(
-    batch: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase, *, lead: list[int]
+    batch: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[_Rendered, array[int], bytearray]]:
+    """Ids and target masks of the texts alone, without what `_finish` puts around them."""
+    if len(batch) == 1 and batch[0].windows:  # perhaps a book: every token is a target, so no offsets are needed
+        ids = long_text_ids(batch[0].text, tokenizer)
+        yield batch[0], ids, bytearray(b"\x01") * len(ids)
+        return
     out = tokenizer(
         [item.text for item in batch],
         add_special_tokens=False,
@@ -183,15 +202,8 @@ def _tokenise(
         return_attention_mask=False,
         verbose=False,  # no warning about lengths: cutting is our business
     )
-    for item, ids, offsets in zip(batch, out["input_ids"], out["offset_mapping"], strict=True):
-        mask = _target_mask(item.text, offsets, item.spans)
-        if item.lead:
-            ids, mask = lead + ids, bytearray(len(lead)) + mask
-        if item.append_eos:
-            ids, mask = [*ids, tokenizer.eos_token_id], mask + b"\x01"
-        if mask:
-            mask[0] = 0
-        yield item, array("i", ids), mask
+    for item, tokens, offsets in zip(batch, out["input_ids"], out["offset_mapping"], strict=True):
+        yield item, array("i", tokens), _target_mask(item.text, offsets, item.spans)
 
 
 def _target_mask(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> bytearray:
@@ -215,15 +227,21 @@ def _target_mask(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> b
     return mask
 
 
-def _cut(item: _Rendered, ids: array[int], mask: bytearray, *, max_seq_len: int) -> list[Example]:
-    """The row's examples within the length limit; those without a target are left out."""
+def _finish(
+    item: _Rendered, ids: array[int], mask: bytearray, *, lead: list[int], eos: int | None, max_seq_len: int
+) -> list[Example]:
+    """The row's examples, with bos and eos, within the length limit; those without a target are left out."""
+    if item.lead:
+        ids, mask = array("i", lead) + ids, bytearray(len(lead)) + mask
+    if item.append_eos:
+        assert eos is not None, "checked before rendering"
+        ids, mask = ids + array("i", [eos]), mask + b"\x01"
     truncated = len(ids) > max_seq_len and not item.windows
     stop = len(ids) if item.windows else min(len(ids), max_seq_len)
     examples = []
     for begin in range(0, stop, max_seq_len):
         piece = mask[begin : min(begin + max_seq_len, stop)]
-        if piece:
-            piece[0] = 0  # the first token of a window has nothing before it
+        piece[0] = 0  # the first token of a window has nothing before it
         if any(piece):
             window = ids[begin : begin + len(piece)]
             examples.append(Example(window, bytes(piece), item.where, truncated, item.last_turn_only))

@@ -72,9 +72,7 @@ class Executor:
             Kind.STEP: self._update,
         }
 
-    def run(
-        self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
-    ) -> StepResult:
+    def run(self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]) -> StepResult:
         """One optimizer step. Raises RunError that shows the plan around the op that failed."""
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments})
         clock = self.model.clock

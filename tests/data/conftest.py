@@ -1,8 +1,8 @@
 """Small real tokenizers and the chat templates of the model families, for the tests of `lopt_edge.data`.
 
 The tokenizers are trained here, in milliseconds, with the `tokenizers` library: byte-level BPE as in Qwen and Llama 3
-(also with `trim_offsets`, which leaves blanks out of the reported offsets) and Metaspace BPE as in Llama 2. The
-templates are shortened from the published ones but keep what makes each of them hard.
+(also with `trim_offsets`, which leaves blanks out of the reported offsets) and Metaspace BPE as in Llama 2 (`legacy` is
+its older form, as in Phi-3). The templates are shortened from the published ones but keep what makes each of them hard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -87,7 +87,7 @@ def _byte_level(*, trim_offsets: bool, add_bos: bool) -> Tokenizer:
     return tokenizer
 
 
-def _metaspace() -> Tokenizer:
+def _metaspace(*, legacy: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
@@ -95,6 +95,9 @@ def _metaspace() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIALS, "<unk>", *bytes_], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    if legacy:  # a blank is put before every stretch of text between special tokens, and nothing splits words
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return tokenizer
 
 
@@ -105,6 +108,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         "plain": _byte_level(trim_offsets=False, add_bos=False),
         "bos": _byte_level(trim_offsets=True, add_bos=True),
         "metaspace": _metaspace(),
+        "legacy": _metaspace(legacy=True),
     }
     saved = {kind: backend.to_str() for kind, backend in backends.items()}
 

@@ -38,6 +38,7 @@ def test_load(make_tokenizer, write, name, content, data_format):
     assert dataset.format == data_format
     assert dataset.reason
     assert dataset.template_reason
+    assert (dataset.template is not None) == (data_format in ("messages", "alpaca"))
     assert dataset.n_supervised > 0
     assert len(dataset.fingerprint) == 64
     facts = check_facts(dataset)
@@ -122,8 +123,8 @@ def test_report_marks_targets_without_colour(make_tokenizer, write):
     tokenizer = make_tokenizer()
     dataset = load_dataset(write("d.jsonl", CHATS), tokenizer, max_seq_len=30)
     text = shown(dataset, tokenizer)
-    assert "<|im_start|>assistant\n" in text.replace(" │", "").replace("│ ", "").replace("  ", "")
-    assert "⟦yes <|im_end|>⟧" in text
+    assert "│ <|im_start|>assistant  " in text
+    assert "│ ⟦yes <|im_end|>⟧  " in text
     assert "messages (the first row has 'messages'" in text
     assert f"{dataset.n_truncated} examples cut at 30 tokens" in text
     assert "█" in text

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lopt_edge.data import Conversation, PromptCompletion, TextRow, encode_row, encode_rows, load_template, marked_pieces
+from lopt_edge.data.long_text import long_text_ids, text_pieces
 from lopt_edge.errors import InputError, InputErrors
 
 TWO_TURNS = (("user", "hello"), ("assistant", "yes, it is"), ("user", "and two?"), ("assistant", "no"))
 WITH_SYSTEM = (("system", "be brief"), *TWO_TURNS)
-KINDS = ["plain", "bos", "metaspace"]
+KINDS = ["plain", "bos", "metaspace", "legacy"]
 
 
 def example_of(row, tokenizer, max_seq_len=500):
@@ -55,6 +60,18 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last(make_tokenizer, 
     example = example_of(Conversation(messages, "d:1"), tokenizer)
     assert learned(example, tokenizer) == [turn]
     assert example.last_turn_only
+
+
+def test_one_rewritten_turn_leaves_the_last_only(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    thought = "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"  # earlier thinking is stripped
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", thought)
+    middle = (("user", "what"), ("assistant", "<think>it</think>four"))
+    rewritten = example_of(Conversation((*TWO_TURNS[:2], *middle, *TWO_TURNS[2:]), "d:1"), tokenizer)
+    assert rewritten.last_turn_only
+    assert learned(rewritten, tokenizer) == ["no<|im_end|>"]
+    kept = example_of(Conversation((*TWO_TURNS, *middle), "d:1"), tokenizer)
+    assert learned(kept, tokenizer) == ["yes, it is<|im_end|>", "no<|im_end|>", "<think>it</think>four<|im_end|>"]
 
 
 def test_a_single_turn_is_not_counted_as_last_turn_only(make_tokenizer):
@@ -133,6 +150,14 @@ def test_completion_and_eos_are_learned(make_tokenizer, kind, prompt, completion
     assert starts_with_bos == (kind != "plain")
 
 
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_a_token_that_takes_a_blank_from_the_prompt_is_a_target(make_tokenizer, kind):
+    tokenizer = make_tokenizer("chatml", kind)
+    assert len(tokenizer(" add", add_special_tokens=False)["input_ids"]) == 1
+    example = example_of(PromptCompletion("def ", "add(left", "d:1"), tokenizer)
+    assert learned(example, tokenizer) == [" add(left<eos>"]
+
+
 def test_a_token_that_takes_letters_from_the_prompt_is_no_target(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     assert len(tokenizer(" add")["input_ids"]) == 1
@@ -160,6 +185,36 @@ def test_text_is_learned_whole_and_cut_into_windows(make_tokenizer, kind):
     assert [token for window in windows for token in window.input_ids] == whole.input_ids.tolist()
     assert all(len(window) == 16 for window in windows[:-1])
     assert all(window.supervised[0] == 0 and not window.truncated for window in windows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_gives_the_tokens_of_the_whole(make_tokenizer, kind):
+    tokenizer = make_tokenizer("chatml", kind)
+    rng = random.Random(0)
+    words = ["quick", "brown", " ", "\n", "\n\n", "    def", "é", "漢", "<|im_end|>", "left,", "yes"]
+    text = "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(30_000))
+    pieces = list(text_pieces(text, tokenizer))
+    assert "".join(pieces) == text
+    assert len(pieces) == 4 or kind == "legacy"  # which puts a blank before every text: hardly a cut is harmless
+    assert long_text_ids(text, tokenizer).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    replies=st.lists(st.text(st.sampled_from("ab \n\té漢🙂.,"), min_size=1, max_size=12), min_size=1, max_size=3),
+    template=st.sampled_from(["chatml", "llama3", "phi3", "none", "no-end"]),
+    kind=st.sampled_from(KINDS),
+)
+def test_nothing_but_replies_is_learned(make_tokenizer, replies, template, kind):
+    tokenizer = make_tokenizer(template, kind)
+    messages = [message for reply in replies for message in (("user", "QUESTION"), ("assistant", f"R{reply}R"))]
+    example = example_of(Conversation(tuple(messages), "d:1"), tokenizer)
+    end = load_template(tokenizer)[0].turn_end
+    runs = learned(example, tokenizer)
+    expected = [f"R{reply}R{end}" for reply in replies]
+    expected[-1] += "<eos>" if template == "no-end" else ""
+    # The blank that a Metaspace tokenizer puts after a special token may come with a reply.
+    assert [run.lstrip(" ") for run in runs] == expected
 
 
 def test_long_conversations_lose_their_right_end(make_tokenizer):

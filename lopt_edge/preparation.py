@@ -1,0 +1,183 @@
+"""What a run needs before its first step: the checks that cost nothing first, then data, model, adapters and plan.
+
+Order: everything that can be refused without loading (config, output folder, model facts, segments, data) comes before
+the first expensive act (quantising), so that a mistake is told in seconds. Nothing is written to the output folder here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lopt_edge.artifacts import check_output
+from lopt_edge.config import Config
+from lopt_edge.data import ChatTemplate, Dataset, collate, load_dataset, split
+from lopt_edge.errors import InputError
+from lopt_edge.generation import load_tokenizer
+from lopt_edge.models import ModelFolder, find_model, tensor_entries
+from lopt_edge.plan.methods import step_plan
+from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.validate import validate
+from lopt_edge.run.batches import Batch, make_batch
+from lopt_edge.run.device import choose_device, choose_dtype
+from lopt_edge.run.executor import Executor
+from lopt_edge.run.load import Model, weight_placement
+from lopt_edge.run.lora import attach_adapters, layer_parameters, load_adapters, target_modules
+from lopt_edge.run.losses import ReconstructHead
+from lopt_edge.run.optim import SegmentOptimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything that was read and decided before the weights are touched."""
+
+    config: Config
+    source: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    train: Dataset
+    held_out: Dataset | None
+    retention: Dataset | None
+    segments: tuple[Segment, ...]
+    targets: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    reasons: tuple[str, ...]
+
+    def plan(self, n_micro_batches: int) -> Plan:
+        """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
+        placement = weight_placement(self.source.facts, self.device.type)
+        plan = step_plan(self.config.method, self.segments, n_micro_batches=n_micro_batches, placement=placement)
+        return validate(plan, clip_scope=self.config.clip_scope)
+
+    def batches(self, dataset: Dataset) -> list[Batch]:
+        """The whole dataset in micro-batches of similar lengths, for evaluation."""
+        order = sorted(range(len(dataset.examples)), key=dataset.lengths.__getitem__)
+        size = self.config.batch_size
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        return [self.batch(dataset, group) for group in groups]
+
+    def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
+        pad_id = self.tokenizer.pad_token_id or 0  # padding is neither attended to nor supervised: any id does
+        return make_batch(collate([dataset.examples[i] for i in indices], pad_id), self.device)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check and read everything but the weights. Raises InputError(s)."""
+    check_output(Path(config.output))
+    device, device_reason = choose_device(config.device)
+    dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
+    source = find_model(config.model, revision=config.revision)
+    facts = source.facts
+    segments = make_segments(
+        config.method,
+        n_layers=facts.n_layers,
+        num_segments=config.num_segments,
+        boundary_layers=config.boundary_layers,
+    )
+    targets = target_modules(facts, config.lora_targets)
+    tensor_entries(source.path)  # a missing or truncated shard is told before the data is read
+    if facts.max_positions and config.max_seq_len > facts.max_positions:
+        raise InputError(f"{config.max_seq_len} is beyond the model's {facts.max_positions} positions",
+                         where="max_seq_len", fix=f"use at most {facts.max_positions}")  # fmt: skip
+    tokenizer = load_tokenizer(source.path)
+    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size)
+    reasons = (
+        f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
+        f"device {device} ({device_reason}), compute dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
+        f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
+        f"; format {train.format} ({train.reason}); template: {train.template_reason}",
+        "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
+    )
+    return Inputs(
+        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, reasons
+    )
+
+
+def _datasets(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int
+) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    options = {"max_seq_len": config.max_seq_len, "chat_template": config.chat_template}
+    train = load_dataset(config.data, tokenizer, data_format=config.data_format, **options)
+    held_out = retention = None
+    if config.eval_data:
+        held_out = load_dataset(config.eval_data, tokenizer, **options)
+    elif config.eval_fraction:
+        train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
+    if config.retention_data:
+        retention = load_dataset(config.retention_data, tokenizer, **options)
+    for dataset in (train, held_out, retention):
+        largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
+        if largest >= vocab_size:
+            raise InputError(f"the tokenizer gives id {largest}, the model has {vocab_size} rows", where="model",
+                             fix="use the tokenizer that belongs to the model")  # fmt: skip
+    return train, held_out, retention
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What adapter_config.json says: rank, alpha, dropout, modules and the layers that carry adapters."""
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+
+
+def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape]:
+    """Adapters on every training layer (and those of `init_adapter`), aux heads, optimizer, executor."""
+    config, facts = inputs.config, inputs.source.facts
+    trained = [layer for segment in inputs.segments if segment.loss != "none" for layer in segment.layers]
+    carried: list[int] = []
+    if config.init_adapter:
+        carried = load_adapters(model, Path(config.init_adapter))
+        _check_same_shape(inputs, model, carried)
+    fresh = [layer for layer in trained if layer not in carried]
+    attach_adapters(
+        model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
+        seed=config.seed,
+    )  # fmt: skip
+    heads = {
+        segment.index: ReconstructHead(facts.hidden_size, seed=config.seed * 1000 + segment.index).to(inputs.device)
+        for segment in inputs.segments
+        if segment.loss == "reconstruct"
+    }
+    parameters = {
+        segment.index: [p for layer in segment.layers for p in layer_parameters(model, layer)]
+        + (list(heads[segment.index].parameters()) if segment.index in heads else [])
+        for segment in inputs.segments
+        if segment.loss != "none"
+    }
+    optimizer = SegmentOptimizer(
+        parameters, weight_decay=config.weight_decay, clip=config.clip, clip_scope=config.clip_scope
+    )
+    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight)
+    layers = tuple(sorted({*trained, *carried}))
+    return executor, AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers)
+
+
+def _check_same_shape(inputs: Inputs, model: Model, layers: list[int]) -> None:
+    """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
+    config = inputs.config
+    for layer in layers:
+        for linear in inputs.source.facts.linears:
+            module = model.layers[layer].get_submodule(linear.name)
+            wanted = linear.short_name in inputs.targets
+            found = module.lora_a is not None
+            if wanted != found or (found and (module.lora_a.shape[1], module.scale) !=
+                                   (config.lora_r, config.lora_alpha / config.lora_r)):  # fmt: skip
+                raise InputError(
+                    "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
+                    where=f"init_adapter {config.init_adapter}",
+                    fix="set these three to the values of its adapter_config.json",
+                )
+            if found:
+                module.dropout_rate = config.lora_dropout

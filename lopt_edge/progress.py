@@ -1,0 +1,87 @@
+"""What a run shows while it runs: a rich progress bar on a terminal, plain lines elsewhere, nothing by default.
+
+`Progress` is the silent form that the Python API uses; `TerminalProgress` draws. Training calls these few methods and
+knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Hears of notes, warnings, steps and evaluations, and shows nothing."""
+
+    def note(self, text: str) -> None:
+        """A sentence about what was chosen or done."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know before the run goes on."""
+
+    def start(self, n_steps: int) -> None:
+        """Training begins."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """One optimizer step; the keys are those of metrics.jsonl."""
+
+    def stop(self) -> None:
+        """Training ended, well or not."""
+
+
+class TerminalProgress(Progress):
+    """Draws on a console. Without a terminal it prints a line a step, at most one every two seconds, and the last one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: RichProgress | None = None
+        self.n_steps, self.started, self.last_line = 0, 0.0, 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
+
+    def start(self, n_steps: int) -> None:
+        self.n_steps, self.started = n_steps, time.perf_counter()
+        if self.console.is_terminal:
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = RichProgress(*columns, console=self.console)
+            self.bar.add_task("first step", total=n_steps)
+            self.bar.start()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        text = _metrics_text(metrics)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=metrics["step"], description=text)
+            return
+        now, last = time.perf_counter(), metrics["step"] == self.n_steps
+        if now - self.last_line >= 2 or last:
+            left = (now - self.started) / metrics["step"] * (self.n_steps - metrics["step"])
+            self.last_line = now
+            self.console.print(f"step {metrics['step']}/{self.n_steps}  {text}  {left:.0f} s left", highlight=False,
+                               soft_wrap=True)  # fmt: skip
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _metrics_text(metrics: Mapping[str, Any]) -> str:
+    local = " ".join(f"{value:.4f}" for value in metrics["local_loss"])
+    parts = [f"loss {metrics['loss']:.4f}", *([f"local {local}"] if local else [])]
+    parts.append(f"{metrics['tokens'] / max(metrics['step_seconds'], 1e-9):.0f} tok/s")
+    parts.append(f"peak {metrics['peak_device_bytes'] / 2**20:.0f} MiB")
+    return "  ".join(parts)

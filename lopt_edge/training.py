@@ -1,0 +1,256 @@
+"""A whole fine-tuning run, in program order: read, quantise, load, train, save.
+
+Each function is one stage and hands its result to the next; how things are done is in the modules that it calls. The
+rule: whatever is printed is also in the output folder's files, and nothing is written there before all checks passed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import count, islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lopt_edge.artifacts import (
+    RUN_NAME,
+    MetricsLog,
+    model_card,
+    save_adapter,
+    write_text,
+)
+from lopt_edge.config import Config, no_effect_warnings
+from lopt_edge.data import Window, epoch_windows
+from lopt_edge.generation import Sampling, Speaker
+from lopt_edge.models import four_bit_folder
+from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
+from lopt_edge.progress import Progress
+from lopt_edge.run.executor import Executor, StepResult
+from lopt_edge.run.load import load_model
+from lopt_edge.run.lora import adapter_tensors
+from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
+from lopt_edge.run.optim import learning_rate
+
+SAMPLE = Sampling(max_new_tokens=48)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to; `evaluation` and `samples` map "before" and "after"."""
+
+    output: Path
+    steps: int
+    final_loss: float
+    evaluation: dict[str, dict[str, float]]
+    samples: dict[str, str]
+    peak_rss_bytes: int
+    peak_device_bytes: int
+    seconds: dict[str, float]
+
+
+def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
+    """Train an adapter as `config` says and write the output folder. None for a dry run.
+
+    Raises InputError for anything wrong with the input (nothing is written then) and RunError for a run that failed.
+    """
+    progress, clock = progress or Progress(), PhaseClock()
+    with clock.phase("read"):
+        inputs = read_inputs(config)
+    for warning in no_effect_warnings(config):
+        progress.warn(warning)
+    for reason in inputs.reasons:
+        progress.note(reason)
+    plan = inputs.plan(min(config.grad_accum, ceil(len(inputs.train.examples) / config.batch_size)))
+    n_steps = _n_steps(inputs)
+    progress.note(f"plan {plan.hash()}: {n_steps} steps of {len(plan.ops)} ops, {plan.n_micro_batches} micro-batches each")
+    if config.dry_run:
+        return None
+    run = _Run(inputs, n_steps, progress, clock)
+    return run.go(plan.text(), plan.hash())
+
+
+class _Run:
+    """The stages after the checks; holds what several of them share."""
+
+    def __init__(self, inputs: Inputs, n_steps: int, progress: Progress, clock: PhaseClock) -> None:
+        self.inputs, self.config, self.n_steps = inputs, inputs.config, n_steps
+        self.progress, self.clock, self.output = progress, clock, Path(inputs.config.output)
+        self.tokens = self.supervised_tokens = 0
+        self.best_loss: float | None = None
+        self.samples: dict[str, str] = {}
+        self.final_loss = float("nan")
+
+    def go(self, plan_text: str, plan_hash: str) -> RunResult:
+        with self.clock.phase("quantise"):
+            self.folder, _ = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
+        with self.clock.phase("load"):
+            inputs = self.inputs
+            self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype)
+            self.executor, self.shape = build_executor(inputs, self.model)
+            self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
+            self.retention = inputs.batches(inputs.retention) if inputs.retention else []
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.log = MetricsLog(self.output)
+        try:
+            before = self._evaluate(0)
+            self._sample("before")
+            self.progress.start(self.n_steps)
+            after = self._train(self.executor) or before
+            self.progress.stop()
+            self._sample("after")
+        finally:
+            self.progress.stop()
+            self.log.close()
+        with self.clock.phase("save"):
+            return self._save({"before": before, "after": after}, plan_text, plan_hash)
+
+    def _train(self, executor: Executor) -> dict[str, float]:
+        evaluation: dict[str, float] = {}
+        for step, window in enumerate(islice(_windows(self.inputs), self.n_steps), start=1):
+            started = time.perf_counter()
+            rates = self._rates(step)
+            with self.clock.phase("train"):
+                batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
+                result = executor.run(self.inputs.plan(len(batches)), batches, step=step, learning_rates=rates)
+            self._record(step, result, rates, time.perf_counter() - started)
+            last = step == self.n_steps
+            if last or (self.config.eval_every and step % self.config.eval_every == 0):
+                evaluation = self._evaluate(step)
+        return evaluation
+
+    def _rates(self, step: int) -> dict[int, float]:
+        config = self.config
+        return {
+            segment.index: learning_rate(
+                step,
+                n_steps=self.n_steps,
+                peak=config.lr if segment.loss == "task" else config.local_lr,
+                schedule=config.schedule,
+                warmup_ratio=config.warmup_ratio,
+            )
+            for segment in self.inputs.segments
+            if segment.loss != "none"
+        }
+
+    def _record(self, step: int, result: StepResult, rates: dict[int, float], seconds: float) -> None:
+        self.tokens += result.totals.tokens
+        self.supervised_tokens += result.totals.supervised
+        self.final_loss = result.loss
+        metrics = {
+            "step": step,
+            "loss": result.loss,
+            "local_loss": list(result.local_loss),
+            "lr": list(rates.values()),
+            "grad_norm": list(result.grad_norm),
+            "tokens": result.totals.tokens,
+            "supervised_tokens": result.totals.supervised,
+            "step_seconds": seconds,
+            "peak_device_bytes": peak_device_bytes(self.inputs.device),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        self.log.write(metrics)
+        self.progress.step(metrics)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
+        found: dict[str, float] = {}
+        with self.clock.phase("evaluate"):
+            for name, batches in (("eval_loss", self.held_out), ("retention_loss", self.retention)):
+                if batches:
+                    found[name] = self.executor.evaluate(batches)
+        if found:
+            self.log.write({"step": step, **found})
+            self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        loss = found.get("eval_loss")
+        if self.config.keep_best and loss is not None and step and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss = loss
+            self._save_adapter(self.shape)
+        return found
+
+    def _sample(self, when: str) -> None:
+        if self.config.sample_prompt is None or self.inputs.template is None:
+            return
+        speaker = Speaker(self.model, self.inputs.tokenizer, self.inputs.template)
+        with self.clock.phase("sample"):
+            self.samples[when] = speaker.reply([("user", self.config.sample_prompt)], SAMPLE)
+
+    def _save_adapter(self, shape: AdapterShape) -> None:
+        save_adapter(
+            self.output,
+            adapter_tensors(self.model),
+            base=self.inputs.source.name,
+            revision=self.inputs.source.commit,
+            n_layers=self.inputs.source.facts.n_layers,
+            **asdict(shape),
+        )
+
+    def _save(self, evaluation: dict[str, dict[str, float]], plan_text: str, plan_hash: str) -> RunResult:
+        if self.best_loss is None:
+            self._save_adapter(self.shape)
+        tokenizer = self.inputs.tokenizer
+        if self.inputs.template is not None:
+            tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with
+        tokenizer.save_pretrained(self.output)
+        result = RunResult(
+            output=self.output,
+            steps=self.n_steps,
+            final_loss=self.final_loss,
+            evaluation=evaluation,
+            samples=self.samples,
+            peak_rss_bytes=peak_rss_bytes(),
+            peak_device_bytes=peak_device_bytes(self.inputs.device),
+            seconds={name: round(value, 3) for name, value in self.clock.seconds.items()},
+        )
+        run = self._run_facts(result, plan_text, plan_hash)
+        write_text(self.output / RUN_NAME, json.dumps(run, indent=2) + "\n")
+        write_text(self.output / "README.md", model_card(run))
+        return result
+
+    def _run_facts(self, result: RunResult, plan_text: str, plan_hash: str) -> dict[str, Any]:
+        inputs = self.inputs
+        packages = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+        return {
+            "base": inputs.source.name,
+            "revision": inputs.source.commit,
+            "quantised_folder": str(self.folder),
+            "config": self.config.model_dump(mode="json"),
+            "model": asdict(inputs.source.facts),
+            "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
+                     "format": inputs.train.format, "truncated": inputs.train.n_truncated,
+                     "dropped": inputs.train.n_dropped},
+            "plan": {"hash": plan_hash, "text": plan_text},
+            "versions": {name: version(name) for name in packages},
+            "device": str(inputs.device),
+            "compute_dtype": str(inputs.dtype).removeprefix("torch."),
+            "reasons": list(inputs.reasons),
+            "totals": {"steps": self.n_steps, "tokens": self.tokens, "supervised_tokens": self.supervised_tokens,
+                       "trained_parameters": sum(p.numel() for g in self.executor.optimizer.parameters.values() for p in g)},
+            "evaluation": result.evaluation,
+            "best_eval_loss": self.best_loss,
+            "samples": result.samples,
+            "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes},
+            "seconds": result.seconds,
+        }  # fmt: skip
+
+
+def _n_steps(inputs: Inputs) -> int:
+    config = inputs.config
+    per_epoch = ceil(len(inputs.train.examples) / (config.batch_size * config.grad_accum))
+    return config.max_steps or config.epochs * per_epoch
+
+
+def _windows(inputs: Inputs) -> Iterator[Window]:
+    """Accumulation windows, epoch after epoch, without end."""
+    config = inputs.config
+    for epoch in count():
+        yield from epoch_windows(
+            inputs.train.lengths,
+            seed=config.seed,
+            epoch=epoch,
+            batch_size=config.batch_size,
+            grad_accum=config.grad_accum,
+        )
