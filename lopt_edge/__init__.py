@@ -1,0 +1,35 @@
+"""lopt-edge: low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.
+
+Public names: `Config`, `load_config`, `finetune`, `generate`, `export`, `InputError`, `RunError`. They resolve on first
+use, so that importing the package (or planning) never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lopt_edge.config import Config, load_config
+    from lopt_edge.errors import InputError, RunError
+    from lopt_edge.generation import generate
+    from lopt_edge.merging import export
+    from lopt_edge.training import finetune
+
+__all__ = ["Config", "InputError", "RunError", "export", "finetune", "generate", "load_config"]
+
+_HOMES = {
+    "Config": "config",
+    "InputError": "errors",
+    "RunError": "errors",
+    "export": "merging",
+    "finetune": "training",
+    "generate": "generation",
+    "load_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lopt_edge' has no attribute {name!r}")
+    return getattr(import_module(f"lopt_edge.{_HOMES[name]}"), name)

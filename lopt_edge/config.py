@@ -157,7 +157,7 @@ def _unknown_key(key: str, where: str) -> InputError:
 
 
 def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if fault["type"] == "missing":
         return InputError("is needed", where=where, fix=Config.model_fields[str(fault["loc"][0])].description or "")
     return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)

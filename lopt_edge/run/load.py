@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.models import tensor_entries
-from lopt_edge.plan.facts import ModelFacts
+from lopt_edge.plan.facts import LinearFacts, ModelFacts
 from lopt_edge.run.vocabulary import Vocabulary
 from quant.files import is_packed, read_packed, read_tensor
 from quant.headers import FolderError, TensorEntry
@@ -97,23 +97,35 @@ class Model:
 
 def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Model:
     """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one). Raises InputError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     entries = tensor_entries(folder)
-    attention = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
-    config = AutoConfig.from_pretrained(folder, attn_implementation=attention)
-    config._attn_implementation = attention
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
-    rotary = type(skeleton.rotary_emb)(config=config).to(device)  # its tables are computed, not stored
-    buffer, clock = UnpackBuffer(), DropoutClock()
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype)
+    buffer = UnpackBuffer()
     shared: dict[bytes, Tensor] = {}
     try:
-        for i, layer in enumerate(skeleton.layers):
-            _fill_layer(layer, i, facts, entries, device=device, dtype=dtype, buffer=buffer, clock=clock, shared=shared)
-        _fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+        for index, layer in enumerate(model.layers):
+            for module_index, linear in enumerate(facts.linears):
+                packed = _packed_linear(
+                    linear, f"model.layers.{index}.", entries, model=model, buffer=buffer, shared=shared
+                )
+                packed.position = (index, module_index)
+                layer.set_submodule(linear.name, packed)
+            fill_parameters(layer, f"model.layers.{index}.", entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+    return model
+
+
+def make_skeleton(
+    folder: Path, facts: ModelFacts, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+) -> Model:
+    """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
     on_device = device.type != "cpu"
     head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     return Model(
@@ -121,12 +133,12 @@ def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: 
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
-        rotary=rotary,
+        rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
         embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
         lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=on_device),
         device=device,
         dtype=dtype,
-        clock=clock,
+        clock=DropoutClock(),
     )
 
 
@@ -137,27 +149,24 @@ def weight_placement(facts: ModelFacts, device_type: str) -> tuple[tuple[str, st
     return (("embed", "disk"), *layers, ("head", head))
 
 
-def _fill_layer(
-    layer: nn.Module,
-    index: int,
-    facts: ModelFacts,
+def _packed_linear(
+    linear: LinearFacts,
+    prefix: str,
     entries: dict[str, TensorEntry],
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: Model,
     buffer: UnpackBuffer,
-    clock: DropoutClock,
     shared: dict[bytes, Tensor],
-) -> None:
-    prefix = f"model.layers.{index}."
-    for module_index, linear in enumerate(facts.linears):
-        packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-        packed.weight = _read_weight(f"{prefix}{linear.name}.weight", entries, device=device, shared=shared)
-        if linear.bias:
-            packed.bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias")).to(device=device, dtype=dtype)
-        packed.clock, packed.position = clock, (index, module_index)
-        layer.set_submodule(linear.name, packed)
-    _fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+) -> PackedLinear:
+    packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
+    packed.weight = _read_weight(f"{prefix}{linear.name}.weight", entries, device=model.device, shared=shared)
+    if packed.weight.shape != (linear.out_features, linear.in_features):
+        raise FolderError(f"{prefix}{linear.name}.weight has shape {packed.weight.shape}, not what config.json says")
+    if linear.bias:
+        bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias"))
+        packed.bias = bias.to(device=model.device, dtype=model.dtype)
+    packed.clock = model.clock
+    return packed
 
 
 def _read_weight(
@@ -185,7 +194,7 @@ def _read_weight(
     )
 
 
-def _fill_parameters(
+def fill_parameters(
     module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace every meta parameter by the folder's, frozen, in the compute dtype."""

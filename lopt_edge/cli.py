@@ -1,0 +1,315 @@
+"""The command line: a thin layer over the Python API. It parses, calls, prints; it decides nothing.
+
+The options of `finetune` are made from the fields of `Config`, so each knob is declared once. Every option is taken as
+text and judged by the config model, so that several mistakes are shown together. Exit codes: 0 done, 1 a failed run,
+2 bad input, 130 interrupted. Errors and notes go to stderr, results to stdout. Heavy modules are imported by the
+command that needs them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lopt_edge.config import Config, load_config
+from lopt_edge.errors import InputError, LoptError
+
+app = typer.Typer(
+    name="lopt-edge",
+    help="Low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
+CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
+TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest reply in tokens")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely tokens of this mass")]
+SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]
+
+
+def _config_parameters() -> list[inspect.Parameter]:
+    """One option per field of Config; None means not given."""
+    parameters = []
+    for name, field in Config.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = field.default
+        shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
+        text = (field.description or "") + shown
+        if field.annotation is bool:
+            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+        else:
+            option = Annotated[
+                str | None, typer.Option(flag, help=text, metavar=_metavar(field.annotation), show_default=False)
+            ]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    return parameters
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    """What an option's value looks like: its choices, or its type."""
+    choices = [arg for arg in (annotation, *get_args(annotation)) if get_args(arg) and isinstance(get_args(arg)[0], str)]
+    if choices:
+        return "|".join(get_args(choices[0]))
+    text = str(annotation)
+    return "LIST" if "tuple" in text else "FLOAT" if "float" in text else "INTEGER" if "int" in text else "TEXT"
+
+
+def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
+    """Train a LoRA adapter on a data file. Settings come from CONFIG.yaml and flags; flags win."""
+    config = load_config(config_file, flags)
+    if print_config:
+        out.print(config.as_yaml(), end="", markup=False)
+        return
+    from lopt_edge.progress import TerminalProgress
+    from lopt_edge.training import finetune
+
+    result = finetune(config, TerminalProgress(err))
+    if result is None:
+        err.print("dry run: nothing was trained or written")
+        return
+    _print_result(result)
+
+
+finetune_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(
+            "config_file",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation=Annotated[
+                str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)
+            ],
+        ),
+        *_config_parameters(),
+        inspect.Parameter(
+            "print_config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--print-config", help="print the resolved settings and stop")],
+        ),
+    ]
+)
+app.command("finetune")(finetune_command)
+
+
+def _print_result(result: Any) -> None:
+    table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
+    before, after = result.evaluation["before"], result.evaluation["after"]
+    for name, value in after.items():
+        table.add_row(labels[name], f"{before[name]:.4f}", f"{value:.4f}")
+    if not after:
+        table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
+    table.add_row("peak memory (whole process)", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
+    if result.peak_device_bytes != result.peak_rss_bytes:
+        table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
+    out.print(table)
+    for when, text in result.samples.items():
+        out.print(f"sample {when}: {text}", markup=False)
+    out.print(f"adapter: {result.output}", markup=False)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="model folder or hub id")],
+    target: Annotated[str, typer.Argument(help="new folder for the 4-bit form")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="recorded compute dtype (default: the model's)")] = None,
+    revision: RevisionOption = None,
+) -> None:
+    """Write a model in 4 bits (NF4, double quantisation), in the form that transformers loads."""
+    from lopt_edge.models import check_weights, find_model, quantise_model, tensor_entries
+
+    model, folder = find_model(source, revision=revision), Path(target)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"{dtype!r} is unknown", where="--dtype", fix="choose float32, bfloat16 or float16")
+    if model.facts.quantised:
+        raise InputError("is in 4 bits already", where=source, fix="use it as it is")
+    if folder.exists():
+        raise InputError("exists already", where=target, fix="choose a new folder")
+    check_weights(model, tensor_entries(model.path))
+    quantise_model(model, folder, dtype=dtype)
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    out.print(f"{folder}: {n_bytes / 2**20:.0f} MiB", markup=False)
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[str, typer.Argument(help="data file")],
+    model: ModelOption,
+    max_seq_len: Annotated[int, typer.Option("--max-seq-len", help="longest sequence in tokens")] = 2048,
+    data_format: Annotated[str | None, typer.Option("--data-format", help="form of the rows (default: detected)")] = None,
+    chat_template: TemplateOption = None,
+    revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Show the first rendered examples with the supervised tokens marked, and what is truncated or dropped."""
+    from lopt_edge.data import DATA_FORMATS, check_facts, check_report, load_dataset
+    from lopt_edge.generation import load_tokenizer
+    from lopt_edge.models import find_model
+
+    if data_format not in (None, *DATA_FORMATS):
+        raise InputError(f"{data_format!r} is unknown", where="--data-format", fix=f"choose from {', '.join(DATA_FORMATS)}")
+    if max_seq_len < 2:
+        raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
+    tokenizer = load_tokenizer(find_model(model, revision=revision).path)
+    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(check_facts(dataset), indent=2))
+    else:
+        out.print(check_report(dataset, tokenizer))
+
+
+@app.command("generate")
+def generate_command(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option("--prompt", help="the user's message")],
+    adapter: AdapterOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    cache_dir: CacheOption = None,
+    device: DeviceOption = "auto",
+    compute_dtype: DtypeOption = "auto",
+    chat_template: TemplateOption = None,
+) -> None:
+    """Complete one prompt with a model, with or without an adapter."""
+    from lopt_edge.generation import Sampling, load_speaker
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    speaker = load_speaker(model, adapter, revision=revision, cache_dir=cache_dir, device=device,
+                           compute_dtype=compute_dtype, chat_template=chat_template)  # fmt: skip
+    speaker.reply([("user", prompt)], sampling, on_text=_stream)
+    print()
+
+
+@app.command()
+def chat(
+    model: ModelOption,
+    adapter: AdapterOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.95,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    cache_dir: CacheOption = None,
+    device: DeviceOption = "auto",
+    compute_dtype: DtypeOption = "auto",
+    chat_template: TemplateOption = None,
+) -> None:
+    """Talk to a model, with or without an adapter. An empty line or Ctrl-D ends it; /new starts over."""
+    from lopt_edge.generation import Sampling, load_speaker
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    speaker = load_speaker(model, adapter, revision=revision, cache_dir=cache_dir, device=device,
+                           compute_dtype=compute_dtype, chat_template=chat_template)  # fmt: skip
+    err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
+    messages: list[tuple[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        if line == "/new":
+            messages = []
+            continue
+        messages.append(("user", line))
+        messages.append(("assistant", speaker.reply(messages, sampling, on_text=_stream)))
+        print()
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+@app.command("export")
+def export_command(
+    adapter: Annotated[str, typer.Argument(help="output folder of a finetune run")],
+    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged bfloat16 model")],
+    onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
+    cache_dir: CacheOption = None,
+) -> None:
+    """Merge an adapter into a bfloat16 model folder, and say how far that changes the logits."""
+    from lopt_edge.merging import export
+
+    result = export(adapter, merged=merged, onto=onto, cache_dir=cache_dir)
+    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in bfloat16, merged onto the {result.onto} weights",
+              markup=False)  # fmt: skip
+    out.print(f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
+              f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}")  # fmt: skip
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False) -> None:
+    """Check this machine: versions, devices, memory per tier, and a real 4-bit forward and backward."""
+    from lopt_edge.doctor import check_machine, render
+
+    report = check_machine()
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        out.print(render(report))
+    if not report.sound:
+        raise typer.Exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"lopt-edge {version('lopt-edge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """The console script: errors of ours become one message and an exit code, never a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel that we do not use
+    try:
+        app()
+    except LoptError as error:
+        err.print("[red]error:[/red]", end=" ")
+        err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
