@@ -27,12 +27,12 @@ from lopt_edge.plan.facts import packs
 from lopt_edge.run.load import Model, fill_parameters, load_model, make_skeleton
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, load_adapters
 from lopt_edge.run.losses import logits
-from quant.files import copy_small_files, is_packed, read_packed, read_tensor, tensor_bytes
-from quant.headers import INDEX_NAME, FolderError, SafetensorsWriter, TensorEntry, read_json
+from quant.files import copy_small_files, is_packed, read_packed, read_tensor
+from quant.headers import FolderError, TensorEntry, read_json
 from quant.linear import PackedLinear
 from quant.nf4 import unpack_into
+from quant.shards import write_sharded
 
-SHARD_BYTES = 4_000_000_000
 PROBE_TEXT = (
     "The committee met on Tuesday to decide how the river should be crossed. Two engineers had drawn a bridge of stone; a "
     "third, younger, wanted steel. def area(width, height): return width * height. In 1931 the price of bread doubled."
@@ -101,29 +101,8 @@ def _write_weights(model: Model, base: Path, target: Path) -> int:
     """All shards and their index; returns the bytes of the tensors."""
     entries = tensor_entries(base)
     names = [name for name in sorted(entries) if not _is_quantisation_part(name, entries)]
-    shapes = {name: _full_shape(name, entries, model) for name in names}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in names:
-        size = 2 * shapes[name].numel()
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        layout = [(name, "BF16", tuple(shapes[name])) for name in shard]
-        with SafetensorsWriter(target / file_name, layout) as writer:
-            for name, tensor in _merged_tensors(shard, entries, model):
-                writer.write(name, tensor_bytes(tensor.to(torch.bfloat16).contiguous()))
-        weight_map |= dict.fromkeys(shard, file_name)
-    n_bytes = sum(2 * shape.numel() for shape in shapes.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-        (target / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-    return n_bytes
+    layout = [(name, "BF16", _full_shape(name, entries, model)) for name in names]
+    return write_sharded(target, layout, _merged_tensors(names, entries, model))
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
@@ -140,9 +119,9 @@ def _module_of(name: str, model: Model) -> PackedLinear | None:
     return module if isinstance(module, PackedLinear) else None
 
 
-def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> torch.Size:
+def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> tuple[int, ...]:
     module = _module_of(name, model)
-    return torch.Size((module.out_features, module.in_features) if module else entries[name].shape)
+    return (module.out_features, module.in_features) if module else entries[name].shape
 
 
 def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +135,7 @@ def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Mo
         if module is not None and module.lora_a is not None and module.lora_b is not None:
             tensor = tensor.float()
             tensor += (module.lora_a.detach() @ module.lora_b.detach()).t() * module.scale
-        yield name, tensor
+        yield name, tensor.to(torch.bfloat16)
 
 
 def _write_config(source: Path, target: Path) -> None:

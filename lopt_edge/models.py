@@ -98,7 +98,7 @@ def quantise_model(
     """Write the 4-bit copy of a full-precision model to `target`; `dtype` is what it records (default: its own)."""
     import torch
 
-    from quant.files import quantise_folder
+    from quant.quantise import quantise_folder
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)

@@ -1,12 +1,12 @@
-"""4-bit model folders: read them, and make them from a full-precision folder, one tensor at a time.
+"""Tensors of model folders on disk: read in full precision or in 4 bits, and the 4-bit form that is written.
 
 The on-disk form is the one that bitsandbytes and transformers read: beside `N.weight` (uint8, (n / 2, 1)) stand
 `N.weight.absmax`, `.quant_map`, `.nested_absmax`, `.nested_quant_map` and `.quant_state.bitsandbytes__nf4` (a JSON text
 as bytes). So `AutoModelForCausalLM.from_pretrained` loads our folders, and we load published ones without requantising.
 
-Rules: while quantising, memory holds one full-precision tensor plus its packed result (sizes are known before the first
-byte, so files are written front to back); what is not packed is copied in pieces; reads are positioned reads into fresh
-memory, never a memory map, so that no file page stays in the resident set. Which tensors to pack is the caller's choice.
+Rules: a tensor is packed while no other one is in memory; what is not packed is passed on as it is; reads are positioned
+reads into fresh memory, never a memory map, so that no file page stays in the resident set. Which tensors to pack is the
+caller's choice; whole folders are written by `quantise.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.headers import SINGLE_NAME, FolderError, SafetensorsWriter, TensorEntry, read_headers, read_json
+from quant.headers import FolderError, TensorEntry
 from quant.nf4 import PackedWeight, pack
 from quant.sizes import packed_sizes
 
@@ -33,8 +33,8 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
-COPY_BYTES = 16 << 20
 NamedTensor = tuple[str, Tensor]
+Layout = list[tuple[str, str, tuple[int, ...]]]
 
 
 def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
@@ -130,7 +130,7 @@ def _read_state(entry: TensorEntry, where: str) -> dict[str, Any]:
     return dict(state)
 
 
-def packed_layout(name: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int, ...]]]:
+def packed_layout(name: str, shape: tuple[int, int]) -> Layout:
     """Names, dtypes and shapes of the tensors that a packed matrix becomes on disk, in writing order."""
     sizes = packed_sizes(shape)
     return [
@@ -181,61 +181,23 @@ def quantization_config(compute_dtype: str) -> dict[str, Any]:
     }
 
 
-def pack_tensors(
-    layout: Iterable[tuple[str, str, tuple[int, ...]]],
-    tensors: Iterable[NamedTensor],
-    path: Path,
-    *,
-    should_pack: Callable[[str], bool],
-    dtype: torch.dtype,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Write one 4-bit safetensors file from a stream of full-precision tensors that come in the layout's order."""
-    full_layout: list[tuple[str, str, tuple[int, ...]]] = []
+def four_bit_layout(layout: Layout, should_pack: Callable[[str], bool]) -> Layout:
+    """The layout of a folder after packing the chosen matrices."""
+    full: Layout = []
     for name, dtype_name, shape in layout:
-        full_layout += packed_layout(name, (shape[0], shape[1])) if should_pack(name) else [(name, dtype_name, shape)]
-    with SafetensorsWriter(path, full_layout) as writer:
-        for name, tensor in tensors:
-            if should_pack(name):
-                packed = pack(tensor, dtype=dtype)
-                del tensor
-                for part_name, part in packed_tensors(name, packed):
-                    writer.write(part_name, tensor_bytes(part.contiguous()))
-            else:
-                writer.write(name, tensor_bytes(tensor.contiguous()))
-            on_tensor(name)
+        full += packed_layout(name, (shape[0], shape[1])) if should_pack(name) else [(name, dtype_name, shape)]
+    return full
 
 
-def quantise_folder(
-    source: Path,
-    target: Path,
-    *,
-    should_pack: Callable[[str], bool],
-    dtype: torch.dtype,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Write `source` in 4-bit form to the new folder `target` (which must not exist; it appears when complete).
-
-    `dtype` is recorded as the compute dtype and in each quantisation state. Raises FolderError for a broken source.
-    """
-    entries = read_headers(source)
-    config = read_json(source / "config.json")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        ordered = sorted(entries.values(), key=lambda entry: (entry.path.name, entry.start))
-        layout = [(entry.name, entry.dtype, entry.shape) for entry in ordered]
-        stream = ((entry.name, read_tensor(entry)) for entry in ordered)
-        pack_tensors(layout, stream, partial / SINGLE_NAME, should_pack=should_pack, dtype=dtype, on_tensor=on_tensor)
-        dtype_name = str(dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
-        config |= {"dtype": dtype_name, "quantization_config": quantization_config(dtype_name)}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_small_files(source, partial)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def four_bit_tensors(
+    tensors: Iterable[NamedTensor], should_pack: Callable[[str], bool], *, dtype: torch.dtype
+) -> Iterator[NamedTensor]:
+    """The tensors of `four_bit_layout` from full-precision ones, packed one by one; `dtype` is what is recorded."""
+    for name, tensor in tensors:
+        if should_pack(name):
+            yield from packed_tensors(name, pack(tensor, dtype=dtype))
+        else:
+            yield name, tensor
 
 
 def copy_small_files(source: Path, target: Path) -> None:

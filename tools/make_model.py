@@ -9,7 +9,7 @@ embedding (2.1 GB), not of a shard. A tensor depends on the seed and its name al
 the first layers of the full one. A shard gets its final name after the last byte of the last shard.
 
 What it does not do: it does not train, and what the model says is noise. Weights are normal with std 0.02, biases too,
-norm weights are 1.
+norm weights are 1. With --quantized each matrix is packed as it is drawn, so the full-precision model exists nowhere.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from lopt_edge.plan.facts import packs
+from quant.files import four_bit_layout, four_bit_tensors, quantization_config
+from quant.shards import write_sharded
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-llama"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3}  # of that tokenizer
 STD = 0.02
-HEADER_ROOM = 1 << 18  # bytes kept free for a shard's header, filled up with spaces; about 2,000 tensors
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -133,64 +134,11 @@ def tensors(shape: Shape, layers: int, seed: int) -> Iterator[tuple[str, torch.T
         yield name, torch.empty(size, dtype=torch.bfloat16).normal_(0.0, STD, generator=generator)
 
 
-class Shard:
-    """One safetensors file while it grows: room for the header, then tensor after tensor, then the header.
-
-    The format: 8 bytes of header length (little endian), a JSON header that trailing spaces may fill up, the data.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, dict[str, object]] = {}
-        self.size = 0  # bytes of data
-        self.header_size = 0  # bytes of JSON, an upper bound
-        self.file: BinaryIO = path.open("wb")
-        self.file.seek(8 + HEADER_ROOM)
-
-    def has_room(self, tensor: torch.Tensor, shard_size: int) -> bool:
-        return not self.entries or (self.size + tensor.nbytes <= shard_size and self.header_size < HEADER_ROOM - 1024)
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        offsets = [self.size, self.size + tensor.nbytes]
-        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        self.entries[name] = entry
-        self.size += tensor.nbytes
-        self.header_size += len(json.dumps({name: entry}))
-
-    def close(self) -> None:
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}).encode()
-        assert len(header) <= HEADER_ROOM, "has_room left too little for the header"
-        self.file.seek(0)
-        self.file.write(HEADER_ROOM.to_bytes(8, "little") + header.ljust(HEADER_ROOM))
-        self.file.close()
-
-
-def write_shards(named: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_size: int) -> int:
-    """Writes the tensors as they come; returns their bytes. More than one shard gets an index."""
-    shards: list[Shard] = []
-    for name, tensor in named:
-        if not shards or not shards[-1].has_room(tensor, shard_size):
-            if shards:
-                shards[-1].close()
-            shards.append(Shard(folder / f"model-{len(shards) + 1:05d}.safetensors.part"))
-        shards[-1].add(name, tensor)
-    shards[-1].close()
-    total, weight_map = sum(shard.size for shard in shards), {}
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        final = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard.path.replace(folder / final)
-        weight_map |= dict.fromkeys(shard.entries, final)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
-
-
-def write_small_files(shape: Shape, layers: int, folder: Path) -> None:
+def write_small_files(shape: Shape, layers: int, folder: Path, *, quantized: bool) -> None:
     """config.json and the tokenizer."""
-    config(shape, layers).save_pretrained(folder)
+    values = config(shape, layers).to_diff_dict()
+    values |= {"quantization_config": quantization_config("bfloat16")} if quantized else {}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (TOKENIZER / name).exists():
             shutil.copy(TOKENIZER / name, folder / name)
@@ -212,6 +160,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the first N layers only (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=parse_size, default="2GB", help="most bytes of one file (default: 2GB)")
+    parser.add_argument("--quantized", action="store_true", help="write it in 4 bits (bitsandbytes NF4) right away")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     layers = shape.layers if options.layers is None else options.layers
@@ -220,8 +169,12 @@ def main() -> None:
     if any(options.output.glob("*.safetensors")):
         sys.exit(f"{options.output} already holds a model; delete it or name another folder")
     options.output.mkdir(parents=True, exist_ok=True)
-    write_small_files(shape, layers, options.output)
-    total = write_shards(tensors(shape, layers, options.seed), options.output, options.shard_size)
+    write_small_files(shape, layers, options.output, quantized=options.quantized)
+    stored = [(name, "BF16", size) for name, size in layout(shape, layers)]
+    stream = tensors(shape, layers, options.seed)
+    if options.quantized:
+        stored, stream = four_bit_layout(stored, packs), four_bit_tensors(stream, packs, dtype=torch.bfloat16)
+    total = write_sharded(options.output, stored, stream, shard_bytes=options.shard_size)
     print(f"{options.output}: {options.shape}, {layers} layers, {total / 1e9:.2f} GB")
 
 
