@@ -195,9 +195,12 @@ def four_bit_tensors(
     """The tensors of `four_bit_layout` from full-precision ones, packed one by one; `dtype` is what is recorded."""
     for name, tensor in tensors:
         if should_pack(name):
-            yield from packed_tensors(name, pack(tensor, dtype=dtype))
+            packed = pack(tensor, dtype=dtype)
+            del tensor  # or it would live on while the next one is read
+            yield from packed_tensors(name, packed)
         else:
             yield name, tensor
+            del tensor
 
 
 def copy_small_files(source: Path, target: Path) -> None:

@@ -16,9 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant.sizes import BLOCK_ELEMENTS
+from quant.sizes import BLOCK_ELEMENTS, NESTED_BLOCK_ELEMENTS
 
 CHUNK_BYTES = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
+PACK_ELEMENTS = 1 << 18  # elements packed at a time: bitsandbytes' temporaries take up to 14 bytes an element
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,28 @@ class PackedWeight:
 
 def pack(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedWeight:
     """Quantise a matrix (out, in) of any float dtype; `dtype` is what to record (default: the matrix's own)."""
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
-    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK_ELEMENTS, compress_statistics=True,
-                                 quant_type="nf4")  # fmt: skip
+    flat = weight.contiguous().view(-1)
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK_ELEMENTS), dtype=torch.float32, device=weight.device)
+    for start in range(0, flat.numel(), PACK_ELEMENTS):
+        part = flat[start : start + PACK_ELEMENTS]
+        part_codes, state = quantize_4bit(part, blocksize=BLOCK_ELEMENTS, compress_statistics=False, quant_type="nf4")
+        codes[start // 2 :][: part_codes.numel()] = part_codes.view(-1)
+        absmax[start // BLOCK_ELEMENTS :][: state.absmax.numel()] = state.absmax
+    offset = absmax.mean()
+    nested_codes, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_ELEMENTS)
     return PackedWeight(
-        codes=codes.reshape(-1),
-        absmax=state.absmax,
+        codes=codes,
+        absmax=nested_codes,
         code_map=state.code,
         shape=(weight.shape[0], weight.shape[1]),
         dtype=dtype or weight.dtype,
-        nested_absmax=state.state2.absmax,
-        nested_map=state.state2.code,
-        offset=state.offset,
-        nested_block_elements=state.state2.blocksize,
+        nested_absmax=nested.absmax,
+        nested_map=nested.code,
+        offset=offset,
+        nested_block_elements=nested.blocksize,
     )
 
 
@@ -117,9 +126,10 @@ def _pair_table(code_map: tuple[float, ...]) -> Tensor:
 
 
 def _unpack_odd(weight: PackedWeight, scales: Tensor, out: Tensor) -> Tensor:
-    """Shapes whose last block is not whole: bitsandbytes' own kernel, at the price of one fresh result."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    """Sizes whose last block is not whole (no real model has them), plainly: each code times its block's scale.
 
-    state = QuantState(absmax=scales, shape=torch.Size(weight.shape), code=weight.code_map, dtype=out.dtype,
-                       blocksize=weight.block_elements, quant_type=weight.quant_type)  # fmt: skip
-    return out.copy_(dequantize_4bit(weight.codes.view(-1, 1), state))
+    Not bitsandbytes' kernel: 0.50.2 restarts the blocks at each row, and compiles with torch.compile for odd row lengths.
+    """
+    halves = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1).view(-1)[: out.numel()]
+    values = weight.code_map[halves.int()].mul_(scales.repeat_interleave(weight.block_elements)[: out.numel()])
+    return out.copy_(values.view(out.shape))

@@ -40,6 +40,7 @@ def write_sharded(
             for _ in shard:
                 name, tensor = next(stream)
                 writer.write(name, tensor_bytes(tensor.contiguous()))
+                del tensor  # or it would live on while the next one is made
                 weight_map[name] = file_name
                 on_tensor(name)
     total = sum(_n_bytes(dtype, shape) for _, dtype, shape in layout)

@@ -1,0 +1,198 @@
+"""The command line as a user meets it: wrong inputs give one message, exit code 2, and leave nothing behind.
+
+Commands run in this process through the console script's `main`; the real models are tiny.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lopt_edge import cli
+from lopt_edge.config import Config
+from tests.models import make_folder
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny-llama"
+ROW = {"messages": [{"role": "user", "content": "f(x)"}, {"role": "assistant", "content": "Return x."}]}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lopt-edge", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text((json.dumps(ROW) + "\n") * 6)
+    return path
+
+
+def finetune_words(data: Path, output: Path, *more: object) -> list[object]:
+    return ["finetune", "--model", TINY, "--data", data, "--output", output, "--cache-dir", output.parent / "cache",
+            "--max-seq-len", 64, "--max-steps", 1, "--grad-accum", 2, *more]  # fmt: skip
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("lopt-edge ")
+
+
+def test_three_mistakes_are_reported_together(run, tmp_path, data):
+    config = tmp_path / "bad.yaml"
+    config.write_text(f"model: {TINY}\ndata: {data}\noutput: {tmp_path / 'out'}\nlr: fast\nmax-seq-len: 0\nlora_rank: 8\n")
+    code, _, err = run("finetune", config)
+    assert code == 2
+    assert "bad.yaml:4: lr" in err
+    assert "bad.yaml:5: max_seq_len" in err
+    assert "bad.yaml:6: lora_rank" in err
+    assert "lora_r" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags(run, tmp_path, data):
+    code, _, err = run(*finetune_words(data, tmp_path / "out", "--lr", "x", "--seed", "-1", "--method", "magic"))
+    assert code == 2
+    assert all(flag in err for flag in ("--lr", "--seed", "--method"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max-seq-len", 0], "--max-seq-len"),
+        (["--boundary-layers", "4,9"], "boundary"),
+        (["--boundary-layers", "5,4"], "boundary"),
+        (["--num-segments", 9], "8 layers"),
+        (["--lora-targets", "q_proj,w_proj"], "w_proj"),
+        (["--max-seq-len", 5000], "2048 positions"),
+        (["--data-format", "alpaca"], "data.jsonl"),
+        (["--eval-data", "missing.jsonl"], "missing.jsonl"),
+        (["--device", "cuda"], "device"),
+        (["--compute-dtype", "float16"], "compute_dtype"),
+        (["--init-adapter", "nowhere"], "nowhere"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+    ],
+)
+def test_refused_before_anything_is_written(run, tmp_path, data, flags, expected):
+    if flags == ["--device", "cuda"]:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    code, _, err = run(*finetune_words(data, tmp_path / "out", *flags))
+    assert code == 2, err
+    assert expected in err
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_broken_data_names_the_line(run, tmp_path):
+    data = tmp_path / "broken.jsonl"
+    data.write_text(json.dumps(ROW) + "\n{'messages': 1}\n" + json.dumps({"messages": "hello"}) + "\n")
+    code, _, err = run(*finetune_words(data, tmp_path / "out"))
+    assert code == 2
+    assert "broken.jsonl:2" in err
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_data(run, tmp_path, content):
+    data = tmp_path / "empty.jsonl"
+    data.write_text(content)
+    code, _, err = run(*finetune_words(data, tmp_path / "out"))
+    assert code == 2
+    assert "empty.jsonl" in err
+
+
+def test_model_folder_faults(run, tmp_path, data):
+    words = ["finetune", "--data", data, "--output", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--model"]
+    assert run(*words, tmp_path / "nowhere")[0] == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, _, err = run(*words, empty)
+    assert code == 2
+    assert "config.json" in err
+    broken = make_folder(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    code, _, err = run(*words, broken)
+    assert code == 2
+    assert "truncated" in err
+    weights.unlink()
+    code, _, err = run(*words, broken)
+    assert code == 2
+    assert "no weights" in err
+    (broken / "pytorch_model.bin").write_bytes(b"x")
+    code, _, err = run(*words, broken)
+    assert code == 2
+    assert "pickle" in err
+
+
+def test_whole_tour(run, tmp_path, data):
+    """finetune, a second finetune into the same folder, generate, export, and a model trained from the adapter."""
+    output = tmp_path / "out"
+    code, out, err = run(*finetune_words(data, output, "--lr", "1e-3"))
+    assert code == 0, err
+    assert "adapter:" in out
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    code, _, err = run(*finetune_words(data, output))
+    assert code == 2
+    assert "another run" in err
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    cache = ["--cache-dir", tmp_path / "cache"]
+    code, out, _ = run("generate", "--model", TINY, "--adapter", output, "--prompt", "f(x)", "--max-new-tokens", 3, *cache)
+    assert code == 0
+    assert run("generate", "--model", TINY, "--adapter", tmp_path / "no", "--prompt", "f(x)", *cache)[0] == 2
+    code, out, _ = run("export", output, "--merged", tmp_path / "merged", "--onto", "dequantized", *cache)
+    assert code == 0
+    assert "mean KL" in out
+    assert run("export", output, "--merged", tmp_path / "merged", *cache)[0] == 2
+    code, _, err = run(*finetune_words(data, tmp_path / "second", "--init-adapter", output))
+    assert code == 0, err
+    code, _, err = run(*finetune_words(data, tmp_path / "third", "--init-adapter", output, "--lora-r", 8))
+    assert code == 2
+    assert "lora_r" in err
+
+
+def test_dry_run_and_print_config(run, tmp_path, data):
+    code, _, err = run(*finetune_words(data, tmp_path / "out", "--dry-run"))
+    assert code == 0
+    assert "plan" in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(*finetune_words(data, tmp_path / "out", "--boundary-layers", "3,6", "--print-config"))
+    assert code == 0
+    printed = Config(**yaml.safe_load(out))
+    assert printed.boundary_layers == (3, 6)
+    assert printed.as_yaml() == out
+
+
+def test_quantize_and_data_check(run, tmp_path, data):
+    code, out, _ = run("quantize", TINY, tmp_path / "four")
+    assert code == 0
+    assert (tmp_path / "four" / "model.safetensors").exists()
+    assert run("quantize", TINY, tmp_path / "four")[0] == 2
+    assert run("quantize", tmp_path / "four", tmp_path / "five")[0] == 2
+    code, out, _ = run("data", "check", data, "--model", TINY)
+    assert code == 0
+    assert "Return x." in out
+    code, out, _ = run("data", "check", data, "--model", TINY, "--json")
+    assert code == 0
+    json.loads(out)
+
+
+def test_no_effect_is_said(run, tmp_path, data):
+    code, _, err = run(*finetune_words(data, tmp_path / "out", "--dry-run", "--method", "e2e", "--lr-local", "1e-4"))
+    assert code == 0
+    assert "lr_local has no effect" in err

@@ -1,0 +1,401 @@
+"""Measures lopt-edge beside transformers + peft + bitsandbytes QLoRA, and appends what it saw to a CSV.
+
+    python tools/make_model.py --shape qwen2.5-0.5b --output /tmp/model
+    python tools/bench_peers.py --model /tmp/model --seq-len 512 --steps 5 --repeats 3
+
+The rule: every number comes from a process of its own that runs alone, so that a peak is one method's and nothing is warm
+from another's. A process is this script again (`--child METHOD --result FILE`). All of them see the same random token ids
+(a function of the step alone, every token supervised), one sequence a step, the same LoRA shape on all linear layers,
+the same learning rate, fused AdamW, clipping at 1.0, fp32 adapters. B starts at zero, so the first losses must agree.
+
+Ours runs the package's own code on its 4-bit copy, which is made once, in a process whose row is called `quantise`.
+The baseline is what a careful user writes: NF4 with double quantisation from the full-precision folder, the compute
+dtype said explicitly, SDPA, gradient checkpointing without re-entry, no cache. In bfloat16 it runs under autocast, as
+transformers' Trainer does (else peft would multiply its adapters in fp32).
+
+Columns: `step_seconds` is the median without the first step (on CUDA the device is waited for); `import_seconds` count
+from the process' start to the beginning of loading; `load_` columns end before the first step; peaks hold for the whole
+life of the process, device bytes are what torch reserved on CUDA and the resident set on a CPU. The `_ratio` columns
+divide by the baseline of the same repeat. Seconds are only worth something on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+OURS = ("e2e", "lopt", "frozen")
+METHODS = (*OURS, "peers")
+PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+CLIP = 1.0
+N_LOSSES = 5  # losses kept of the first steps
+SEED = 1234
+COLUMNS = (
+    "date", "hardware", "threads", "versions", "commit", "model", "shape", "method", "repeat", "device", "dtype", "lora_r",
+    "seq_len", "steps", "step_seconds", "first_step_seconds", "tokens_per_second", "peak_rss_bytes", "peak_device_bytes",
+    "import_seconds", "load_seconds", "load_peak_rss_bytes", "load_peak_device_bytes", "losses", "step_ratio", "rss_ratio",
+    "device_ratio", "error",
+)  # fmt: skip
+Row = dict[str, Any]
+Step = Callable[[int, list[int]], float]  # (step number from 1, token ids) -> loss
+
+
+# --- one process: load, step, measure ---------------------------------------------------------------------------------
+
+
+def run_child(options: argparse.Namespace) -> Row:
+    """Load one method, run its steps, and return what this process took."""
+    import torch
+
+    from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
+
+    torch.set_num_threads(options.threads)
+    device, clock = torch.device(options.device), PhaseClock()
+    if device.type == "cuda" and options.memory_fraction:
+        torch.cuda.set_per_process_memory_fraction(options.memory_fraction)
+    if options.child == "quantise":
+        return run_quantise(options, clock)
+    step = (load_peers if options.child == "peers" else load_ours)(options, clock)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    measured = {
+        **loading(clock),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "load_peak_device_bytes": peak_device_bytes(device),
+    }
+    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    seconds, losses = [], []
+    for number in range(1, options.steps + 1):
+        ids = token_ids(number, seq_len=options.seq_len, vocabulary=vocabulary)
+        started = time.perf_counter()
+        losses.append(step(number, ids))
+        wait()
+        seconds.append(time.perf_counter() - started)
+    peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
+    return {**measured, **peaks, "seconds": seconds, "losses": losses}
+
+
+def loading(clock: Any) -> Row:
+    """What the time up to now took, once the model is loaded."""
+    from lopt_edge.run.meter import peak_rss_bytes
+
+    alive, load_seconds = time.time() - psutil.Process().create_time(), clock.seconds["load"]
+    return {"import_seconds": alive - load_seconds, "load_seconds": load_seconds, "load_peak_rss_bytes": peak_rss_bytes()}
+
+
+def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
+    """Make our 4-bit copy in the cache; its seconds count as loading. Empty if it is there already."""
+    import bitsandbytes  # noqa: F401  the import is not part of quantising
+
+    from lopt_edge.models import find_model, four_bit_folder
+
+    with clock.phase("load"):
+        _, was_there = four_bit_folder(find_model(str(options.model)), cache_dir=str(options.cache_dir))
+    measured = loading(clock)
+    return {} if was_there else {**measured, "peak_rss_bytes": measured["load_peak_rss_bytes"]}
+
+
+def token_ids(step: int, *, seq_len: int, vocabulary: int) -> list[int]:
+    """The ids of a step: the same for every method."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED + step)
+    return torch.randint(vocabulary, (seq_len,), generator=generator).tolist()
+
+
+def load_ours(options: argparse.Namespace, clock: Any) -> Step:
+    """Our model and executor, built as `finetune` builds them; the config's files are never read or written."""
+    import bitsandbytes  # noqa: F401  imported here so that loading is not charged with it
+    import transformers  # noqa: F401
+
+    from lopt_edge.config import Config
+    from lopt_edge.data import IGNORED, MicroBatch
+    from lopt_edge.models import find_model, four_bit_folder
+    from lopt_edge.plan.segments import make_segments
+    from lopt_edge.preparation import Inputs, build_executor
+    from lopt_edge.run.batches import make_batch
+    from lopt_edge.run.device import choose_device, choose_dtype
+    from lopt_edge.run.load import load_model
+    from lopt_edge.run.lora import target_modules
+
+    config = Config(model=str(options.model), data="(random ids)", output="(none)", method=options.child, grad_accum=1,
+                    max_seq_len=options.seq_len, lr=options.lr, clip=CLIP, lora_r=options.lora_r,
+                    lora_alpha=2 * options.lora_r, device=options.device, compute_dtype=options.dtype)  # fmt: skip
+    with clock.phase("load"):
+        source = find_model(config.model)
+        folder, _ = four_bit_folder(source, cache_dir=str(options.cache_dir))
+        device, _ = choose_device(config.device)
+        dtype, _ = choose_dtype(config.compute_dtype, device)
+        segments = make_segments(config.method, n_layers=source.facts.n_layers, num_segments=config.num_segments)
+        unread: Any = None  # there is no tokenizer and no data set: the batches are made below
+        inputs = Inputs(
+            config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
+            segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
+            reasons=(),
+        )  # fmt: skip
+        model = load_model(folder, source.facts, device=device, dtype=dtype)
+        executor, _ = build_executor(inputs, model)
+    plan = inputs.plan(1)
+    rates = {segment.index: options.lr for segment in segments if segment.loss != "none"}
+
+    def step(number: int, ids: list[int]) -> float:
+        batch = make_batch(MicroBatch([ids], [[*ids[1:], IGNORED]], (len(ids),)), device)
+        return executor.run(plan, [batch], step=number, learning_rates=rates).loss
+
+    return step
+
+
+def load_peers(options: argparse.Namespace, clock: Any) -> Step:
+    """QLoRA as its users write it, without lopt-edge."""
+    import accelerate  # noqa: F401
+    import bitsandbytes  # noqa: F401
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype)  # fmt: skip
+    quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config")  # then it wins
+    lora = LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, lora_dropout=0.0, bias="none",
+                      target_modules="all-linear", task_type="CAUSAL_LM")  # fmt: skip
+    with clock.phase("load"):
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=dtype, attn_implementation="sdpa", device_map={"": device},
+            **({} if quantised else {"quantization_config": four_bit}),
+        )  # fmt: skip
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model = get_peft_model(model, lora)  # adapters are fp32
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, fused=True)
+
+    def step(number: int, ids: list[int]) -> float:
+        ids_BT = torch.tensor([ids], device=device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+# --- the parent: one process after the other, rows, table -------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace, arguments: list[str], *, method: str, folder: Path) -> Row:
+    """Run one child and return what it measured, or an `error`."""
+    result, started = folder / "result.json", time.perf_counter()
+    result.unlink(missing_ok=True)
+    command = [sys.executable, __file__, *arguments, "--child", method, "--result", str(result)]
+    command += ["--cache-dir", str(options.cache_dir), "--threads", str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1",
+                   "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    print(f"{method}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    if done.returncode == 0:
+        return json.loads(result.read_text())
+    print(done.stderr[-4000:], file=sys.stderr)
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return {"error": f"exit code {done.returncode}: {lines[-1][:300] if lines else 'no message'}"}
+
+
+def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Row, folder: Path) -> list[Row]:
+    """Every method once, with its ratios to the baseline."""
+    rows = []
+    for method in options.methods:
+        rows.append(as_row(measure(options, arguments, method=method, folder=folder), {**common, "method": method}))
+    baseline = next((row for row in rows if row["method"] == "peers" and not row.get("error")), None)
+    pairs = (("step_ratio", "step_seconds"), ("rss_ratio", "peak_rss_bytes"), ("device_ratio", "peak_device_bytes"))
+    for row in rows:
+        if baseline and not row.get("error"):
+            row |= {ratio: round(row[column] / baseline[column], 4) for ratio, column in pairs}
+    return rows
+
+
+def as_row(measured: Row, common: Row) -> Row:
+    seconds, losses = measured.pop("seconds", []), measured.pop("losses", [])
+    gpu = measured.pop("gpu", None)
+    row = {**common, **measured, "hardware": f"{gpu}; {common['hardware']}" if gpu else common["hardware"]}
+    if seconds:
+        typical = median(seconds[1:])
+        row |= {"step_seconds": typical, "first_step_seconds": seconds[0], "tokens_per_second": common["seq_len"] / typical}
+        row["losses"] = " ".join(f"{loss:.6f}" for loss in losses[:N_LOSSES])
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def common_columns(options: argparse.Namespace) -> Row:
+    """What all rows of this call share."""
+    from lopt_edge.doctor import cpu_device
+    from lopt_edge.models import find_model
+
+    facts, cpu = find_model(str(options.model)).facts, cpu_device()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": f"{cpu.model}, {cpu.cores} cores, {' '.join(cpu.features)}",
+        "threads": options.threads,
+        "versions": ", ".join([f"python {sys.version.split()[0]}", *versions()]),
+        "commit": commit(),
+        "model": options.model.resolve().name,
+        "shape": f"{facts.model_type} {facts.n_layers} x {facts.hidden_size}/{facts.intermediate_size}, "
+        f"vocabulary {facts.vocab_size}",
+        "device": options.device,
+        "dtype": options.dtype,
+        "lora_r": options.lora_r,
+        "seq_len": options.seq_len,
+        "steps": options.steps,
+    }
+
+
+def versions() -> Iterator[str]:
+    for package in PACKAGES:
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            yield f"{package} missing"
+
+
+def commit() -> str:
+    """The working tree's commit, with a + when it was changed; empty where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def check_dtype(options: argparse.Namespace) -> None:
+    """The baseline computes in the dtype that a 4-bit folder records, whatever it is asked for."""
+    quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config") or {}
+    recorded = str(quantised.get("bnb_4bit_compute_dtype", options.dtype)).removeprefix("torch.")
+    if "peers" in options.methods and recorded != options.dtype:
+        sys.exit(f"{options.model} is in 4 bits already and makes the baseline compute in {recorded}: run with --dtype "
+                 f"{recorded}, or give the full-precision folder")  # fmt: skip
+
+
+def check_csv(path: Path) -> None:
+    """A file with other columns is never appended to."""
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8") as file:
+            if tuple(next(csv.reader(file))) != COLUMNS:
+                sys.exit(f"{path} has other columns than this version writes: move it away, or name another with --csv")
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(rows: list[Row]) -> None:
+    """One line per method: medians over the repeats."""
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("method", "step s", "ratio", "tokens/s", "peak RSS MiB", "ratio", "device MiB", "ratio", "load s", "load RSS MiB",
+             "first loss")  # fmt: skip
+    table = Table(*heads, box=None)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method and not row.get("error")]
+        if not mine:
+            table.add_row(method, "failed")
+            continue
+        columns = (("step_seconds", 1), ("step_ratio", 1), ("tokens_per_second", 1), ("peak_rss_bytes", 1 << 20),
+                   ("rss_ratio", 1), ("peak_device_bytes", 1 << 20), ("device_ratio", 1), ("load_seconds", 1),
+                   ("load_peak_rss_bytes", 1 << 20))  # fmt: skip
+        values = [[row[column] / unit for row in mine if column in row] for column, unit in columns]
+        texts = [f"{median(found):.2f}" if found else "" for found in values]
+        table.add_row(method, *texts, mine[0].get("losses", "").split(" ")[0])
+    Console(width=140).print(table)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path, help="a full-precision model folder, e.g. of make_model.py")
+    parser.add_argument("--seq-len", required=True, type=int, help="tokens of the one sequence of a step")
+    parser.add_argument(
+        "--steps", required=True, type=int, help="optimizer steps a process; the first is not in the median"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, in which order (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="run all methods this often, in turn")
+    parser.add_argument("--lora-r", type=int, default=16, help="LoRA rank (default: %(default)s); alpha is twice that")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads a process (default: %(default)s)")
+    parser.add_argument("--memory-fraction", type=float, help="share of the GPU's memory that a process may take")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "peers.csv", help="appended to")
+    parser.add_argument("--cache-dir", type=Path, help="where our 4-bit copy lies (default: made anew, then deleted)")
+    parser.add_argument("--child", choices=("quantise", *METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.methods = [method for method in options.methods.split(",") if method]
+    unknown = sorted(set(options.methods) - set(METHODS))
+    if unknown or not options.methods:
+        parser.error(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown) or 'nothing'}")
+    for name, least in (("seq_len", 2), ("steps", 2), ("repeats", 1), ("lora_r", 1), ("threads", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    return options
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_parent(options: argparse.Namespace, arguments: list[str]) -> list[Row]:
+    """All processes in turn; a repeat's rows are appended as soon as it is done."""
+    common, rows = common_columns(options), []
+    check_dtype(options)
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
+        options.cache_dir = options.cache_dir or Path(scratch) / "cache"
+        if set(options.methods) & set(OURS):
+            measured = measure(options, arguments, method="quantise", folder=Path(scratch))
+            if measured:
+                rows.append(as_row(measured, {**common, "method": "quantise"}))
+                append(options.csv, rows)
+        for repeat in range(1, options.repeats + 1):
+            new = rows_of_repeat(options, arguments, {**common, "repeat": repeat}, Path(scratch))
+            append(options.csv, new)
+            rows += new
+    return rows
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options = parse(arguments)
+    if options.child:
+        options.result.write_text(json.dumps(run_child(options)))
+        return
+    check_csv(options.csv)
+    rows = run_parent(options, arguments)
+    show(rows)
+    print(f"{len(rows)} rows appended to {options.csv}")
+    if any(row.get("error") for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
