@@ -72,7 +72,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise FolderError(f"{path}: its header is not a JSON object")
     items = ((name, value) for name, value in header.items() if name != "__metadata__")
-    return {name: _entry(name, value, path, 8 + header_bytes, file_bytes) for name, value in items}
+    entries = {name: _entry(name, value, path, 8 + header_bytes, file_bytes) for name, value in items}
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.n_bytes)):
+        if entry.start < end:  # else a small file could stand for any amount of tensors
+            raise FolderError(f"{path}: the bytes of tensor {entry.name!r} overlap those of another")
+        end = entry.start + entry.n_bytes
+    return entries
 
 
 def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) -> TensorEntry:
@@ -82,7 +88,7 @@ def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) 
         integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         raise FolderError(f"{path}: tensor {name!r} has a malformed header entry") from None
-    if not integers or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if not integers or not isinstance(dtype, str) or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise FolderError(f"{path}: tensor {name!r} has an inconsistent dtype, shape or byte range")
     if data_start + end > file_bytes:
         raise FolderError(f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}")
@@ -104,7 +110,7 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
         raise FolderError(_no_weights(folder))
     entries: dict[str, TensorEntry] = {}
     for name in names:
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):
             raise FolderError(f"{folder / name}: the shard is named in {INDEX_NAME} but missing")
         entries.update(read_header(folder / name))
     missing = sorted(set(weight_map) - set(entries))
@@ -163,13 +169,14 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None:
-            if self.n_written != len(self.expected):
-                raise ValueError(f"{self.path}: {self.n_written} of {len(self.expected)} tensors written")
+        complete = kind is None and self.n_written == len(self.expected)
+        if complete:
             self.file.flush()
             os.fsync(self.file.fileno())
         self.file.close()
-        if kind is None:
+        if complete:
             os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+            return
+        self.partial.unlink(missing_ok=True)
+        if kind is None:
+            raise ValueError(f"{self.path}: {self.n_written} of {len(self.expected)} tensors written")

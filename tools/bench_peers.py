@@ -16,7 +16,8 @@ transformers' Trainer does (else peft would multiply its adapters in fp32).
 Columns: `step_seconds` is the median without the first step (on CUDA the device is waited for); `import_seconds` count
 from the process' start to the beginning of loading; `load_` columns end before the first step; peaks hold for the whole
 life of the process, device bytes are what torch reserved on CUDA and the resident set on a CPU. The `_ratio` columns
-divide by the baseline of the same repeat. Seconds are only worth something on a machine that does nothing else.
+divide by the baseline of the same repeat. Neither side loads a tokenizer or data. Seconds are only worth something on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,8 @@ from statistics import median
 from typing import Any
 
 import psutil
+
+from lopt_edge.errors import LoptError
 
 OURS = ("e2e", "lopt", "frozen")
 METHODS = (*OURS, "peers")
@@ -215,8 +219,8 @@ def measure(options: argparse.Namespace, arguments: list[str], *, method: str, f
     if done.returncode == 0:
         return json.loads(result.read_text())
     print(done.stderr[-4000:], file=sys.stderr)
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return {"error": f"exit code {done.returncode}: {lines[-1][:300] if lines else 'no message'}"}
+    named = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return {"error": f"exit code {done.returncode}: {named[-1][:300] if named else 'no message'}"}
 
 
 def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Row, folder: Path) -> list[Row]:
@@ -314,8 +318,8 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    heads = ("method", "step s", "ratio", "tokens/s", "peak RSS MiB", "ratio", "device MiB", "ratio", "load s", "load RSS MiB",
-             "first loss")  # fmt: skip
+    heads = ("method", "step s", "/peers", "tokens/s", "peak RSS MiB", "/peers", "device MiB", "/peers", "load s",
+             "load RSS MiB", "first loss")  # fmt: skip
     table = Table(*heads, box=None)
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method and not row.get("error")]
@@ -335,9 +339,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="a full-precision model folder, e.g. of make_model.py")
     parser.add_argument("--seq-len", required=True, type=int, help="tokens of the one sequence of a step")
-    parser.add_argument(
-        "--steps", required=True, type=int, help="optimizer steps a process; the first is not in the median"
-    )
+    parser.add_argument("--steps", required=True, type=int, help="steps of a process; the first is not in the median")
     parser.add_argument("--methods", default=",".join(METHODS), help="which, in which order (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="run all methods this often, in turn")
     parser.add_argument("--lora-r", type=int, default=16, help="LoRA rank (default: %(default)s); alpha is twice that")
@@ -367,8 +369,9 @@ def usable_cores() -> int:
 
 def run_parent(options: argparse.Namespace, arguments: list[str]) -> list[Row]:
     """All processes in turn; a repeat's rows are appended as soon as it is done."""
-    common, rows = common_columns(options), []
+    common = common_columns(options)
     check_dtype(options)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
         options.cache_dir = options.cache_dir or Path(scratch) / "cache"
         if set(options.methods) & set(OURS):
@@ -376,6 +379,8 @@ def run_parent(options: argparse.Namespace, arguments: list[str]) -> list[Row]:
             if measured:
                 rows.append(as_row(measured, {**common, "method": "quantise"}))
                 append(options.csv, rows)
+            if measured.get("error"):
+                options.methods = [method for method in options.methods if method not in OURS]
         for repeat in range(1, options.repeats + 1):
             new = rows_of_repeat(options, arguments, {**common, "repeat": repeat}, Path(scratch))
             append(options.csv, new)
@@ -390,7 +395,10 @@ def main() -> None:
         options.result.write_text(json.dumps(run_child(options)))
         return
     check_csv(options.csv)
-    rows = run_parent(options, arguments)
+    try:
+        rows = run_parent(options, arguments)
+    except LoptError as error:
+        sys.exit(str(error))
     show(rows)
     print(f"{len(rows)} rows appended to {options.csv}")
     if any(row.get("error") for row in rows):

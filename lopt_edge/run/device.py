@@ -37,7 +37,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU has bfloat16 matrix units"
-        return torch.float16, "the GPU has no bfloat16 matrix units"
+        return torch.float16, "the GPU has no bfloat16 matrix units; gradients are scaled"
     if torch.cpu.get_capabilities().get("amx_bf16"):
         return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
     return torch.float32, "the steadiest in memory on a CPU without AMX"

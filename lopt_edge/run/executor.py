@@ -5,6 +5,9 @@ Gradients flow by hand between layers: each layer's graph begins at a detached i
 first layer of a segment, whose input needs no gradient, computes none. An exception inside an op is re-raised with the
 plan around it.
 
+In float16 gradients are computed times a loss scale (a power of two, so it changes no bit of what does not under- or
+overflow). If one overflows, the same step is run again with a quarter of the scale; no step is lost to it.
+
 State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
 
@@ -21,7 +24,9 @@ from lopt_edge.plan.ops import Keep, Kind, Op, Plan
 from lopt_edge.run.batches import Batch, Totals, window_totals
 from lopt_edge.run.load import Frame, Model
 from lopt_edge.run.losses import TOKEN_TILE, ReconstructHead, task_loss
-from lopt_edge.run.optim import SegmentOptimizer
+from lopt_edge.run.optim import NotFinite, SegmentOptimizer
+
+FLOAT16_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class Executor:
         heads: Mapping[int, ReconstructHead],
         optimizer: SegmentOptimizer,
         local_weight: float,
+        loss_scale: float | None = None,
     ) -> None:
         self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
+        self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
         self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
             Kind.EMBED: self._embed,
             Kind.FORWARD: self._forward,
@@ -74,6 +81,17 @@ class Executor:
 
     def run(self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]) -> StepResult:
         """One optimizer step. Raises RunError that shows the plan around the op that failed."""
+        while True:
+            try:
+                return self._run_once(plan, batches, step=step, learning_rates=learning_rates)
+            except NotFinite:
+                if self.loss_scale <= 1.0:
+                    raise
+                self.loss_scale = max(1.0, self.loss_scale / 4)
+
+    def _run_once(
+        self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
+    ) -> StepResult:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments})
         clock = self.model.clock
         clock.step, clock.active = step, True
@@ -133,7 +151,8 @@ class Executor:
                 else:
                     loss = self.heads[op.target](leaf_ND, state.target_BTD.flatten(0, 1)[tile_N])
                 loss = loss * (1.0 / self._denominator(state, task=task))
-                (loss if task else loss * self._local_factor(state.plan)).backward()
+                factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
+                (loss if factor == 1.0 else loss * factor).backward()
             grad_ND[tile_N] = leaf_ND.grad
             state.losses[op.target] += loss.item()
         state.grad_BTD, state.target_BTD = grad_ND.view_as(state.hidden_BTD), None
@@ -158,7 +177,7 @@ class Executor:
 
     def _update(self, state: _Step, op: Op) -> None:
         if not state.measured:
-            self.optimizer.measure()
+            self.optimizer.measure(loss_scale=self.loss_scale)
             state.measured = True
         self.optimizer.step(op.target, lr=state.learning_rates[op.target])
 
@@ -192,4 +211,5 @@ def _op_error(plan: Plan, position: int, step: int, error: Exception) -> LoptErr
     where = f"step {step}, op {position} ({plan.ops[position].text()})"
     advice = "lower --max-seq-len or --batch-size" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
     reason = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
-    return RunError(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=where, fix=advice)
+    kind = NotFinite if isinstance(error, NotFinite) else RunError
+    return kind(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=where, fix=advice)

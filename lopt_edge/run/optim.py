@@ -28,6 +28,10 @@ def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup
     return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class NotFinite(RunError):
+    """A gradient of the step is infinite or NaN; nothing was updated."""
+
+
 class SegmentOptimizer:
     """One AdamW per training segment, by segment index. `clip` 0 turns clipping off."""
 
@@ -47,13 +51,19 @@ class SegmentOptimizer:
         }
         self.norms: dict[int, float] = {}
 
-    def measure(self) -> None:
-        """Take every segment's gradient norm. Raises RunError for one that is not finite, before any update."""
+    def measure(self, *, loss_scale: float = 1.0) -> None:
+        """Divide all gradients by the loss scale and take every segment's norm.
+
+        Raises NotFinite, before any update, if one is infinite or NaN.
+        """
+        if loss_scale != 1.0:
+            for parameter in (p for group in self.parameters.values() for p in group if p.grad is not None):
+                parameter.grad.mul_(1.0 / loss_scale)
         self.norms = {segment: _norm(group) for segment, group in self.parameters.items()}
         for segment, norm in self.norms.items():
             if not math.isfinite(norm):
-                raise RunError(
-                    f"the gradient of segment {segment} is not finite",
+                raise NotFinite(
+                    f"the gradient of segment {segment} is not finite; nothing was updated",
                     fix="lower the learning rate, or use --compute-dtype bfloat16 or float32",
                 )
 

@@ -97,3 +97,17 @@ def test_one_update_equals_torch_clip_and_adamw(four_bit, clip_scope):
     for name, parameter in bench.names().items():
         assert not torch.equal(ours[name], start[name])
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_loss_scale_changes_nothing_and_gives_way_on_overflow(four_bit):
+    """A power of two as loss scale: the same update, bitwise; one that overflows is lowered and the step run again."""
+    updated = []
+    for scale in (1.0, 2.0**10, 2.0**130):
+        bench = make_bench(four_bit(), num_segments=2)
+        bench.executor.loss_scale = scale
+        bench.executor.run(bench.plan, [BATCHES[0]], step=1, learning_rates={0: 1e-3, 1: 2e-3})
+        assert bench.executor.loss_scale < 2.0**128
+        updated.append({name: p.detach().clone() for name, p in bench.names().items()})
+    for name, value in updated[0].items():
+        assert torch.equal(value, updated[1][name]), name
+        assert torch.equal(value, updated[2][name]), name
