@@ -83,12 +83,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) -> TensorEntry:
     try:
-        dtype, shape = value["dtype"], tuple(value["shape"])
+        dtype, shape = str(value["dtype"]), tuple(value["shape"])
         begin, end = value["data_offsets"]
         integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         raise FolderError(f"{path}: tensor {name!r} has a malformed header entry") from None
-    if not integers or not isinstance(dtype, str) or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if not integers or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise FolderError(f"{path}: tensor {name!r} has an inconsistent dtype, shape or byte range")
     if data_start + end > file_bytes:
         raise FolderError(f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}")

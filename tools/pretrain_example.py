@@ -13,7 +13,8 @@ The rule it keeps: held-out files are read for the logged loss only. There is al
 --first-save minutes and then every --save-every, file by file beside the old one and then renamed.
 
 What it does not do: it is not bitwise repeatable. The learning rate follows the clock, so that a run ends after
---minutes on any machine; the committed folder is one such run (Python 3.11.7's library, one thread, 40 minutes).
+--minutes on any machine; the committed folder is one such run: Python 3.11.7's library, one thread, 40 minutes, 3,164
+updates (2.26 epochs); held-out loss 8.36 -> 3.45, train loss at the end 2.89.
 
 Measured on one thread of a Zen core with AVX512-bf16, this model, forward and backward, tokens a second in rows of 256:
 float32 2,300 and bfloat16 autocast 3,200 with the fused attention, bfloat16 autocast with eager attention 4,000 (2,900

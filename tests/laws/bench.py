@@ -72,17 +72,22 @@ def make_bench(
     clip_scope: str = "segment",
     dropout: float = 0.0,
     targets: tuple[str, ...] | None = None,
+    device: str = "cpu",
 ) -> Bench:
     facts = find_model(str(folder)).facts
-    model = load_model(folder, facts, device=torch.device("cpu"), dtype=dtype)
+    model = load_model(folder, facts, device=torch.device(device), dtype=dtype)
     segments = make_segments(method, n_layers=facts.n_layers, num_segments=num_segments)
     trained = [layer for s in segments if s.loss != "none" for layer in s.layers]
     attach_adapters(model, trained, targets=targets or facts.linear_names, r=4, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
     for layer in trained:
         for b in layer_parameters(model, layer)[1::2]:
-            b.data.normal_(0, 0.1, generator=generator)
-    heads = {s.index: ReconstructHead(facts.hidden_size, seed=7 + s.index) for s in segments if s.loss == "reconstruct"}
+            b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
+    heads = {
+        s.index: ReconstructHead(facts.hidden_size, seed=7 + s.index).to(device)
+        for s in segments
+        if s.loss == "reconstruct"
+    }
     parameters = {
         s.index: [p for layer in s.layers for p in layer_parameters(model, layer)]
         + (list(heads[s.index].parameters()) if s.index in heads else [])
@@ -90,12 +95,14 @@ def make_bench(
         if s.loss != "none"
     }
     optimizer = SegmentOptimizer(parameters, clip=clip, clip_scope=clip_scope)
-    plan = step_plan(method, segments, n_micro_batches=n_micro_batches, placement=weight_placement(facts, "cpu"))
+    plan = step_plan(method, segments, n_micro_batches=n_micro_batches, placement=weight_placement(facts, device))
     validate(plan, clip_scope=clip_scope)
     return Bench(model, plan, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
 
 
-def random_batch(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 320, prompt: int = 3) -> Batch:
+def random_batch(
+    lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 320, prompt: int = 3, device: str = "cpu"
+) -> Batch:
     """Right-padded random sequences; the first `prompt` tokens are unsupervised."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
@@ -107,5 +114,5 @@ def random_batch(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 320, p
             targets=[row + [-100] * (longest - len(row)) for row in targets],
             lengths=lengths,
         ),
-        torch.device("cpu"),
+        torch.device(device),
     )

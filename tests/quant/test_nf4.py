@@ -98,7 +98,9 @@ def test_packing_equals_bitsandbytes_bitwise(shape, dtype):
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_other_forms_that_folders_hold(quant_type, block):
     """Scales in fp32 (no double quantisation), other block lengths, fp4."""
-    codes, state = quantize_4bit(random_weight((16, 256)), blocksize=block, compress_statistics=False, quant_type=quant_type)
+    codes, state = quantize_4bit(
+        random_weight((16, 256)), blocksize=block, compress_statistics=False, quant_type=quant_type
+    )
     packed = PackedWeight(codes.view(-1), state.absmax, state.code, (16, 256), torch.float32, block_elements=block,
                           quant_type=quant_type)  # fmt: skip
     assert torch.equal(unpacked(packed, torch.float32), dequantize_4bit(codes, state))
