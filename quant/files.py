@@ -32,6 +32,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 NamedTensor = tuple[str, Tensor]
 Layout = list[tuple[str, str, tuple[int, ...]]]
@@ -73,34 +74,34 @@ def is_packed(entries: dict[str, TensorEntry], name: str) -> bool:
 
 def read_packed(entries: dict[str, TensorEntry], name: str) -> PackedWeight:
     """One packed matrix from a bitsandbytes folder; checks every size against the recorded shape."""
-    state_names = [f"{name}{STATE_SUFFIX}{kind}" for kind in ("nf4", "fp4") if f"{name}{STATE_SUFFIX}{kind}" in entries]
-    if not state_names:
+    kinds = [kind for kind in ("nf4", "fp4") if f"{name}{STATE_SUFFIX}{kind}" in entries]
+    if not kinds:
         raise FolderError(f"{entries[name].path}: {name!r} has no bitsandbytes 4-bit quantisation state")
     where = f"{entries[name].path}: quantisation state of {name!r}"
-    state = _read_state(entries[state_names[0]], where)
     nested = f"{name}.nested_absmax" in entries
-    parts = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
-    missing = [part for part in parts if f"{name}.{part}" not in entries]
-    if missing:
-        raise FolderError(f"{where}: {missing[0]} is missing")
-    tensors = {part: read_tensor(entries[f"{name}.{part}"]) for part in parts}
+    state = _read_state(entries[f"{name}{STATE_SUFFIX}{kinds[0]}"], where, quant_type=kinds[0], nested=nested)
     shape = (state["shape"][0], state["shape"][1])
-    sizes = packed_sizes(shape)
-    codes = read_tensor(entries[name]).view(-1)
     n_blocks = -(-prod(shape) // state["blocksize"])
-    wrong = codes.numel() != sizes.codes_bytes or tensors["absmax"].numel() != n_blocks
-    if wrong or tensors["quant_map"].numel() != 16 or codes.dtype != torch.uint8:
-        raise FolderError(f"{where}: does not match the stored sizes")
-    if nested and tensors["nested_absmax"].numel() != -(-n_blocks // state["nested_blocksize"]):
-        raise FolderError(f"{where}: nested scales do not match the stored sizes")
+    sizes = {"": ("U8", packed_sizes(shape).codes_bytes), ".quant_map": ("F32", 16)}
+    sizes[".absmax"] = ("U8" if nested else "F32", n_blocks)
+    if nested:
+        sizes[".nested_absmax"] = ("F32", -(-n_blocks // state.get("nested_blocksize", 256)))
+        sizes[".nested_quant_map"] = ("F32", 256)
+    tensors = {}
+    for part, (dtype, n_elements) in sizes.items():  # bitsandbytes' kernels read raw memory: nothing may be too short
+        entry = entries.get(name + part)
+        if entry is None or (entry.dtype, prod(entry.shape)) != (dtype, n_elements):
+            found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}, not {n_elements} x {dtype}"
+            raise FolderError(f"{where}: {part[1:] or 'the packed tensor'} is {found}")
+        tensors[part] = read_tensor(entry).view(-1)
     return PackedWeight(
-        codes=codes,
-        absmax=tensors["absmax"],
-        code_map=tensors["quant_map"],
+        codes=tensors[""],
+        absmax=tensors[".absmax"],
+        code_map=tensors[".quant_map"],
         shape=shape,
         dtype=getattr(torch, state["dtype"]),
-        nested_absmax=tensors.get("nested_absmax"),
-        nested_map=tensors.get("nested_quant_map"),
+        nested_absmax=tensors.get(".nested_absmax"),
+        nested_map=tensors.get(".nested_quant_map"),
         offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
         block_elements=state["blocksize"],
         nested_block_elements=state.get("nested_blocksize", 256),
@@ -108,20 +109,19 @@ def read_packed(entries: dict[str, TensorEntry], name: str) -> PackedWeight:
     )
 
 
-def _read_state(entry: TensorEntry, where: str) -> dict[str, Any]:
+def _read_state(entry: TensorEntry, where: str, *, quant_type: str, nested: bool) -> dict[str, Any]:
     if entry.n_bytes > 4096:
         raise FolderError(f"{where}: {entry.n_bytes} bytes is too long")
     try:
         state = json.loads(bytes(read_tensor(entry).tolist()))
-        shape = state["shape"]
+        shape, blocks = state["shape"], (state["blocksize"], state.get("nested_blocksize", 256))
         sound = (
             len(shape) == 2
             and all(type(side) is int and side > 0 for side in shape)
-            and state["blocksize"] in (32, 64, 128, 256, 512, 1024, 2048, 4096)
-            and state.get("nested_blocksize", 256) in (256, 64, 128, 512, 1024, 2048, 4096)
+            and all(type(n_elements) is int and n_elements in BLOCK_SIZES for n_elements in blocks)
             and state["dtype"] in ("float32", "bfloat16", "float16")
-            and state["quant_type"] in ("nf4", "fp4")
-            and isinstance(state.get("nested_offset", 0.0), float | int)
+            and state["quant_type"] == quant_type
+            and (not nested or (type(state["nested_offset"]) is float and abs(state["nested_offset"]) < 1e30))
         )
     except (ValueError, KeyError, TypeError, RecursionError, UnicodeDecodeError):
         sound = False

@@ -171,7 +171,8 @@ def load_peers(options: argparse.Namespace, clock: Any) -> Step:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    dtype = getattr(torch, options.dtype)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=dtype)  # fmt: skip
     quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config")  # then it wins

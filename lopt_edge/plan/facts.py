@@ -17,17 +17,25 @@ from lopt_edge.errors import InputError, raise_collected
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"attention_bias": "qkv"},
-    "qwen3": {"head_dim": 128},
-    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "gemma2": {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
     "phi3": {"fused": True},
-    "smollm3": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "olmo2": {},
     "granite": {},
 }
 FAMILIES = tuple(_DEFAULTS)
+# Which families' layers ask these keys; the others ignore them.
+_ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite")
+_MLP_BIAS = ("llama", "smollm3", "granite")
+_USE_WINDOW = ("qwen2", "qwen3", "smollm3")  # use_sliding_window, false by default
+_LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
+             "no_rope_layer_interval", "max_window_layers")  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -81,7 +89,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         raise InputError("is not a JSON object", where=where)
     model_type = config.get("model_type")
     quantised = _check_quantisation(config, where)
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise InputError(
             f"model_type {str(model_type)[:60]!r} is not supported",
             where=where,
@@ -90,15 +98,22 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     known = {**_DEFAULTS[model_type], **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    n_kv_heads = known.get("num_key_value_heads", n_heads)
+    given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+    n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
+    if known.get("use_bidirectional_attention"):
+        raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
     head_dim = known.get("head_dim") or hidden // n_heads
-    window = known.get("sliding_window") if known.get("use_sliding_window", model_type != "qwen2") else None
-    if "sliding_window" in config and config["sliding_window"] is None:
+    window = known.get("sliding_window")
+    if ("sliding_window" in config and config["sliding_window"] is None) or (
+        model_type in _USE_WINDOW and not known.get("use_sliding_window")
+    ):
         window = None
-    architectures = config.get("architectures") or [None]
+    architectures = config.get("architectures")
     return ModelFacts(
         model_type=model_type,
-        architecture=str(architectures[0]),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else model_type,
         n_layers=n_layers,
         hidden_size=hidden,
         intermediate_size=known["intermediate_size"],
@@ -108,7 +123,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         head_dim=head_dim,
         tied=bool(known.get("tie_word_embeddings", False)),
         linears=_linears(known, n_kv_heads=n_kv_heads, head_dim=head_dim),
-        layer_types=_layer_types(known, model_type, n_layers, window),
+        layer_types=_layer_types(known, model_type, n_layers, window, where),
         sliding_window=window,
         recorded_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         quantised=quantised,
@@ -139,17 +154,15 @@ def _check_quantisation(config: dict[str, Any], where: str) -> bool:
 
 def _check_numbers(known: dict[str, Any], where: str) -> None:
     errors = []
-    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
-        value = known.get(key)
+    for key in (*_REQUIRED, *_OPTIONAL):
+        value, least = known.get(key), 0 if key == "max_window_layers" else 1
         if value is None and key in _REQUIRED:
             errors.append(InputError(f"lacks {key!r}", where=where, fix="the model folder is incomplete"))
-        elif value is not None and (type(value) is not int or not 0 < value < 2**31):
+        elif value is not None and (type(value) is not int or not least <= value < 2**31):
             errors.append(InputError(f"{key} must be a positive integer, not {str(value)[:40]!r}", where=where))
     raise_collected(errors)
     if known["num_hidden_layers"] > 10_000:
         raise InputError(f"num_hidden_layers {known['num_hidden_layers']} is out of reason", where=where)
-    if known["num_attention_heads"] % known.get("num_key_value_heads", 1):
-        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
 
 
 def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
@@ -162,11 +175,12 @@ def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[
             LinearFacts("mlp.gate_up_proj", hidden, 2 * inner, bias=False),
             LinearFacts("mlp.down_proj", inner, hidden, bias=False),
         )
-    bias = known.get("attention_bias", False)
-    mlp_bias = bool(known.get("mlp_bias", False))
+    family = known["model_type"]
+    qkv_bias = family == "qwen2" or (family in _ATTENTION_BIAS and bool(known.get("attention_bias")))
+    mlp_bias = family in _MLP_BIAS and bool(known.get("mlp_bias"))
     sizes = ((hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden))
     attention = tuple(
-        LinearFacts(f"self_attn.{name}", *size, bias=bool(bias) and not (bias == "qkv" and name == "o_proj"))
+        LinearFacts(f"self_attn.{name}", *size, bias=qkv_bias and not (family == "qwen2" and name == "o_proj"))
         for name, size in zip(_ATTENTION, sizes, strict=True)
     )
     return (
@@ -177,25 +191,32 @@ def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[
     )
 
 
-def _layer_types(known: dict[str, Any], model_type: str, n_layers: int, window: int | None) -> tuple[str, ...]:
+def _layer_types(known: dict[str, Any], family: str, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
     """`full_attention` or `sliding_attention` per layer, as transformers 5 derives it for the family."""
-    given = known.get("layer_types")
-    if isinstance(given, list) and len(given) == n_layers:
-        return tuple(str(kind) for kind in given)
-    full, sliding = "full_attention", "sliding_attention"
-    if window is None:
-        return (full,) * n_layers
-    if model_type in ("mistral", "phi3"):
-        return (sliding,) * n_layers
-    if model_type == "gemma2":
-        return tuple(sliding if (i + 1) % 2 else full for i in range(n_layers))
-    if model_type == "gemma3_text":
-        pattern = known.get("sliding_window_pattern", known.get("_sliding_window_pattern", 6))
-        return tuple(sliding if (i + 1) % pattern else full for i in range(n_layers))
-    if model_type in ("qwen2", "qwen3"):
-        first = known.get("max_window_layers", 28)
-        return tuple(sliding if i >= first else full for i in range(n_layers))
-    return (full,) * n_layers
+    given = known.get("layer_types") if family in _LAYER_TYPES else None
+    if given is None:
+        kinds = tuple(_SLIDING if _slides(known, family, i, window) else _FULL for i in range(n_layers))
+    else:
+        kinds = tuple(given) if isinstance(given, list) else ()
+    if len(kinds) != n_layers or any(kind not in (_FULL, _SLIDING) for kind in kinds):
+        raise InputError(f"layer_types must name {_FULL} or {_SLIDING} for each of {n_layers} layers", where=where)
+    if _SLIDING in kinds and window is None:
+        raise InputError("has sliding-window layers but no sliding_window", where=where)
+    return kinds
+
+
+def _slides(known: dict[str, Any], family: str, layer: int, window: int | None) -> bool:
+    if family in ("mistral", "phi3"):
+        return window is not None
+    if family in ("qwen2", "qwen3"):
+        return window is not None and bool(layer >= known.get("max_window_layers", 28))
+    if family == "smollm3":
+        rope = known.get("no_rope_layers")
+        has_rope = rope[layer] if isinstance(rope, list) and layer < len(rope) else (layer + 1) % known.get(
+            "no_rope_layer_interval", 4)  # fmt: skip
+        return window is not None and not has_rope
+    pattern = {"gemma2": 2, "gemma3_text": known.get("sliding_window_pattern", 6)}.get(family, 1)
+    return bool((layer + 1) % pattern)
 
 
 def packs(name: str) -> bool:

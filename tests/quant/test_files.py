@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from quant.files import STATE_SUFFIX, packed_tensors, read_packed, read_tensor
 from quant.headers import FolderError, read_header, read_headers
 from quant.nf4 import pack, unpack_into
 from quant.quantise import quantise_folder
+from quant.sizes import packed_sizes
 from tests.models import make_folder
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -230,3 +233,49 @@ def test_any_state_text_is_read_or_refused(tmp_path, data):
     except FolderError:
         return
     assert torch.isfinite(unpack_into(packed, torch.empty(packed.shape))).all()
+
+
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from quant.nf4 import pack
+from quant.quantise import quantise_folder
+from quant.sizes import packed_sizes
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+pack(torch.ones(64, 64))  # imports bitsandbytes
+baseline = peak()
+quantise_folder(Path(sys.argv[1]), Path(sys.argv[2]), should_pack=lambda n: n.endswith("_proj.weight"), dtype=torch.bfloat16)
+print(peak() - baseline)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_quantising_holds_one_tensor_at_a_time(tmp_path):
+    """Peak above the imports: the largest tensor + its packed form + 32 MiB (what glibc keeps of freed smaller blocks).
+
+    The folder holds 40 small matrices and, side by side, two large ones of each sort (packed, copied): holding two of
+    them, or bitsandbytes' temporaries for a whole one (14 bytes an element), would be noticed.
+    """
+    large, small = 48 << 20, 1 << 20  # bytes
+    shapes = [(f"layers.{i}.up_proj.weight", (256, 1024)) for i in range(40)]
+    shapes += [(f"{name}.weight", (3072, 4096)) for name in ("a_proj", "b_proj", "embed", "head")]
+    begins = [4 * sum(a * b for _, (a, b) in shapes[:i]) for i in range(len(shapes) + 1)]
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": begins[i : i + 2]}
+              for i, (name, shape) in enumerate(shapes)}  # fmt: skip
+    assert begins[-1] == 40 * small + 4 * large
+    text = json.dumps(header).encode()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    with (source / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + begins[-1])  # a sparse file of zeros
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "target")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    allowed = large + packed_sizes((3072, 4096)).total_bytes + (32 << 20)
+    assert allowed < 2 * large, "or two at a time would pass"
+    assert int(done.stdout) < allowed, f"{int(done.stdout) >> 20} MiB, allowed {allowed >> 20}"
+    written = read_headers(tmp_path / "target")
+    assert sum(".absmax" in name and "nested" not in name for name in written) == 42
