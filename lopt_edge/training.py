@@ -29,6 +29,7 @@ from lopt_edge.generation import Sampling, Speaker
 from lopt_edge.models import four_bit_folder
 from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
 from lopt_edge.progress import Progress
+from lopt_edge.run.allocator import settle_host_allocator
 from lopt_edge.run.executor import Executor, StepResult
 from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import adapter_tensors
@@ -58,6 +59,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     Raises InputError for anything wrong with the input (nothing is written then) and RunError for a run that failed.
     """
     progress, clock = progress or Progress(), PhaseClock()
+    settle_host_allocator()
     with clock.phase("read"):
         inputs = read_inputs(config)
     for warning in no_effect_warnings(config):

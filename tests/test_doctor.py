@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from lopt_edge import doctor
-from lopt_edge.doctor import Check, Device, Report, Tier, cgroup_memory, check_layer, check_machine, exact_weight, render
+from lopt_edge.doctor import Device, Report, Tier, cgroup_memory, check_machine, render
+from lopt_edge.layer_check import Check, check_layer, exact_weight
 from quant.nf4 import pack, unpack_into
 
 GIB = 1 << 30

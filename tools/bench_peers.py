@@ -131,6 +131,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     from lopt_edge.models import find_model, four_bit_folder
     from lopt_edge.plan.segments import make_segments
     from lopt_edge.preparation import Inputs, build_executor
+    from lopt_edge.run.allocator import settle_host_allocator
     from lopt_edge.run.batches import make_batch
     from lopt_edge.run.device import choose_device, choose_dtype
     from lopt_edge.run.load import load_model
@@ -139,6 +140,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     config = Config(model=str(options.model), data="(random ids)", output="(none)", method=options.child, grad_accum=1,
                     max_seq_len=options.seq_len, lr=options.lr, clip=CLIP, lora_r=options.lora_r,
                     lora_alpha=2 * options.lora_r, device=options.device, compute_dtype=options.dtype)  # fmt: skip
+    settle_host_allocator()  # as finetune does
     with clock.phase("load"):
         source = find_model(config.model)
         folder, _ = four_bit_folder(source, cache_dir=str(options.cache_dir))
@@ -185,7 +187,6 @@ def load_peers(options: argparse.Namespace, clock: Any) -> Step:
         )  # fmt: skip
         model.config.use_cache = False
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
         model = get_peft_model(model, lora)  # adapters are fp32
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -214,6 +215,7 @@ def measure(options: argparse.Namespace, arguments: list[str], *, method: str, f
     command = [sys.executable, __file__, *arguments, "--child", method, "--result", str(result)]
     command += ["--cache-dir", str(options.cache_dir), "--threads", str(options.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1",
+                   "OMP_WAIT_POLICY": "passive",  # as our command line sets it; for all alike
                    "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     print(f"{method}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
