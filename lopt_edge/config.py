@@ -123,28 +123,25 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"cannot be read ({error.strerror})", where=str(path), fix="check the config's path") from None
     except UnicodeDecodeError:
         raise InputError("is not UTF-8 text", where=str(path)) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # PyYAML raises errors of any kind for a tag that does not fit its value (!!int x)
         raise InputError(f"is not valid YAML: {' '.join(str(error).split())[:300]}", where=str(path)) from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise InputError("must hold 'key: value' lines", where=str(path))
-    lines = {_normal(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    return {_normal(key): _number(value) for key, value in values.items()}, lines
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = _normal(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise InputError(
+                f"is given twice (first in line {lines[name]})", where=f"{path}:{line}: {name}", fix="keep one"
+            )
+        lines[name] = line
+    return {_normal(key): value for key, value in values.items()}, lines
 
 
 def _normal(key: Any) -> str:
     return str(key).replace("-", "_")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 (no dot) as text; people write it, so it is read as the number that it is."""
-    if isinstance(value, str):
-        try:
-            return float(value) if set(value) <= set("0123456789+-.eE") and value.lower().count("e") == 1 else value
-        except ValueError:
-            return value
-    return value
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:

@@ -6,6 +6,8 @@ The backward is written by hand (MeSP, arXiv 2602.13069, derives the same):
 The rule: no dequantised weight outlives the product that it was made for. It is written into one `UnpackBuffer` shared by
 all layers of a device, in forward and again in backward; where dx is not needed (the first layer of a segment) the
 backward does not unpack at all. x A is recomputed (rank r: cheap). Without adapters not even x is kept.
+`value_needed = False` leaves the product out and returns zeros of its shape: for the last linear layer of a recomputed
+layer, whose output nobody reads (its backward needs its input alone).
 Dropout acts on the LoRA branch's input. Its mask is a function of a key that the caller sets, so that a recomputation
 draws the same mask; the backward draws it again instead of keeping it.
 """
@@ -83,6 +85,7 @@ class PackedLinear(nn.Module):
         self.dropout_rate = 0.0
         self.clock: DropoutClock | None = None
         self.position = (0, 0)  # (layer, module): this layer's share of the dropout key
+        self.value_needed = True
 
     def attach(self, lora_a: nn.Parameter, lora_b: nn.Parameter, *, scale: float) -> None:
         """Put a LoRA branch on: A (in, r), B (r, out), scale = alpha / r."""
@@ -104,6 +107,10 @@ class PackedLinear(nn.Module):
 class _PackedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: PackedLinear, key: int | None) -> Tensor:
+        ctx.layer, ctx.key, ctx.input_shape = layer, key, x.shape
+        ctx.save_for_backward(*((x, a, b) if a is not None else ()))
+        if not layer.value_needed:
+            return x.new_zeros(1).expand(*x.shape[:-1], layer.out_features)
         flat = x.reshape(-1, x.shape[-1])
         if layer.bias is None:
             y = flat @ layer.unpacked(x.dtype).t()
@@ -112,8 +119,6 @@ class _PackedLinearFunction(torch.autograd.Function):
         if a is not None and b is not None:
             dropped = flat if key is None else flat * dropout_mask(flat, rate=layer.dropout_rate, key=key)
             y.addmm_(dropped @ a.to(x.dtype), b.to(x.dtype), alpha=layer.scale)
-        ctx.layer, ctx.key, ctx.input_shape = layer, key, x.shape
-        ctx.save_for_backward(*((x, a, b) if a is not None else ()))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod

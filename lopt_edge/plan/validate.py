@@ -29,7 +29,6 @@ class _Replay:
     saved: dict[tuple[int, int], Keep] = field(default_factory=dict)  # (micro-batch, layer) -> what was kept
     expected: dict[int, int] = field(default_factory=dict)  # micro-batch -> layer that runs forward next
     backward_from: dict[tuple[int, int], int] = field(default_factory=dict)  # (micro-batch, segment) -> next layer
-
     stepped: set[int] = field(default_factory=set)
 
 
@@ -69,6 +68,8 @@ def _unplaced(plan: Plan, units: set[str], op: Op) -> str:
 
 
 def _embed(replay: _Replay, op: Op) -> str:
+    if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
+        return f"(2): there is no micro-batch {op.micro_batch}"
     if op.micro_batch in replay.expected:
         return "(2): this micro-batch was already embedded"
     replay.expected[op.micro_batch] = 0
@@ -91,10 +92,13 @@ def _loss(replay: _Replay, op: Op) -> str:
     if not 0 <= op.target < len(replay.plan.segments):
         return f"(4): there is no segment {op.target}"
     segment = replay.plan.segments[op.target]
+    if segment.loss == "none":
+        return f"(4): segment {op.target} has no loss"
+    if (op.micro_batch, op.target) in replay.backward_from:
+        return f"(4): the loss of segment {op.target} was already taken"
     if replay.expected.get(op.micro_batch) != segment.last + 1:
         return f"(4): the loss of segment {op.target} comes before its forward ended"
     replay.backward_from[op.micro_batch, op.target] = segment.last
-
     return ""
 
 

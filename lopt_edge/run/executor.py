@@ -119,20 +119,23 @@ class Executor:
         if op.target == segment.first:
             state.target_BTD = hidden_BTD if segment.loss == "reconstruct" else None
         if op.keep is Keep.GRAPH:
-            state.graphs[op.micro_batch, op.target] = self._run_with_graph(state, op.target, hidden_BTD)
-            state.hidden_BTD = state.graphs[op.micro_batch, op.target][1].detach()
+            graph = self._run_with_graph(state, op.target, hidden_BTD, run=self.model.run_layer)
+            state.graphs[op.micro_batch, op.target] = graph
+            state.hidden_BTD = graph[1].detach()
             return
         if op.keep is Keep.INPUT:
             state.inputs[op.micro_batch, op.target] = hidden_BTD
         with torch.no_grad():
             state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
 
-    def _run_with_graph(self, state: _Step, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_with_graph(
+        self, state: _Step, layer: int, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """(input leaf, output) of a layer; the segment's first input is frozen and asks for no gradient."""
         first = any(layer == segment.first for segment in state.plan.segments)
         leaf_BTD = hidden_BTD.detach().requires_grad_(not first)
         with torch.enable_grad():
-            return leaf_BTD, self.model.run_layer(layer, leaf_BTD, state.frame)
+            return leaf_BTD, run(layer, leaf_BTD, state.frame)
 
     def _loss(self, state: _Step, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output, in tiles of tokens."""
@@ -170,7 +173,7 @@ class Executor:
         key = (op.micro_batch, op.target)
         graph = state.graphs.pop(key, None)
         if graph is None:
-            graph = self._run_with_graph(state, op.target, state.inputs.pop(key))
+            graph = self._run_with_graph(state, op.target, state.inputs.pop(key), run=self.model.rerun_layer)
         leaf_BTD, output_BTD = graph
         output_BTD.backward(state.grad_BTD)
         state.grad_BTD = leaf_BTD.grad

@@ -28,6 +28,7 @@ from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.nf4 import PackedWeight, pack
 
+POST_NORM = ("gemma2", "gemma3_text", "olmo2")  # families that read the MLP's output once more inside the layer
 EAGER_ONLY = ("gemma2",)  # transformers refuses SDPA there: soft-capped attention scores
 
 
@@ -93,6 +94,18 @@ class Model:
             use_cache=cache is not None,
         )
         return output[0] if isinstance(output, tuple) else output
+
+    def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame) -> Tensor:
+        """A layer's graph for its backward. The output's values are undefined: its last product is left out.
+
+        torch's non-reentrant checkpointing stops early to the same effect.
+        """
+        last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
+        last.value_needed = self.facts.model_type in POST_NORM
+        try:
+            return self.run_layer(layer, hidden_BTD, frame)
+        finally:
+            last.value_needed = True
 
 
 def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Model:

@@ -245,7 +245,7 @@ from quant.sizes import packed_sizes
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 pack(torch.ones(64, 64))  # imports bitsandbytes
 baseline = peak()
-quantise_folder(Path(sys.argv[1]), Path(sys.argv[2]), should_pack=lambda n: n.endswith("_proj.weight"), dtype=torch.bfloat16)
+quantise_folder(Path(sys.argv[1]), Path(sys.argv[2]), should_pack=lambda n: "_proj" in n, dtype=torch.bfloat16)
 print(peak() - baseline)
 """
 

@@ -1,0 +1,87 @@
+"""Law 4: for every supported family our layer-by-layer logits equal AutoModelForCausalLM's, on the same 4-bit folder.
+
+The same attention kernel, the same order of operations: bitwise. One exception: transformers caps Gemma 2's logits in
+bfloat16, we cap them in fp32 (1.5e-3 relative); with its cap they are bitwise equal too.
+
+Sequences shorter and longer than the sliding window (8 tokens) of the families that have one. transformers runs in training
+mode: in evaluation mode bitsandbytes repacks the weights for another kernel on some CPUs. No model here has dropout.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lopt_edge.models import find_model
+from lopt_edge.run.load import EAGER_ONLY, Model, load_model
+from lopt_edge.run.losses import logits
+from tests.models import FAMILIES
+
+SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
+WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text")
+
+
+def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
+    facts = find_model(str(folder)).facts
+    kernel = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).train()
+    return load_model(folder, facts, device=torch.device("cpu"), dtype=dtype), theirs
+
+
+@torch.no_grad()
+def our_hidden(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
+    hidden_BTD = model.embed(ids_BT)
+    frame = model.frame(hidden_BTD)
+    for layer in range(model.facts.n_layers):
+        hidden_BTD = model.run_layer(layer, hidden_BTD, frame)
+    return hidden_BTD
+
+
+def our_logits(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
+    return logits(model, our_hidden(model, ids_BT).flatten(0, 1)).view(*ids_BT.shape, -1)
+
+
+@torch.no_grad()
+def capped_in_bfloat16(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
+    normed_BTD = model.norm(our_hidden(model, ids_BT))
+    raw = torch.cat([normed_BTD @ rows.t() for _, rows in model.lm_head.chunks(100)], dim=-1)
+    cap = model.config.final_logit_softcapping
+    return (torch.tanh(raw / cap) * cap).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_logits_equal_transformers(four_bit, family, dtype):
+    model, theirs = load_both(four_bit(family, dtype), dtype)
+    for ids_BT in (SHORT, LONG):
+        ours = our_logits(model, ids_BT)
+        with torch.no_grad():
+            reference = theirs(ids_BT, use_cache=False).logits.float()
+        assert reference.std() > 0.1, "logits that hardly differ would prove nothing"
+        if (family, dtype) == ("gemma2", torch.bfloat16):
+            assert (ours - reference).norm() <= 3e-3 * reference.norm()
+            assert torch.equal(capped_in_bfloat16(model, ids_BT), reference)
+        else:
+            assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_the_window_matters(four_bit, family):
+    """Beyond the window the first token is out of sight of a sliding layer: without the window, other logits."""
+    narrow = load_both(four_bit(family), torch.float32)[0]
+    wide = load_both(four_bit(family, sliding_window=64), torch.float32)[0]
+    assert torch.equal(our_logits(narrow, SHORT), our_logits(wide, SHORT))
+    assert not torch.equal(our_logits(narrow, LONG), our_logits(wide, LONG))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_sequence_does_not_see_its_neighbour_or_its_future(four_bit, family):
+    model = load_both(four_bit(family), torch.float32)[0]
+    both, changed = our_logits(model, LONG), LONG.clone()
+    changed[1] = 5
+    changed[0, -1] = 7
+    again = our_logits(model, changed)
+    torch.testing.assert_close(again[0, :-1], both[0, :-1], rtol=0, atol=0)
+    assert not torch.equal(again[1], both[1])
+    torch.testing.assert_close(our_logits(model, LONG[:1]), both[:1], rtol=1e-4, atol=1e-4)

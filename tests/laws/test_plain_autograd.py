@@ -1,0 +1,99 @@
+"""Law 2: one segment equals plain autograd on the same Hugging Face model, within fp32 rounding.
+
+The reference knows nothing of ours: AutoModelForCausalLM on the same 4-bit folder, adapters by peft with the same values
+(transposed), transformers' own cross-entropy, one `backward()`. transformers runs in training mode: in evaluation mode
+bitsandbytes takes another kernel on some CPUs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lopt_edge.run.batches import Batch
+from lopt_edge.run.load import EAGER_ONLY
+from lopt_edge.run.lora import adapter_tensors
+from tests.laws.bench import Bench, make_bench, random_batch
+from tests.models import FAMILIES
+
+SINGLE = random_batch((19,), seed=1)
+PADDED = random_batch((13, 8), seed=2)
+
+
+def peft_model(folder, bench: Bench) -> torch.nn.Module:
+    facts = bench.model.facts
+    kernel = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(facts.linear_names))
+    model = get_peft_model(base, config).train()
+    values = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter_tensors(bench.model).items()}
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    assert not any("lora_" in name for name in missing)
+    return model
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """transformers shifts by itself: the label of a token stands at its own position."""
+    labels = torch.full(batch.ids_BT.shape, -100).view(-1)
+    labels[batch.supervised_N + 1] = batch.targets_N
+    return labels.view(batch.ids_BT.shape)
+
+
+def reference(model: torch.nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by our names: layer i, then A and B of each linear layer in turn, transposed."""
+    lengths = torch.tensor([batch.ids_BT.shape[1]] * len(batch.ids_BT))
+    if batch.real_N is not None:
+        lengths = torch.bincount(batch.real_N // batch.ids_BT.shape[1])
+    mask = (torch.arange(batch.ids_BT.shape[1]) < lengths[:, None]).long()
+    loss = model(input_ids=batch.ids_BT, attention_mask=mask, labels=labels_of(batch), use_cache=False).loss
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("batch", [SINGLE, PADDED], ids=["single", "padded"])
+def test_end_to_end_gradients_equal_plain_autograd(four_bit, family, batch):
+    folder = four_bit(family)
+    bench = make_bench(folder, method="e2e")
+    ours = bench.gradients([batch])
+    loss, theirs = reference(peft_model(folder, bench), batch)
+    assert abs(bench.result.loss - loss) <= 1e-5 * loss
+    matched = 0
+    for layer in range(bench.model.facts.n_layers):
+        for index, linear in enumerate(bench.model.facts.linears):
+            for offset, letter in enumerate("AB"):
+                mine = ours[f"layer {layer} {2 * index + offset}"]
+                name = f"base_model.model.model.layers.{layer}.{linear.name}.lora_{letter}.default.weight"
+                expected = theirs.pop(name).t()
+                assert expected.norm() > 0
+                assert (mine - expected).norm() <= 2e-5 * expected.norm(), name
+                matched += 1
+    assert not theirs, "every gradient of the reference has its counterpart"
+    assert matched == len(ours)
+
+
+def test_lopt_with_one_segment_is_end_to_end(four_bit):
+    """k = 1: no local loss, no aux head, the same gradients bitwise."""
+    lopt = make_bench(four_bit("qwen2"), method="lopt", num_segments=1)
+    e2e = make_bench(four_bit("qwen2"), method="e2e")
+    assert not lopt.heads
+    ours, theirs = lopt.gradients([PADDED]), e2e.gradients([PADDED])
+    assert lopt.result.local_loss == ()
+    assert lopt.result.loss == e2e.result.loss
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_last_segment_learns_the_task_as_end_to_end_does(four_bit):
+    """Below the boundary nothing of the task arrives; above it, gradients are those of the whole model, bitwise."""
+    e2e = make_bench(four_bit(), method="e2e").gradients([SINGLE])
+    for method in ("lopt", "frozen"):
+        cut = make_bench(four_bit(), method=method, num_segments=2).gradients([SINGLE])
+        if method == "frozen":
+            assert {name.split()[1] for name in cut} == {"2", "3"}
+        else:
+            assert not torch.equal(cut["layer 1 1"], e2e["layer 1 1"])

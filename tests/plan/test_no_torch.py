@@ -1,0 +1,56 @@
+"""`plan` decides and never imports torch, so that it answers in a blink: held by a process in which torch cannot load."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import lopt_edge.plan
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "bitsandbytes", "peft", "numpy", "safetensors"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True)
+
+
+def test_the_block_works():
+    done = run_blocked("import quant.nf4")
+    assert done.returncode != 0
+    assert "torch is blocked" in done.stderr
+
+
+def test_planning_needs_no_torch():
+    names = [f"lopt_edge.plan.{module.name}" for module in pkgutil.walk_packages(lopt_edge.plan.__path__)]
+    assert len(names) >= 5
+    names += ["lopt_edge", "lopt_edge.config", "lopt_edge.errors", "lopt_edge.models", "quant.sizes", "quant.headers"]
+    done = run_blocked("".join(f"import {name}\n" for name in names) + "from lopt_edge import Config\n")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_is_made_without_torch():
+    done = run_blocked(
+        "from lopt_edge.plan.facts import facts_from_config\n"
+        "from lopt_edge.plan.methods import step_plan\n"
+        "from lopt_edge.plan.segments import make_segments\n"
+        "from lopt_edge.plan.validate import validate\n"
+        "facts = facts_from_config({'model_type': 'llama', 'vocab_size': 99, 'hidden_size': 64, 'intermediate_size': 64,\n"
+        "    'num_hidden_layers': 4, 'num_attention_heads': 4}, where='here')\n"
+        "segments = make_segments('lopt', n_layers=facts.n_layers, num_segments=2)\n"
+        "units = ('embed', 'head', *(f'layer {i}' for i in range(4)))\n"
+        "plan = step_plan('lopt', segments, n_micro_batches=2, placement=tuple((unit, 'resident') for unit in units))\n"
+        "print(len(validate(plan).ops))\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(2 * (1 + 4 + 2 + 4) + 2)
