@@ -1,9 +1,13 @@
-"""The host allocator, settled once for the process: freed tensor memory goes back to the system.
+"""The host allocator, settled once for the process: the memory of large freed tensors goes back to the system.
 
 glibc raises its mmap threshold to the size of the largest block freed so far (up to 32 MiB) and then serves tensors from
-its heap, where a freed tensor's memory stays resident. With a fixed threshold each tensor above it is a mapping of its own
-and vanishes when freed. Measured, Qwen2.5-0.5B shape, e2e, 512 tokens, fp32, second step: peak 923 MiB against 1,075, step
-13.5 s against 14.9 (shared/facts.md saw 709 against 1,023 MiB and 20% more time; our reused buffers leave less to map).
+its heap, where a freed tensor's memory stays resident between smaller ones that live on. With a fixed threshold each
+larger tensor is a mapping of its own and vanishes when freed, at the price of fresh, zeroed pages each time. Measured,
+Qwen2.5-0.5B shape, e2e, 512 tokens, fp32, 2 cores (mmap / trim threshold: step seconds, peak MiB):
+    glibc's own 10.9, 1,096 | 12 / 1 MiB 10.5, 1,075 | 4 / 32 MiB 10.7, 1,033 | 2 / 64 MiB 11.4, 1,053 | 1 / 1 MiB 12.7, 929
+The seconds below 4 MiB are the kernel's, for zeroing pages. Transparent huge pages did not help (12.9 s at 1 MiB). So 4 / 32:
+it takes the MLP's intermediates off the heap and leaves hidden states on it. Smaller peaks have to come from smaller
+intermediates and reused buffers.
 
 It does nothing where the C library is not glibc (macOS, musl, Windows), and nothing for CUDA memory.
 """
@@ -14,7 +18,7 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-THRESHOLD_BYTES = 1 << 20
+MMAP_BYTES, TRIM_BYTES = 4 << 20, 32 << 20
 
 
 def settle_host_allocator() -> bool:
@@ -22,4 +26,4 @@ def settle_host_allocator() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES) and mallopt(M_TRIM_THRESHOLD, THRESHOLD_BYTES))
+    return bool(mallopt(M_MMAP_THRESHOLD, MMAP_BYTES) and mallopt(M_TRIM_THRESHOLD, TRIM_BYTES))
