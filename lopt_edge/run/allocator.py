@@ -5,9 +5,9 @@ its heap, where a freed tensor's memory stays resident between smaller ones that
 larger tensor is a mapping of its own and vanishes when freed, at the price of fresh, zeroed pages each time. Measured,
 Qwen2.5-0.5B shape, e2e, 512 tokens, fp32, 2 cores (mmap / trim threshold: step seconds, peak MiB):
     glibc's own 10.9, 1,096 | 12 / 1 MiB 10.5, 1,075 | 4 / 32 MiB 10.7, 1,033 | 2 / 64 MiB 11.4, 1,053 | 1 / 1 MiB 12.7, 929
-The seconds below 4 MiB are the kernel's, for zeroing pages. Transparent huge pages did not help (12.9 s at 1 MiB). So 4 / 32:
-it takes the MLP's intermediates off the heap and leaves hidden states on it. Smaller peaks have to come from smaller
-intermediates and reused buffers.
+The seconds below 4 MiB are the kernel's, for zeroing pages. Transparent huge pages did not help (12.9 s at 1 MiB). So
+4 / 32: it takes the MLP's intermediates off the heap and leaves hidden states on it. Smaller peaks have to come from
+smaller intermediates and reused buffers.
 
 It does nothing where the C library is not glibc (macOS, musl, Windows), and nothing for CUDA memory.
 """
