@@ -135,6 +135,7 @@ class AdapterShape:
 def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape]:
     """Adapters on every training layer (and those of `init_adapter`), aux heads, optimizer, executor."""
     config, facts = inputs.config, inputs.source.facts
+    model.clock.seed = config.seed  # of the dropout masks
     trained = [layer for segment in inputs.segments if segment.loss != "none" for layer in segment.layers]
     carried: list[int] = []
     if config.init_adapter:

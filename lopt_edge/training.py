@@ -68,7 +68,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
         progress.note(reason)
     plan = inputs.plan(min(config.grad_accum, ceil(len(inputs.train.examples) / config.batch_size)))
     n_steps = _n_steps(inputs)
-    progress.note(f"plan {plan.hash()}: {n_steps} steps of {len(plan.ops)} ops, micro-batches a step: {plan.n_micro_batches}")
+    n_micro = plan.n_micro_batches
+    progress.note(f"plan {plan.hash()}: {n_steps} steps of {len(plan.ops)} ops, micro-batches a step: {n_micro}")
     if config.dry_run:
         return None
     run = _Run(inputs, n_steps, progress, clock)

@@ -108,9 +108,13 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 if not left >= set(names):
                     continue
                 left -= set(names)
-                a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
-                if a.shape[0] != linear.in_features or b.shape[1] != linear.out_features or a.shape[1] != b.shape[0]:
+                a_shape, b_shape = (entries[name].shape for name in names)
+                rank = a_shape[0] if a_shape else 0
+                if (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
                     raise InputError(f"{names[0]} does not fit this model", where=where)
+                a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
                 scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
                 module = model.layers[layer].get_submodule(linear.name)
                 _attach(module, a, b, scale=scale, device=model.device)

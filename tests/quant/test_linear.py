@@ -111,6 +111,26 @@ def test_without_gradient_for_the_input_the_backward_does_not_unpack():
         assert torch.equal(mine, reference)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_product_that_nobody_reads_is_left_out(lora):
+    """`value_needed = False`: zeros for a value, no unpacking in the forward, the same gradients."""
+    layer = make_layer(lora=lora, bias=True, dropout=0.4)
+    x = torch.randn(2, 3, N_IN, dtype=F64)
+    expected = gradients(layer, x, layer)
+
+    def run(leaf: Tensor) -> Tensor:
+        weight, layer.weight, layer.value_needed = layer.weight, None, False
+        y = layer(leaf)
+        layer.weight, layer.value_needed = weight, True
+        return y
+
+    found = gradients(layer, x, run)
+    assert found[0].shape == expected[0].shape
+    assert not found[0].any()
+    for mine, reference in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(mine, reference)
+
+
 def test_a_weight_that_is_not_resident_is_told():
     layer = make_layer()
     y = layer(torch.randn(5, N_IN, dtype=F64).requires_grad_())

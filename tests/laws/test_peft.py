@@ -1,0 +1,183 @@
+"""Law 8: what a real run leaves in its output folder, plain peft loads onto the same 4-bit base with our logits.
+
+In the dtype that the folder records: within 1e-4 in float32, 2e-2 in bfloat16, relative. The adapters come out of real
+training steps with a high learning rate, so that they change the logits by far more than that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lopt_edge import finetune
+from lopt_edge.errors import InputError
+from lopt_edge.models import find_model
+from lopt_edge.run.load import load_model
+from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_tensors, load_adapters
+from tests.laws.test_families import our_logits
+from tests.runs import make_config, make_model
+
+IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """dtype -> a model folder with a tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    return {dtype: make_model(root / dtype, dtype=getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+
+
+def quantised(config) -> Path:
+    return Path(json.loads((Path(config.output) / "run.json").read_text())["quantised_folder"])
+
+
+def ours(config, adapter: Path | None) -> torch.Tensor:
+    folder = quantised(config)
+    dtype = getattr(torch, config.compute_dtype)
+    model = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=dtype)
+    if adapter is not None:
+        load_adapters(model, adapter)
+    return our_logits(model, IDS)
+
+
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    return ((left - right).norm() / right.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lopt", "e2e", "frozen"])
+def test_plain_peft_gives_our_logits(models, tmp_path, method, dtype):
+    config = make_config(models[dtype], tmp_path, method=method, compute_dtype=dtype, max_steps=3)
+    finetune(config)
+    output = Path(config.output)
+    base = AutoModelForCausalLM.from_pretrained(quantised(config))
+    theirs = PeftModel.from_pretrained(base, output).train()
+    with torch.no_grad():
+        reference = theirs(IDS, use_cache=False).logits.float()
+    bound = 1e-4 if dtype == "float32" else 2e-2
+    mine = ours(config, output)
+    assert difference(mine, reference) <= bound
+    assert difference(mine, ours(config, None)) > 5 * bound, "an adapter that changes nothing would prove nothing"
+    saved = json.loads((output / ADAPTER_CONFIG_NAME).read_text())
+    assert saved["layers_to_transform"] == ([2, 3] if method == "frozen" else None)
+    assert saved["base_model_name_or_path"] == str(models[dtype].resolve())
+    assert len(load_file(output / ADAPTER_NAME)) == 2 * 7 * (2 if method == "frozen" else 4)
+    carried = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+    assert len(carried) == len(load_file(output / ADAPTER_NAME)), "peft makes no other adapter, and misses none"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
+def test_other_families_and_chosen_targets(tmp_path, family):
+    """Fused projections, biases, tied embeddings; adapters on some modules only, alpha / r that is no integer."""
+    model = make_model(tmp_path / "model", family)
+    targets = "qkv_proj,down_proj" if family == "phi3" else "q_proj,down_proj"
+    config = make_config(model, tmp_path, lora_targets=targets, lora_alpha=5.5, max_steps=2)
+    finetune(config)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised(config)), config.output).train()
+    with torch.no_grad():
+        reference = theirs(IDS, use_cache=False).logits.float()
+    mine = ours(config, Path(config.output))
+    assert difference(mine, reference) <= 1e-4
+    assert difference(mine, ours(config, None)) > 1e-3
+
+
+def test_a_run_goes_on_from_an_adapter(models, tmp_path):
+    """--init-adapter: our logits after loading are those that the first run ended with, and training moves on from there."""
+    first = make_config(models["float32"], tmp_path, max_steps=3)
+    finetune(first)
+    second = make_config(models["float32"], tmp_path, output="second", max_steps=1, init_adapter=first.output,
+                         warmup_ratio=0.9, lr=1e-9)  # fmt: skip
+    finetune(second)
+    before, after = (load_file(Path(config.output) / ADAPTER_NAME) for config in (first, second))
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
+    third = make_config(models["float32"], tmp_path, output="third", max_steps=2, init_adapter=first.output)
+    finetune(third)
+    moved = load_file(Path(third.output) / ADAPTER_NAME)
+    assert all(not torch.equal(moved[name], before[name]) for name in before)
+
+
+def test_loading_gives_back_what_was_saved(models, tmp_path):
+    config = make_config(models["float32"], tmp_path, max_steps=1, method="frozen")
+    finetune(config)
+    folder = quantised(config)
+    model = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    assert load_adapters(model, Path(config.output)) == [2, 3]
+    saved = load_file(Path(config.output) / ADAPTER_NAME)
+    loaded = adapter_tensors(model)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+@pytest.fixture
+def adapter(models, tmp_path) -> Path:
+    config = make_config(models["float32"], tmp_path, output="adapter", max_steps=1)
+    finetune(config)
+    return Path(config.output)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_r": 8}, {"lora_alpha": 16}, {"lora_targets": "q_proj"}, {"lora_r": 8, "lora_alpha": 16}],
+)
+def test_an_adapter_of_another_shape_is_refused_to_start_from(models, tmp_path, adapter, changes):
+    config = make_config(models["float32"], tmp_path, max_steps=1, init_adapter=str(adapter), **changes)
+    with pytest.raises(InputError, match="init_adapter"):
+        finetune(config)
+    assert not Path(config.output).exists()
+
+
+def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+BROKEN = {
+    "wrong size": lambda t: {name: tensor[:, :-1].contiguous() if "q_proj.lora_A" in name else tensor for name, tensor in t.items()},
+    "ranks differ": lambda t: {name: tensor[:, :2].contiguous() if "lora_B" in name else tensor for name, tensor in t.items()},
+    "three axes": lambda t: {name: tensor.unsqueeze(0) if "q_proj" in name else tensor for name, tensor in t.items()},
+    "a layer too many": lambda t: renamed(t, "layers.3.", "layers.4."),
+    "another module": lambda t: renamed(t, "q_proj", "c_attn"),
+    "half a pair": lambda t: {name: tensor for name, tensor in t.items() if "layers.2.mlp.up_proj.lora_B" not in name},
+    "nothing": lambda t: {},
+    "not finite": lambda t: {name: tensor * torch.nan for name, tensor in t.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_adapters_that_do_not_fit_are_refused(models, tmp_path, adapter, name):
+    tensors = load_file(adapter / ADAPTER_NAME)
+    save_file(BROKEN[name](tensors), adapter / ADAPTER_NAME)
+    config = make_config(models["float32"], tmp_path, max_steps=1, init_adapter=str(adapter))
+    with pytest.raises(InputError, match="adapter"):
+        finetune(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"peft_type": "IA3"}, {"lora_alpha": "8"}, {"lora_alpha": None}, {"use_dora": True}, {"bias": "all"},
+     {"rank_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}],
+)  # fmt: skip
+def test_adapter_kinds_that_are_not_ours_are_refused(models, tmp_path, adapter, changes):
+    path = adapter / ADAPTER_CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match="adapter"):
+        finetune(make_config(models["float32"], tmp_path, max_steps=1, init_adapter=str(adapter)))
+
+
+def test_missing_and_truncated_adapters_are_refused(models, tmp_path, adapter):
+    content = (adapter / ADAPTER_NAME).read_bytes()
+    (adapter / ADAPTER_NAME).write_bytes(content[: len(content) // 2])
+    config = make_config(models["float32"], tmp_path, max_steps=1, init_adapter=str(adapter))
+    with pytest.raises(InputError, match="truncated"):
+        finetune(config)
+    (adapter / ADAPTER_NAME).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        finetune(config)
