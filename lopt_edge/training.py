@@ -109,7 +109,8 @@ class _Run:
             self.progress.stop()
             self.log.close()
         with self.clock.phase("save"):
-            return self._save({"before": before, "after": after}, plan_text, plan_hash)
+            self._save()
+        return self._report({"before": before, "after": after}, plan_text, plan_hash)
 
     def _train(self, executor: Executor) -> dict[str, float]:
         evaluation: dict[str, float] = {}
@@ -191,13 +192,15 @@ class _Run:
             **asdict(shape),
         )
 
-    def _save(self, evaluation: dict[str, dict[str, float]], plan_text: str, plan_hash: str) -> RunResult:
+    def _save(self) -> None:
         if self.best_loss is None:
             self._save_adapter(self.shape)
         tokenizer = self.inputs.tokenizer
         if self.inputs.template is not None:
             tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with
         tokenizer.save_pretrained(self.output)
+
+    def _report(self, evaluation: dict[str, dict[str, float]], plan_text: str, plan_hash: str) -> RunResult:
         result = RunResult(
             output=self.output,
             steps=self.n_steps,

@@ -92,10 +92,12 @@ class PackedLinear(nn.Module):
         self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        key = None
-        if self.dropout_rate and self.clock is not None and self.clock.active:
-            key = self.clock.key(*self.position)
-        return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, key)
+        return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, self.dropout_key())
+
+    def dropout_key(self) -> int | None:
+        """The key of this call's dropout mask; None where there is no dropout."""
+        on = self.dropout_rate > 0 and self.lora_a is not None and self.clock is not None and self.clock.active
+        return self.clock.key(*self.position) if on and self.clock is not None else None
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight (out, in) in the shared buffer; void after any other layer's call."""

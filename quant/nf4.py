@@ -95,17 +95,39 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
 def unpack_into(weight: PackedWeight, out: Tensor) -> Tensor:
     """Dequantise into `out` (out, in), contiguous, float32, bfloat16 or float16, and return it."""
     scales = unpack_scales(weight)
+    if out.numel() % weight.block_elements or CHUNK_BYTES * 2 % weight.block_elements:
+        return _unpack_odd(weight, scales, out)
+    return _unpack_codes(weight, weight.codes, scales, out)
+
+
+def unpack_part(
+    weight: PackedWeight, scales: Tensor, out: Tensor, *, rows: slice | None = None, columns: slice | None = None
+) -> Tensor:
+    """Dequantise some rows, or some columns, of a matrix whose quantisation blocks do not cross rows.
+
+    `scales` are those of `unpack_scales`; `out` is contiguous; column bounds are multiples of the block size.
+    """
+    n_rows, n_columns = weight.shape
+    codes = weight.codes.view(n_rows, n_columns // 2)
+    scales = scales.view(n_rows, n_columns // weight.block_elements)
+    if rows is not None:
+        codes, scales = codes[rows], scales[rows]
+    if columns is not None:
+        codes = codes[:, columns.start // 2 : columns.stop // 2]
+        scales = scales[:, columns.start // weight.block_elements : columns.stop // weight.block_elements]
+    return _unpack_codes(weight, codes.reshape(-1), scales.reshape(-1), out)
+
+
+def _unpack_codes(weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """Whole blocks: `codes` and `scales` in the order of `out`'s elements."""
     if weight.device.type != "cpu":
         torch.ops.bitsandbytes.dequantize_4bit.out(
-            weight.codes.view(-1, 1), scales, weight.block_elements, weight.quant_type, weight.shape, out.dtype, out=out
+            codes.view(-1, 1), scales, weight.block_elements, weight.quant_type, out.shape, out.dtype, out=out
         )
         return out
-    flat, codes = out.view(-1), weight.codes
-    if flat.numel() % weight.block_elements or CHUNK_BYTES * 2 % weight.block_elements:
-        return _unpack_odd(weight, scales, out)
+    flat = out.view(-1)
     pairs = _pair_table(tuple(weight.code_map.tolist()))
-    direct = out.dtype == torch.float32
-    values = None if direct else torch.empty(min(2 * CHUNK_BYTES, flat.numel()), dtype=torch.float32)
+    values = None if out.dtype == torch.float32 else torch.empty(min(2 * CHUNK_BYTES, flat.numel()), dtype=torch.float32)
     for start in range(0, codes.numel(), CHUNK_BYTES):
         chunk = codes[start : start + CHUNK_BYTES]
         first, last = 2 * start, 2 * (start + chunk.numel())

@@ -24,6 +24,7 @@ from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
 from lopt_edge.run.vocabulary import Vocabulary
 from quant.files import is_packed, read_packed, read_tensor
+from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.nf4 import PackedWeight, pack
@@ -123,6 +124,7 @@ def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: 
                 packed.position = (index, module_index)
                 layer.set_submodule(linear.name, packed)
             fill_parameters(layer, f"model.layers.{index}.", entries, device=device, dtype=dtype)
+            _block_mlp(layer)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
     return model
@@ -138,7 +140,10 @@ def make_skeleton(
     config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
-    fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+    try:
+        fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
     on_device = device.type != "cpu"
     head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     return Model(
@@ -176,10 +181,18 @@ def _packed_linear(
     if packed.weight.shape != (linear.out_features, linear.in_features):
         raise FolderError(f"{prefix}{linear.name}.weight has shape {packed.weight.shape}, not what config.json says")
     if linear.bias:
-        bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias"))
+        bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
     packed.clock = model.clock
     return packed
+
+
+def _block_mlp(layer: nn.Module) -> None:
+    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own."""
+    mlp = layer.mlp
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if all(isinstance(part, PackedLinear) and part.weight is not None and blocks_fit(part.weight) for part in parts):
+        layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
 
 
 def _read_weight(
@@ -211,8 +224,8 @@ def fill_parameters(
     module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace every meta parameter by the folder's, frozen, in the compute dtype."""
-    for name, _ in list(module.named_parameters()):
-        value = read_tensor(_entry(entries, prefix + name)).to(device=device, dtype=dtype)
+    for name, parameter in list(module.named_parameters()):
+        value = read_tensor(_entry(entries, prefix + name, tuple(parameter.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
@@ -220,7 +233,9 @@ def fill_parameters(
         raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")
 
 
-def _entry(entries: dict[str, TensorEntry], name: str) -> TensorEntry:
+def _entry(entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...] | None = None) -> TensorEntry:
     if name not in entries:
         raise FolderError(f"tensor {name!r} is missing")
+    if shape is not None and entries[name].shape != shape:  # a single number would be broadcast without a word
+        raise FolderError(f"tensor {name!r} has shape {entries[name].shape}, config.json says {shape}")
     return entries[name]

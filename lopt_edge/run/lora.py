@@ -110,7 +110,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 left -= set(names)
                 a_shape, b_shape = (entries[name].shape for name in names)
                 rank = a_shape[0] if a_shape else 0
-                if (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
+                if not rank or (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
                     raise InputError(f"{names[0]} does not fit this model", where=where)
                 a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
                 if not (a.isfinite().all() and b.isfinite().all()):

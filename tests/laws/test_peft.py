@@ -88,7 +88,7 @@ def test_other_families_and_chosen_targets(tmp_path, family):
 
 
 def test_a_run_goes_on_from_an_adapter(models, tmp_path):
-    """--init-adapter: our logits after loading are those that the first run ended with, and training moves on from there."""
+    """--init-adapter: a step of next to nothing gives the adapter back, real steps move on from there."""
     first = make_config(models["float32"], tmp_path, max_steps=3)
     finetune(first)
     second = make_config(models["float32"], tmp_path, output="second", max_steps=1, init_adapter=first.output,
@@ -102,6 +102,20 @@ def test_a_run_goes_on_from_an_adapter(models, tmp_path):
     finetune(third)
     moved = load_file(Path(third.output) / ADAPTER_NAME)
     assert all(not torch.equal(moved[name], before[name]) for name in before)
+
+
+def test_frozen_layers_keep_the_adapter_that_they_came_with(models, tmp_path):
+    first = make_config(models["float32"], tmp_path, max_steps=2)
+    finetune(first)
+    second = make_config(models["float32"], tmp_path, output="second", max_steps=2, init_adapter=first.output,
+                         method="frozen")  # fmt: skip
+    finetune(second)
+    before, after = (load_file(Path(config.output) / ADAPTER_NAME) for config in (first, second))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (int(name.split(".layers.")[1].split(".")[0]) < 2), name
+    saved = json.loads((Path(second.output) / ADAPTER_CONFIG_NAME).read_text())
+    assert saved["layers_to_transform"] is None
 
 
 def test_loading_gives_back_what_was_saved(models, tmp_path):
@@ -138,16 +152,21 @@ def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
+def changed(tensors: dict[str, torch.Tensor], part: str, change) -> dict[str, torch.Tensor]:
+    return {name: change(tensor).contiguous() if part in name else tensor for name, tensor in tensors.items()}
+
+
 BROKEN = {
-    "wrong size": lambda t: {name: tensor[:, :-1].contiguous() if "q_proj.lora_A" in name else tensor for name, tensor in t.items()},
-    "ranks differ": lambda t: {name: tensor[:, :2].contiguous() if "lora_B" in name else tensor for name, tensor in t.items()},
-    "three axes": lambda t: {name: tensor.unsqueeze(0) if "q_proj" in name else tensor for name, tensor in t.items()},
+    "wrong size": lambda t: changed(t, "q_proj.lora_A", lambda a: a[:, :-1]),
+    "ranks differ": lambda t: changed(t, "lora_B", lambda b: b[:, :2]),
+    "rank zero": lambda t: changed(changed(t, "lora_B", lambda b: b[:, :0]), "lora_A", lambda a: a[:0]),
+    "three axes": lambda t: changed(t, "q_proj", lambda a: a.unsqueeze(0)),
     "a layer too many": lambda t: renamed(t, "layers.3.", "layers.4."),
     "another module": lambda t: renamed(t, "q_proj", "c_attn"),
-    "half a pair": lambda t: {name: tensor for name, tensor in t.items() if "layers.2.mlp.up_proj.lora_B" not in name},
+    "half a pair": lambda t: {name: a for name, a in t.items() if "layers.2.mlp.up_proj.lora_B" not in name},
     "nothing": lambda t: {},
-    "not finite": lambda t: {name: tensor * torch.nan for name, tensor in t.items()},
-}  # fmt: skip
+    "not finite": lambda t: changed(t, "layers.1.mlp.down_proj.lora_B", lambda b: b * torch.nan),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)

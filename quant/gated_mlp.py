@@ -1,0 +1,192 @@
+"""A gated MLP on packed weights, y = (act(x G^T) * (x U^T)) D^T with LoRA on each, whose intermediate never exists whole.
+
+It runs in blocks of J intermediate features: J rows of G and U and the same J columns of D are unpacked, used for all
+tokens (in tiles of tokens), and dropped. So each weight is unpacked once a pass, into a buffer of J rows instead of the
+whole matrix, and no tensor of (tokens x intermediate) is made. Blocks of features instead of tiles of tokens alone, because
+a tile of tokens would need all three whole matrices unpacked, or unpacked again for every tile.
+
+The graph keeps x alone. The backward runs the blocks again and computes all gradients by hand; when a layer is recomputed
+only for its backward (`value_needed = False`) the forward computes nothing. y and dx are sums over blocks, taken in fp32:
+equal to the plain product up to the rounding of J-wise partial sums, and always the same for the same input.
+Dropout on the LoRA inputs is not done here: the caller uses the plain layers then.
+
+Shapes: N tokens, D hidden, J features of a block, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.linear import PackedLinear
+from quant.nf4 import PackedWeight, unpack_part, unpack_scales
+
+BLOCK_FEATURES = 1024
+TOKEN_TILE = 4096
+Activation = Callable[[Tensor], Tensor]
+
+
+class PackedGatedMLP(nn.Module):
+    """Takes the place of a layer's MLP; its linears stay reachable under the names of the family's module."""
+
+    def __init__(self, gate_proj: PackedLinear, up_proj: PackedLinear, down_proj: PackedLinear, act_fn: Activation) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        if any(linear.dropout_key() is not None for linear in linears):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        adapters = [matrix for linear in linears for matrix in (linear.lora_a, linear.lora_b)]
+        return _GatedMLPFunction.apply(x, self, *adapters)
+
+
+def blocks_fit(linear: PackedWeight) -> bool:
+    """Whether columns can be cut from a packed matrix: quantisation blocks must not cross rows."""
+    return linear.shape[1] % linear.block_elements == 0
+
+
+class _Pass:
+    """One run over the blocks: scales unpacked once, the LoRA inputs of gate and up computed once."""
+
+    def __init__(self, mlp: PackedGatedMLP, x_ND: Tensor) -> None:
+        self.mlp, self.x_ND = mlp, x_ND
+        self.linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.packed = [_resident(linear) for linear in self.linears]
+        self.scales = [unpack_scales(weight) for weight in self.packed]
+        self.lora = [None if linear.lora_a is None else (linear.lora_a.to(x_ND.dtype), linear.lora_b.to(x_ND.dtype))
+                     for linear in self.linears]  # fmt: skip
+        self.low_NR = [None if pair is None else x_ND @ pair[0] for pair in self.lora[:2]]
+
+    def blocks(self) -> Iterator[slice]:
+        n_features = self.mlp.gate_proj.out_features
+        for start in range(0, n_features, BLOCK_FEATURES):
+            yield slice(start, min(start + BLOCK_FEATURES, n_features))
+
+    def tiles(self) -> Iterator[slice]:
+        for start in range(0, len(self.x_ND), TOKEN_TILE):
+            yield slice(start, start + TOKEN_TILE)
+
+    def weights(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """G (J, D), U (J, D), D (D, J) of a block, in one shared buffer."""
+        width, hidden = block.stop - block.start, self.x_ND.shape[1]
+        out = self.mlp.down_proj.out_features
+        flat = self.mlp.gate_proj.buffer.view((1, width * (2 * hidden + out)), self.x_ND.dtype, self.x_ND.device)[0]
+        gate, up = (flat[i * width * hidden : (i + 1) * width * hidden].view(width, hidden) for i in (0, 1))
+        down = flat[2 * width * hidden :].view(out, width)
+        for target, packed, scales in zip((gate, up), self.packed, self.scales, strict=False):
+            unpack_part(packed, scales, target, rows=block)
+        unpack_part(self.packed[2], self.scales[2], down, columns=block)
+        return gate, up, down
+
+    def project(self, which: int, tile: slice, weight_JD: Tensor, block: slice) -> Tensor:
+        """x G^T or x U^T of a tile and block, with LoRA and bias: (tile, J)."""
+        linear = self.linears[which]
+        y = self.x_ND[tile] @ weight_JD.t()
+        if linear.bias is not None:
+            y += linear.bias[block]
+        if self.lora[which] is not None:
+            y.addmm_(self.low_NR[which][tile], self.lora[which][1][:, block], alpha=linear.scale)
+        return y
+
+
+def _resident(linear: PackedLinear) -> PackedWeight:
+    if linear.weight is None:
+        raise RuntimeError("the weight of this layer is not resident")
+    return linear.weight
+
+
+class _GatedMLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: PackedGatedMLP, *adapters: Tensor | None) -> Tensor:
+        ctx.mlp = mlp
+        ctx.save_for_backward(x, *(matrix for matrix in adapters if matrix is not None))
+        if not mlp.down_proj.value_needed:
+            return x.new_zeros(1).expand(*x.shape[:-1], mlp.down_proj.out_features)
+        return _forward(mlp, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0]
+        flat_g = grads[0].reshape(-1, grads[0].shape[-1])
+        dx, adapter_grads = _backward(ctx.mlp, x.reshape(-1, x.shape[-1]), flat_g, need_x=ctx.needs_input_grad[0])
+        return (None if dx is None else dx.view_as(x), None, *adapter_grads)
+
+
+def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
+    run, down = _Pass(mlp, x_ND), mlp.down_proj
+    sum_ND = torch.zeros(len(x_ND), down.out_features, dtype=torch.float32, device=x_ND.device)
+    low_NR = None if run.lora[2] is None else torch.zeros(len(x_ND), run.lora[2][0].shape[1], device=x_ND.device)
+    for block in run.blocks():
+        gate_JD, up_JD, down_DJ = run.weights(block)
+        for tile in run.tiles():
+            inner_NJ = mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
+            _add_product(sum_ND[tile], inner_NJ, down_DJ.t())
+            if low_NR is not None:
+                low_NR[tile] += inner_NJ @ run.lora[2][0][block]
+    if down.bias is not None:
+        sum_ND += down.bias
+    if low_NR is not None:
+        _add_product(sum_ND, low_NR.to(x_ND.dtype), run.lora[2][1], alpha=down.scale)
+    return sum_ND.to(x_ND.dtype)
+
+
+def _backward(
+    mlp: PackedGatedMLP, x_ND: Tensor, g_ND: Tensor, *, need_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and the gradients of (A, B) of gate, up and down; None where there is no adapter."""
+    run = _Pass(mlp, x_ND)
+    sums = [None if pair is None else (torch.zeros_like(pair[0], dtype=torch.float32),
+                                       torch.zeros_like(pair[1], dtype=torch.float32)) for pair in run.lora]  # fmt: skip
+    dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device) if need_x else None
+    g_low_NR = None if run.lora[2] is None else g_ND @ run.lora[2][1].t()
+    low_NR = None if run.lora[2] is None else torch.zeros(len(x_ND), g_low_NR.shape[1], device=x_ND.device)
+    low_grads = [None if low is None else torch.zeros(low.shape, device=low.device) for low in run.low_NR]
+    for block in run.blocks():
+        gate_JD, up_JD, down_DJ = run.weights(block)
+        for tile in run.tiles():
+            gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
+            d_inner_NJ = g_ND[tile] @ down_DJ
+            if g_low_NR is not None:
+                a_JR = run.lora[2][0][block]
+                d_inner_NJ.addmm_(g_low_NR[tile], a_JR.t(), alpha=mlp.down_proj.scale)
+            with torch.enable_grad():
+                leaf_NJ = gate_NJ.detach().requires_grad_()
+                active_NJ = mlp.act_fn(leaf_NJ)
+            (d_gate_NJ,) = torch.autograd.grad(active_NJ, leaf_NJ, d_inner_NJ * up_NJ)
+            active_NJ = active_NJ.detach()
+            if low_NR is not None:
+                inner_NJ = active_NJ * up_NJ
+                low_NR[tile] += inner_NJ @ a_JR
+                sums[2][0][block] += inner_NJ.t() @ g_low_NR[tile]
+            d_up_NJ = d_inner_NJ.mul_(active_NJ)
+            for which, (d_NJ, weight_JD) in enumerate(((d_gate_NJ, gate_JD), (d_up_NJ, up_JD))):
+                if sums[which] is not None:
+                    sums[which][1][:, block] += run.low_NR[which][tile].t() @ d_NJ
+                    low_grads[which][tile] += d_NJ @ run.lora[which][1][:, block].t()
+                if dx_ND is not None:
+                    _add_product(dx_ND[tile], d_NJ, weight_JD)
+    for which in (0, 1):
+        if sums[which] is None:
+            continue
+        low_grad = low_grads[which].to(x_ND.dtype)
+        sums[which][0].add_(x_ND.t() @ low_grad)
+        if dx_ND is not None:
+            _add_product(dx_ND, low_grad, run.lora[which][0].t(), alpha=run.linears[which].scale)
+    if low_NR is not None:
+        sums[2][1].add_(low_NR.to(g_ND.dtype).t() @ g_ND)
+    grads: list[Tensor | None] = []
+    for linear, pair in zip(run.linears, sums, strict=True):
+        grads += [None, None] if pair is None else [matrix.mul_(linear.scale) for matrix in pair]
+    return None if dx_ND is None else dx_ND.to(x_ND.dtype), grads
+
+
+def _add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
+    """sum_ += alpha a b, with `sum_` in fp32."""
+    if a.dtype == torch.float32:
+        sum_.addmm_(a, b, alpha=alpha)
+    else:
+        sum_.add_(a @ b, alpha=alpha)
