@@ -25,13 +25,22 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def check_output(folder: Path) -> None:
-    """Refuse an output folder that holds something, or that cannot be written."""
-    if folder.exists() and not folder.is_dir():
+    """Refuse an output folder that holds something else than an unfinished run's log, or that cannot be written."""
+    try:
+        exists, is_folder = folder.exists(), folder.is_dir()
+        held = {path.name for path in folder.iterdir()} if is_folder else set()
+    except OSError as error:
+        raise InputError(f"cannot be used ({error.strerror})", where=f"output {str(folder)[:80]}") from None
+    if exists and not is_folder:
         raise InputError("is a file, not a folder", where=f"output {folder}", fix="choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if held - {METRICS_NAME}:  # the log alone is what an unfinished run leaves; a new run replaces it
         what = "holds another run" if (folder / RUN_NAME).exists() else "is not empty"
         raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not parent.is_dir():
+        raise InputError(
+            f"cannot be made: {parent} is a file", where=f"output {folder}", fix="choose another output folder"
+        )
     if not os.access(parent, os.W_OK):
         raise InputError("cannot be written", where=f"output {folder}", fix=f"check the permissions of {parent}")
 
@@ -96,7 +105,11 @@ class MetricsLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_NAME
-        self.file = self.path.open("a", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
 
     def write(self, values: Mapping[str, Any]) -> None:
         try:

@@ -200,6 +200,7 @@ def generate_command(
     device: DeviceOption = "auto",
     compute_dtype: DtypeOption = "auto",
     chat_template: TemplateOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without a chat template")] = False,
 ) -> None:
     """Complete one prompt with a model, with or without an adapter."""
     from lopt_edge.generation import Sampling, load_speaker
@@ -207,7 +208,10 @@ def generate_command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     speaker = load_speaker(model, adapter, revision=revision, cache_dir=cache_dir, device=device,
                            compute_dtype=compute_dtype, chat_template=chat_template)  # fmt: skip
-    speaker.reply([("user", prompt)], sampling, on_text=_stream)
+    if raw:
+        speaker.continue_text(prompt, sampling, on_text=_stream)
+    else:
+        speaker.reply([("user", prompt)], sampling, on_text=_stream)
     print()
 
 
@@ -313,6 +317,13 @@ def main() -> None:
         err.print("[red]error:[/red]", end=" ")
         err.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        # torch's out-of-memory error, by name: this file does not import torch
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        err.print(f"[red]error:[/red] out of memory ({' '.join(str(error).split())[:200]})", highlight=False)
+        err.print("  -> lower --max-seq-len or --batch-size, or use --device cpu", highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)

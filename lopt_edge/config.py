@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lopt_edge.errors import InputError, raise_collected
 
@@ -69,6 +69,13 @@ class Config(BaseModel):
         "auto", description="dtype of the matrix products"
     )
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
     @field_validator("boundary_layers", "lora_targets", mode="before")
     @classmethod

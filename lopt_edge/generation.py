@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt_edge.data import ChatTemplate, leading_ids, load_template
+from lopt_edge.data import ChatTemplate, load_template
 from lopt_edge.errors import InputError
 from lopt_edge.models import ModelFolder, find_model, four_bit_folder
 from lopt_edge.run.device import choose_device, choose_dtype
@@ -38,9 +38,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError("max-new-tokens must be at least 1, temperature at least 0, top-p above 0 and at most 1",
-                             where="generate")  # fmt: skip
+        sound = self.max_new_tokens >= 1 and 0 <= self.temperature < 1e6 and 0 < self.top_p <= 1
+        if not sound or not 0 <= self.seed < 2**63:
+            raise InputError("max-new-tokens must be at least 1, temperature at least 0, top-p above 0 and at most 1, "
+                             "seed from 0 to 2^63 - 1", where="generate")  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -60,21 +61,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 class Speaker:
     """A model with its tokenizer and template, ready to complete conversations."""
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, *, on_text: Callable[[str], None] | None = None
     ) -> str:
         """The assistant's next turn; `on_text` receives it piece by piece."""
+        if self.template is None:
+            raise ValueError("this speaker has no chat template")
         prompt = self.template.render(self.tokenizer, messages, add_generation_prompt=True, where="the prompt")
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        lead = leading_ids(self.tokenizer)
-        if ids[: len(lead)] != lead:
-            ids = lead + ids
+        # as in training, the template alone says what comes before the first turn
+        return self._complete(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], sampling, on_text)
+
+    def continue_text(self, prompt: str, sampling: Sampling, *, on_text: Callable[[str], None] | None = None) -> str:
+        """The text after `prompt`, without a chat template: for models trained on prompt/completion or plain text."""
+        return self._complete(self.tokenizer(prompt)["input_ids"], sampling, on_text)
+
+    def _complete(self, ids: Sequence[int], sampling: Sampling, on_text: Callable[[str], None] | None) -> str:
+        eos = self.tokenizer.eos_token_id
+        stop = self.template.stop_ids(self.tokenizer) if self.template else [eos] if eos is not None else []
         made: list[int] = []
         shown = ""
-        for token in generate_ids(self.model, ids, sampling, stop=self.template.stop_ids(self.tokenizer)):
+        for token in generate_ids(self.model, ids, sampling, stop=stop):
             made.append(token)
             text = self.tokenizer.decode(made, skip_special_tokens=True)
             if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # inside a UTF-8 character
@@ -104,7 +113,7 @@ def generate_ids(model: Model, prompt: Sequence[int], sampling: Sampling, *, sto
 
 
 def _choose(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:  # what is closer to 0 would overflow the division
         return int(scores_V.argmax())
     shares_V, order_V = (scores_V / sampling.temperature).softmax(0).sort(descending=True)
     outside_V = shares_V.cumsum(0) - shares_V >= sampling.top_p

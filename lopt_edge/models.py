@@ -18,7 +18,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.plan.facts import ModelFacts, facts_from_config, packs
 from quant.headers import FolderError, TensorEntry, read_headers, read_json
 
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
                 "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
 CACHE_VERSION = 1
 
@@ -40,8 +40,12 @@ def default_cache() -> Path:
 def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
     """The folder and facts of a local folder or a hub id. Raises InputError for what is missing or unsupported."""
     path, commit = Path(name).expanduser(), None
-    if not path.is_dir():
-        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    try:
+        is_folder, is_file = path.is_dir(), path.exists()
+    except OSError as error:
+        raise InputError(f"{name[:80]!r} cannot be a path ({error.strerror})", where="model") from None
+    if not is_folder:
+        if is_file or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise InputError(f"no model folder at {name!r}", where="model", fix="give a folder or a hub id (org/name)")
         path, commit = _download(name, revision)
     try:
@@ -108,8 +112,10 @@ def quantise_model(
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:
+        if (target / "config.json").exists():
+            return  # another process finished the same copy first
         raise InputError(f"cannot write the 4-bit copy: {error.strerror}", where=str(target),
-                         fix="free space there, or choose another folder with --cache-dir") from None  # fmt: skip
+                         fix="check free space and permissions there, or choose another folder") from None  # fmt: skip
 
 
 def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:

@@ -6,6 +6,7 @@ the first expensive act (quantising), so that a mistake is told in seconds. Noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_edge.artifacts import check_output
-from lopt_edge.config import Config
+from lopt_edge.config import Config, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, collate, load_dataset, split
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.generation import load_tokenizer
-from lopt_edge.models import ModelFolder, find_model, tensor_entries
+from lopt_edge.models import ModelFolder, check_weights, find_model, tensor_entries
+from lopt_edge.plan.facts import ModelFacts
 from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.segments import Segment, make_segments
@@ -26,9 +28,10 @@ from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model, weight_placement
-from lopt_edge.run.lora import attach_adapters, layer_parameters, load_adapters, target_modules
+from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters, target_modules
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer
+from quant.linear import DropoutClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +53,7 @@ class Inputs:
     device: torch.device
     dtype: torch.dtype
     reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def plan(self, n_micro_batches: int) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
@@ -76,19 +80,12 @@ def read_inputs(config: Config) -> Inputs:
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
     source = find_model(config.model, revision=config.revision)
     facts = source.facts
-    segments = make_segments(
-        config.method,
-        n_layers=facts.n_layers,
-        num_segments=config.num_segments,
-        boundary_layers=config.boundary_layers,
-    )
-    targets = target_modules(facts, config.lora_targets)
-    tensor_entries(source.path)  # a missing or truncated shard is told before the data is read
-    if facts.max_positions and config.max_seq_len > facts.max_positions:
-        raise InputError(f"{config.max_seq_len} is beyond the model's {facts.max_positions} positions",
-                         where="max_seq_len", fix=f"use at most {facts.max_positions}")  # fmt: skip
+    segments, targets, max_seq_len = _against_facts(config, facts)
+    check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
+    if config.init_adapter:
+        check_adapter_folder(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
-    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size)
+    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     reasons = (
         f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
         f"device {device} ({device_reason}), compute dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
@@ -96,19 +93,56 @@ def read_inputs(config: Config) -> Inputs:
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
         "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
     )
+    warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
     return Inputs(
-        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, reasons
+        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, reasons,
+        warnings,
+    )  # fmt: skip
+
+
+def _against_facts(config: Config, facts: ModelFacts) -> tuple[tuple[Segment, ...], tuple[str, ...], int]:
+    """Segments, target modules and longest sequence for this model; all that does not fit it is told together."""
+    errors: list[InputError] = []
+    segments: tuple[Segment, ...] = ()
+    targets: tuple[str, ...] = ()
+    try:
+        segments = make_segments(config.method, n_layers=facts.n_layers, num_segments=config.num_segments,
+                                 boundary_layers=config.boundary_layers)  # fmt: skip
+    except InputError as error:
+        errors.append(error)
+    try:
+        targets = target_modules(facts, config.lora_targets)
+    except InputError as error:
+        errors.append(error)
+    limit = facts.max_positions or config.max_seq_len
+    if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
+        errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
+                                 fix=f"use at most {limit}"))  # fmt: skip
+    raise_collected(errors)
+    return segments, targets, min(config.max_seq_len, limit)
+
+
+def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_len: int) -> Iterator[str]:
+    yield from no_effect_warnings(config)
+    if config.revision and source.commit is None:
+        yield "revision has no effect: the model is a local folder"
+    if max_seq_len < config.max_seq_len:
+        yield f"sequences are cut at {max_seq_len} tokens: the model has no more positions"
+    lost = {"cut at max_seq_len": train.n_truncated, "dropped (no token to learn)": train.n_dropped,
+            "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only}  # fmt: skip
+    yield from (
+        f"{count} of {train.n_rows} rows are {what}; see lopt-edge data check" for what, count in lost.items() if count
     )
 
 
 def _datasets(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    options = {"max_seq_len": config.max_seq_len, "chat_template": config.chat_template}
+    options = {"max_seq_len": max_seq_len, "chat_template": config.chat_template}
     train = load_dataset(config.data, tokenizer, data_format=config.data_format, **options)
     held_out = retention = None
     if config.eval_data:
-        held_out = load_dataset(config.eval_data, tokenizer, **options)
+        held_out = load_dataset(config.eval_data, tokenizer, data_format=config.data_format, **options)
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
@@ -147,7 +181,9 @@ def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape
         seed=config.seed,
     )  # fmt: skip
     heads = {
-        segment.index: ReconstructHead(facts.hidden_size, seed=config.seed * 1000 + segment.index).to(inputs.device)
+        segment.index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(segment.index, 0)).to(
+            inputs.device
+        )
         for segment in inputs.segments
         if segment.loss == "reconstruct"
     }

@@ -7,6 +7,7 @@ rule: whatever is printed is also in the output folder's files, and nothing is w
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,8 +24,9 @@ from lopt_edge.artifacts import (
     save_adapter,
     write_text,
 )
-from lopt_edge.config import Config, no_effect_warnings
+from lopt_edge.config import Config
 from lopt_edge.data import Window, epoch_windows
+from lopt_edge.errors import RunError
 from lopt_edge.generation import Sampling, Speaker
 from lopt_edge.models import four_bit_folder
 from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
@@ -32,7 +34,7 @@ from lopt_edge.progress import Progress
 from lopt_edge.run.allocator import settle_host_allocator
 from lopt_edge.run.executor import Executor, StepResult
 from lopt_edge.run.load import load_model
-from lopt_edge.run.lora import adapter_tensors
+from lopt_edge.run.lora import adapter_tensors, load_adapters
 from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
 from lopt_edge.run.optim import learning_rate
 
@@ -62,7 +64,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     settle_host_allocator()
     with clock.phase("read"):
         inputs = read_inputs(config)
-    for warning in no_effect_warnings(config):
+    for warning in inputs.warnings:
         progress.warn(warning)
     for reason in inputs.reasons:
         progress.note(reason)
@@ -83,20 +85,21 @@ class _Run:
         self.inputs, self.config, self.n_steps = inputs, inputs.config, n_steps
         self.progress, self.clock, self.output = progress, clock, Path(inputs.config.output)
         self.tokens = self.supervised_tokens = 0
-        self.best_loss: float | None = None
+        self.best: dict[str, float] | None = None  # with --keep-best: the evaluation of the saved adapter
         self.samples: dict[str, str] = {}
         self.final_loss = float("nan")
 
     def go(self, plan_text: str, plan_hash: str) -> RunResult:
         with self.clock.phase("quantise"):
-            self.folder, _ = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
+            self.folder, was_there = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
+        if not was_there:
+            self.progress.note(f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s, kept in {self.folder}")
         with self.clock.phase("load"):
             inputs = self.inputs
             self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype)
             self.executor, self.shape = build_executor(inputs, self.model)
             self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
             self.retention = inputs.batches(inputs.retention) if inputs.retention else []
-        self.output.mkdir(parents=True, exist_ok=True)
         self.log = MetricsLog(self.output)
         try:
             before = self._evaluate(0)
@@ -104,6 +107,9 @@ class _Run:
             self.progress.start(self.n_steps)
             after = self._train(self.executor) or before
             self.progress.stop()
+            if self.best is not None:  # what is reported and sampled is what was saved
+                after = self.best
+                load_adapters(self.model, self.output)
             self._sample("after")
         finally:
             self.progress.stop()
@@ -148,7 +154,7 @@ class _Run:
             "step": step,
             "loss": result.loss,
             "local_loss": list(result.local_loss),
-            "lr": list(rates.values()),
+            "lr": [rates.get(segment.index, 0.0) for segment in self.inputs.segments],  # 0 for a frozen segment
             "grad_norm": list(result.grad_norm),
             "tokens": result.totals.tokens,
             "supervised_tokens": result.totals.supervised,
@@ -167,20 +173,28 @@ class _Run:
                 if batches:
                     found[name] = self.executor.evaluate(batches)
         if found:
-            self.log.write({"step": step, **found})
+            finite = {name: loss if math.isfinite(loss) else None for name, loss in found.items()}  # NaN is not JSON
+            self.log.write({"step": step, **finite})
             self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-        loss = found.get("eval_loss")
-        if self.config.keep_best and loss is not None and step and (self.best_loss is None or loss < self.best_loss):
-            self.best_loss = loss
+        for name, loss in found.items():
+            if not math.isfinite(loss):
+                raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
+        better = step and "eval_loss" in found and (self.best is None or found["eval_loss"] < self.best["eval_loss"])
+        if self.config.keep_best and better:
+            self.best = found
             self._save_adapter(self.shape)
         return found
 
     def _sample(self, when: str) -> None:
-        if self.config.sample_prompt is None or self.inputs.template is None:
+        prompt = self.config.sample_prompt
+        if prompt is None:
             return
         speaker = Speaker(self.model, self.inputs.tokenizer, self.inputs.template)
         with self.clock.phase("sample"):
-            self.samples[when] = speaker.reply([("user", self.config.sample_prompt)], SAMPLE)
+            chat = self.inputs.template is not None
+            self.samples[when] = (
+                speaker.reply([("user", prompt)], SAMPLE) if chat else speaker.continue_text(prompt, SAMPLE)
+            )
 
     def _save_adapter(self, shape: AdapterShape) -> None:
         save_adapter(
@@ -193,12 +207,15 @@ class _Run:
         )
 
     def _save(self) -> None:
-        if self.best_loss is None:
+        if self.best is None:
             self._save_adapter(self.shape)
         tokenizer = self.inputs.tokenizer
         if self.inputs.template is not None:
             tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with
-        tokenizer.save_pretrained(self.output)
+        try:
+            tokenizer.save_pretrained(self.output)
+        except OSError as error:
+            raise RunError(f"the tokenizer cannot be written: {error.strerror}", where=str(self.output)) from None
 
     def _report(self, evaluation: dict[str, dict[str, float]], plan_text: str, plan_hash: str) -> RunResult:
         result = RunResult(
@@ -235,7 +252,7 @@ class _Run:
             "reasons": list(inputs.reasons),
             "totals": {"steps": self.n_steps, "tokens": self.tokens, "supervised_tokens": self.supervised_tokens},
             "evaluation": result.evaluation,
-            "best_eval_loss": self.best_loss,
+            "kept_best": self.best is not None,
             "samples": result.samples,
             "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes},
             "seconds": result.seconds,

@@ -8,7 +8,7 @@ a tile of tokens would need all three whole matrices unpacked, or unpacked again
 The graph keeps x alone. The backward runs the blocks again and computes all gradients by hand; when a layer is recomputed
 only for its backward (`value_needed = False`) the forward computes nothing. y and dx are sums over blocks, taken in fp32:
 equal to the plain product up to the rounding of J-wise partial sums, and always the same for the same input.
-Dropout on the LoRA inputs is not done here: the caller uses the plain layers then.
+With dropout on the LoRA inputs the plain layers are used instead, whole intermediate and all.
 
 Shapes: N tokens, D hidden, J features of a block, R rank.
 """
@@ -44,9 +44,9 @@ class PackedGatedMLP(nn.Module):
         return _GatedMLPFunction.apply(x, self, *adapters)
 
 
-def blocks_fit(linear: PackedWeight) -> bool:
-    """Whether columns can be cut from a packed matrix: quantisation blocks must not cross rows."""
-    return linear.shape[1] % linear.block_elements == 0
+def blocks_fit(weight: PackedWeight) -> bool:
+    """Whether rows and columns can be cut from a packed matrix: at every cut a quantisation block must end."""
+    return weight.shape[1] % weight.block_elements == 0 and BLOCK_FEATURES % weight.block_elements == 0
 
 
 class _Pass:
@@ -94,8 +94,8 @@ class _Pass:
 
 
 def _resident(linear: PackedLinear) -> PackedWeight:
-    if linear.weight is None:
-        raise RuntimeError("the weight of this layer is not resident")
+    if not isinstance(linear.weight, PackedWeight):
+        raise RuntimeError("the packed weight of this layer is not resident")
     return linear.weight
 
 

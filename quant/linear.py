@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, buffer: UnpackBuffer) -> None:
         super().__init__()
         self.in_features, self.out_features, self.buffer = in_features, out_features, buffer
-        self.weight: PackedWeight | None = None
+        self.weight: PackedWeight | Tensor | None = None  # a plain matrix where a 4-bit folder left it unpacked
         self.bias: Tensor | None = None
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
@@ -103,6 +103,8 @@ class PackedLinear(nn.Module):
         """The dequantised weight (out, in) in the shared buffer; void after any other layer's call."""
         if self.weight is None:
             raise RuntimeError("the weight of this layer is not resident")
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(dtype)
         return unpack_into(self.weight, self.buffer.view(self.weight.shape, dtype, self.weight.device))
 
 

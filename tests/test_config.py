@@ -57,6 +57,13 @@ def test_a_flag_that_overrides_a_wrong_value_heals_it(load):
     assert load("model: m\ndata: d\noutput: o\nlr: high\n", lr=0.5).lr == 0.5
 
 
+def test_a_wrong_flag_over_a_right_value_is_the_flags_mistake(load):
+    with pytest.raises(InputError) as caught:
+        load("model: m\ndata: d\noutput: o\nlr: 0.5\n", lr=-1)
+    assert "--lr: must be greater than 0" in str(caught.value)
+    assert "run.yaml" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("key", "suggestion"),
     [
@@ -176,7 +183,7 @@ def test_the_printed_form_reads_back(load, changes):
         (b"just text", "key: value"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"a: *nobody", "not valid YAML"),
-        (b"[" * 5000, "not valid YAML"),
+        (b"[" * 2000, "not valid YAML"),
         (b"? [a, b]\n: 1\n", "not valid YAML"),
         (b"model: !!python/object:os.system x", "not valid YAML"),
         (b"seed: !!int", "not valid YAML"),

@@ -19,6 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device for auto, cpu or cuda, and why. Raises InputError for CUDA where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"{name!r} is unknown", where="device", fix="choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("this machine offers no CUDA device to torch", where="device", fix="use --device cpu, or see "
                          "lopt-edge doctor")  # fmt: skip
@@ -29,6 +31,8 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype, and why."""
+    if name not in ("auto", *DTYPES):
+        raise InputError(f"{name!r} is unknown", where="compute_dtype", fix=f"choose auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
         raise InputError("float16 overflows in training and is slow on a CPU", where="compute_dtype",
                          fix="use auto, bfloat16 or float32")  # fmt: skip

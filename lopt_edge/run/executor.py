@@ -31,7 +31,7 @@ FLOAT16_SCALE = 2.0**16
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of one optimizer step, before their weights, and each training segment's gradient norm."""
+    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one)."""
 
     loss: float
     local_loss: tuple[float, ...]
@@ -189,7 +189,7 @@ class Executor:
         return StepResult(
             loss=state.losses[segments[-1].index],
             local_loss=tuple(state.losses[s.index] for s in segments if s.loss == "reconstruct"),
-            grad_norm=tuple(self.optimizer.norms.values()),
+            grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
         )
 

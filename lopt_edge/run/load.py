@@ -1,7 +1,7 @@
 """A model as units that run one by one: token embedding, decoder layers, and what the head needs.
 
-The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`
-and every other parameter is read from the folder in the compute dtype. The rule: layer-by-layer logits equal
+The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`,
+the gated MLP by a `PackedGatedMLP`, and every other parameter is read from the folder in the compute dtype. The rule: layer-by-layer logits equal
 `AutoModelForCausalLM`'s (design law 4; tests/laws/test_families.py). Nothing is quantised here, no adapter made.
 
 Dropout that a config may ask for inside attention or residuals is off: layers run in evaluation mode; the only dropout of
@@ -137,9 +137,14 @@ def make_skeleton(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
-    config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    try:
+        config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    except Exception as error:  # transformers raises errors of any kind for values that it cannot use
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"transformers cannot build this model ({reason})", where=str(folder / "config.json"),
+                         fix="check the config's values against the model's page") from None  # fmt: skip
     try:
         fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
     except FolderError as error:
@@ -177,8 +182,12 @@ def _packed_linear(
     shared: dict[bytes, Tensor],
 ) -> PackedLinear:
     packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    packed.weight = _read_weight(f"{prefix}{linear.name}.weight", entries, device=model.device, shared=shared)
-    if packed.weight.shape != (linear.out_features, linear.in_features):
+    name = f"{prefix}{linear.name}.weight"
+    if model.facts.quantised and not is_packed(entries, name):  # a folder that leaves some matrices unpacked means it
+        packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
+    else:
+        packed.weight = _read_weight(name, entries, device=model.device, shared=shared)
+    if tuple(packed.weight.shape) != (linear.out_features, linear.in_features):
         raise FolderError(f"{prefix}{linear.name}.weight has shape {packed.weight.shape}, not what config.json says")
     if linear.bias:
         bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
@@ -191,7 +200,9 @@ def _block_mlp(layer: nn.Module) -> None:
     """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own."""
     mlp = layer.mlp
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if all(isinstance(part, PackedLinear) and part.weight is not None and blocks_fit(part.weight) for part in parts):
+    if all(isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight) for part in parts) and all(
+        blocks_fit(part.weight) for part in parts
+    ):
         layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
 
 
@@ -208,7 +219,7 @@ def _read_weight(
         if tensor is None:
             continue
         if field in ("code_map", "nested_map"):
-            tensor = shared.setdefault(bytes(tensor.numpy()), tensor)
+            tensor = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
         moved[field] = tensor.to(device)
     return PackedWeight(
         **moved,

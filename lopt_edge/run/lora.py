@@ -23,19 +23,20 @@ from quant.linear import DropoutClock, PackedLinear
 
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
 
 
 def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
     """The linear layers' short names that `--lora-targets` names, in the layer's order."""
     wanted = set(targets)
-    if "all-linear" in wanted:
-        return facts.linear_names
-    unknown = sorted(wanted - set(facts.linear_names))
+    unknown = sorted(wanted - {*facts.linear_names, "all-linear"})
     if unknown:
         raise InputError(
             f"{', '.join(unknown)} is not in this model", where="lora_targets",
             fix=f"choose all-linear or from {', '.join(facts.linear_names)}",
         )  # fmt: skip
+    if "all-linear" in wanted:
+        return facts.linear_names
     return tuple(name for name in facts.linear_names if name in wanted)
 
 
@@ -93,6 +94,15 @@ def adapter_tensors(model: Model) -> dict[str, Tensor]:
     return found
 
 
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder that is no readable LoRA adapter, without reading its tensors. Raises InputError."""
+    try:
+        _check_adapter_config(read_json(folder / ADAPTER_CONFIG_NAME), str(folder))
+        read_header(folder / ADAPTER_NAME)
+    except FolderError as error:
+        raise InputError(str(error), where=str(folder), fix=ADAPTER_ADVICE) from None
+
+
 def load_adapters(model: Model, folder: Path) -> list[int]:
     """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit."""
     where = str(folder)
@@ -120,8 +130,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 _attach(module, a, b, scale=scale, device=model.device)
                 layers.add(layer)
     except FolderError as error:
-        raise InputError(str(error), where=where, fix="an adapter folder holds adapter_config.json and "
-                         "adapter_model.safetensors") from None  # fmt: skip
+        raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:
         detail = f"holds {sorted(left)[0]!r}, which this model has no place for" if left else "holds no LoRA matrices"
         raise InputError(detail, where=where, fix="use an adapter that was trained on this model")
@@ -133,6 +142,10 @@ def _check_adapter_config(config: object, where: str) -> None:
         raise InputError("is not a LoRA adapter (peft_type LORA)", where=where)
     if not isinstance(config.get("lora_alpha"), int | float) or isinstance(config["lora_alpha"], bool):
         raise InputError("adapter_config.json lacks a number 'lora_alpha'", where=where)
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    keys = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
+    unsupported = [key for key in keys if config.get(key)]
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda")):  # these change the base weights as well
+        unsupported.append(f"init_lora_weights={start}")
     if unsupported or config.get("bias", "none") != "none":
         raise InputError(f"the adapter uses {(unsupported or ['bias'])[0]!r}, which is not supported", where=where)

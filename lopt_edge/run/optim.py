@@ -64,7 +64,7 @@ class SegmentOptimizer:
             if not math.isfinite(norm):
                 raise NotFinite(
                     f"the gradient of segment {segment} is not finite; nothing was updated",
-                    fix="lower the learning rate, or use --compute-dtype bfloat16 or float32",
+                    fix="lower --lr (and --lr-local); in float16, compute in bfloat16 or float32",
                 )
 
     def step(self, segment: int, *, lr: float) -> None:
