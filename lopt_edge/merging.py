@@ -3,9 +3,8 @@
 Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16. W is either the original full-precision weight
 (`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
 the function changes; how far is measured and returned: both models read the same text, the merged one layer by layer from
-the written folder. The rule: beside the packed
-model and its adapter, memory holds one full matrix while writing, one full layer while measuring. The folder appears under its
-name only when complete.
+the written folder. The rule: beside the packed model and its adapter, memory holds one full matrix while writing and one
+full layer while measuring. The folder appears under its name only when complete.
 """
 
 from __future__ import annotations

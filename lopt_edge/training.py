@@ -252,7 +252,7 @@ class _Run:
             "reasons": list(inputs.reasons),
             "totals": {"steps": self.n_steps, "tokens": self.tokens, "supervised_tokens": self.supervised_tokens},
             "evaluation": result.evaluation,
-            "kept_best": self.best is not None,
+            "best_eval_loss": self.best["eval_loss"] if self.best else None,
             "samples": result.samples,
             "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes},
             "seconds": result.seconds,

@@ -196,3 +196,57 @@ def test_no_effect_is_said(run, tmp_path, data):
     code, _, err = run(*finetune_words(data, tmp_path / "out", "--dry-run", "--method", "e2e", "--lr-local", "1e-4"))
     assert code == 0
     assert "lr_local has no effect" in err
+
+
+def test_a_failed_runs_log_does_not_block_the_folder(run, tmp_path, data):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("{}\n")
+    code, _, err = run(*finetune_words(data, output))
+    assert code == 0, err
+    assert "step" in (output / "metrics.jsonl").read_text()
+
+
+def test_outputs_that_cannot_be(run, tmp_path, data):
+    for output in (data / "inside-a-file", tmp_path / ("x" * 300)):
+        code, _, err = run("finetune", "--model", TINY, "--data", data, "--output", output)
+        assert code == 2
+        assert "output" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--compute-dtype", "foo"], "compute_dtype"),
+        (["--device", "foo"], "device"),
+        (["--temperature", "nan"], "temperature"),
+        (["--seed", "99999999999999999999"], "seed"),
+        (["--top-p", "0"], "top-p"),
+    ],
+)
+def test_generate_refuses(run, tmp_path, flags, expected):
+    code, _, err = run("generate", "--model", TINY, "--prompt", "x", "--cache-dir", tmp_path, *flags)
+    assert code == 2
+    assert expected in err
+
+
+def test_mistakes_against_the_model_are_told_together(run, tmp_path, data):
+    words = finetune_words(data, tmp_path / "out", "--lora-targets", "all-linear,w", "--boundary-layers", 99)
+    code, _, err = run(*words)
+    assert code == 2
+    assert "boundary" in err
+    assert "lora_targets" in err
+
+
+def test_a_config_that_transformers_cannot_use(run, tmp_path, data):
+    folder = make_folder(tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "hidden_act": "foo"}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    small = tmp_path / "text.txt"
+    small.write_text("!!!!")
+    code, _, err = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out", "--max-steps", 1,
+                       "--max-seq-len", 64, "--cache-dir", tmp_path / "cache")  # fmt: skip
+    assert code == 2
+    assert "config.json" in err or "tokenizer" in err

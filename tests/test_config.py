@@ -123,7 +123,8 @@ def test_lora_targets():
     [
         ({"boundary_layers": ""}, "at least one"),
         ({"boundary_layers": "a,b"}, "integer"),
-        ({"boundary_layers": True}, "tuple"),
+        ({"boundary_layers": True}, "true or false"),
+        ({"seed": True}, "true or false"),
         ({"lora_targets": ","}, "at least one"),
         ({"model": ""}, "at least 1 character"),
         ({"lr": float("nan")}, "finite"),

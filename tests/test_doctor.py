@@ -72,7 +72,7 @@ def test_missing_package_is_a_problem(monkeypatch, package):
         return version(name)
 
     monkeypatch.setattr(doctor, "version", without)
-    monkeypatch.setattr(doctor, "_layer_checks", lambda: (Check("cpu", "float32", {}, {}, fault="ImportError: gone"),))
+    monkeypatch.setattr(doctor, "check_layers", lambda: (Check("cpu", "float32", {}, {}, fault="ImportError: gone"),))
     report = check_machine()
     assert not report.sound
     assert "pip install" in advice(report, f"{package} is not installed")
@@ -85,7 +85,7 @@ def test_broken_torch_is_a_finding(monkeypatch):
     def broken() -> None:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    for probe in ("_torch_cuda", "_cuda_devices", "_choice", "_layer_checks"):
+    for probe in ("_torch_cuda", "_cuda_devices", "_choice", "check_layers"):
         monkeypatch.setattr(doctor, probe, broken)
     report = check_machine()
     assert not report.sound

@@ -39,11 +39,11 @@ def adapter_bytes(config) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("method", "segments", "local"),
-    [("lopt", {}, 1), ("lopt", {"num_segments": 4}, 3), ("lopt", {"boundary_layers": "1,3"}, 2), ("e2e", {}, 0),
-     ("frozen", {}, 0)],
+    ("method", "segments", "n_segments", "local"),
+    [("lopt", {}, 2, 1), ("lopt", {"num_segments": 4}, 4, 3), ("lopt", {"boundary_layers": "1,3"}, 3, 2), ("e2e", {}, 1, 0),
+     ("frozen", {}, 2, 0)],
 )  # fmt: skip
-def test_what_a_run_writes(model, tmp_path, method, segments, local):
+def test_what_a_run_writes(model, tmp_path, method, segments, n_segments, local):
     evaluation = write_rows(tmp_path / "eval.jsonl", 3, first=50)
     config = make_config(model, tmp_path, method=method, max_steps=2, eval_data=str(evaluation), eval_every=1, **segments)
     result = finetune(config)
@@ -56,9 +56,11 @@ def test_what_a_run_writes(model, tmp_path, method, segments, local):
     for line in steps:
         assert set(line) == STEP_KEYS
         assert len(line["local_loss"]) == local
-        assert len(line["lr"]) == len(line["grad_norm"]) == local + 1
+        assert len(line["lr"]) == len(line["grad_norm"]) == n_segments
+        trained = [rate > 0 for rate in line["lr"]]
+        assert sum(trained) == local + 1
         assert math.isfinite(line["loss"])
-        assert all(norm > 0 for norm in line["grad_norm"])
+        assert [norm > 0 for norm in line["grad_norm"]] == trained
         assert 0 < line["supervised_tokens"] < line["tokens"]
         assert line["peak_rss_bytes"] > 100 << 20
     assert [line["step"] for line in evaluations] == [0, 1, 2]
@@ -152,8 +154,9 @@ def test_keep_best_keeps_the_best(model, tmp_path):
     last = make_config(model, tmp_path, output="last", **common)
     best = make_config(model, tmp_path, output="best", keep_best=True, **common)
     finetune(last)
-    finetune(best)
+    result = finetune(best)
     losses = {line["step"]: line["eval_loss"] for line in metrics_of(best)[1] if line["step"]}
+    assert result.evaluation["after"]["eval_loss"] == min(losses.values()), "what is reported is what was saved"
     best_step = min(losses, key=losses.__getitem__)
     assert best_step != max(losses), "the run must get worse in the end, or this proves nothing"
     assert json.loads((Path(best.output) / "run.json").read_text())["best_eval_loss"] == losses[best_step]

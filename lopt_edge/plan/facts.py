@@ -1,9 +1,10 @@
 """Model facts: what config.json says about a model's shape, without loading anything.
 
-A family is a `model_type` of transformers 5 whose layers we know how to run one by one. What differs between families
-is small: what concerns shapes (fused projections, default values that the config may leave out) stands in one table here;
-what concerns arithmetic (embedding and logit factors, norms, masks) is in run/load.py and run/losses.py. The rule: every number comes from the config (or transformers' documented default for that family), never from the
-weights; what is not in the table is refused with the list of what is. No torch, no transformers here.
+A family is a `model_type` of transformers 5 whose layers we know how to run one by one. What differs between families is
+small: what concerns shapes (fused projections, default values that the config may leave out) stands in one table here; what
+concerns arithmetic (embedding and logit factors, norms, masks) is in run/load.py and run/losses.py. The rule: every number
+comes from the config (or transformers' documented default for that family), never from the weights; what is not in the
+table is refused with the list of what is. No torch, no transformers here.
 """
 
 from __future__ import annotations

@@ -119,3 +119,14 @@ def test_recorded_dtype_is_a_record_only():
     weight = random_weight((8, 64))
     assert pack(weight, dtype=torch.bfloat16).dtype is torch.bfloat16
     assert torch.equal(unpacked(pack(weight, dtype=torch.bfloat16), torch.float32), unpacked(pack(weight), torch.float32))
+
+
+def test_parts_equal_the_whole():
+    """Rows and columns unpacked on their own are those of the whole matrix, bit for bit."""
+    from quant.nf4 import unpack_part, unpack_scales
+
+    packed = pack(torch.randn(96, 256))
+    whole = unpack_into(packed, torch.empty(96, 256))
+    scales = unpack_scales(packed)
+    assert torch.equal(unpack_part(packed, scales, torch.empty(33, 256), rows=slice(7, 40)), whole[7:40])
+    assert torch.equal(unpack_part(packed, scales, torch.empty(96, 128), columns=slice(64, 192)), whole[:, 64:192])
