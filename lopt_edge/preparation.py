@@ -22,12 +22,13 @@ from lopt_edge.models import ModelFolder, check_weights, find_model, tensor_entr
 from lopt_edge.plan.facts import ModelFacts
 from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.placement import weight_placement
 from lopt_edge.plan.segments import Segment, make_segments
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
-from lopt_edge.run.load import Model, weight_placement
+from lopt_edge.run.load import Model
 from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters, target_modules
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer

@@ -31,7 +31,6 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 NamedTensor = tuple[str, Tensor]

@@ -22,10 +22,8 @@ from lopt_edge.data.order import (
     IGNORED,
     MicroBatch,
     Window,
-    WindowTotals,
     collate,
     epoch_windows,
-    window_totals,
 )
 from lopt_edge.data.records import Record, read_records
 from lopt_edge.data.report import check_facts, check_report, marked_pieces
@@ -44,7 +42,6 @@ __all__ = [
     "Record",
     "TextRow",
     "Window",
-    "WindowTotals",
     "check_facts",
     "check_report",
     "collate",
@@ -61,5 +58,4 @@ __all__ = [
     "split",
     "to_conversation",
     "to_rows",
-    "window_totals",
 ]

@@ -6,7 +6,7 @@ function of (seed, epoch, number of examples) alone, so a resumed run finds its 
 Rule: every example exactly once per epoch. Which examples share a window is decided by the shuffle alone; only inside a
 window are they sorted by length, so that a micro-batch pads little and no step sees only short or only long
 sequences. The micro-batches of a window then run in a seeded order. The last window may be short; its totals
-(`window_totals`) are known before its first forward, and the losses are divided by them.
+(run/batches.py) are known before its first forward, and the losses are divided by them.
 
 Not here: tensors. A micro-batch is lists of Python ints.
 """
@@ -42,14 +42,6 @@ class MicroBatch:
         return sum(self.lengths)
 
 
-@dataclass(frozen=True)
-class WindowTotals:
-    """What the losses of one window are divided by: targets, and tokens that are not padding (prompts included)."""
-
-    supervised: int
-    tokens: int
-
-
 def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int) -> tuple[Window, ...]:
     """All windows of one epoch."""
     for name, value in (("batch-size", batch_size), ("grad-accum", grad_accum)):
@@ -78,9 +70,3 @@ def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
         targets.append([token if supervised else IGNORED for token, supervised in nexts] + [IGNORED] * (padding + 1))
         input_ids.append(ids + [pad_id] * padding)
     return MicroBatch(input_ids, targets, tuple(len(example) for example in examples))
-
-
-def window_totals(examples: Sequence[Example], window: Window) -> WindowTotals:
-    """The totals of one window over all its micro-batches."""
-    chosen = [examples[index] for batch in window for index in batch]
-    return WindowTotals(sum(example.n_supervised for example in chosen), sum(len(example) for example in chosen))

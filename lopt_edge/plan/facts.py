@@ -79,10 +79,6 @@ class ModelFacts:
     def linear_names(self) -> tuple[str, ...]:
         return tuple(linear.short_name for linear in self.linears)
 
-    def layer_parameters(self) -> int:
-        """Elements of one layer's weight matrices (what is stored in 4 bits)."""
-        return sum(linear.in_features * linear.out_features for linear in self.linears)
-
 
 def facts_from_config(config: object, *, where: str) -> ModelFacts:
     """Facts from a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lopt_edge.data import MicroBatch
-
-IGNORED = -100
+from lopt_edge.data import IGNORED, MicroBatch
 
 
 @dataclass(frozen=True, eq=False)

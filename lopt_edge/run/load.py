@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
+from lopt_edge.plan.placement import weight_placement
 from lopt_edge.run.vocabulary import Vocabulary
 from quant.files import is_packed, read_packed, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
@@ -150,7 +151,7 @@ def make_skeleton(
         fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
-    on_device = device.type != "cpu"
+    head_resident = dict(weight_placement(facts, device.type))["head"] == "resident"
     head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     return Model(
         facts=facts,
@@ -159,18 +160,11 @@ def make_skeleton(
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
         embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=on_device),
+        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=head_resident),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
     )
-
-
-def weight_placement(facts: ModelFacts, device_type: str) -> tuple[tuple[str, str], ...]:
-    """Where each unit's weights lie, for the plan's header: what `load_model` does."""
-    head = "disk" if device_type == "cpu" else "resident"
-    layers = tuple((f"layer {i}", "resident") for i in range(facts.n_layers))
-    return (("embed", "disk"), *layers, ("head", head))
 
 
 def _packed_linear(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopt_edge.data import IGNORED, Example, collate, epoch_windows, window_totals
+from lopt_edge.data import IGNORED, Example, collate, epoch_windows
 from lopt_edge.errors import InputError
 
 LENGTHS = st.lists(st.integers(2, 60), max_size=60)
@@ -79,13 +79,3 @@ def test_collate(batch):
         assert all(type(value) is int for value in (*ids, *targets))
     assert out.n_tokens == sum(map(len, batch))
     assert out.n_supervised == sum(example.n_supervised for example in batch)
-
-
-@given(batch=st.lists(examples(), min_size=1, max_size=20), batch_size=SIZES, grad_accum=SIZES)
-def test_window_totals_are_the_sums_of_their_micro_batches(batch, batch_size, grad_accum):
-    lengths = [len(example) for example in batch]
-    for window in epoch_windows(lengths, seed=0, epoch=0, batch_size=batch_size, grad_accum=grad_accum):
-        micro = [collate([batch[index] for index in indices], pad_id=0) for indices in window]
-        totals = window_totals(batch, window)
-        assert totals.supervised == sum(part.n_supervised for part in micro)
-        assert totals.tokens == sum(part.n_tokens for part in micro)

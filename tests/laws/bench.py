@@ -15,11 +15,12 @@ from lopt_edge.data import MicroBatch
 from lopt_edge.models import find_model
 from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.placement import weight_placement
 from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.executor import Executor
-from lopt_edge.run.load import Model, load_model, weight_placement
+from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.lora import attach_adapters, layer_parameters
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer
