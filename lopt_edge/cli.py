@@ -81,7 +81,7 @@ def _metavar(annotation: Any) -> str:
 
 def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
     """Train a LoRA adapter on a data file. Settings come from CONFIG.yaml and flags; flags win."""
-    config = load_config(config_file, flags)
+    config = load_config(config_file, flags, placeholder="(needed)" if print_config else None)
     if print_config:
         out.print(config.as_yaml(), end="", markup=False)
         return

@@ -100,13 +100,21 @@ class Config(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """A Config from a YAML file and overrides. Raises InputError(s) that name every mistake."""
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, placeholder: str | None = None
+) -> Config:
+    """A Config from a YAML file and overrides. Raises InputError(s) that name every mistake.
+
+    `placeholder` stands for needed settings that were not given, for a config that is only printed.
+    """
     values, lines = ({}, {}) if path is None else _read_yaml(Path(path))
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
     errors = [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
     errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
     known = {key: value for key, value in {**values, **flags}.items() if key in Config.model_fields}
+    if placeholder is not None:
+        needed = [name for name, field in Config.model_fields.items() if field.is_required()]
+        known = {**dict.fromkeys(needed, placeholder), **known}
     try:
         config = Config(**known)
     except ValidationError as error:

@@ -179,6 +179,15 @@ def test_dry_run_and_print_config(run, tmp_path, data):
     assert printed.as_yaml() == out
 
 
+def test_print_config_alone_is_a_template(run):
+    code, out, _ = run("finetune", "--print-config", "--lr", "1e-3")
+    assert code == 0
+    values = yaml.safe_load(out)
+    assert values["model"] == values["data"] == values["output"] == "(needed)"
+    assert (values["lr"], values["grad_accum"]) == (1e-3, 8)
+    assert run("finetune", "--print-config", "--lr", "fast")[0] == 2
+
+
 def test_quantize_and_data_check(run, tmp_path, data):
     code, out, _ = run("quantize", TINY, tmp_path / "four")
     assert code == 0
