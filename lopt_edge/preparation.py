@@ -70,8 +70,8 @@ class Inputs:
         return [self.batch(dataset, group) for group in groups]
 
     def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
-        pad_id = self.tokenizer.pad_token_id or 0  # padding is neither attended to nor supervised: any id does
-        return make_batch(collate([dataset.examples[i] for i in indices], pad_id), self.device)
+        # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
+        return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device)
 
 
 def read_inputs(config: Config) -> Inputs:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lopt_edge.errors import InputError
 from quant.files import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
 from quant.headers import TensorEntry
 
@@ -30,10 +31,17 @@ class Vocabulary:
         self._cast: Tensor | None = None
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        """Rows (N, hidden) in the compute dtype on the device; ids (N,) int64 on any device."""
+        """Rows (N, hidden) in the compute dtype on the device; ids (N,) int64 on any device.
+
+        Raises InputError for an id that has no row: in the file another tensor's data would lie there. (A resident
+        matrix is indexed by torch, which checks.)
+        """
         if self.matrix_VD is not None:
             return self.matrix_VD[ids_N].to(self.dtype)
         unique, inverse = torch.unique(ids_N.cpu(), return_inverse=True)
+        if len(unique) and not (unique[0] >= 0 and unique[-1] < self.n_rows):  # they are sorted
+            raise InputError(f"token id {int(unique[-1])} is beyond the model's {self.n_rows} rows", where="model",
+                             fix="use the tokenizer that belongs to the model")  # fmt: skip
         raw = torch.empty(len(unique), self.n_columns, dtype=self.stored_dtype)
         data = tensor_bytes(raw)
         for i, row in enumerate(unique.tolist()):

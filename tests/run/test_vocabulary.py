@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lopt_edge.errors import InputError
 from lopt_edge.run.vocabulary import Vocabulary
 from quant.headers import FolderError, read_header
 
@@ -64,3 +65,11 @@ def test_a_file_that_shrinks_is_told(tmp_path):
         vocabulary.rows(torch.tensor([19]))
     with pytest.raises(FolderError, match="'matrix'"):
         list(vocabulary.chunks(20))
+
+
+@pytest.mark.parametrize("bad", [53, -1])
+def test_an_id_without_a_row_is_refused(tmp_path, bad):
+    """Behind the last row lie the bytes of another tensor; they must never pass as an embedding."""
+    vocabulary = make_vocabulary(tmp_path, torch.randn(53, 24), dtype=torch.float32, resident=False)
+    with pytest.raises(InputError, match="rows"):
+        vocabulary.rows(torch.tensor([3, bad]))
