@@ -68,6 +68,22 @@ class Config(BaseModel):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the matrix products"
     )
+    weights: str = Field("auto", description="layers' weights: resident, host or disk; by layer: disk,0-5=resident")
+    activations: str = Field("auto", description="keep, recompute or page what a backward needs; by layer: page,20-23=keep")
+    saved_inputs: Literal["auto", "device", "host", "disk"] = Field("auto", description="where layers' inputs wait")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="AdamW with moments in fp32 or in 8 bits")
+    optimizer_states: Literal["auto", "device", "host", "disk"] = Field("auto", description="where the moments lie")
+    gradients: Literal["auto", "device", "host", "disk"] = Field("auto", description="where accumulated gradients lie")
+    apply: Literal["step", "segment", "layer"] = Field(
+        "step", description="update all at the step's end, or each segment or layer at once (layer: clip 0, grad-accum 1)"
+    )
+    prefetch: int = Field(1, ge=0, le=8, description="how many layers ahead a movement begins")
+    device_memory: str | None = Field(None, description="budget, e.g. 24GB, 8GiB, 80% of what is free")
+    host_memory: str | None = Field(None, description="budget of host memory beside a GPU")
+    disk_memory: str | None = Field(None, description="budget of page files")
+    pinned_memory: str | None = Field(None, description="budget of page-locked host memory (default: detected)")
+    page_dir: str | None = Field(None, description="folder of page files (default: beside the output)")
+    memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
 
     @field_validator("*", mode="before")

@@ -36,7 +36,12 @@ class InputErrors(InputError):
 
 
 class RunError(LoptError):
-    """A run that could not go on; `where` names the op, the step or the path."""
+    """A run that could not go on; `where` names the op, the step or the path.
+
+    `values_intact`: whether the adapters are still those of the last finished step.
+    """
+
+    values_intact = True
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         text = f"{where}: {what}" if where else what

@@ -103,8 +103,7 @@ def generate_ids(model: Model, prompt: Sequence[int], sampling: Sampling, *, sto
     for _ in range(sampling.max_new_tokens):
         hidden_BTD = model.embed(torch.tensor([ids], device=model.device))
         frame = model.frame(hidden_BTD, cache=cache, start=start)
-        for layer in range(model.facts.n_layers):
-            hidden_BTD = model.run_layer(layer, hidden_BTD, frame, cache=cache)
+        hidden_BTD = model.run_all(hidden_BTD, frame, cache=cache)
         token = _choose(logits(model, hidden_BTD[0, -1:])[0].cpu(), sampling, generator)
         if token in stop:
             return

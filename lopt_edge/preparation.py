@@ -18,13 +18,17 @@ from lopt_edge.config import Config, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, collate, load_dataset, split
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.generation import load_tokenizer
+from lopt_edge.memory import stated_budget
 from lopt_edge.models import ModelFolder, check_weights, find_model, tensor_entries
+from lopt_edge.plan.budget import Budget, format_bytes
+from lopt_edge.plan.choose import check_memory_settings, choose_knobs, memory_warnings
 from lopt_edge.plan.facts import ModelFacts
-from lopt_edge.plan.methods import step_plan
+from lopt_edge.plan.knobs import Knobs
+from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Plan
-from lopt_edge.plan.placement import weight_placement
+from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.segments import Segment, make_segments
-from lopt_edge.plan.validate import validate
+from lopt_edge.prediction import Predictor, make_plan
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
@@ -53,14 +57,15 @@ class Inputs:
     targets: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    knobs: Knobs
+    budget: Budget
+    prediction: Prediction
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
     def plan(self, n_micro_batches: int) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
-        placement = weight_placement(self.source.facts, self.device.type)
-        plan = step_plan(self.config.method, self.segments, n_micro_batches=n_micro_batches, placement=placement)
-        return validate(plan, clip_scope=self.config.clip_scope)
+        return make_plan(self.config, self.segments, self.knobs, n_micro_batches=n_micro_batches)
 
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
@@ -81,23 +86,35 @@ def read_inputs(config: Config) -> Inputs:
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
     source = find_model(config.model, revision=config.revision)
     facts = source.facts
+    check_memory_settings(config, facts, device_type=device.type)
     segments, targets, max_seq_len = _against_facts(config, facts)
     check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    budget = stated_budget(config, device)
+    predicted = Predictor(
+        config, source, segments, targets, device=device, dtype=dtype, datasets=(train, held_out, retention)
+    )
+    choice = choose_knobs(config, facts, device_type=device.type,
+                          fits=None if budget.is_open else lambda knobs: predicted(knobs).misfits(budget))  # fmt: skip
+    prediction = predicted(choice.knobs)
     reasons = (
         f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
         f"device {device} ({device_reason}), compute dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
         "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
+        f"memory: {choice.knobs.described()} ({choice.reason})",
+        f"predicted peak: device {format_bytes(prediction.device_bytes)} at {prediction.peak_op}"
+        + (f", host {format_bytes(prediction.host_bytes)}" if prediction.host_bytes else "")
+        + (f", page files {format_bytes(prediction.disk_bytes)}" if prediction.disk_bytes else ""),
     )
     warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
     return Inputs(
-        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, reasons,
-        warnings,
+        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype,
+        choice.knobs, budget, prediction, reasons, (*warnings, *memory_warnings(config, choice.knobs)),
     )  # fmt: skip
 
 
@@ -188,15 +205,15 @@ def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape
         for segment in inputs.segments
         if segment.loss == "reconstruct"
     }
+    groups = {group: segment.index for segment in inputs.segments for group in groups_of(segment)}
     parameters = {
-        segment.index: [p for layer in segment.layers for p in layer_parameters(model, layer)]
-        + (list(heads[segment.index].parameters()) if segment.index in heads else [])
-        for segment in inputs.segments
-        if segment.loss != "none"
+        (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
+        for unit, target in groups
     }
     optimizer = SegmentOptimizer(
-        parameters, weight_decay=config.weight_decay, clip=config.clip, clip_scope=config.clip_scope
-    )
+        parameters, segments=groups, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
+        clip_scope=config.clip_scope, optimizer=config.optimizer,
+    )  # fmt: skip
     executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight)
     layers = tuple(sorted({*trained, *carried}))
     return executor, AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers)

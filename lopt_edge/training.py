@@ -28,10 +28,12 @@ from lopt_edge.config import Config
 from lopt_edge.data import Window, epoch_windows
 from lopt_edge.errors import RunError
 from lopt_edge.generation import Sampling, Speaker
+from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import four_bit_folder
+from lopt_edge.plan.knobs import placement_of
 from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
 from lopt_edge.progress import Progress
-from lopt_edge.run.allocator import settle_host_allocator
+from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.run.executor import Executor, StepResult
 from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import adapter_tensors, load_adapters
@@ -88,18 +90,38 @@ class _Run:
         self.best: dict[str, float] | None = None  # with --keep-best: the evaluation of the saved adapter
         self.samples: dict[str, str] = {}
         self.final_loss = float("nan")
+        self.finished_steps = 0
 
     def go(self, plan_text: str, plan_hash: str) -> RunResult:
         with self.clock.phase("quantise"):
             self.folder, was_there = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
         if not was_there:
             self.progress.note(f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s, kept in {self.folder}")
-        with self.clock.phase("load"):
-            inputs = self.inputs
-            self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype)
-            self.executor, self.shape = build_executor(inputs, self.model)
-            self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
-            self.retention = inputs.batches(inputs.retention) if inputs.retention else []
+        inputs = self.inputs
+        with open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
+                        need_disk_bytes=inputs.prediction.disk_bytes) as mover:  # fmt: skip
+            self.mover = mover
+            with self.clock.phase("load"):
+                self._load()
+            lift = hold_budget(inputs.budget, inputs.device)
+            try:
+                before, after = self._run_and_evaluate()
+            finally:
+                lift()
+            with self.clock.phase("save"):
+                self._save()
+            return self._report({"before": before, "after": after}, plan_text, plan_hash)
+
+    def _load(self) -> None:
+        inputs = self.inputs
+        self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
+                                placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
+        self.executor, self.shape = build_executor(inputs, self.model)
+        self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
+        self.retention = inputs.batches(inputs.retention) if inputs.retention else []
+        release_free_memory()
+
+    def _run_and_evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         self.log = MetricsLog(self.output)
         try:
             before = self._evaluate(0)
@@ -111,12 +133,23 @@ class _Run:
                 after = self.best
                 load_adapters(self.model, self.output)
             self._sample("after")
+            return before, after
+        except RunError as error:
+            raise self._keep_last_step(error) from error
         finally:
             self.progress.stop()
             self.log.close()
-        with self.clock.phase("save"):
-            self._save()
-        return self._report({"before": before, "after": after}, plan_text, plan_hash)
+
+    def _keep_last_step(self, error: RunError) -> RunError:
+        """Save the adapter as it was after the last finished step, and say where, whatever failed after that."""
+        if not self.finished_steps or not error.values_intact or self.best is not None:
+            return error
+        folder = self.output / f"step-{self.finished_steps}"
+        try:
+            self._save_adapter(self.shape, folder=folder)
+        except (RunError, OSError) as fault:
+            return type(error)(f"{error}\nThe adapter of step {self.finished_steps} could not be saved: {fault}")
+        return type(error)(f"{error}\nThe adapter as of step {self.finished_steps}, the last one finished, is in {folder}")
 
     def _train(self, executor: Executor) -> dict[str, float]:
         evaluation: dict[str, float] = {}
@@ -149,7 +182,8 @@ class _Run:
     def _record(self, step: int, result: StepResult, rates: dict[int, float], seconds: float) -> None:
         self.tokens += result.totals.tokens
         self.supervised_tokens += result.totals.supervised
-        self.final_loss = result.loss
+        self.final_loss, self.finished_steps = result.loss, step
+        below = peaks_below(self.mover)
         metrics = {
             "step": step,
             "loss": result.loss,
@@ -161,6 +195,9 @@ class _Run:
             "step_seconds": seconds,
             "peak_device_bytes": peak_device_bytes(self.inputs.device),
             "peak_rss_bytes": peak_rss_bytes(),
+            "peak_host_bytes": below.host,
+            "peak_pinned_bytes": below.pinned,
+            "peak_disk_bytes": below.disk,
         }
         self.log.write(metrics)
         self.progress.step(metrics)
@@ -196,9 +233,9 @@ class _Run:
                 speaker.reply([("user", prompt)], SAMPLE) if chat else speaker.continue_text(prompt, SAMPLE)
             )
 
-    def _save_adapter(self, shape: AdapterShape) -> None:
+    def _save_adapter(self, shape: AdapterShape, *, folder: Path | None = None) -> None:
         save_adapter(
-            self.output,
+            folder or self.output,
             adapter_tensors(self.model),
             base=self.inputs.source.name,
             revision=self.inputs.source.commit,
@@ -254,7 +291,8 @@ class _Run:
             "evaluation": result.evaluation,
             "best_eval_loss": self.best["eval_loss"] if self.best else None,
             "samples": result.samples,
-            "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes},
+            "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes,
+                      **{f"peak_{tier}_bytes": n_bytes for tier, n_bytes in asdict(peaks_below(self.mover)).items()}},
             "seconds": result.seconds,
         }  # fmt: skip
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,37 @@ def is_packed(entries: dict[str, TensorEntry], name: str) -> bool:
     return f"{name}.absmax" in entries
 
 
-def read_packed(entries: dict[str, TensorEntry], name: str) -> PackedWeight:
-    """One packed matrix from a bitsandbytes folder; checks every size against the recorded shape."""
+@dataclass(frozen=True)
+class PackedLayout:
+    """A packed matrix on disk: where its parts lie ("" the codes, ".absmax", ...) and what its state records."""
+
+    parts: Mapping[str, TensorEntry]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block_elements: int
+    nested_block_elements: int
+    quant_type: str
+    offset: float | None
+
+    def assemble(self, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """The matrix from its parts as flat tensors of one device, by the names of `parts`, and ".offset" (a scalar)."""
+        return PackedWeight(
+            codes=tensors[""],
+            absmax=tensors[".absmax"],
+            code_map=tensors[".quant_map"],
+            shape=self.shape,
+            dtype=self.dtype,
+            nested_absmax=tensors.get(".nested_absmax"),
+            nested_map=tensors.get(".nested_quant_map"),
+            offset=tensors.get(".offset"),
+            block_elements=self.block_elements,
+            nested_block_elements=self.nested_block_elements,
+            quant_type=self.quant_type,
+        )
+
+
+def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayout:
+    """Where a packed matrix of a bitsandbytes folder lies; checks every size against the recorded shape."""
     kinds = [kind for kind in ("nf4", "fp4") if f"{name}{STATE_SUFFIX}{kind}" in entries]
     if not kinds:
         raise FolderError(f"{entries[name].path}: {name!r} has no bitsandbytes 4-bit quantisation state")
@@ -86,26 +116,31 @@ def read_packed(entries: dict[str, TensorEntry], name: str) -> PackedWeight:
     if nested:
         sizes[".nested_absmax"] = ("F32", -(-n_blocks // state.get("nested_blocksize", 256)))
         sizes[".nested_quant_map"] = ("F32", 256)
-    tensors = {}
+    parts = {}
     for part, (dtype, n_elements) in sizes.items():  # bitsandbytes' kernels read raw memory: nothing may be too short
         entry = entries.get(name + part)
         if entry is None or (entry.dtype, prod(entry.shape)) != (dtype, n_elements):
             found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}, not {n_elements} x {dtype}"
             raise FolderError(f"{where}: {part[1:] or 'the packed tensor'} is {found}")
-        tensors[part] = read_tensor(entry).view(-1)
-    return PackedWeight(
-        codes=tensors[""],
-        absmax=tensors[".absmax"],
-        code_map=tensors[".quant_map"],
+        parts[part] = entry
+    return PackedLayout(
+        parts=parts,
         shape=shape,
         dtype=getattr(torch, state["dtype"]),
-        nested_absmax=tensors.get(".nested_absmax"),
-        nested_map=tensors.get(".nested_quant_map"),
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
         block_elements=state["blocksize"],
         nested_block_elements=state.get("nested_blocksize", 256),
         quant_type=state["quant_type"],
+        offset=state["nested_offset"] if nested else None,
     )
+
+
+def read_packed(entries: Mapping[str, TensorEntry], name: str) -> PackedWeight:
+    """One packed matrix from a bitsandbytes folder, in fresh CPU memory."""
+    layout = packed_on_disk(entries, name)
+    tensors = {part: read_tensor(entry).view(-1) for part, entry in layout.parts.items()}
+    if layout.offset is not None:
+        tensors[".offset"] = torch.tensor(layout.offset, dtype=torch.float32)
+    return layout.assemble(tensors)
 
 
 def _read_state(entry: TensorEntry, where: str, *, quant_type: str, nested: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from quant.linear import PackedLinear
 from quant.nf4 import PackedWeight, unpack_part, unpack_scales
 
 BLOCK_FEATURES = 1024
-TOKEN_TILE = 4096
+TOKEN_TILE = {"cpu": 1024, "cuda": 4096}  # tokens whose block of intermediate features exists at a time
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -44,9 +44,9 @@ class PackedGatedMLP(nn.Module):
         return _GatedMLPFunction.apply(x, self, *adapters)
 
 
-def blocks_fit(weight: PackedWeight) -> bool:
+def blocks_fit(n_columns: int, block_elements: int) -> bool:
     """Whether rows and columns can be cut from a packed matrix: at every cut a quantisation block must end."""
-    return weight.shape[1] % weight.block_elements == 0 and BLOCK_FEATURES % weight.block_elements == 0
+    return n_columns % block_elements == 0 and BLOCK_FEATURES % block_elements == 0
 
 
 class _Pass:
@@ -67,8 +67,9 @@ class _Pass:
             yield slice(start, min(start + BLOCK_FEATURES, n_features))
 
     def tiles(self) -> Iterator[slice]:
-        for start in range(0, len(self.x_ND), TOKEN_TILE):
-            yield slice(start, start + TOKEN_TILE)
+        size = TOKEN_TILE[self.x_ND.device.type]
+        for start in range(0, len(self.x_ND), size):
+            yield slice(start, start + size)
 
     def weights(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
         """G (J, D), U (J, D), D (D, J) of a block, in one shared buffer."""
@@ -121,12 +122,9 @@ def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
     sum_ND = torch.zeros(len(x_ND), down.out_features, dtype=torch.float32, device=x_ND.device)
     low_NR = None if run.lora[2] is None else torch.zeros(len(x_ND), run.lora[2][0].shape[1], device=x_ND.device)
     for block in run.blocks():
-        gate_JD, up_JD, down_DJ = run.weights(block)
+        weights = run.weights(block)
         for tile in run.tiles():
-            inner_NJ = mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
-            _add_product(sum_ND[tile], inner_NJ, down_DJ.t())
-            if low_NR is not None:
-                low_NR[tile] += inner_NJ @ run.lora[2][0][block]
+            _forward_tile(run, block, tile, weights=weights, sum_ND=sum_ND, low_NR=low_NR)
     if down.bias is not None:
         sum_ND += down.bias
     if low_NR is not None:
@@ -134,54 +132,85 @@ def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
     return sum_ND.to(x_ND.dtype)
 
 
+def _forward_tile(
+    run: _Pass, block: slice, tile: slice, *, weights: tuple[Tensor, ...], sum_ND: Tensor, low_NR: Tensor | None
+) -> None:
+    """A function of its own, so that no intermediate of one tile lives on into the next."""
+    gate_JD, up_JD, down_DJ = weights
+    inner_NJ = run.mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
+    _add_product(sum_ND[tile], inner_NJ, down_DJ.t())
+    if low_NR is not None:
+        low_NR[tile] += inner_NJ @ run.lora[2][0][block]
+
+
+class _BackwardSums:
+    """What the backward adds up over blocks and tiles: dx (N, D), the adapters' gradients, and low-rank (N, R) parts."""
+
+    def __init__(self, run: _Pass, g_ND: Tensor, *, need_x: bool) -> None:
+        x_ND, down = run.x_ND, run.lora[2]
+        self.g_ND = g_ND
+        self.adapters = [None if pair is None else (torch.zeros_like(pair[0], dtype=torch.float32),
+                                                    torch.zeros_like(pair[1], dtype=torch.float32))
+                         for pair in run.lora]  # fmt: skip
+        self.dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device) if need_x else None
+        self.g_low_NR = None if down is None else g_ND @ down[1].t()
+        self.low_NR = None if down is None else torch.zeros(len(x_ND), down[0].shape[1], device=x_ND.device)
+        self.low_grads = [None if low is None else torch.zeros(low.shape, device=low.device) for low in run.low_NR]
+
+
 def _backward(
     mlp: PackedGatedMLP, x_ND: Tensor, g_ND: Tensor, *, need_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and the gradients of (A, B) of gate, up and down; None where there is no adapter."""
     run = _Pass(mlp, x_ND)
-    sums = [None if pair is None else (torch.zeros_like(pair[0], dtype=torch.float32),
-                                       torch.zeros_like(pair[1], dtype=torch.float32)) for pair in run.lora]  # fmt: skip
-    dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device) if need_x else None
-    g_low_NR = None if run.lora[2] is None else g_ND @ run.lora[2][1].t()
-    low_NR = None if run.lora[2] is None else torch.zeros(len(x_ND), g_low_NR.shape[1], device=x_ND.device)
-    low_grads = [None if low is None else torch.zeros(low.shape, device=low.device) for low in run.low_NR]
+    sums = _BackwardSums(run, g_ND, need_x=need_x)
     for block in run.blocks():
-        gate_JD, up_JD, down_DJ = run.weights(block)
+        weights = run.weights(block)
         for tile in run.tiles():
-            gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
-            d_inner_NJ = g_ND[tile] @ down_DJ
-            if g_low_NR is not None:
-                a_JR = run.lora[2][0][block]
-                d_inner_NJ.addmm_(g_low_NR[tile], a_JR.t(), alpha=mlp.down_proj.scale)
-            with torch.enable_grad():
-                leaf_NJ = gate_NJ.detach().requires_grad_()
-                active_NJ = mlp.act_fn(leaf_NJ)
-            (d_gate_NJ,) = torch.autograd.grad(active_NJ, leaf_NJ, d_inner_NJ * up_NJ)
-            active_NJ = active_NJ.detach()
-            if low_NR is not None:
-                inner_NJ = active_NJ * up_NJ
-                low_NR[tile] += inner_NJ @ a_JR
-                sums[2][0][block] += inner_NJ.t() @ g_low_NR[tile]
-            d_up_NJ = d_inner_NJ.mul_(active_NJ)
-            for which, (d_NJ, weight_JD) in enumerate(((d_gate_NJ, gate_JD), (d_up_NJ, up_JD))):
-                if sums[which] is not None:
-                    sums[which][1][:, block] += run.low_NR[which][tile].t() @ d_NJ
-                    low_grads[which][tile] += d_NJ @ run.lora[which][1][:, block].t()
-                if dx_ND is not None:
-                    _add_product(dx_ND[tile], d_NJ, weight_JD)
+            _backward_tile(run, sums, block, tile, weights=weights)
     for which in (0, 1):
-        if sums[which] is None:
+        if sums.adapters[which] is None:
             continue
-        low_grad = low_grads[which].to(x_ND.dtype)
-        sums[which][0].add_(x_ND.t() @ low_grad)
-        if dx_ND is not None:
-            _add_product(dx_ND, low_grad, run.lora[which][0].t(), alpha=run.linears[which].scale)
-    if low_NR is not None:
-        sums[2][1].add_(low_NR.to(g_ND.dtype).t() @ g_ND)
+        low_grad = sums.low_grads[which].to(x_ND.dtype)
+        sums.adapters[which][0].add_(x_ND.t() @ low_grad)
+        if sums.dx_ND is not None:
+            _add_product(sums.dx_ND, low_grad, run.lora[which][0].t(), alpha=run.linears[which].scale)
+    if sums.low_NR is not None:
+        sums.adapters[2][1].add_(sums.low_NR.to(g_ND.dtype).t() @ g_ND)
     grads: list[Tensor | None] = []
-    for linear, pair in zip(run.linears, sums, strict=True):
+    for linear, pair in zip(run.linears, sums.adapters, strict=True):
         grads += [None, None] if pair is None else [matrix.mul_(linear.scale) for matrix in pair]
-    return None if dx_ND is None else dx_ND.to(x_ND.dtype), grads
+    return None if sums.dx_ND is None else sums.dx_ND.to(x_ND.dtype), grads
+
+
+def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, ...]) -> None:
+    """One block of features for one tile of tokens; at most six (tile, J) tensors at a time."""
+    gate_JD, up_JD, down_DJ = weights
+    gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
+    d_inner_NJ = sums.g_ND[tile] @ down_DJ
+    if sums.g_low_NR is not None:
+        a_JR = run.lora[2][0][block]
+        d_inner_NJ.addmm_(sums.g_low_NR[tile], a_JR.t(), alpha=run.mlp.down_proj.scale)
+    with torch.enable_grad():
+        leaf_NJ = gate_NJ.detach().requires_grad_()
+        active_NJ = run.mlp.act_fn(leaf_NJ)
+    (d_gate_NJ,) = torch.autograd.grad(active_NJ, leaf_NJ, d_inner_NJ * up_NJ)
+    active_NJ = active_NJ.detach()
+    del gate_NJ, leaf_NJ
+    if sums.low_NR is not None:
+        inner_NJ = up_NJ.mul_(active_NJ)
+        sums.low_NR[tile] += inner_NJ @ a_JR
+        sums.adapters[2][0][block] += inner_NJ.t() @ sums.g_low_NR[tile]
+        del inner_NJ
+    del up_NJ
+    d_up_NJ = d_inner_NJ.mul_(active_NJ)
+    del active_NJ, d_inner_NJ
+    for which, (d_NJ, weight_JD) in enumerate(((d_gate_NJ, gate_JD), (d_up_NJ, up_JD))):
+        if sums.adapters[which] is not None:
+            sums.adapters[which][1][:, block] += run.low_NR[which][tile].t() @ d_NJ
+            sums.low_grads[which][tile] += d_NJ @ run.lora[which][1][:, block].t()
+        if sums.dx_ND is not None:
+            _add_product(sums.dx_ND[tile], d_NJ, weight_JD)
 
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:

@@ -85,11 +85,20 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     """The fp32 absolute maximum of each block, (n / block,)."""
     if weight.nested_absmax is None:
         return weight.absmax
-    from bitsandbytes.functional import QuantState, dequantize_blockwise
+    if weight.device.type != "cpu":
+        from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-    nested = QuantState(absmax=weight.nested_absmax, code=weight.nested_map, blocksize=weight.nested_block_elements,
-                        dtype=torch.float32)  # fmt: skip
-    return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)
+        nested = QuantState(absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32,
+                            blocksize=weight.nested_block_elements)  # fmt: skip
+        return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)
+    # The same arithmetic here, so that a run on a ready 4-bit folder never imports bitsandbytes (45 MiB of modules).
+    scales = weight.nested_map[weight.absmax.int()]
+    whole = scales.numel() // weight.nested_block_elements * weight.nested_block_elements
+    n_whole = whole // weight.nested_block_elements
+    scales[:whole].view(n_whole, weight.nested_block_elements).mul_(weight.nested_absmax[:n_whole].unsqueeze(1))
+    if whole < scales.numel():
+        scales[whole:].mul_(weight.nested_absmax[n_whole])
+    return scales.add_(weight.offset)
 
 
 def unpack_into(weight: PackedWeight, out: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lopt_edge.run.lora import ADAPTER_NAME
 from tests.runs import make_config, make_model, metrics_of, write_rows
 
 STEP_KEYS = {"step", "loss", "local_loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_seconds",
-             "peak_device_bytes", "peak_rss_bytes"}  # fmt: skip
+             "peak_device_bytes", "peak_rss_bytes", "peak_host_bytes", "peak_pinned_bytes", "peak_disk_bytes"}  # fmt: skip
 RUN_KEYS = {"base", "revision", "quantised_folder", "config", "model", "data", "plan", "versions", "device",
             "compute_dtype", "reasons", "totals", "evaluation", "best_eval_loss", "samples", "peaks",
             "seconds"}  # fmt: skip

@@ -129,6 +129,8 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     from lopt_edge.config import Config
     from lopt_edge.data import IGNORED, MicroBatch
     from lopt_edge.models import find_model, four_bit_folder
+    from lopt_edge.plan.budget import Budget
+    from lopt_edge.plan.knobs import default_knobs
     from lopt_edge.plan.segments import make_segments
     from lopt_edge.preparation import Inputs, build_executor
     from lopt_edge.run.allocator import settle_host_allocator
@@ -151,7 +153,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
             segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            reasons=(),
+            knobs=default_knobs(source.facts, device.type), budget=Budget(), prediction=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)
@@ -299,18 +301,18 @@ def check_dtype(options: argparse.Namespace) -> None:
                  f"{recorded}, or give the full-precision folder")  # fmt: skip
 
 
-def check_csv(path: Path) -> None:
+def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     """A file with other columns is never appended to."""
     if path.exists() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8") as file:
-            if tuple(next(csv.reader(file))) != COLUMNS:
+            if tuple(next(csv.reader(file))) != columns:
                 sys.exit(f"{path} has other columns than this version writes: move it away, or name another with --csv")
 
 
-def append(path: Path, rows: list[Row]) -> None:
+def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)

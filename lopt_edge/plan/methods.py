@@ -6,7 +6,7 @@ are gone before the next one's exist. All STEPs come last, after every micro-bat
 the update ("stale") and the gradients are exactly those of the joint loss.
 
 The last layer of a segment keeps its graph: its backward comes right after its forward, so recomputing it would be work
-for nothing. A segment without loss keeps nothing. Where tensors lie is not decided here.
+for nothing. A segment without loss keeps nothing. Where tensors lie is not decided here (passes.py).
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ def step_plan(
     n_micro_batches: int,
     placement: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
-    """The plan of one optimizer step over `n_micro_batches` micro-batches."""
+    """The plan of one optimizer step over `n_micro_batches` micro-batches, all on the device."""
     ops: list[Op] = []
     for micro_batch in range(n_micro_batches):
         ops.append(Op(Kind.EMBED, micro_batch=micro_batch))
         for segment in segments:
             ops += _segment_ops(segment, micro_batch)
-    ops += [Op(Kind.STEP, segment.index) for segment in segments if segment.loss != "none"]
+    for segment in segments:
+        ops += [Op(Kind.STEP, target, unit=unit) for unit, target in groups_of(segment)]
     return Plan(method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops))
+
+
+def groups_of(segment: Segment) -> list[tuple[str, int]]:
+    """The parameter groups of a segment: one a layer, and the aux head of a local loss."""
+    if segment.loss == "none":
+        return []
+    return [("layer", layer) for layer in segment.layers] + ([("aux", segment.index)] * (segment.loss == "reconstruct"))
 
 
 def _segment_ops(segment: Segment, micro_batch: int) -> Iterator[Op]:

@@ -1,14 +1,27 @@
 """The op list: one optimizer step as a flat tuple of small frozen ops, with a text form, a parser and a hash.
 
 A plan's text is its whole content: `parse_plan(plan.text()) == plan`. It opens with a header (method, depth, number of
-micro-batches, the segments, where each unit's weights lie), then one op a line. A person can read it, a test can state
-it, a checkpoint can name its hash. Nothing here decides (methods do, in `methods.py`) or runs (run/executor.py does).
+micro-batches, buffers for streamed layers, the segments, where each unit's weights lie), then one op a line. A person can
+read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods and passes do) or runs
+(run/executor.py does).
 
-    EMBED mb=0                  hidden states from token ids
-    FORWARD 3 mb=0 keep=input   run layer 3; keep nothing | its input | its autograd graph
-    LOSS 0 mb=0                 the loss of segment 0: its gradient with respect to the segment's output
-    BACKWARD 3 mb=0             gradient through layer 3 (from its graph, or recomputed from its saved input)
-    STEP 0                      clip and update the parameters of segment 0
+    EMBED mb=0                    hidden states from token ids
+    FORWARD 3 mb=0 keep=input     run layer 3; keep nothing | its input | its autograd graph | its graph, movable
+    LOSS 0 mb=0                   the loss of segment 0: its gradient with respect to the segment's output
+    BACKWARD 3 mb=0               gradient through layer 3 (from its graph, or recomputed from its saved input)
+    STEP layer 3                  clip and update one parameter group (a layer's adapters, or a segment's aux head)
+
+Movements between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run:
+
+    FETCH layer 3                 its weights come into a buffer of the device ...      WAIT layer 3
+    EVICT layer 3                 ... and that buffer is free again
+    SPILL 3 mb=0 to=disk          layer 3's saved input goes down ...                   WAIT input 3 mb=0
+    RESTORE 3 mb=0                ... and comes back                                    WAIT input 3 mb=0
+    EVICT input 3 mb=0            its device copy goes, the one below stays
+    PAGE_OUT 3 mb=0 to=disk       the tensors that autograd saved in layer 3 go down    WAIT pages 3 mb=0
+    PAGE_IN 3 mb=0                ... and come back                                     WAIT pages 3 mb=0
+    LOAD states layer 3           a group's optimizer states (or gradients) come up     WAIT states layer 3
+    STORE states layer 3 to=disk  ... and go down                                       WAIT states layer 3
 """
 
 from __future__ import annotations
@@ -28,6 +41,18 @@ class Kind(StrEnum):
     LOSS = "LOSS"
     BACKWARD = "BACKWARD"
     STEP = "STEP"
+    FETCH = "FETCH"
+    WAIT = "WAIT"
+    EVICT = "EVICT"
+    SPILL = "SPILL"
+    RESTORE = "RESTORE"
+    PAGE_OUT = "PAGE_OUT"
+    PAGE_IN = "PAGE_IN"
+    LOAD = "LOAD"
+    STORE = "STORE"
+
+
+COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP)
 
 
 class Keep(StrEnum):
@@ -36,14 +61,17 @@ class Keep(StrEnum):
     NONE = "none"
     INPUT = "input"
     GRAPH = "graph"
+    PAGES = "pages"
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One step of the plan. `target` is a layer (FORWARD, BACKWARD), a segment (LOSS, STEP) or -1 (EMBED).
+    """One step of the plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
-    `micro_batch` is -1 for STEP. `pass_index` tells apart several runs of one layer in a step; `adapters` names the
-    adapter set that the op computes with.
+    `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where
+    the kind leaves it open: `input`, `pages`, `states`, `gradients`. `tier` is where to. `micro_batch` is -1 for what
+    belongs to the whole step. `pass_index` tells apart several runs of one layer in a step; `adapters` names the adapter
+    set that the op computes with.
     """
 
     kind: Kind
@@ -52,20 +80,32 @@ class Op:
     keep: Keep = Keep.NONE
     pass_index: int = 0
     adapters: str = "train"
+    item: str = ""
+    unit: str = ""
+    tier: str = ""
 
     def text(self) -> str:
-        words = [self.kind.value]
+        words = [self.kind.value, *(word for word in (self.item, self.unit) if word)]
         words += [str(self.target)] if self.target >= 0 else []
         words += [f"mb={self.micro_batch}"] if self.micro_batch >= 0 else []
         words += [f"keep={self.keep.value}"] if self.kind is Kind.FORWARD else []
+        words += [f"to={self.tier}"] if self.tier else []
         words += [f"pass={self.pass_index}"] if self.pass_index else []
         words += [f"adapters={self.adapters}"] if self.adapters != "train" else []
         return " ".join(words)
 
+    @property
+    def group(self) -> tuple[str, int]:
+        """The parameter group of STEP, LOAD and STORE."""
+        return self.unit, self.target
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier."""
+    """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier.
+
+    `ring` is the number of buffers that streamed layers share.
+    """
 
     method: str
     n_layers: int
@@ -73,9 +113,11 @@ class Plan:
     segments: tuple[Segment, ...]
     placement: tuple[tuple[str, str], ...]
     ops: tuple[Op, ...]
+    ring: int = 0
 
     def text(self) -> str:
-        head = [f"plan 1 method={self.method} layers={self.n_layers} micro_batches={self.n_micro_batches}"]
+        counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring}"
+        head = [f"plan 2 method={self.method} {counts}"]
         head += [f"segment {s.index} layers={s.first}-{s.last} loss={s.loss}" for s in self.segments]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
         return "\n".join([*head, *(op.text() for op in self.ops)]) + "\n"
@@ -89,17 +131,21 @@ class Plan:
         first, last = max(0, position - reach), min(len(self.ops), position + reach + 1)
         return "\n".join(f"{'>' if i == position else ' '} {i:5d}  {self.ops[i].text()}" for i in range(first, last))
 
+    def segment_of(self, layer: int) -> Segment:
+        return next(segment for segment in self.segments if layer in segment.layers)
+
 
 class PlanTextError(ValueError):
     """A plan text that does not parse; names the line."""
 
 
-_HEAD = re.compile(r"plan 1 method=([\w-]+) layers=(\d{1,6}) micro_batches=(\d{1,6})")
+_HEAD = re.compile(r"plan 2 method=([\w-]+) layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6})")
 _SEGMENT = re.compile(r"segment (\d{1,6}) layers=(\d{1,6})-(\d{1,6}) loss=(task|reconstruct|none)")
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP)(?: (\d{1,6}))?(?: mb=(\d{1,6}))?(?: keep=(none|input|graph))?"
-    r"(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
+    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
+    r"(?: (input|pages|states|gradients))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
+    r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )
 
 
@@ -108,7 +154,7 @@ def parse_plan(text: str) -> Plan:
     lines = text.splitlines()
     head = _HEAD.fullmatch(lines[0]) if lines else None
     if head is None:
-        raise PlanTextError("line 1: not a plan of version 1")
+        raise PlanTextError("line 1: not a plan of version 2")
     segments: list[Segment] = []
     placement: list[tuple[str, str]] = []
     ops: list[Op] = []
@@ -118,19 +164,22 @@ def parse_plan(text: str) -> Plan:
             segments.append(Segment(int(match[1]), int(match[2]), int(match[3]), loss))
         elif match := _UNIT.fullmatch(line):
             placement.append((match[1], match[2]))
-        elif match := _OP.fullmatch(line):
+        elif (match := _OP.fullmatch(line)) and (match[1] == "FORWARD") == bool(match[6]):
             ops.append(_parsed_op(match))
         else:
             raise PlanTextError(f"line {number}: not an op: {line[:80]!r}")
-    return Plan(head[1], int(head[2]), int(head[3]), tuple(segments), tuple(placement), tuple(ops))
+    return Plan(head[1], int(head[2]), int(head[3]), tuple(segments), tuple(placement), tuple(ops), int(head[4]))
 
 
 def _parsed_op(match: re.Match[str]) -> Op:
     return Op(
         kind=Kind(match[1]),
-        target=int(match[2]) if match[2] else -1,
-        micro_batch=int(match[3]) if match[3] else -1,
-        keep=Keep(match[4]) if match[4] else Keep.NONE,
-        pass_index=int(match[5]) if match[5] else 0,
-        adapters=match[6] or "train",
+        item=match[2] or "",
+        unit=match[3] or "",
+        target=int(match[4]) if match[4] else -1,
+        micro_batch=int(match[5]) if match[5] else -1,
+        keep=Keep(match[6]) if match[6] else Keep.NONE,
+        tier=match[7] or "",
+        pass_index=int(match[8]) if match[8] else 0,
+        adapters=match[9] or "train",
     )

@@ -1,21 +1,25 @@
 """The validator: what every plan must obey, whoever wrote it. Numbered as in the design; the code cites the numbers.
 
- (1) a unit computes only while all that it reads is resident (a placement is declared for every unit that an op reads)
- (2) BACKWARD i needs layer i's saved input or kept graph
+ (1) a unit computes only while all that it reads is resident: declared so, or fetched and waited for; streamed layers never
+     take more buffers than the plan's ring
+ (2) BACKWARD i needs layer i's saved input or kept graph, on the device
  (3) inside a segment, backwards run in reverse order, without a gap
  (4) LOSS s precedes every backward of s
  (5) nothing of a later segment needs a graph of an earlier one
- (6) what was saved is consumed
- (7) each segment that trains has exactly one STEP, after its last backward and after every gradient that its clip needs
+ (6) what was fetched is evicted, what was saved is consumed, what was begun is waited for
+ (7) each parameter group has exactly one STEP, after its last backward and after every gradient that its clip needs, with
+     its gradients and optimizer states on the device
 
-It replays the list with sets instead of tensors; it knows no bytes.
+It replays the list with small states instead of tensors; it knows no bytes. Movements are in `validate_moves.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lopt_edge.plan.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.methods import groups_of
+from lopt_edge.plan.ops import COMPUTE, Keep, Kind, Op, Plan
+from lopt_edge.plan.validate_moves import Moves
 
 
 class PlanError(ValueError):
@@ -26,30 +30,34 @@ class PlanError(ValueError):
 class _Replay:
     plan: Plan
     clip_scope: str
+    moves: Moves
     saved: dict[tuple[int, int], Keep] = field(default_factory=dict)  # (micro-batch, layer) -> what was kept
     expected: dict[int, int] = field(default_factory=dict)  # micro-batch -> layer that runs forward next
     backward_from: dict[tuple[int, int], int] = field(default_factory=dict)  # (micro-batch, segment) -> next layer
-    stepped: set[int] = field(default_factory=set)
+    stepped: set[tuple[str, int]] = field(default_factory=set)
 
 
 def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
-    """Return the plan, or raise PlanError."""
-    replay = _Replay(plan, clip_scope)
-    units = {unit for unit, _ in plan.placement}
+    """Return the plan, or raise PlanError. `clip_scope`: global | segment | none, what a clip norm covers."""
+    replay = _Replay(plan, clip_scope, Moves(plan))
     checks = {
         Kind.EMBED: _embed, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
     }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
-        problem = _unplaced(plan, units, op) or checks[op.kind](replay, op)
+        problem = replay.moves.problem_before(op)
+        if not problem and op.kind in COMPUTE:
+            problem = checks[op.kind](replay, op) or replay.moves.note_compute(op)
         if problem:
             raise PlanError(f"rule {problem}\n{plan.around(position)}")
     if replay.saved:
         (micro_batch, layer), _ = next(iter(replay.saved.items()))
         raise PlanError(f"rule (6): what layer {layer} saved in micro-batch {micro_batch} is never consumed")
-    missing = [s.index for s in plan.segments if s.loss != "none" and s.index not in replay.stepped]
+    missing = [group for s in plan.segments for group in groups_of(s) if group not in replay.stepped]
     if missing:
-        raise PlanError(f"rule (7): segment {missing[0]} has no STEP")
+        raise PlanError(f"rule (7): group {missing[0][0]} {missing[0][1]} has no STEP")
+    if left := replay.moves.left():
+        raise PlanError(f"rule (6): {left}")
     return plan
 
 
@@ -59,19 +67,13 @@ def _check_cover(plan: Plan) -> None:
         raise PlanError("the segments do not cover the layers once, in order")
 
 
-def _unplaced(plan: Plan, units: set[str], op: Op) -> str:
-    if op.kind is Kind.STEP:
-        return ""
-    task = op.kind is Kind.LOSS and op.target < len(plan.segments) and plan.segments[op.target].loss == "task"
-    unit = {Kind.EMBED: "embed", Kind.LOSS: "head" if task else ""}.get(op.kind, f"layer {op.target}")
-    return "" if not unit or unit in units else f"(1): unit {unit!r} is read but has no placement"
-
-
 def _embed(replay: _Replay, op: Op) -> str:
     if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
         return f"(2): there is no micro-batch {op.micro_batch}"
     if op.micro_batch in replay.expected:
         return "(2): this micro-batch was already embedded"
+    if replay.saved or any(following != replay.plan.n_layers for following in replay.expected.values()):
+        return "(5): the micro-batch before is not finished"
     replay.expected[op.micro_batch] = 0
     return ""
 
@@ -79,7 +81,7 @@ def _embed(replay: _Replay, op: Op) -> str:
 def _forward(replay: _Replay, op: Op) -> str:
     if replay.expected.get(op.micro_batch) != op.target:
         return f"(2): layer {op.target} runs out of order"
-    segment = next(s for s in replay.plan.segments if op.target in s.layers)
+    segment = replay.plan.segment_of(op.target)
     if op.target == segment.first and any(micro_batch == op.micro_batch for micro_batch, _ in replay.saved):
         return "(5): the segment before still holds what it saved"
     replay.expected[op.micro_batch] = op.target + 1
@@ -98,6 +100,10 @@ def _loss(replay: _Replay, op: Op) -> str:
         return f"(4): the loss of segment {op.target} was already taken"
     if replay.expected.get(op.micro_batch) != segment.last + 1:
         return f"(4): the loss of segment {op.target} comes before its forward ended"
+    kept_input = replay.saved.get((op.micro_batch, segment.first)) is Keep.INPUT
+    here = replay.moves.is_here("input", op.micro_batch, segment.first)
+    if segment.loss == "reconstruct" and kept_input and not here:
+        return f"(2): the input of segment {op.target}, which its loss reconstructs, is not on the device"
     replay.backward_from[op.micro_batch, op.target] = segment.last
     return ""
 
@@ -113,23 +119,25 @@ def _backward(replay: _Replay, op: Op) -> str:
         return f"(3): layer {following} is next in the backward of segment {segment.index}"
     if replay.saved.pop((op.micro_batch, op.target), None) is None:
         return f"(2): layer {op.target} kept neither its input nor its graph"
-    if segment.index in replay.stepped:
-        return f"(7): segment {segment.index} was already updated"
+    if ("layer", op.target) in replay.stepped:
+        return f"(7): layer {op.target} was already updated"
     replay.backward_from[op.micro_batch, segment.index] = op.target - 1
     return ""
 
 
 def _step(replay: _Replay, op: Op) -> str:
-    segments = {s.index: s for s in replay.plan.segments if s.loss != "none"}
-    if op.target not in segments or op.target in replay.stepped:
-        return f"(7): segment {op.target} does not train, or was already updated"
-    needed = segments if replay.clip_scope == "global" else {op.target: segments[op.target]}
-    for index, segment in needed.items():
-        ended = all(
-            replay.backward_from.get((micro_batch, index)) == segment.first - 1
-            for micro_batch in range(replay.plan.n_micro_batches)
-        )
-        if not ended:
-            return f"(7): the gradients of segment {index} are not complete"
-    replay.stepped.add(op.target)
+    segments = {group: s for s in replay.plan.segments for group in groups_of(s)}
+    if op.group not in segments or op.group in replay.stepped:
+        return f"(7): {op.unit} {op.target} does not train, or was already updated"
+    trained = [s for s in replay.plan.segments if s.loss != "none"]
+    own = segments[op.group]
+    last_needed = {"none": op.target if op.unit == "layer" else own.last + 1, "segment": own.first}
+    for segment in trained if replay.clip_scope == "global" else [own]:
+        down_to = last_needed.get(replay.clip_scope, segment.first)
+        for micro_batch in range(replay.plan.n_micro_batches):
+            progress = replay.backward_from.get((micro_batch, segment.index))
+            aux_ready = op.unit == "aux" and replay.clip_scope == "none" and progress is not None
+            if not aux_ready and (progress is None or progress >= max(down_to, segment.first)):
+                return f"(7): the gradients of segment {segment.index} are not complete"
+    replay.stepped.add(op.group)
     return ""

@@ -15,6 +15,7 @@ It does nothing where the C library is not glibc (macOS, musl, Windows), and not
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -27,3 +28,10 @@ def settle_host_allocator() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_THRESHOLD, MMAP_BYTES) and mallopt(M_TRIM_THRESHOLD, TRIM_BYTES))
+
+
+def release_free_memory() -> None:
+    """Give the heap's free pages back to the system: after loading, when many short-lived objects are gone."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
-"""The executor: runs a plan, one short method per op. It decides nothing; what to keep and when is written in the plan.
+"""The executor: runs a plan, one short method per op. It decides nothing: what to keep and move, and when, the plan says.
 
-Gradients flow by hand between layers: each layer's graph begins at a detached input and ends at its output, and
+Gradients flow by hand between layers: each layer's graph begins at its input and ends at its output, and
 `BACKWARD i` hands the gradient of its input to `BACKWARD i - 1`. So no graph is ever longer than one layer, and the
 first layer of a segment, whose input needs no gradient, computes none. An exception inside an op is re-raised with the
 plan around it.
@@ -22,9 +22,11 @@ from torch import Tensor
 from lopt_edge.errors import LoptError, RunError
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
 from lopt_edge.run.batches import Batch, Totals, window_totals
+from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
 from lopt_edge.run.losses import TOKEN_TILE, ReconstructHead, task_loss
-from lopt_edge.run.optim import NotFinite, SegmentOptimizer
+from lopt_edge.run.moves import Parcel
+from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
 
 FLOAT16_SCALE = 2.0**16
 
@@ -48,17 +50,18 @@ class _Step:
     totals: Totals
     learning_rates: Mapping[int, float]
     losses: dict[int, float]
+    stores: set[GroupName]  # groups whose gradients move
+    early: bool  # some STEP comes before the last BACKWARD
     hidden_BTD: Tensor | None = None
     frame: Frame | None = None
-    target_BTD: Tensor | None = None  # the running segment's input
+    target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
-    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    measured: bool = False
+    inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
 
 class Executor:
-    """Runs plans on a model. `heads` are the aux heads by segment index."""
+    """Runs plans on a model. `heads` are the aux heads by segment index. `observe` is called before and after each op."""
 
     def __init__(
         self,
@@ -68,44 +71,68 @@ class Executor:
         optimizer: SegmentOptimizer,
         local_weight: float,
         loss_scale: float | None = None,
+        observe: Callable[[Op, bool], None] | None = None,
     ) -> None:
         self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
+        self.mover, self.observe = optimizer.mover, observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
         self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
-            Kind.EMBED: self._embed,
-            Kind.FORWARD: self._forward,
-            Kind.LOSS: self._loss,
-            Kind.BACKWARD: self._backward,
-            Kind.STEP: self._update,
-        }
+            Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
+            Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
+            Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
+            Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store,
+        }  # fmt: skip
 
     def run(self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]) -> StepResult:
         """One optimizer step. Raises RunError that shows the plan around the op that failed."""
         while True:
             try:
                 return self._run_once(plan, batches, step=step, learning_rates=learning_rates)
-            except NotFinite:
-                if self.loss_scale <= 1.0:
+            except NotFinite as error:
+                if self.loss_scale <= 1.0 or not error.untouched:
                     raise
                 self.loss_scale = max(1.0, self.loss_scale / 4)
 
     def _run_once(
         self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
     ) -> StepResult:
-        state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments})
+        state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
+                      stores={op.group for op in plan.ops if op.kind is Kind.STORE and op.item == "gradients"},
+                      early=_has_early_steps(plan))  # fmt: skip
         clock = self.model.clock
         clock.step, clock.active = step, True
+        self.optimizer.begin_step(loss_scale=self.loss_scale)
         try:
             for position, op in enumerate(plan.ops):
                 clock.micro_batch = op.micro_batch
                 try:
-                    self.methods[op.kind](state, op)
+                    self._run_op(state, op)
                 except Exception as error:
-                    self.optimizer.drop_gradients()
-                    raise _op_error(plan, position, step, error) from error
+                    intact = self._clean_up(state)
+                    fault = _op_error(plan, position, step, error, intact=intact)
+                    fault.untouched = all(op.kind is not Kind.STEP for op in plan.ops[:position])
+                    raise fault from error
         finally:
             clock.active = False
         return self._result(state)
+
+    def _run_op(self, state: _Step, op: Op) -> None:
+        if self.observe is not None:
+            self.observe(op, False)
+        self.methods[op.kind](state, op)
+        if self.observe is not None:
+            self.observe(op, True)
+
+    def _clean_up(self, state: _Step) -> bool:
+        """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
+        for parcel in state.inputs.values():
+            self.mover.free(parcel)
+        for graph in state.graphs.values():
+            graph.free()
+        self.optimizer.drop_gradients()
+        if self.model.weights is not None:
+            self.model.weights.evict_all()
+        return self.optimizer.roll_back()
 
     def _embed(self, state: _Step, op: Op) -> None:
         ids_BT = state.batches[op.micro_batch].ids_BT
@@ -114,28 +141,29 @@ class Executor:
             state.frame = self.model.frame(state.hidden_BTD)
 
     def _forward(self, state: _Step, op: Op) -> None:
-        hidden_BTD = state.hidden_BTD
-        segment = next(s for s in state.plan.segments if op.target in s.layers)
+        hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
+        segment = state.plan.segment_of(op.target)
         if op.target == segment.first:
-            state.target_BTD = hidden_BTD if segment.loss == "reconstruct" else None
-        if op.keep is Keep.GRAPH:
-            graph = self._run_with_graph(state, op.target, hidden_BTD, run=self.model.run_layer)
-            state.graphs[op.micro_batch, op.target] = graph
-            state.hidden_BTD = graph[1].detach()
+            held_elsewhere = op.keep is Keep.INPUT or segment.loss != "reconstruct"
+            state.target_BTD = None if held_elsewhere else hidden_BTD
+        if op.keep in (Keep.GRAPH, Keep.PAGES):
+            state.hidden_BTD = None  # the graph holds what it needs
+            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.frame.tensors())
+            state.graphs[key] = graph
+            state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)
             return
         if op.keep is Keep.INPUT:
-            state.inputs[op.micro_batch, op.target] = hidden_BTD
+            state.inputs[key] = Parcel(hidden_BTD)
         with torch.no_grad():
             state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
 
     def _run_with_graph(
-        self, state: _Step, layer: int, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """(input leaf, output) of a layer; the segment's first input is frozen and asks for no gradient."""
-        first = any(layer == segment.first for segment in state.plan.segments)
-        leaf_BTD = hidden_BTD.detach().requires_grad_(not first)
-        with torch.enable_grad():
-            return leaf_BTD, run(layer, leaf_BTD, state.frame)
+        self, state: _Step, op: Op, graph: LayerGraph, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
+    ) -> Tensor:
+        """A layer's output; `graph` leads back to its input (not in a segment's first layer, whose input is frozen)."""
+        first = op.target == state.plan.segment_of(op.target).first
+        with torch.enable_grad(), graph.recording():
+            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
 
     def _loss(self, state: _Step, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output, in tiles of tokens."""
@@ -144,6 +172,9 @@ class Executor:
         rows_N = batch.supervised_N if task else batch.real_N
         flat_ND = state.hidden_BTD.flatten(0, 1)
         grad_ND = torch.zeros_like(flat_ND)
+        target_BTD = None if task else self._target(state, op, segment.first)
+        if not task:
+            self._accept(state, ("aux", op.target))
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
         for start in range(0, len(positions), TOKEN_TILE):
             tile_N = positions[start : start + TOKEN_TILE]
@@ -152,13 +183,22 @@ class Executor:
                 if task:
                     loss = task_loss(self.model, leaf_ND, batch.targets_N[start : start + TOKEN_TILE])
                 else:
-                    loss = self.heads[op.target](leaf_ND, state.target_BTD.flatten(0, 1)[tile_N])
+                    loss = self.heads[op.target](leaf_ND, target_BTD.flatten(0, 1)[tile_N])
                 loss = loss * (1.0 / self._denominator(state, task=task))
                 factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
                 (loss if factor == 1.0 else loss * factor).backward()
             grad_ND[tile_N] = leaf_ND.grad
             state.losses[op.target] += loss.item()
         state.grad_BTD, state.target_BTD = grad_ND.view_as(state.hidden_BTD), None
+        if op.target == len(state.plan.segments) - 1:
+            state.hidden_BTD = None  # nothing runs on it any more
+        if not task:
+            self._complete(state, op, ("aux", op.target))
+
+    def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
+        """What a local loss reconstructs: the segment's input."""
+        saved = state.inputs.get((op.micro_batch, first_layer))
+        return state.target_BTD if saved is None else saved.here()
 
     def _denominator(self, state: _Step, *, task: bool) -> int:
         if task:
@@ -170,19 +210,74 @@ class Executor:
         return self.local_weight / sum(segment.loss == "reconstruct" for segment in plan.segments)
 
     def _backward(self, state: _Step, op: Op) -> None:
-        key = (op.micro_batch, op.target)
+        key, group = (op.micro_batch, op.target), ("layer", op.target)
         graph = state.graphs.pop(key, None)
         if graph is None:
-            graph = self._run_with_graph(state, op.target, state.inputs.pop(key), run=self.model.rerun_layer)
-        leaf_BTD, output_BTD = graph
-        output_BTD.backward(state.grad_BTD)
-        state.grad_BTD = leaf_BTD.grad
+            graph, parcel = LayerGraph(self.mover), state.inputs.pop(key)
+            hidden_BTD = parcel.here()
+            self.mover.free(parcel)
+            self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.rerun_layer)
+            del hidden_BTD
+        try:
+            self._accept(state, group)
+            graph.feed(state.grad_BTD)
+            state.grad_BTD = None
+            state.grad_BTD = graph.backward()
+        finally:
+            graph.free()
+        self._complete(state, op, group)
+
+    def _accept(self, state: _Step, group: GroupName) -> None:
+        self.optimizer.accept_gradients(group, own_block=group in state.stores)
+
+    def _complete(self, state: _Step, op: Op, group: GroupName) -> None:
+        if op.micro_batch == state.plan.n_micro_batches - 1:
+            self.optimizer.complete_gradients(group)
 
     def _update(self, state: _Step, op: Op) -> None:
-        if not state.measured:
-            self.optimizer.measure(loss_scale=self.loss_scale)
-            state.measured = True
-        self.optimizer.step(op.target, lr=state.learning_rates[op.target])
+        segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
+        self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
+
+    # movements: each begins here and ends in _wait -------------------------------------------------------------------
+
+    def _fetch(self, state: _Step, op: Op) -> None:
+        self.model.weights.fetch(op.target)
+
+    def _evict(self, state: _Step, op: Op) -> None:
+        if op.item == "input":
+            self.mover.drop(state.inputs[op.micro_batch, op.target])
+        else:
+            self.model.weights.evict(op.target)
+
+    def _spill(self, state: _Step, op: Op) -> None:
+        self.mover.down(state.inputs[op.micro_batch, op.target], op.tier)
+
+    def _restore(self, state: _Step, op: Op) -> None:
+        self.mover.up(state.inputs[op.micro_batch, op.target])
+
+    def _page_out(self, state: _Step, op: Op) -> None:
+        state.graphs[op.micro_batch, op.target].page_out(op.tier)
+
+    def _page_in(self, state: _Step, op: Op) -> None:
+        state.graphs[op.micro_batch, op.target].page_in()
+
+    def _load(self, state: _Step, op: Op) -> None:
+        (self.optimizer.load_states if op.item == "states" else self.optimizer.load_gradients)(op.group)
+
+    def _store(self, state: _Step, op: Op) -> None:
+        (self.optimizer.store_states if op.item == "states" else self.optimizer.store_gradients)(op.group, op.tier)
+
+    def _wait(self, state: _Step, op: Op) -> None:
+        if op.item == "input":
+            self.mover.wait(state.inputs[op.micro_batch, op.target])
+        elif op.item == "pages":
+            state.graphs[op.micro_batch, op.target].wait()
+        elif op.item == "states":
+            self.optimizer.wait_states(op.group)
+        elif op.item == "gradients":
+            self.optimizer.wait_gradients(op.group)
+        else:
+            self.model.weights.wait(op.target)
 
     def _result(self, state: _Step) -> StepResult:
         segments = state.plan.segments
@@ -200,8 +295,7 @@ class Executor:
         for batch in batches:
             hidden_BTD = self.model.embed(batch.ids_BT)
             frame = self.model.frame(hidden_BTD)
-            for layer in range(self.model.facts.n_layers):
-                hidden_BTD = self.model.run_layer(layer, hidden_BTD, frame)
+            hidden_BTD = self.model.run_all(hidden_BTD, frame)
             selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
             for start in range(0, len(selected_ND), TOKEN_TILE):
                 tile = slice(start, start + TOKEN_TILE)
@@ -210,9 +304,18 @@ class Executor:
         return total / max(1, n_supervised)
 
 
-def _op_error(plan: Plan, position: int, step: int, error: Exception) -> LoptError:
+def _has_early_steps(plan: Plan) -> bool:
+    kinds = [op.kind for op in plan.ops if op.kind in (Kind.BACKWARD, Kind.STEP)]
+    return Kind.STEP in kinds and Kind.BACKWARD in kinds[kinds.index(Kind.STEP) :]
+
+
+def _op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> LoptError:
     where = f"step {step}, op {position} ({plan.ops[position].text()})"
-    advice = "lower --max-seq-len or --batch-size" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    advice = "lower --max-seq-len or --batch-size, or page more (--weights, --saved-inputs, --optimizer-states)"
     reason = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
+    reason += "" if intact else "\nSome groups were updated in this step already: the adapter is between two steps."
     kind = NotFinite if isinstance(error, NotFinite) else RunError
-    return kind(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=where, fix=advice)
+    fault = kind(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=where, fix=advice if memory else "")
+    fault.values_intact = intact
+    return fault

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
-from lopt_edge.plan.placement import weight_placement
+from lopt_edge.plan.knobs import default_knobs, placement_of
+from lopt_edge.run.moves import Mover
 from lopt_edge.run.vocabulary import Vocabulary
-from quant.files import is_packed, read_packed, read_tensor
+from lopt_edge.run.weights import Weights, lay_out
+from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
@@ -43,6 +45,11 @@ class Frame:
     rotary: dict[str, tuple[Tensor, Tensor]]
     masks: dict[str, Tensor | None]
 
+    def tensors(self) -> list[Tensor]:
+        """What all layers share: no layer's graph owns it."""
+        tables = [table for pair in self.rotary.values() for table in pair]
+        return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
+
 
 @dataclass(eq=False)
 class Model:
@@ -58,6 +65,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     clock: DropoutClock
+    mover: Mover
+    weights: Weights | None = None
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
@@ -98,6 +107,13 @@ class Model:
         )
         return output[0] if isinstance(output, tuple) else output
 
+    def run_all(self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None) -> Tensor:
+        """All layers in order, forward only (evaluation, generation); streamed ones come and go."""
+        layers = range(self.facts.n_layers)
+        for layer in self.weights.stream(layers) if self.weights is not None else layers:
+            hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
+        return hidden_BTD
+
     def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame) -> Tensor:
         """A layer's graph for its backward. The output's values are undefined: its last product is left out.
 
@@ -111,29 +127,72 @@ class Model:
             last.value_needed = True
 
 
-def load_model(folder: Path, facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Model:
-    """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one). Raises InputError."""
+def load_model(
+    folder: Path,
+    facts: ModelFacts,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: tuple[tuple[str, str], ...] | None = None,
+    mover: Mover | None = None,
+) -> Model:
+    """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
+
+    `placement` is a plan's (default: all layers resident); `mover` carries what is streamed.
+    """
     entries = tensor_entries(folder)
-    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype)
+    knobs = default_knobs(facts, device.type)
+    placement = placement or placement_of(knobs)
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
     buffer = UnpackBuffer()
     shared: dict[bytes, Tensor] = {}
+    layouts, maps, places = {}, {}, dict(placement)
     try:
         for index, layer in enumerate(model.layers):
+            prefix, matrices = f"model.layers.{index}.", []
             for module_index, linear in enumerate(facts.linears):
-                packed = _packed_linear(
-                    linear, f"model.layers.{index}.", entries, model=model, buffer=buffer, shared=shared
-                )
+                packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
                 layer.set_submodule(linear.name, packed)
-            fill_parameters(layer, f"model.layers.{index}.", entries, device=device, dtype=dtype)
-            _block_mlp(layer)
+                if on_disk is not None:
+                    matrices.append((packed, on_disk))
+                    maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
+            layouts[index] = lay_out(matrices)
+            fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+            _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
+        packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
+        model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
+        model.weights.load()
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
     return model
 
 
+def import_model_code(folder: Path) -> Any:
+    """transformers' class for the model of a folder, its code imported (some 110 MiB of modules). Raises InputError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, trust_remote_code=False))]
+    except Exception as error:  # transformers raises errors of any kind for values that it cannot use
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    return InputError(f"transformers cannot build this model ({reason})", where=str(folder / "config.json"),
+                      fix="check the config's values against the model's page")  # fmt: skip
+
+
 def make_skeleton(
-    folder: Path, facts: ModelFacts, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    facts: ModelFacts,
+    entries: dict[str, TensorEntry],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: str = "disk",
+    mover: Mover | None = None,
 ) -> Model:
     """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -144,14 +203,11 @@ def make_skeleton(
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"transformers cannot build this model ({reason})", where=str(folder / "config.json"),
-                         fix="check the config's values against the model's page") from None  # fmt: skip
+        raise _unusable(folder, error) from None
     try:
         fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
-    head_resident = dict(weight_placement(facts, device.type))["head"] == "resident"
     head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     return Model(
         facts=facts,
@@ -160,70 +216,61 @@ def make_skeleton(
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
         embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=head_resident),
+        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=head == "resident"),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
+        mover=mover or Mover(device),
     )
 
 
 def _packed_linear(
-    linear: LinearFacts,
-    prefix: str,
-    entries: dict[str, TensorEntry],
-    *,
-    model: Model,
-    buffer: UnpackBuffer,
-    shared: dict[bytes, Tensor],
-) -> PackedLinear:
-    packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    name = f"{prefix}{linear.name}.weight"
-    if model.facts.quantised and not is_packed(entries, name):  # a folder that leaves some matrices unpacked means it
+    linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
+) -> tuple[PackedLinear, PackedLayout | None]:
+    """The module, and where its weight lies on disk; None if the weight is in the module already."""
+    packed, on_disk = PackedLinear(linear.in_features, linear.out_features, buffer=buffer), None
+    name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
+    if is_packed(entries, name):
+        on_disk = packed_on_disk(entries, name)
+    elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
         packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
-        packed.weight = _read_weight(name, entries, device=model.device, shared=shared)
-    if tuple(packed.weight.shape) != (linear.out_features, linear.in_features):
-        raise FolderError(f"{prefix}{linear.name}.weight has shape {packed.weight.shape}, not what config.json says")
+        packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
+    found = tuple((on_disk or packed.weight).shape)
+    if found != shape:
+        raise FolderError(f"{name} has shape {found}, not what config.json says")
     if linear.bias:
         bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
     packed.clock = model.clock
-    return packed
+    return packed, on_disk
 
 
-def _block_mlp(layer: nn.Module) -> None:
-    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own."""
+def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[bytes, Tensor]) -> dict[str, Tensor]:
+    """The small resident parts of a packed weight; code maps, the same for all matrices, are shared."""
+    found = {}
+    for part in (".quant_map", ".nested_quant_map"):
+        if part in on_disk.parts:
+            tensor = read_tensor(on_disk.parts[part]).view(-1)
+            found[part] = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
+    if on_disk.offset is not None:
+        found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
+    return found
+
+
+def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
+    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
+
+    `block_elements`: quantisation block of each packed linear layer, by the module's id.
+    """
     mlp = layer.mlp
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if all(isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight) for part in parts) and all(
-        blocks_fit(part.weight) for part in parts
-    ):
+    sizes = dict(block_elements)
+    for part in parts:
+        if isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight):
+            sizes[id(part)] = part.weight.block_elements
+    if all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
         layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
-
-
-def _read_weight(
-    name: str, entries: dict[str, TensorEntry], *, device: torch.device, shared: dict[bytes, Tensor]
-) -> PackedWeight:
-    """A packed matrix on the device; the code maps, the same for all matrices, are shared."""
-    if not is_packed(entries, name):
-        return pack(read_tensor(_entry(entries, name)).to(device))
-    weight = read_packed(entries, name)
-    moved = {}
-    for field in ("codes", "absmax", "code_map", "nested_absmax", "nested_map", "offset"):
-        tensor = getattr(weight, field)
-        if tensor is None:
-            continue
-        if field in ("code_map", "nested_map"):
-            tensor = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
-        moved[field] = tensor.to(device)
-    return PackedWeight(
-        **moved,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        block_elements=weight.block_elements,
-        nested_block_elements=weight.nested_block_elements,
-        quant_type=weight.quant_type,
-    )
 
 
 def fill_parameters(

@@ -19,13 +19,22 @@ import torch
 
 def peak_rss_bytes() -> int:
     """The largest resident set this process ever had."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []  # no /proc on macOS
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """The resident set now (where that is unknown, the largest one so far)."""
+    now = _status_bytes("VmRSS")
+    return peak_rss_bytes() if now is None else now
+
+
+def _status_bytes(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []  # no /proc on macOS
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def peak_device_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ B is drawn at random (a fresh adapter's B is zero, which would hide every error 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lopt_edge.data import MicroBatch
 from lopt_edge.models import find_model
-from lopt_edge.plan.methods import step_plan
+from lopt_edge.plan.knobs import Knobs, default_knobs
+from lopt_edge.plan.methods import groups_of, step_plan
 from lopt_edge.plan.ops import Plan
-from lopt_edge.plan.placement import weight_placement
+from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.batches import Batch, make_batch
@@ -23,7 +24,9 @@ from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.lora import attach_adapters, layer_parameters
 from lopt_edge.run.losses import ReconstructHead
+from lopt_edge.run.moves import Delay, Mover
 from lopt_edge.run.optim import SegmentOptimizer
+from lopt_edge.run.page_dir import PageFile
 
 LOCAL_WEIGHT = 10.0
 
@@ -49,8 +52,8 @@ class Bench:
 
     def gradients(self, batches: list[Batch], *, step: int = 1) -> dict[str, Tensor]:
         """Gradients of one step as the executor makes them (the plan without its STEPs)."""
-        ops = tuple(op for op in self.plan.ops if op.kind != "STEP")
-        plan = Plan(self.plan.method, self.plan.n_layers, len(batches), self.plan.segments, self.plan.placement, ops)
+        ops = tuple(op for op in self.plan.ops if op.kind != "STEP" and op.item != "states")
+        plan = replace(self.plan, n_micro_batches=len(batches), ops=ops)
         self.result = self.executor.run(plan, batches, step=step, learning_rates={})
         return self.take_gradients()
 
@@ -58,7 +61,8 @@ class Bench:
         taken = {}
         for name, parameter in self.names().items():
             assert parameter.grad is not None, name
-            taken[name], parameter.grad = parameter.grad.clone(), None
+            taken[name] = parameter.grad.clone()
+        self.executor.optimizer.drop_gradients()
         return taken
 
 
@@ -72,14 +76,24 @@ def make_bench(
     clip: float = 1.0,
     clip_scope: str = "segment",
     dropout: float = 0.0,
+    rank: int = 4,
     targets: tuple[str, ...] | None = None,
     device: str = "cpu",
+    knobs: Knobs | None = None,
+    page_dir: Path | None = None,
+    delay: Delay | None = None,
 ) -> Bench:
+    """Without `knobs` everything lies on the device; with them, in `page_dir` and wherever they say."""
     facts = find_model(str(folder)).facts
-    model = load_model(folder, facts, device=torch.device(device), dtype=dtype)
+    knobs = knobs or default_knobs(facts, device)
+    page_file = None if page_dir is None else PageFile(page_dir, n_bytes=1 << 16, name="law")
+    mover = Mover(torch.device(device), page_file=page_file, delay=delay)
     segments = make_segments(method, n_layers=facts.n_layers, num_segments=num_segments)
+    plan = arrange(step_plan(method, segments, n_micro_batches=n_micro_batches), knobs)
+    validate(plan, clip_scope=clip_scope if clip else "none")
+    model = load_model(folder, facts, device=torch.device(device), dtype=dtype, placement=plan.placement, mover=mover)
     trained = [layer for s in segments if s.loss != "none" for layer in s.layers]
-    attach_adapters(model, trained, targets=targets or facts.linear_names, r=4, alpha=8, dropout=dropout, seed=3)
+    attach_adapters(model, trained, targets=targets or facts.linear_names, r=rank, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
     for layer in trained:
         for b in layer_parameters(model, layer)[1::2]:
@@ -89,15 +103,14 @@ def make_bench(
         for s in segments
         if s.loss == "reconstruct"
     }
+    groups = {group: s.index for s in segments for group in groups_of(s)}
     parameters = {
-        s.index: [p for layer in s.layers for p in layer_parameters(model, layer)]
-        + (list(heads[s.index].parameters()) if s.index in heads else [])
-        for s in segments
-        if s.loss != "none"
+        (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
+        for unit, target in groups
     }
-    optimizer = SegmentOptimizer(parameters, clip=clip, clip_scope=clip_scope)
-    plan = step_plan(method, segments, n_micro_batches=n_micro_batches, placement=weight_placement(facts, device))
-    validate(plan, clip_scope=clip_scope)
+    optimizer = SegmentOptimizer(
+        parameters, segments=groups, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer
+    )
     return Bench(model, plan, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
 
 

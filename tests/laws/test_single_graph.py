@@ -89,7 +89,10 @@ def test_one_update_equals_torch_clip_and_adamw(four_bit, clip_scope):
     for name, parameter in bench.names().items():
         parameter.data.copy_(start[name])
     reference_loss(bench, [BATCHES[0]]).backward()
-    groups = bench.executor.optimizer.parameters
+    groups: dict[int, list[torch.nn.Parameter]] = {0: [], 1: []}
+    for group in bench.executor.optimizer.groups.values():
+        groups[group.segment] += group.parameters
+    assert sum(map(len, groups.values())) == len(start)
     for members in [[*groups[0], *groups[1]]] if clip_scope == "global" else groups.values():
         assert torch.nn.utils.clip_grad_norm_(members, 0.05) > 0.05
     adamw = torch.optim.AdamW([{"params": groups[0], "lr": 1e-3}, {"params": groups[1], "lr": 2e-3}], weight_decay=0.0)

@@ -42,15 +42,18 @@ def test_planning_needs_no_torch():
 def test_a_plan_is_made_without_torch():
     done = run_blocked(
         "from lopt_edge.plan.facts import facts_from_config\n"
+        "from lopt_edge.plan.knobs import Knobs, default_knobs\n"
         "from lopt_edge.plan.methods import step_plan\n"
+        "from lopt_edge.plan.passes import arrange\n"
         "from lopt_edge.plan.segments import make_segments\n"
         "from lopt_edge.plan.validate import validate\n"
         "facts = facts_from_config({'model_type': 'llama', 'vocab_size': 99, 'hidden_size': 64, 'intermediate_size': 64,\n"
         "    'num_hidden_layers': 4, 'num_attention_heads': 4}, where='here')\n"
         "segments = make_segments('lopt', n_layers=facts.n_layers, num_segments=2)\n"
-        "units = ('embed', 'head', *(f'layer {i}' for i in range(4)))\n"
-        "plan = step_plan('lopt', segments, n_micro_batches=2, placement=tuple((unit, 'resident') for unit in units))\n"
-        "print(len(validate(plan).ops))\n"
+        "plan = step_plan('lopt', segments, n_micro_batches=2)\n"
+        "plain = arrange(plan, default_knobs(facts, 'cpu'))\n"
+        "streamed = arrange(plan, Knobs(('disk',) * 4, ('page',) * 4, saved_inputs='disk', states='disk'))\n"
+        "print(len(validate(plain).ops), len(validate(streamed).ops) > len(plain.ops))\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(2 * (1 + 4 + 2 + 4) + 2)
+    assert done.stdout.strip() == f"{2 * (1 + 4 + 2 + 4) + 5} True"

@@ -26,6 +26,9 @@ OPS = st.builds(
     micro_batch=st.integers(-1, 999_999),
     pass_index=st.integers(0, 999),
     adapters=st.just("train") | WORD,
+    item=st.sampled_from(["", "input", "pages", "states", "gradients"]),
+    unit=st.sampled_from(["", "layer", "aux"]),
+    tier=st.sampled_from(["", "device", "host", "disk"]),
 ) | st.builds(Op, st.just(Kind.FORWARD), NUMBER, NUMBER, st.sampled_from(Keep))
 PLANS = st.builds(
     Plan,
@@ -35,6 +38,7 @@ PLANS = st.builds(
     segments=st.lists(SEGMENTS, max_size=4).map(tuple),
     placement=st.lists(st.tuples(WORD | NUMBER.map(lambda i: f"layer {i}"), WORD), max_size=4).map(tuple),
     ops=st.lists(OPS, max_size=12).map(tuple),
+    ring=NUMBER,
 )
 
 
@@ -58,7 +62,7 @@ def test_the_text_of_a_small_plan():
     plan = step_plan("frozen", make_segments("frozen", n_layers=3, num_segments=3, boundary_layers=[1]), n_micro_batches=1,
                      placement=(("embed", "disk"), ("layer 0", "resident")))  # fmt: skip
     assert plan.text() == (
-        "plan 1 method=frozen layers=3 micro_batches=1\n"
+        "plan 2 method=frozen layers=3 micro_batches=1 ring=0\n"
         "segment 0 layers=0-0 loss=none\n"
         "segment 1 layers=1-2 loss=task\n"
         "unit embed disk\n"
@@ -70,8 +74,28 @@ def test_the_text_of_a_small_plan():
         "LOSS 1 mb=0\n"
         "BACKWARD 2 mb=0\n"
         "BACKWARD 1 mb=0\n"
-        "STEP 1\n"
+        "STEP layer 1\n"
+        "STEP layer 2\n"
     )
+
+
+def test_the_text_of_every_movement():
+    ops = (
+        Op(Kind.FETCH, 3, unit="layer"), Op(Kind.WAIT, 3, unit="layer"), Op(Kind.EVICT, 3, unit="layer"),
+        Op(Kind.SPILL, 3, 0, tier="disk"), Op(Kind.WAIT, 3, 0, item="input"), Op(Kind.RESTORE, 3, 0),
+        Op(Kind.EVICT, 3, 0, item="input"), Op(Kind.PAGE_OUT, 3, 0, tier="host"), Op(Kind.WAIT, 3, 0, item="pages"),
+        Op(Kind.PAGE_IN, 3, 0), Op(Kind.LOAD, 3, item="states", unit="layer"),
+        Op(Kind.STORE, 3, item="states", unit="layer", tier="disk"), Op(Kind.WAIT, 3, item="states", unit="layer"),
+        Op(Kind.STORE, 0, item="gradients", unit="aux", tier="host"),
+    )  # fmt: skip
+    plan = replace(PLAN, ops=ops, ring=2)
+    assert plan.text().splitlines()[0] == "plan 2 method=lopt layers=4 micro_batches=2 ring=2"
+    assert plan.text().splitlines()[9:] == [
+        "FETCH layer 3", "WAIT layer 3", "EVICT layer 3", "SPILL 3 mb=0 to=disk", "WAIT input 3 mb=0", "RESTORE 3 mb=0",
+        "EVICT input 3 mb=0", "PAGE_OUT 3 mb=0 to=host", "WAIT pages 3 mb=0", "PAGE_IN 3 mb=0", "LOAD states layer 3",
+        "STORE states layer 3 to=disk", "WAIT states layer 3", "STORE gradients aux 0 to=host",
+    ]  # fmt: skip
+    assert parse_plan(plan.text()) == plan
 
 
 def test_the_sequential_order_of_lopt():
@@ -80,13 +104,13 @@ def test_the_sequential_order_of_lopt():
     assert ops == [
         "EMBED mb=0", "FORWARD 0 mb=0 keep=input", "FORWARD 1 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 1 mb=0",
         "BACKWARD 0 mb=0", "FORWARD 2 mb=0 keep=input", "FORWARD 3 mb=0 keep=graph", "LOSS 1 mb=0", "BACKWARD 3 mb=0",
-        "BACKWARD 2 mb=0", "STEP 0", "STEP 1",
+        "BACKWARD 2 mb=0", "STEP layer 0", "STEP layer 1", "STEP aux 0", "STEP layer 2", "STEP layer 3",
     ]  # fmt: skip
 
 
 def test_the_hash_is_pinned():
     """A checkpoint names it: a change of the text form is a change of version."""
-    assert PLAN.hash() == "effc5406067a44f1"
+    assert PLAN.hash() == "bb7496af84c51422"
     changed = replace(PLAN, ops=(*PLAN.ops[:-1], replace(PLAN.ops[-1], target=0)))
     assert changed.hash() != PLAN.hash()
 
@@ -102,6 +126,8 @@ def test_an_error_shows_the_ops_around_it():
 @pytest.mark.parametrize(
     ("line", "text"),
     [
+        (1, "plan 1 method=lopt layers=4 micro_batches=1 ring=0"),
+        (1, "plan 3 method=lopt layers=4 micro_batches=1 ring=0"),
         (1, "plan 2 method=lopt layers=4 micro_batches=1"),
         (1, ""),
         (2, "segment 0 layers=0-1 loss=guess"),
@@ -112,7 +138,12 @@ def test_an_error_shows_the_ops_around_it():
         (14, ""),
         (14, "forward 0 mb=0 keep=none"),
         (14, "BACKWARD 9999999 mb=0"),
-        (14, "STEP 0 # why not"),
+        (14, "STEP layer 0 # why not"),
+        (14, "STEP head 0"),
+        (14, "SPILL 0 mb=0 to=cloud"),
+        (14, "WAIT inputs 0 mb=0"),
+        (14, "LOAD layer states 3"),
+        (14, "FETCH layers 3"),
     ],
 )
 def test_the_faulty_line_is_named(line, text):

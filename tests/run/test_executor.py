@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lopt_edge.errors import RunError
+from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Keep, Kind, Op
 from tests.laws.bench import Bench, make_bench, random_batch
 
 BATCH = random_batch((9, 6))
 RATES = {0: 1e-2, 1: 1e-2}
+ON_DISK = {"weights": ("disk",) * 4, "activations": ("page", "keep", "recompute", "keep"), "saved_inputs": "disk",
+           "states": "disk", "gradients": "disk"}  # fmt: skip
+WHERE = [{}, ON_DISK, {**ON_DISK, "prefetch": 3}]
+
+
+def bench_with(folder: Path, page_dir: Path, knobs: dict[str, object], **settings: object) -> Bench:
+    values = {"weights": ("resident",) * 4, "activations": ("recompute",) * 4, **knobs}
+    return make_bench(folder, knobs=Knobs(**values), page_dir=page_dir, **settings)
 
 
 def values(bench: Bench) -> dict[str, torch.Tensor]:
@@ -68,7 +79,7 @@ def test_a_nan_in_the_weights_updates_nothing_anywhere(four_bit, layer):
     norm = bench.model.layers[layer].post_attention_layernorm.weight
     good = norm.data.clone()
     norm.data[3] = torch.nan
-    with pytest.raises(RunError, match=r"(?s)not finite.*STEP 0"):
+    with pytest.raises(RunError, match=r"(?s)not finite.*> +\d+  STEP layer 0"):
         run(bench, step=2)
     assert_untouched(bench, before)
     norm.data.copy_(good)
@@ -76,19 +87,73 @@ def test_a_nan_in_the_weights_updates_nothing_anywhere(four_bit, layer):
     assert any(not torch.equal(parameter, before[name]) for name, parameter in bench.names().items())
 
 
-def test_a_failed_step_leaves_no_trace_in_the_next(four_bit):
-    """A good step after a failed one equals the good step alone, bitwise."""
-    clean, bench = make_bench(four_bit()), make_bench(four_bit())
+@pytest.mark.parametrize("n_before", [0, 1])
+@pytest.mark.parametrize("knobs", WHERE)
+def test_a_failed_step_leaves_no_trace_in_the_next(four_bit, tmp_path, knobs, n_before):
+    """A good step after a failed one equals the good step alone, bitwise; wherever things lie, also as the first step."""
+    clean, bench = make_bench(four_bit()), bench_with(four_bit(), tmp_path, knobs)
+    for step in range(n_before):
+        assert run(bench, step=step) == run(clean, step=step)
     norm = bench.model.layers[3].post_attention_layernorm.weight
     good = norm.data.clone()
     norm.data[3] = torch.nan
-    with pytest.raises(RunError):
-        run(bench)
+    with pytest.raises(RunError, match="not finite") as caught:
+        run(bench, step=n_before)
+    assert caught.value.values_intact
     norm.data.copy_(good)
-    ours, theirs = run(bench), run(clean)
+    ours, theirs = run(bench, step=n_before), run(clean, step=n_before)
     assert ours == theirs
     for name, parameter in clean.names().items():
         assert torch.equal(parameter, bench.names()[name]), name
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+@pytest.mark.parametrize("knobs", WHERE)
+def test_a_fault_in_a_backward_leaves_no_page_and_no_buffer_behind(four_bit, tmp_path, knobs, layer):
+    bench = bench_with(four_bit(), tmp_path, knobs, n_micro_batches=2)
+    batches = [BATCH, random_batch((5, 8), seed=4)]
+    run(bench, batches=batches)
+    before, used = values(bench), bench.executor.mover.page_file.used_bytes
+    hook = bench.model.layers[layer].self_attn.o_proj.lora_a.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        run(bench, step=2, batches=batches)
+    assert_untouched(bench, before)
+    assert bench.executor.mover.page_file.used_bytes == used, "states and journals; no page, input or gradient"
+    hook.remove()
+    run(bench, step=2, batches=batches)
+    assert bench.model.weights.n_slots <= bench.plan.ring
+
+
+def overflow_in_segment_1(bench: Bench) -> None:
+    """The loss scale is too large for the task's gradients, the local loss's (with next to no weight) bear it."""
+    bench.executor.loss_scale, bench.executor.local_weight = 2.0**130, 1e-12
+
+
+@pytest.mark.parametrize("states", ["device", "disk"])
+@pytest.mark.parametrize("apply", ["segment", "layer"])
+def test_an_overflow_after_an_early_update_is_not_run_again(four_bit, tmp_path, apply, states):
+    """A lower loss scale and another run would update segment 0 twice. Values are rolled back where that is possible."""
+    bench = bench_with(four_bit(), tmp_path, {"apply": apply, "states": states}, clip=0.0)
+    overflow_in_segment_1(bench)
+    before = values(bench)
+    with pytest.raises(RunError, match="segment 1 is not finite") as caught:
+        run(bench)
+    changed = {name for name, parameter in bench.names().items() if not torch.equal(parameter, before[name])}
+    assert caught.value.values_intact == (not changed) == (states == "disk")
+    assert all(name.startswith(("layer 0", "layer 1", "head 0")) for name in changed)
+    assert {group.steps for group in bench.executor.optimizer.groups.values()} == ({0} if states == "disk" else {0, 1})
+
+
+def test_an_overflow_before_the_first_early_update_is_run_again(four_bit, tmp_path):
+    updated = []
+    for scale in (1.0, 2.0**130):
+        bench = bench_with(four_bit(), tmp_path, {"apply": "segment"})
+        bench.executor.loss_scale, bench.executor.local_weight = scale, 1e12  # the first segment's gradients bear least
+        run(bench)
+        updated.append(values(bench))
+        assert bench.executor.loss_scale < 2.0**128
+    for name, value in updated[0].items():
+        assert torch.equal(value, updated[1][name]), name
 
 
 def test_memory_errors_come_with_advice(four_bit):

@@ -1,0 +1,103 @@
+"""Host memory: how much is left, how much of it may be page-locked, and a wall that the run cannot grow through.
+
+`available_bytes` is the smaller of what the system has (MemAvailable) and what the control groups around this process
+leave (version 1 or 2; file pages that they can drop count as free). `pinned_limit_bytes` comes with its reason:
+page-locked memory can neither be swapped nor reclaimed, so a run takes at most half of what is left, and under WSL about
+1 GB, where the driver stops. RLIMIT_MEMLOCK is not asked: it binds mlock(), not the pages which the CUDA driver pins.
+
+`cap_data_bytes` sets the soft RLIMIT_DATA. What Linux (4.7 and later) counts against it is VmData: private writable
+mappings and the heap (brk), by the address space taken, touched or not. Seen here (Linux 6.18, glibc, torch 2.13):
+- counted: malloc, numpy and torch CPU tensors; `calloc`ed memory before its first touch; each thread's stack, in full
+  (8 MiB), when the thread starts; freed memory that glibc keeps (so it can be used again below the cap); private
+  *writable* file maps, and so `safetensors.safe_open(..., "pt")`, which maps its whole file in that way
+- not counted: the main thread's stack; read-only file maps, positioned reads and the page cache; shared memory and
+  MAP_SHARED maps; address space reserved without write access
+- an allocation beyond it fails with ENOMEM: MemoryError in Python and numpy, RuntimeError in torch, and a new thread may
+  not start. Nothing is killed, and nothing that is already allocated changes. A child process inherits the number and
+  counts its own bytes against it.
+Not measured, for want of a GPU: by the same rule, memory that is page-locked by registering it with the driver counts as
+the plain memory that it was, and what the driver maps as shared (device memory, cudaHostAlloc) does not.
+So the cap bounds what can become resident apart from file pages; it is no meter of residency. Without /proc (macOS,
+Windows) there is nothing to count with and no cap is set; a kernel that does not enforce the limit ignores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from lopt_edge.doctor import cgroup_memory
+
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+WSL_PINNED_BYTES = 10**9  # about where cudaHostAlloc fails under WSL
+
+
+def available_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int:
+    """Bytes that this process may still take without swapping or being killed for them."""
+    _, available = _system_memory(proc)
+    group = cgroup_memory(membership=proc / "self/cgroup", root=control_groups)
+    return available if group is None else min(available, group[1])
+
+
+def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
+    """(bytes, reason): how much page-locked host memory the run may take."""
+    half = available_bytes(proc=proc, control_groups=control_groups) // 2
+    if _is_wsl(proc) and half > WSL_PINNED_BYTES:
+        return WSL_PINNED_BYTES, "WSL lets a process pin about 1 GB of host memory"
+    group = cgroup_memory(membership=proc / "self/cgroup", root=control_groups)
+    if group is not None and group[0] < _system_memory(proc)[0]:
+        return half, "half of what this container or control group leaves"
+    return half, "half of the available memory"
+
+
+def cap_data_bytes(extra_bytes: int, *, proc: Path = PROC) -> Callable[[], None]:
+    """Let this process' private writable memory grow by `extra_bytes` at most; returns what takes the cap away again.
+
+    A cap that is already tighter stays. Where the system counts no such memory, nothing happens.
+    """
+    taken = _status_bytes("VmData", proc)
+    if taken is None:
+        return _no_cap
+    import resource  # POSIX only, and /proc says that this is
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = (taken + max(0, extra_bytes), soft, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(n for n in limits if n != resource.RLIM_INFINITY), hard))
+
+    def restore() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    return restore
+
+
+def _no_cap() -> None:
+    pass
+
+
+def _system_memory(proc: Path) -> tuple[int, int]:
+    """(total, available) of the whole machine."""
+    try:
+        fields = {line.partition(":")[0]: line.split()[1] for line in (proc / "meminfo").read_text().splitlines()}
+        return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
+    except (OSError, KeyError, IndexError, ValueError):  # no Linux, or an unusual /proc
+        memory = psutil.virtual_memory()
+        return memory.total, memory.available
+
+
+def _is_wsl(proc: Path) -> bool:
+    try:
+        return "microsoft" in (proc / "sys/kernel/osrelease").read_text().lower()
+    except OSError:
+        return False
+
+
+def _status_bytes(field: str, proc: Path) -> int | None:
+    """One size of /proc/self/status in bytes, None where there is none."""
+    try:
+        lines = (proc / "self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split() for line in lines if line.startswith(f"{field}:")]
+    return int(sizes[0][1]) * 1024 if sizes else None

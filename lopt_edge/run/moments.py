@@ -1,0 +1,84 @@
+"""How AdamW's two moments are stored: in fp32, or in 8 bits.
+
+A group's moments are one tensor, so that they move between tiers as one piece. fp32: (2, n). 8 bits: for each moment its
+codes and then the fp32 scales of its blocks; codes are bitsandbytes' dynamic maps, signed for the first moment and unsigned
+for the second (arXiv 2110.02861, blocks of 256). `unpacked` hands out the two moments as flat fp32 tensors and takes them
+back when it ends. Which group is where is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+class Moments(Protocol):
+    """What a storage form offers. `n_elements` is the group's size."""
+
+    def zeros(self, n_elements: int) -> Tensor: ...
+
+    def unpacked(self, stored: Tensor, n_elements: int) -> AbstractContextManager[tuple[Tensor, Tensor]]: ...
+
+
+def make_moments(optimizer: str, device: torch.device) -> Moments:
+    return EightBitMoments(device) if optimizer == "adamw8bit" else PlainMoments(device)
+
+
+class PlainMoments:
+    """fp32, exact."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def zeros(self, n_elements: int) -> Tensor:
+        return torch.zeros(2, n_elements, dtype=torch.float32, device=self.device)
+
+    @contextmanager
+    def unpacked(self, stored: Tensor, n_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield stored[0], stored[1]
+
+
+class EightBitMoments:
+    """Blockwise dynamic 8-bit, rounded again after each update."""
+
+    def __init__(self, device: torch.device) -> None:
+        from bitsandbytes.functional import create_dynamic_map
+
+        self.device = device
+        self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+
+    def zeros(self, n_elements: int) -> Tensor:
+        """All scales are 0, so that every code stands for 0."""
+        return torch.zeros(sum(_part_bytes(n_elements)) * 2, dtype=torch.uint8, device=self.device)
+
+    @contextmanager
+    def unpacked(self, stored: Tensor, n_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_blockwise
+
+        parts = list(self._parts(stored, n_elements))
+        values = [
+            dequantize_blockwise(codes, QuantState(absmax=scales, code=code_map, blocksize=BLOCK, dtype=torch.float32))
+            for (codes, scales), code_map in zip(parts, self.maps, strict=True)
+        ]
+        yield values[0], values[1]
+        for value, (codes, scales), code_map in zip(values, parts, self.maps, strict=True):
+            new, state = quantize_blockwise(value, code=code_map, blocksize=BLOCK)
+            codes.copy_(new)
+            scales.copy_(state.absmax)
+
+    def _parts(self, stored: Tensor, n_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(codes, scales) of each moment."""
+        for half in stored.view(2, -1):
+            codes, scales = half.split(_part_bytes(n_elements))
+            yield codes[:n_elements], scales.view(torch.float32)
+
+
+def _part_bytes(n_elements: int) -> list[int]:
+    """Bytes of one moment's codes (padded to whole words) and scales."""
+    return [-(-n_elements // 4) * 4, 4 * -(-n_elements // BLOCK)]
