@@ -6,6 +6,8 @@ vocabulary, and what the process takes with the model's code imported, before an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lopt_edge.config import Config
@@ -55,10 +57,12 @@ class Predictor:
         self.evaluation = max(evaluated, key=lambda batch: batch.n_rows, default=None)
         self.library_bytes = library_bytes(source) if device.type == "cpu" else None
 
-    def __call__(self, knobs: Knobs) -> Prediction:
-        plan = make_plan(self.config, self.segments, knobs, n_micro_batches=len(self.batches))
+    def __call__(self, knobs: Knobs, batches: Sequence[MicroBatchSize] | None = None) -> Prediction:
+        """The largest step of the run, or a step over these micro-batches."""
+        batches = self.batches if batches is None else batches
+        plan = make_plan(self.config, self.segments, knobs, n_micro_batches=len(batches))
         sizes = Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize)
-        return predict(plan, sizes, self.batches, library_bytes=self.library_bytes, evaluation=self.evaluation)
+        return predict(plan, sizes, batches, library_bytes=self.library_bytes, evaluation=self.evaluation)
 
 
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:

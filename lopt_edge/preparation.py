@@ -6,7 +6,7 @@ the first expensive act (quantising), so that a mistake is told in seconds. Noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.prediction import Predictor, make_plan
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
@@ -59,13 +60,17 @@ class Inputs:
     dtype: torch.dtype
     knobs: Knobs
     budget: Budget
-    prediction: Prediction
+    predictor: Predictor
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
     def plan(self, n_micro_batches: int) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
         return make_plan(self.config, self.segments, self.knobs, n_micro_batches=n_micro_batches)
+
+    def predict(self, batches: Sequence[MicroBatchSize] | None = None) -> Prediction:
+        """What a step takes: the largest one of the run, or one over these micro-batches."""
+        return self.predictor(self.knobs, batches)
 
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
@@ -114,7 +119,7 @@ def read_inputs(config: Config) -> Inputs:
     warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
     return Inputs(
         config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype,
-        choice.knobs, budget, prediction, reasons, (*warnings, *memory_warnings(config, choice.knobs)),
+        choice.knobs, budget, predicted, reasons, (*warnings, *memory_warnings(config, choice.knobs)),
     )  # fmt: skip
 
 

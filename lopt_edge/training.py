@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count, islice
@@ -31,9 +32,12 @@ from lopt_edge.generation import Sampling, Speaker
 from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import four_bit_folder
 from lopt_edge.plan.knobs import placement_of
+from lopt_edge.plan.ops import Plan
 from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
 from lopt_edge.progress import Progress
+from lopt_edge.report import MemoryMeter, write_report
 from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.run.batches import Batch
 from lopt_edge.run.executor import Executor, StepResult
 from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import adapter_tensors, load_adapters
@@ -90,7 +94,10 @@ class _Run:
         self.best: dict[str, float] | None = None  # with --keep-best: the evaluation of the saved adapter
         self.samples: dict[str, str] = {}
         self.final_loss = float("nan")
-        self.finished_steps = 0
+        self.finished_steps = self.peak_rss_bytes = self.peak_device_bytes = 0
+        prediction = inputs.predict()
+        self.predicted = {"device_bytes": prediction.device_bytes, "host_bytes": prediction.host_bytes,
+                          "disk_bytes": prediction.disk_bytes, "peak_op": prediction.peak_op}  # fmt: skip
 
     def go(self, plan_text: str, plan_hash: str) -> RunResult:
         with self.clock.phase("quantise"):
@@ -99,7 +106,7 @@ class _Run:
             self.progress.note(f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s, kept in {self.folder}")
         inputs = self.inputs
         with open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
-                        need_disk_bytes=inputs.prediction.disk_bytes) as mover:  # fmt: skip
+                        need_disk_bytes=self.predicted["disk_bytes"]) as mover:  # fmt: skip
             self.mover = mover
             with self.clock.phase("load"):
                 self._load()
@@ -109,6 +116,8 @@ class _Run:
             finally:
                 lift()
             with self.clock.phase("save"):
+                self.executor.let_go()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
+                release_free_memory()
                 self._save()
             return self._report({"before": before, "after": after}, plan_text, plan_hash)
 
@@ -158,12 +167,32 @@ class _Run:
             rates = self._rates(step)
             with self.clock.phase("train"):
                 batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
-                result = executor.run(self.inputs.plan(len(batches)), batches, step=step, learning_rates=rates)
+                plan = self.inputs.plan(len(batches))
+                with self._watch(step, batches, plan):
+                    result = executor.run(plan, batches, step=step, learning_rates=rates)
             self._record(step, result, rates, time.perf_counter() - started)
             last = step == self.n_steps
             if last or (self.config.eval_every and step % self.config.eval_every == 0):
                 evaluation = self._evaluate(step)
         return evaluation
+
+    @contextmanager
+    def _watch(self, step: int, batches: list[Batch], plan: Plan) -> Iterator[None]:
+        """With --memory-report: measure the second step (or the only one) and write the report."""
+        if self.config.memory_report is None or step != min(2, self.n_steps):
+            yield
+            return
+        meter = MemoryMeter(self.executor)
+        with meter.watching(batches):
+            yield
+        meter.stop()
+        prediction = self.inputs.predict([batch.size for batch in batches])
+        files = write_report(
+            self.config.memory_report, prediction, meter, plan_hash=plan.hash(),
+            title=f"{self.inputs.source.facts.architecture}, {self.config.method}, step {step}",
+            budget_bytes=self.inputs.budget.device_bytes,
+        )  # fmt: skip
+        self.progress.note(f"memory report: {files[0]} and {files[1]}")
 
     def _rates(self, step: int) -> dict[int, float]:
         config = self.config
@@ -183,6 +212,8 @@ class _Run:
         self.tokens += result.totals.tokens
         self.supervised_tokens += result.totals.supervised
         self.final_loss, self.finished_steps = result.loss, step
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes())  # the kernel's own count wavers by some 100 KiB
+        self.peak_device_bytes = max(self.peak_device_bytes, peak_device_bytes(self.inputs.device))
         below = peaks_below(self.mover)
         metrics = {
             "step": step,
@@ -193,8 +224,8 @@ class _Run:
             "tokens": result.totals.tokens,
             "supervised_tokens": result.totals.supervised,
             "step_seconds": seconds,
-            "peak_device_bytes": peak_device_bytes(self.inputs.device),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": self.peak_device_bytes,
+            "peak_rss_bytes": self.peak_rss_bytes,
             "peak_host_bytes": below.host,
             "peak_pinned_bytes": below.pinned,
             "peak_disk_bytes": below.disk,
@@ -261,8 +292,8 @@ class _Run:
             final_loss=self.final_loss,
             evaluation=evaluation,
             samples=self.samples,
-            peak_rss_bytes=peak_rss_bytes(),
-            peak_device_bytes=peak_device_bytes(self.inputs.device),
+            peak_rss_bytes=max(self.peak_rss_bytes, peak_rss_bytes()),
+            peak_device_bytes=max(self.peak_device_bytes, peak_device_bytes(self.inputs.device)),
             seconds={name: round(value, 3) for name, value in self.clock.seconds.items()},
         )
         run = self._run_facts(result, plan_text, plan_hash)
@@ -289,6 +320,7 @@ class _Run:
             "reasons": list(inputs.reasons),
             "totals": {"steps": self.n_steps, "tokens": self.tokens, "supervised_tokens": self.supervised_tokens},
             "evaluation": result.evaluation,
+            "predicted": self.predicted,
             "best_eval_loss": self.best["eval_loss"] if self.best else None,
             "samples": result.samples,
             "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes,

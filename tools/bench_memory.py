@@ -61,9 +61,10 @@ SETTINGS = {
     "recompute": ["--activations", "recompute"],
 }  # fmt: skip
 COLUMNS = (
-    "date", "hardware", "threads", "versions", "commit", "model", "shape", "n_layers", "hidden_size", "device", "dtype",
-    "memory_fraction", "lora_r", "seq_len", "steps", "method", "settings", "flags", "repeat", "peak_rss_time_bytes",
-    "peak_rss_bytes", "peaks_agree", "peak_device_bytes", "step_seconds", "first_step_seconds", "tokens_per_second",
+    "date", "hardware", "threads", "versions", "commit", "model", "shape", "n_layers", "hidden_size", "device",
+    "dtype", "memory_fraction", "lora_r", "seq_len", "steps", "method", "settings", "flags", "repeat",
+    "peak_rss_time_bytes", "peak_rss_bytes", "peaks_agree", "peak_device_bytes", "peak_disk_bytes",
+    "predicted_device_bytes", "predicted_ratio", "step_seconds", "first_step_seconds", "tokens_per_second",
     "wall_seconds", "first_loss", "losses_equal", "step_ratio", "rss_ratio", "device_ratio", "error",
 )  # fmt: skip
 TIME = Path("/usr/bin/time")  # GNU time; its -v tells the peak
@@ -149,7 +150,8 @@ def error_text(stderr: str) -> str:
 
 def run_figures(output: Path, case: Case) -> Row:
     """What the finished run's own files say."""
-    peaks = json.loads((output / "run.json").read_text())["peaks"]
+    run = json.loads((output / "run.json").read_text())
+    peaks, predicted = run["peaks"], run["predicted"]["device_bytes"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     seconds, tokens = [line["step_seconds"] for line in steps], {line["tokens"] for line in steps}
@@ -157,6 +159,9 @@ def run_figures(output: Path, case: Case) -> Row:
     return {
         "peak_rss_bytes": peaks["peak_rss_bytes"],
         "peak_device_bytes": peaks["peak_device_bytes"],
+        "peak_disk_bytes": peaks["peak_disk_bytes"],
+        "predicted_device_bytes": predicted,
+        "predicted_ratio": predicted / peaks["peak_device_bytes"],
         "step_seconds": typical,
         "first_step_seconds": seconds[0],
         "tokens_per_second": case.seq_len / typical,

@@ -153,7 +153,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
             segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            knobs=default_knobs(source.facts, device.type), budget=Budget(), prediction=unread, reasons=(),
+            knobs=default_knobs(source.facts, device.type), budget=Budget(), predictor=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lopt_edge.models import find_model, quantise_model
 from lopt_edge.plan.knobs import Knobs
+from lopt_edge.run import tiled
 from lopt_edge.run.tracker import MemoryTracker
 from quant import nf4
 from quant.gated_mlp import PackedGatedMLP
@@ -39,10 +40,11 @@ from tests.laws.bench import make_bench, random_batch
 from tests.models import FAMILIES, make_folder
 
 TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "layer_bytes.json"
+MARKS = ("mlp_forward", "mlp_backward", "norm_forward", "norm_backward")
 BASE = {"tokens": 96, "hidden": 384, "heads": 12, "kv_heads": 2, "head_dim": 64, "intermediate": 192, "rank": 4}
 OPS = {"forward": "FORWARD 1 mb=0 keep=input", "graph": "FORWARD 1 mb=0 keep=graph", "backward": "BACKWARD 1 mb=0",
        "backward_first": "BACKWARD 0 mb=0", "backward_graph": "BACKWARD 1 mb=0"}  # fmt: skip
-Event = tuple[str, int, int]  # "+" | "-" | "mlp_forward" | "mlp_backward", number of the allocation, bytes
+Event = tuple[str, int, int]  # "+" | "-" | one of MARKS, number of the allocation, bytes
 Log = dict[str, list[Event]]  # by op
 Products = dict[int, tuple[float, dict[str, int]]]  # allocation -> its coefficient (bytes) and the dimensions' exponents
 
@@ -90,6 +92,53 @@ class _Opaque(torch.autograd.Function):
         return result, None, None
 
 
+class _OpaqueNorm(torch.autograd.Function):
+    """Stands for a norm in tiles: same input, output and saved tensor; the marks come once the output is there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: EventLog) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.log = log
+        y = torch.empty_like(x).copy_(x)
+        log.events.append(("norm_forward", -1, 0))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x).copy_(grads[0])
+        ctx.log.events.append(("norm_backward", -1, 0))
+        return dx, None
+
+
+class OpaqueNorm(nn.Module):
+    def __init__(self, inner: nn.Module, log: EventLog) -> None:
+        super().__init__()
+        self.inner, self.log = inner, log
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _OpaqueNorm.apply(x, self.log)
+
+
+def norm_factors(inner: nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    """What one tile of a norm takes beside its input and output, in multiples of the tile."""
+    width = inner.weight.shape[0]
+    x, g = torch.randn(2048, width).to(dtype), torch.randn(2048, width).to(dtype)
+    tracker, found = MemoryTracker(), {}
+    with tracker:
+        tracker.watch([x, g])
+        held = tracker.live_bytes
+        with torch.no_grad():
+            y = inner(x)
+        found["forward"] = (tracker.peak_bytes - held) / x.nbytes
+        del y
+        tracker.start_peak()
+        held = tracker.live_bytes
+        tiled._tile_gradient(inner, x, g)
+        found["backward"] = (tracker.peak_bytes - held) / x.nbytes
+    return {name: round(value, 2) for name, value in found.items()}
+
+
 class OpaqueMLP(nn.Module):
     def __init__(self, mlp: PackedGatedMLP, log: EventLog) -> None:
         super().__init__()
@@ -113,6 +162,9 @@ def run(family: str, dtype: torch.dtype, sizes: dict[str, int], *, activations: 
                        knobs=Knobs(("resident",) * 4, (activations,) * 4))  # fmt: skip
     log, spans = EventLog(), {}
     for layer in bench.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, tiled.TokenTiled):
+                layer.set_submodule(name, OpaqueNorm(module.inner, log))
         if isinstance(layer.mlp, PackedGatedMLP):
             layer.mlp = OpaqueMLP(layer.mlp, log)
     for p in bench.executor.optimizer.groups.values():  # the opaque MLP gives its adapters no gradient
@@ -171,7 +223,7 @@ def forms(op: list[Event], allocated: Products) -> dict[str, Any]:
         "end": end,
         "frees": frees,
         "peak": _maximal([moment for moment, _ in moments]),
-        **{name: _maximal([m for m, kind in moments if kind == name]) for name in ("mlp_forward", "mlp_backward")},
+        **{name: _maximal([m for m, kind in moments if kind == name]) for name in MARKS},
     }
 
 
@@ -199,7 +251,15 @@ def trace(family: str, dtype: torch.dtype) -> dict[str, Any]:
         base, allocated = products(family, dtype, activations=activations)
         for name in names:
             table[name] = forms(base[OPS[name]], allocated)
+    table["norm"] = norm_factors(a_norm(family, dtype), dtype)
     return table
+
+
+def a_norm(family: str, dtype: torch.dtype) -> nn.Module:
+    """An input norm of the family."""
+    folder = make_folder(Path(tempfile.mkdtemp()) / "m", family)
+    model = make_bench(folder, method="e2e", num_segments=1, dtype=dtype).model
+    return next(m.inner for m in model.layers[0].modules() if isinstance(m, tiled.TokenTiled))
 
 
 def main() -> None:
@@ -212,7 +272,9 @@ def main() -> None:
     found = {}
     for family in arguments.families.split(","):
         found[family] = {str(dtype.itemsize): trace(family, dtype) for dtype in (torch.float32, torch.bfloat16)}
-        print(family, {name: len(value["peak"]) for name, value in found[family]["4"].items()}, flush=True)
+        print(
+            family, {name: len(value["peak"]) for name, value in found[family]["4"].items() if "peak" in value}, flush=True
+        )
     if arguments.check:
         raise SystemExit(any(table.get(family) != value for family, value in found.items()))
     TABLE.write_text(json.dumps(table | found, indent=1, sort_keys=True) + "\n")

@@ -22,6 +22,7 @@ from lopt_edge.plan.facts import LinearFacts, ModelFacts
 Form = dict[str, float]
 UNPACK_CHUNK = 1 << 18  # quant.nf4.CHUNK_BYTES: packed bytes unpacked at a time
 BLOCK_FEATURES = 1024  # quant.gated_mlp
+NORM_TILE = {"cpu": 1 << 20, "cuda": 32 << 20}  # bytes of rows: run.tiled.ROW_BYTES
 MLP_TOKEN_TILE = {"cpu": 1024, "cuda": 4096}
 
 
@@ -62,7 +63,7 @@ def _table() -> dict[str, Any]:
 
 
 def op_forms(shape: LayerShape, op: str) -> dict[str, Any]:
-    """The forms of forward, graph, backward, backward_first or backward_graph."""
+    """The forms of forward, graph, backward, backward_first or backward_graph; of "norm" the factors."""
     found: dict[str, Any] = _table()[shape.facts.model_type]["4" if shape.itemsize == 4 else "2"][op]
     return found
 
@@ -76,13 +77,25 @@ def within_layer(shape: LayerShape, op: str, *, n_sequences: int, n_tokens: int)
     plain = max(shape.value(form, **size) for form in forms["peak"]) + max(
         _linear_fixed(shape, linear, backward=backward) for linear in linears
     )
+    moments = [plain, *_norm_moments(shape, forms, size)]
     if not shape.blocked:
-        return plain
+        return max(moments)
     n_rows = n_sequences * n_tokens
-    moments = [plain]
     for name, inside in (("mlp_forward", mlp_forward), ("mlp_backward", mlp_backward)):
         moments += [shape.value(form, **size) + inside(shape, n_rows) for form in forms[name]]
     return max(moments)
+
+
+def _norm_moments(shape: LayerShape, forms: dict[str, Any], size: dict[str, int]) -> list[int]:
+    """The moments at which a norm works on a tile (run/tiled.py)."""
+    row_bytes = shape.facts.hidden_size * shape.itemsize
+    tile = min(NORM_TILE[shape.device_type], size["n_sequences"] * size["n_tokens"] * row_bytes)
+    factors = op_forms(shape, "norm")
+    return [
+        shape.value(form, **size) + round(factors[name] * tile)
+        for name in ("forward", "backward")
+        for form in forms[f"norm_{name}"]
+    ]
 
 
 def graph_rest(shape: LayerShape, *, n_sequences: int, n_tokens: int) -> tuple[int, bool]:
@@ -144,7 +157,7 @@ def mlp_backward(shape: LayerShape, n_rows: int) -> int:
     scales = sum(_scales(linear) for linear in _mlp_linears(shape))
     total = scales + adapters * 4 + adapters * (c if c != 4 else 0) + 3 * low * c + 3 * low * 4
     total += n_rows * hidden * 4  # dx: the norm before the MLP always needs it
-    in_tile = 6 * tile * width * c + width * shape.rank * c + (tile * hidden * c if c != 4 else 0)
+    in_tile = max(6 * tile * width * c, 2 * tile * width * c + (tile * hidden * c if c != 4 else 0))
     block_copy = width * hidden // 2 + width * hidden // 16 + _unpack_index(width * hidden // 2, c)
     at_end = n_rows * hidden * c if c != 4 else 0
     return total + max(in_tile, block_copy, at_end)

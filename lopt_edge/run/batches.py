@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.data import IGNORED, MicroBatch
+from lopt_edge.plan.sizes import MicroBatchSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,11 @@ class Batch:
     @property
     def n_supervised(self) -> int:
         return len(self.targets_N)
+
+    @property
+    def size(self) -> MicroBatchSize:
+        """What the planner knows of it."""
+        return MicroBatchSize(*self.ids_BT.shape, self.n_supervised, padded=self.real_N is not None)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Executor:
     ) -> None:
         self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
         self.mover, self.observe = optimizer.mover, observe
+        self.state: _Step | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
         self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
             Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
@@ -99,7 +100,7 @@ class Executor:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
                       stores={op.group for op in plan.ops if op.kind is Kind.STORE and op.item == "gradients"},
                       early=_has_early_steps(plan))  # fmt: skip
-        clock = self.model.clock
+        clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
         self.optimizer.begin_step(loss_scale=self.loss_scale)
         try:
@@ -113,7 +114,7 @@ class Executor:
                     fault.untouched = all(op.kind is not Kind.STEP for op in plan.ops[:position])
                     raise fault from error
         finally:
-            clock.active = False
+            clock.active, self.state = False, None
         return self._result(state)
 
     def _run_op(self, state: _Step, op: Op) -> None:
@@ -133,6 +134,12 @@ class Executor:
         if self.model.weights is not None:
             self.model.weights.evict_all()
         return self.optimizer.roll_back()
+
+    def let_go(self) -> None:
+        """No step follows: moments, gradients and the buffers of streamed layers go; the adapters stay."""
+        self.optimizer.let_go()
+        if self.model.weights is not None:
+            self.model.weights.let_go()
 
     def _embed(self, state: _Step, op: Op) -> None:
         ids_BT = state.batches[op.micro_batch].ids_BT

@@ -25,6 +25,7 @@ from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
 from lopt_edge.plan.knobs import default_knobs, placement_of
 from lopt_edge.run.moves import Mover
+from lopt_edge.run.tiled import TokenTiled
 from lopt_edge.run.vocabulary import Vocabulary
 from lopt_edge.run.weights import Weights, lay_out
 from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
@@ -159,6 +160,7 @@ def load_model(
                     maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
             layouts[index] = lay_out(matrices)
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+            _tile_norms(layer)
             _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
@@ -256,6 +258,13 @@ def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[byte
     if on_disk.offset is not None:
         found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
     return found
+
+
+def _tile_norms(layer: nn.Module) -> None:
+    """Put every norm of a layer into a `TokenTiled`."""
+    for name, module in list(layer.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            layer.set_submodule(name, TokenTiled(module))
 
 
 def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:

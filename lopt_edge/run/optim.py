@@ -268,7 +268,22 @@ class SegmentOptimizer:
                 else:
                     group.moments.tensor = None
 
-    def held_bytes(self) -> Iterator[tuple[str, int]]:
-        """(category, bytes on the device) of what lives from step to step."""
-        yield "adapters", self._values.nbytes
-        yield "gradients", 0 if self._gradients is None else self._gradients.nbytes
+    def let_go(self) -> None:
+        """No update follows: gradients and moments go, here and below."""
+        self.drop_gradients()
+        self._gradients = None
+        for group in self.groups.values():
+            for parcel in (group.moments, group.journal):
+                if parcel is not None:
+                    self.mover.free(parcel)
+            group.moments = group.journal = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(category, tensor) of what is held on the device now."""
+        yield "adapters", self._values
+        if self._gradients is not None:
+            yield "gradients", self._gradients
+        for group in self.groups.values():
+            for category, parcel in (("gradients", group.gradient), ("optimizer", group.moments)):
+                if parcel is not None and parcel.tensor is not None:
+                    yield category, parcel.tensor

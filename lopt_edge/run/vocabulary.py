@@ -61,6 +61,10 @@ class Vocabulary:
             read_bytes(self.entry, tensor_bytes(raw), start=start * self.row_bytes)
             yield start, self._in_compute_dtype(raw)
 
+    def tensors(self) -> list[Tensor]:
+        """What is held between calls."""
+        return [tensor for tensor in (self.matrix_VD, self._raw, self._cast) if tensor is not None]
+
     def _in_compute_dtype(self, raw: Tensor) -> Tensor:
         if raw.dtype == self.dtype and self.device.type == "cpu":
             return raw

@@ -166,6 +166,15 @@ class Weights:
         finally:
             self.evict_all()
 
+    def let_go(self) -> None:
+        """The ring's buffers go; they are made anew when a layer is fetched."""
+        self.evict_all()
+        self._free.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """The buffers of the device: resident layers and the ring."""
+        return [*self.resident.values(), *self._free, *(buffer for buffer, _, _ in self._taken.values())]
+
     def _new_slot(self) -> Tensor:
         self.n_slots += 1
         return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.mover.device)
