@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,13 +50,13 @@ CLIP = 1.0
 N_LOSSES = 5  # losses kept of the first steps
 SEED = 1234
 COLUMNS = (
-    "date", "hardware", "threads", "versions", "commit", "model", "shape", "method", "repeat", "device", "dtype", "lora_r",
-    "seq_len", "steps", "step_seconds", "first_step_seconds", "tokens_per_second", "peak_rss_bytes", "peak_device_bytes",
-    "import_seconds", "load_seconds", "load_peak_rss_bytes", "load_peak_device_bytes", "losses", "step_ratio", "rss_ratio",
-    "device_ratio", "error",
+    "date", "hardware", "threads", "versions", "commit", "model", "shape", "method", "repeat", "device", "dtype",
+    "lora_r", "seq_len", "batch_size", "steps", "step_seconds", "first_step_seconds", "tokens_per_second",
+    "peak_rss_bytes", "peak_device_bytes", "import_seconds", "load_seconds", "load_peak_rss_bytes",
+    "load_peak_device_bytes", "losses", "step_ratio", "rss_ratio", "device_ratio", "error",
 )  # fmt: skip
 Row = dict[str, Any]
-Step = Callable[[int, list[int]], float]  # (step number from 1, token ids) -> loss
+Step = Callable[[int, list[list[int]]], float]  # (step number from 1, token ids by sequence) -> loss
 
 
 # --- one process: load, step, measure ---------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def run_child(options: argparse.Namespace) -> Row:
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     seconds, losses = [], []
     for number in range(1, options.steps + 1):
-        ids = token_ids(number, seq_len=options.seq_len, vocabulary=vocabulary)
+        ids = token_ids(number, batch_size=options.batch_size, seq_len=options.seq_len, vocabulary=vocabulary)
         started = time.perf_counter()
         losses.append(step(number, ids))
         wait()
@@ -113,12 +114,13 @@ def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
     return {} if was_there else {**measured, "peak_rss_bytes": measured["load_peak_rss_bytes"]}
 
 
-def token_ids(step: int, *, seq_len: int, vocabulary: int) -> list[int]:
-    """The ids of a step: the same for every method."""
+def token_ids(step: int, *, batch_size: int, seq_len: int, vocabulary: int) -> list[list[int]]:
+    """The ids of a step, one list a sequence: the same for every method."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED + step)
-    return torch.randint(vocabulary, (seq_len,), generator=generator).tolist()
+    ids = torch.randint(vocabulary, (batch_size * seq_len,), generator=generator).tolist()
+    return [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
 
 
 def load_ours(options: argparse.Namespace, clock: Any) -> Step:
@@ -149,19 +151,22 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.compute_dtype, device)
         segments = make_segments(config.method, n_layers=source.facts.n_layers, num_segments=config.num_segments)
+        knobs = default_knobs(source.facts, device.type)
+        knobs = replace(knobs, activations=(options.activations,) * source.facts.n_layers)
         unread: Any = None  # there is no tokenizer and no data set: the batches are made below
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
             segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            knobs=default_knobs(source.facts, device.type), budget=Budget(), predictor=unread, reasons=(),
+            knobs=knobs, budget=Budget(), predictor=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)
     plan = inputs.plan(1)
     rates = {segment.index: options.lr for segment in segments if segment.loss != "none"}
 
-    def step(number: int, ids: list[int]) -> float:
-        batch = make_batch(MicroBatch([ids], [[*ids[1:], IGNORED]], (len(ids),)), device)
+    def step(number: int, ids: list[list[int]]) -> float:
+        targets = [[*row[1:], IGNORED] for row in ids]
+        batch = make_batch(MicroBatch(ids, targets, tuple(map(len, ids))), device)
         return executor.run(plan, [batch], step=number, learning_rates=rates).loss
 
     return step
@@ -194,8 +199,8 @@ def load_peers(options: argparse.Namespace, clock: Any) -> Step:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, fused=True)
 
-    def step(number: int, ids: list[int]) -> float:
-        ids_BT = torch.tensor([ids], device=device)
+    def step(number: int, ids: list[list[int]]) -> float:
+        ids_BT = torch.tensor(ids, device=device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
@@ -247,7 +252,11 @@ def as_row(measured: Row, common: Row) -> Row:
     row = {**common, **measured, "hardware": f"{gpu}; {common['hardware']}" if gpu else common["hardware"]}
     if seconds:
         typical = median(seconds[1:])
-        row |= {"step_seconds": typical, "first_step_seconds": seconds[0], "tokens_per_second": common["seq_len"] / typical}
+        row |= {
+            "step_seconds": typical,
+            "first_step_seconds": seconds[0],
+            "tokens_per_second": common["batch_size"] * common["seq_len"] / typical,
+        }
         row["losses"] = " ".join(f"{loss:.6f}" for loss in losses[:N_LOSSES])
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
@@ -271,6 +280,7 @@ def common_columns(options: argparse.Namespace) -> Row:
         "dtype": options.dtype,
         "lora_r": options.lora_r,
         "seq_len": options.seq_len,
+        "batch_size": getattr(options, "batch_size", 1),
         "steps": options.steps,
     }
 
@@ -312,7 +322,7 @@ def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
 def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
@@ -343,7 +353,9 @@ def show(rows: list[Row]) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="a full-precision model folder, e.g. of make_model.py")
-    parser.add_argument("--seq-len", required=True, type=int, help="tokens of the one sequence of a step")
+    parser.add_argument("--seq-len", required=True, type=int, help="tokens of a sequence")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step")
+    parser.add_argument("--activations", choices=("keep", "recompute"), default="recompute", help="of our methods")
     parser.add_argument("--steps", required=True, type=int, help="steps of a process; the first is not in the median")
     parser.add_argument("--methods", default=",".join(METHODS), help="which, in which order (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="run all methods this often, in turn")
