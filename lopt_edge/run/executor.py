@@ -185,22 +185,28 @@ class Executor:
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
         for start in range(0, len(positions), TOKEN_TILE):
             tile_N = positions[start : start + TOKEN_TILE]
-            leaf_ND = flat_ND[tile_N].requires_grad_()
-            with torch.enable_grad():
-                if task:
-                    loss = task_loss(self.model, leaf_ND, batch.targets_N[start : start + TOKEN_TILE])
-                else:
-                    loss = self.heads[op.target](leaf_ND, target_BTD.flatten(0, 1)[tile_N])
-                loss = loss * (1.0 / self._denominator(state, task=task))
-                factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
-                (loss if factor == 1.0 else loss * factor).backward()
-            grad_ND[tile_N] = leaf_ND.grad
-            state.losses[op.target] += loss.item()
+            targets = batch.targets_N[start : start + TOKEN_TILE] if task else target_BTD
+            grad_ND[tile_N] = self._tile_loss(state, op, flat_ND[tile_N], tile_N, targets)
         state.grad_BTD, state.target_BTD = grad_ND.view_as(state.hidden_BTD), None
         if op.target == len(state.plan.segments) - 1:
             state.hidden_BTD = None  # nothing runs on it any more
         if not task:
             self._complete(state, op, ("aux", op.target))
+
+    def _tile_loss(self, state: _Step, op: Op, leaf_ND: Tensor, tile_N: Tensor, targets: Tensor) -> Tensor:
+        """The gradient of a tile. A function of its own, so that nothing of one tile lives on into the next."""
+        task = state.plan.segments[op.target].loss == "task"
+        leaf_ND.requires_grad_()
+        with torch.enable_grad():
+            if task:
+                loss = task_loss(self.model, leaf_ND, targets)
+            else:
+                loss = self.heads[op.target](leaf_ND, targets.flatten(0, 1)[tile_N])
+            loss = loss * (1.0 / self._denominator(state, task=task))
+            factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
+            (loss if factor == 1.0 else loss * factor).backward()
+        state.losses[op.target] += loss.item()
+        return leaf_ND.grad
 
     def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
         """What a local loss reconstructs: the segment's input."""

@@ -116,6 +116,7 @@ def online_cross_entropy(
                 sum_ND.addmm_(weights_NV, rows_VD)
             else:
                 sum_ND.add_(weights_NV.to(rows_VD.dtype) @ rows_VD)
+        del scores_NV, weights_NV, slope_NV  # else they would live until the next chunk's are there
     loss = (maximum_N + normaliser_N.log() - target_N).sum()
     if sum_ND is None:
         return loss, None
