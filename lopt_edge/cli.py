@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, LoptError
@@ -274,17 +275,39 @@ def export_command(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="measure a sound machine for the planner (20 s)")] = False,
+) -> None:
     """Check this machine: versions, devices, memory per tier, and a real 4-bit forward and backward."""
     from lopt_edge.doctor import check_machine, render
 
     report = check_machine()
-    if as_json:
-        print(json.dumps(report.as_dict(), indent=2))
-    else:
+    found = report.as_dict()
+    if not as_json:
         out.print(render(report))
+    if measure and report.sound and report.choice is not None:
+        found["profile"] = _measure(report.choice.device, quiet=as_json)
+    if as_json:
+        print(json.dumps(found, indent=2))
     if not report.sound:
         raise typer.Exit(1)
+
+
+def _measure(device: str, *, quiet: bool) -> dict[str, Any]:
+    """Measure, store and show this machine's profile; returns it as JSON values."""
+    from lopt_edge.measure import measure_profile
+    from lopt_edge.plan.profile import profile_path, save_profile
+
+    profile, path = measure_profile(device), profile_path()
+    save_profile(profile, path)
+    if not quiet:
+        table = Table.grid(padding=(0, 2))
+        for name, text in (*profile.described(), ("source", profile.source)):
+            table.add_row(Text(name, style="bold"), Text(text))
+        out.print(table)
+        out.print(f"profile: {path}", markup=False)
+    return {**profile.as_dict(), "path": str(path)}
 
 
 def _show_version(wanted: bool) -> None:

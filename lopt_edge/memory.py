@@ -68,23 +68,23 @@ def open_tiers(
     config: Config, knobs: Knobs, *, device: torch.device, budget: Budget, need_disk_bytes: int
 ) -> Iterator[Mover]:
     """The mover of a run, with what its plan needs; page file and folder are gone afterwards."""
-    folder = page_folder(config)
-    page_file, made = None, False
-    if "disk" in knobs.tiers:
-        made = not folder.exists()
-        prepare_page_dir(folder, need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
-        n_bytes = max(need_disk_bytes, NO_PAGES)
-        page_file = PageFile(folder, n_bytes=n_bytes, name="run", max_bytes=budget.disk_bytes)
-    limit = budget.pinned_bytes
+    folder, limit = page_folder(config), budget.pinned_bytes
     if limit is None and device.type == "cuda":
         limit = pinned_limit_bytes()[0]
-    mover = Mover(device, page_file=page_file, pinned=PinnedPool(device, limit_bytes=limit))
+    made, mover = not folder.exists(), None
     try:
+        page_file = None
+        if "disk" in knobs.tiers:
+            prepare_page_dir(folder, need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
+            n_bytes = max(need_disk_bytes, NO_PAGES)
+            page_file = PageFile(folder, n_bytes=n_bytes, name="run", max_bytes=budget.disk_bytes)
+        mover = Mover(device, page_file=page_file, pinned=PinnedPool(device, limit_bytes=limit))
         yield mover
     finally:
-        mover.close()
+        if mover is not None:
+            mover.close()
         if made:
-            with suppress(OSError):  # something else was put there
+            with suppress(OSError):  # it was never made, or something else was put there
                 folder.rmdir()
 
 

@@ -71,7 +71,7 @@ def choose_knobs(config: Config, facts: ModelFacts, *, device_type: str, fits: F
     Raises InputError for settings that cannot be, and if not even the last rung fits.
     """
     check_memory_settings(config, facts, device_type=device_type)
-    fixed = _fixed(config, facts)
+    fixed = fixed_knobs(config, facts)
     plain = replace(default_knobs(facts, device_type), **fixed)
     if fits is None:
         return Choice(plain, "defaults; no memory budget was given")
@@ -85,7 +85,7 @@ def choose_knobs(config: Config, facts: ModelFacts, *, device_type: str, fits: F
                      fix="raise the budget, or lower --max-seq-len, --batch-size or --lora-r")  # fmt: skip
 
 
-def _fixed(config: Config, facts: ModelFacts) -> dict[str, Any]:
+def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     """What the user said, as knob values."""
     n_layers = facts.n_layers
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply, "prefetch": config.prefetch}
