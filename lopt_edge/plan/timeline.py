@@ -90,7 +90,8 @@ class _Replay:
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
         self.steady["activations"] += sum(sizes.batch_bytes(batch) for batch in batches)
         self.kept: dict[tuple[int, int], Keep] = {}
-        self.stores = {op.group for op in plan.ops if op.kind is Kind.STORE and op.item == "gradients"}
+        moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
+        self.stores = {op.group for op in plan.ops if op.kind is Kind.STEP} if moving else set()
         self.tiers: dict[tuple[str, int, int], tuple[str, int]] = {}  # thing -> (tier below, bytes there)
 
     # bookkeeping -----------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class _Step:
     totals: Totals
     learning_rates: Mapping[int, float]
     losses: dict[int, float]
-    stores: set[GroupName]  # groups whose gradients move
+    own_blocks: bool  # gradients move: each group's are a tensor of its own
     early: bool  # some STEP comes before the last BACKWARD
     hidden_BTD: Tensor | None = None
     frame: Frame | None = None
@@ -98,7 +98,7 @@ class Executor:
         self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
     ) -> StepResult:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
-                      stores={op.group for op in plan.ops if op.kind is Kind.STORE and op.item == "gradients"},
+                      own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
                       early=_has_early_steps(plan))  # fmt: skip
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
@@ -173,25 +173,30 @@ class Executor:
             return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
 
     def _loss(self, state: _Step, op: Op) -> None:
-        """The segment's loss and its gradient with respect to the segment's output, in tiles of tokens."""
+        """The segment's loss and its gradient with respect to the segment's output."""
+        local = state.plan.segments[op.target].loss != "task"
+        if local:
+            self._accept(state, ("aux", op.target))
+        state.grad_BTD = self._tiled_loss(state, op, local=local)
+        state.target_BTD = None
+        if op.target == len(state.plan.segments) - 1:
+            state.hidden_BTD = None  # nothing runs on it any more
+        if local:
+            self._complete(state, op, ("aux", op.target))
+
+    def _tiled_loss(self, state: _Step, op: Op, *, local: bool) -> Tensor:
+        """In tiles of tokens; the gradient (B, T, D)."""
         batch, segment = state.batches[op.micro_batch], state.plan.segments[op.target]
-        task = segment.loss == "task"
-        rows_N = batch.supervised_N if task else batch.real_N
+        rows_N = batch.real_N if local else batch.supervised_N
         flat_ND = state.hidden_BTD.flatten(0, 1)
         grad_ND = torch.zeros_like(flat_ND)
-        target_BTD = None if task else self._target(state, op, segment.first)
-        if not task:
-            self._accept(state, ("aux", op.target))
+        target_BTD = self._target(state, op, segment.first) if local else None
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
         for start in range(0, len(positions), TOKEN_TILE):
             tile_N = positions[start : start + TOKEN_TILE]
-            targets = batch.targets_N[start : start + TOKEN_TILE] if task else target_BTD
+            targets = target_BTD if local else batch.targets_N[start : start + TOKEN_TILE]
             grad_ND[tile_N] = self._tile_loss(state, op, flat_ND[tile_N], tile_N, targets)
-        state.grad_BTD, state.target_BTD = grad_ND.view_as(state.hidden_BTD), None
-        if op.target == len(state.plan.segments) - 1:
-            state.hidden_BTD = None  # nothing runs on it any more
-        if not task:
-            self._complete(state, op, ("aux", op.target))
+        return grad_ND.view_as(state.hidden_BTD)
 
     def _tile_loss(self, state: _Step, op: Op, leaf_ND: Tensor, tile_N: Tensor, targets: Tensor) -> Tensor:
         """The gradient of a tile. A function of its own, so that nothing of one tile lives on into the next."""
@@ -241,7 +246,7 @@ class Executor:
         self._complete(state, op, group)
 
     def _accept(self, state: _Step, group: GroupName) -> None:
-        self.optimizer.accept_gradients(group, own_block=group in state.stores)
+        self.optimizer.accept_gradients(group, own_block=state.own_blocks)
 
     def _complete(self, state: _Step, op: Op, group: GroupName) -> None:
         if op.micro_batch == state.plan.n_micro_batches - 1:
