@@ -1,7 +1,7 @@
 """lopt-edge: low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.
 
-Public names: `Config`, `load_config`, `finetune`, `generate`, `export`, `InputError`, `RunError`. They resolve on first
-use, so that importing the package (or planning) never loads torch.
+Public names: `Config`, `load_config`, `plan_run`, `finetune`, `generate`, `export`, `InputError`, `RunError`. They
+resolve on first use, so that importing the package (or planning) never loads torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from lopt_edge.errors import InputError, RunError
     from lopt_edge.generation import generate
     from lopt_edge.merging import export
+    from lopt_edge.planning import plan_run
     from lopt_edge.training import finetune
 
-__all__ = ["Config", "InputError", "RunError", "export", "finetune", "generate", "load_config"]
+__all__ = ["Config", "InputError", "RunError", "export", "finetune", "generate", "load_config", "plan_run"]
 
 _HOMES = {
     "Config": "config",
@@ -26,6 +27,7 @@ _HOMES = {
     "finetune": "training",
     "generate": "generation",
     "load_config": "config",
+    "plan_run": "planning",
 }
 
 

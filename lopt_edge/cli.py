@@ -24,6 +24,8 @@ from rich.text import Text
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, LoptError
 
+DOES_NOT_FIT = 3  # exit code
+
 app = typer.Typer(
     name="lopt-edge",
     help="Low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.",
@@ -96,26 +98,52 @@ def finetune_command(config_file: str | None = None, print_config: bool = False,
     _print_result(result)
 
 
-finetune_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter(
-            "config_file",
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None,
-            annotation=Annotated[
-                str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)
-            ],
-        ),
-        *_config_parameters(),
-        inspect.Parameter(
-            "print_config",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--print-config", help="print the resolved settings and stop")],
-        ),
-    ]
+def plan_command(config_file: str | None = None, **flags: Any) -> None:
+    """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; needs no data."""
+    from lopt_edge.plan_command import plan
+    from lopt_edge.planning import NOT_GIVEN
+
+    own = {name: flags.pop(name) for name in ("gpu", "as_json", "sweep", "picture", "timeline", "explain")}
+    config = load_config(config_file, flags, placeholder=NOT_GIVEN)
+    if config.model == NOT_GIVEN:
+        raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")
+    if not plan(config, out, **own):
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _signature(*own: inspect.Parameter) -> inspect.Signature:
+    """[CONFIG.yaml], one option per setting, and a command's own options."""
+    file = Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [inspect.Parameter("config_file", kind, default=None, annotation=file), *_config_parameters(), *own]
+    )
+
+
+def _option(name: str, flag: str, text: str, *, metavar: str | None = None) -> inspect.Parameter:
+    """A switch, or with `metavar` a text option."""
+    kind: Any = bool if metavar is None else str | None
+    annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None if metavar else False, annotation=annotation
+    )
+
+
+finetune_command.__signature__ = _signature(  # type: ignore[attr-defined]
+    _option("print_config", "--print-config", "print the resolved settings and stop")
 )
 app.command("finetune")(finetune_command)
+plan_command.__signature__ = _signature(  # type: ignore[attr-defined]
+    _option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
+    _option("as_json", "--json", "print the answer as JSON"),
+    _option(
+        "sweep", "--sweep", "plan for many values: max-seq-len=1k..256k or device-memory=4GB..24GB", metavar="NAME=VALUES"
+    ),
+    _option("picture", "--picture", "where a sweep draws its curve (default: plan-sweep.svg)", metavar="FILE.svg"),
+    _option("timeline", "--timeline", "draw bytes over the ops of a step", metavar="FILE.svg"),
+    _option("explain", "--explain", "print the plan's text, op by op"),
+)
+app.command("plan")(plan_command)
 
 
 def _print_result(result: Any) -> None:

@@ -37,8 +37,12 @@ class Config(BaseModel):
     max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: int = Field(1, ge=1, description="passes over the data")
+    choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
     batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
+    choose_micro_batch: bool = Field(
+        False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     lr_local: float | None = Field(None, gt=0, description="peak learning rate of the early segments (default: lr)")
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
@@ -84,6 +88,7 @@ class Config(BaseModel):
     pinned_memory: str | None = Field(None, description="budget of page-locked host memory (default: detected)")
     page_dir: str | None = Field(None, description="folder of page files (default: beside the output)")
     memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
+    force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
 
     @field_validator("*", mode="before")
@@ -198,6 +203,11 @@ def no_effect_warnings(config: Config) -> list[str]:
     if "num_segments" in given and (config.boundary_layers or config.method == "e2e"):
         reason = "boundary_layers replaces it" if config.boundary_layers else "e2e is one segment"
         found.append(f"num_segments has no effect: {reason}")
+    if config.choose_segments and (config.boundary_layers or config.method == "e2e"):
+        reason = "boundary_layers is given" if config.boundary_layers else "e2e is one segment"
+        found.append(f"choose_segments has no effect: {reason}")
+    if config.choose_micro_batch and config.batch_size * config.grad_accum == 1:
+        found.append("choose_micro_batch has no effect: a step has one sequence")
     if config.boundary_layers and config.method == "e2e":
         found.append("boundary_layers has no effect: e2e is one segment")
     if config.method != "lopt":

@@ -35,6 +35,12 @@ class InputErrors(InputError):
         super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {error}" for error in self.errors))
 
 
+class DoesNotFit(InputError):
+    """A run that the budgets cannot hold; what is missing and what would fit is in the text."""
+
+    exit_code = 3
+
+
 class RunError(LoptError):
     """A run that could not go on; `where` names the op, the step or the path.
 

@@ -1,31 +1,36 @@
-"""The tiers of a run, opened and closed: page folder and page file, pinned pool, and the budgets held by the system.
+"""The tiers of a run, opened and closed: page folder and page files, pinned pool, and the budgets held by the system.
 
-`open_tiers` is called after all checks and before the model is loaded. Budgets are held, not hoped for: on CUDA the
-allocator refuses what is beyond the device budget (set_per_process_memory_fraction), on the CPU the kernel refuses private
-memory beyond it (RLIMIT_DATA, run/host_memory.py), so that a wrong prediction ends in our message and not in the machine's
-swap. The page file cannot grow beyond the disk budget. What lies where is decided in plan/.
+`check_folders` is called before anything is made, so that a cache or page folder that is memory in disguise is told in
+seconds, not after the model was quantised; `open_tiers` after all checks and before the model is loaded. Budgets are held,
+not hoped for: on CUDA the allocator refuses what is beyond the device budget (set_per_process_memory_fraction), on the CPU
+the kernel refuses private memory beyond it (RLIMIT_DATA, run/host_memory.py), so that a wrong prediction ends in our
+message and not in the machine's swap. Page files cannot grow beyond the disk budget. What lies where plan/ decides.
+
+There are two page files where optimizer states are paged: one for everything, and one for the undo copies of the step under
+way (the journal, run/optim.py). Whoever damages one of them leaves the other, and the last finished step with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lopt_edge.config import Config
-from lopt_edge.errors import RunError
+from lopt_edge.errors import InputError, RunError, raise_collected
+from lopt_edge.models import ModelFolder, folder_bytes, four_bit_path
 from lopt_edge.plan.budget import Budget, FreeBytes, format_bytes, make_budget
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.run.host_memory import available_bytes, cap_data_bytes, pinned_limit_bytes
 from lopt_edge.run.meter import resident_bytes
 from lopt_edge.run.moves import Mover
-from lopt_edge.run.page_dir import PageFile, prepare_page_dir
+from lopt_edge.run.page_dir import PageFile, check_page_dir, memory_file_system, prepare_page_dir
 from lopt_edge.run.pinned import PinnedPool
 
-NO_PAGES = 1 << 16  # bytes reserved where a prediction is not needed
+PAGES_NAME, JOURNAL_NAME = "run", "journal"  # of the page files
 
 
 @dataclass(frozen=True)
@@ -63,38 +68,70 @@ def _free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def check_folders(config: Config, source: ModelFolder, knobs: Knobs, budget: Budget, *, need_disk_bytes: int) -> list[str]:
+    """Refuse a cache or page folder that this run would use and cannot, both together (InputErrors). Returns warnings."""
+    errors: list[InputError] = []
+    warnings: list[str] = []
+    weights = four_bit_path(source, cache_dir=config.cache_dir)
+    if kind := memory_file_system(weights):
+        if source.facts.quantised:  # the user's own folder: it was there before the run, and does not grow in it
+            warnings.append(f"the 4-bit model {weights} lies in memory (file system {kind}): its "
+                            f"{format_bytes(folder_bytes(weights))} count in no budget, and --weights disk frees nothing; "
+                            "copy it to a disk")  # fmt: skip
+        else:
+            what = (f"{weights.parent} lies in memory, not on a disk (file system {kind}): the 4-bit copy there would take "
+                    "memory outside the budget")  # fmt: skip
+            errors.append(InputError(what, where="cache_dir", fix="choose a folder on a disk with --cache-dir"))
+    if "disk" in knobs.tiers:
+        try:
+            check_page_dir(page_folder(config), need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
+        except InputError as error:
+            errors.append(error)
+    raise_collected(errors)
+    return warnings
+
+
 @contextmanager
 def open_tiers(
-    config: Config, knobs: Knobs, *, device: torch.device, budget: Budget, need_disk_bytes: int
+    config: Config, knobs: Knobs, *, device: torch.device, budget: Budget, need_disk_bytes: int, journal_bytes: int
 ) -> Iterator[Mover]:
-    """The mover of a run, with what its plan needs; page file and folder are gone afterwards."""
+    """The mover of a run, with what its plan needs; page files and folder are gone afterwards.
+
+    `journal_bytes` of `need_disk_bytes` are the journal's.
+    """
     folder, limit = page_folder(config), budget.pinned_bytes
     if limit is None and device.type == "cuda":
         limit = pinned_limit_bytes()[0]
-    made, mover = not folder.exists(), None
+    made = not folder.exists()
     try:
-        page_file = None
-        if "disk" in knobs.tiers:
-            prepare_page_dir(folder, need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
-            n_bytes = max(need_disk_bytes, NO_PAGES)
-            page_file = PageFile(folder, n_bytes=n_bytes, name="run", max_bytes=budget.disk_bytes)
-        mover = Mover(device, page_file=page_file, pinned=PinnedPool(device, limit_bytes=limit))
-        yield mover
+        with ExitStack() as stack:
+            page_file = journal_file = None
+            if "disk" in knobs.tiers:
+                prepare_page_dir(folder, need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
+                if journal_bytes:
+                    journal_file = PageFile(folder, n_bytes=journal_bytes, name=JOURNAL_NAME, max_bytes=journal_bytes)
+                    stack.enter_context(journal_file)
+                left = None if budget.disk_bytes is None else budget.disk_bytes - journal_bytes
+                page_file = PageFile(folder, n_bytes=need_disk_bytes - journal_bytes, name=PAGES_NAME, max_bytes=left)
+                stack.enter_context(page_file)
+            pinned = PinnedPool(device, limit_bytes=limit)
+            yield stack.enter_context(closing(Mover(device, page_file=page_file, journal_file=journal_file, pinned=pinned)))
     finally:
-        if mover is not None:
-            mover.close()
         if made:
             with suppress(OSError):  # it was never made, or something else was put there
                 folder.rmdir()
 
 
-def hold_budget(budget: Budget, device: torch.device) -> Callable[[], None]:
-    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that. Raises RunError."""
+def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Callable[[], None]:
+    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that. Raises RunError.
+
+    On CUDA the allocator gets the budget less `context_bytes`, which the driver takes beside it.
+    """
     if budget.device_bytes is None:
         return lambda: None
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget.device_bytes / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.device_bytes - context_bytes) / total), device)
         return lambda: torch.cuda.set_per_process_memory_fraction(1.0, device)
     left = budget.device_bytes - resident_bytes()
     if left <= 0:
@@ -104,6 +141,6 @@ def hold_budget(budget: Budget, device: torch.device) -> Callable[[], None]:
 
 
 def peaks_below(mover: Mover) -> PeakBytes:
-    pool, file = mover.pinned, mover.page_file
+    pool, files = mover.pinned, [file for file in (mover.page_file, mover.journal_file) if file is not None]
     on_host = pool.peak_bytes if pool.on_cuda else 0
-    return PeakBytes(host=on_host, pinned=pool.peak_pinned_bytes, disk=0 if file is None else file.peak_bytes)
+    return PeakBytes(host=on_host, pinned=pool.peak_pinned_bytes, disk=sum(file.peak_bytes for file in files))

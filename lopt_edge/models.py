@@ -17,6 +17,7 @@ from pathlib import Path
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts import ModelFacts, facts_from_config, packs
 from quant.headers import FolderError, TensorEntry, read_headers, read_json
+from quant.sizes import DTYPE_BYTES
 
 HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
                 "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
@@ -63,12 +64,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{name!r} is no local folder, and the hub did not give it: {reason}",
-            where="model",
-            fix="check the name, the revision, your access rights and the network; or give a local folder",
-        ) from None
+        raise _not_from_hub(name, error) from None
     return path, path.name  # a snapshot's folder is named by its commit
 
 
@@ -80,20 +76,70 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
 
 
+def vocabulary_itemsize(folder: Path) -> int:
+    """Bytes of a stored number of the token embedding and the lm_head. Raises InputError as `tensor_entries` does."""
+    entry = tensor_entries(folder).get("model.embed_tokens.weight")
+    if entry is None:
+        raise InputError("model.embed_tokens.weight is missing", where=str(folder), fix="download or copy the folder again")
+    return DTYPE_BYTES[entry.dtype]
+
+
+def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, int]:
+    """Facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        config = read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+        headers = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError,
+            FolderError, OSError) as error:  # fmt: skip
+        raise _not_from_hub(name, error) from None
+    facts = facts_from_config(config, where=f"{name} config.json")
+    found = [
+        header.tensors["model.embed_tokens.weight"] for header in headers if "model.embed_tokens.weight" in header.tensors
+    ]
+    return facts, DTYPE_BYTES[found[0].dtype] if found else 2
+
+
+def _not_from_hub(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(
+        f"{name!r} is no local folder, and the hub did not give it: {reason}",
+        where="model",
+        fix="check the name, the revision, your access rights and the network; or give a local folder",
+    )
+
+
 def four_bit_folder(
     model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
 ) -> tuple[Path, bool]:
     """The folder with the model in 4 bits, and whether it was there already."""
-    entries = tensor_entries(model.path)
-    check_weights(model, entries)
-    if model.facts.quantised:
-        return model.path, True
-    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    target = root / f"{model.path.resolve().name[:40]}-{_cache_key(model.path, entries)}"
+    check_weights(model, tensor_entries(model.path))
+    target = four_bit_path(model, cache_dir=cache_dir)
     if (target / "config.json").exists():
         return target, True
     quantise_model(model, target, on_tensor=on_tensor)
     return target, False
+
+
+def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
+    """Where the model in 4 bits is, or will be: a folder in the cache, or the model's own if that is in 4 bits already."""
+    if model.facts.quantised:
+        return model.path
+    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    return root / f"{model.path.resolve().name[:40]}-{_cache_key(model.path, tensor_entries(model.path))}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files of a model folder take of the disk."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def quantise_model(

@@ -1,68 +1,60 @@
-"""Joins a run's settings and data to the planner: the plan of its largest step, and what that will take.
+"""Joins a run's settings and data to the planner: its workload, its budgets, and this machine's profile.
 
-The timeline needs sizes only (plan/predict.py); this file finds them: the longest examples, the stored dtype of the
-vocabulary, and what the process takes with the model's code imported, before any tensor. It chooses nothing.
+The planner needs sizes only (plan/workload.py); this file finds them: the longest examples, the stored dtype of the
+vocabulary, what the process takes with the model's code imported, and what is free. It chooses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from lopt_edge.config import Config
 from lopt_edge.data import Dataset
-from lopt_edge.models import ModelFolder, tensor_entries
-from lopt_edge.plan.knobs import Knobs
+from lopt_edge.models import ModelFolder, vocabulary_itemsize
+from lopt_edge.plan.budget import Budget, format_bytes
+from lopt_edge.plan.cards import find_card
 from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.methods import step_plan
-from lopt_edge.plan.ops import Plan
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.predict import Prediction, predict
+from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.sizes import MicroBatchSize, Sizes
-from lopt_edge.plan.validate import validate
+from lopt_edge.plan.sizes import MicroBatchSize
+from lopt_edge.plan.workload import Workload
+from lopt_edge.planning import FREE_SHARE
 from lopt_edge.run.allocator import release_free_memory
+from lopt_edge.run.host_memory import available_bytes
 from lopt_edge.run.load import import_model_code
 from lopt_edge.run.meter import resident_bytes
-from quant.sizes import DTYPE_BYTES
+
+SLOW_CARD = "RTX 3060"  # whose rates stand in for an unknown GPU's
 
 
-def make_plan(config: Config, segments: tuple[Segment, ...], knobs: Knobs, *, n_micro_batches: int) -> Plan:
-    plan = arrange(step_plan(config.method, segments, n_micro_batches=n_micro_batches), knobs)
-    return validate(plan, clip_scope=config.clip_scope if config.clip else "none")
-
-
-class Predictor:
-    """Predicts the run with given knobs: its largest possible accumulation window, and its largest evaluation batch."""
-
-    def __init__(
-        self,
-        config: Config,
-        source: ModelFolder,
-        segments: tuple[Segment, ...],
-        targets: tuple[str, ...],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        datasets: tuple[Dataset, Dataset | None, Dataset | None],
-    ) -> None:
-        self.config, self.segments, self.device = config, segments, device
-        self.shape = LayerShape(source.facts, dtype.itemsize, config.lora_r, targets, device.type)
-        embedding = tensor_entries(source.path)["model.embed_tokens.weight"]
-        self.vocabulary_itemsize = DTYPE_BYTES[embedding.dtype]
-        train, *others = datasets
-        self.batches = largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)
-        evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
-        self.evaluation = max(evaluated, key=lambda batch: batch.n_rows, default=None)
-        self.library_bytes = library_bytes(source) if device.type == "cpu" else None
-
-    def __call__(self, knobs: Knobs, batches: Sequence[MicroBatchSize] | None = None) -> Prediction:
-        """The largest step of the run, or a step over these micro-batches."""
-        batches = self.batches if batches is None else batches
-        plan = make_plan(self.config, self.segments, knobs, n_micro_batches=len(batches))
-        sizes = Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize)
-        return predict(plan, sizes, batches, library_bytes=self.library_bytes, evaluation=self.evaluation)
+def workload_of(
+    config: Config,
+    source: ModelFolder,
+    segments: tuple[Segment, ...],
+    targets: tuple[str, ...],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    datasets: tuple[Dataset, Dataset | None, Dataset | None],
+) -> Workload:
+    """The run's largest possible accumulation window, and its largest evaluation batch."""
+    train, *others = datasets
+    evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
+    profile = machine_profile(device)
+    dropout = config.lora_dropout > 0
+    return Workload(
+        config.method,
+        segments,
+        LayerShape(source.facts, dtype.itemsize, config.lora_r, targets, device.type, dropout=dropout),
+        tuple(largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)),
+        profile,
+        library_bytes(source) if device.type == "cpu" else profile.context_bytes,
+        vocabulary_itemsize(source.path),
+        evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
+        clip_scope=config.clip_scope if config.clip else "none",
+    )
 
 
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:
@@ -83,3 +75,30 @@ def library_bytes(source: ModelFolder) -> int:
     import_model_code(source.path)
     release_free_memory()
     return resident_bytes()
+
+
+def machine_profile(device: torch.device) -> DeviceProfile:
+    """As measured by `doctor --measure`, else the card's by its name, else a default."""
+    if profile_path().exists() and (measured := load_profile(profile_path())).device_type == device.type:
+        return measured
+    if device.type == "cpu":
+        return default_cpu_profile()
+    name = torch.cuda.get_device_name(device)
+    if card := find_card(name):
+        return profile_of_card(card)
+    known = find_card(SLOW_CARD)
+    assert known is not None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return replace(profile_of_card(known), name=name, memory_bytes=memory, source=f"unknown: the rates of an {known.name}")
+
+
+def planned_budget(stated: Budget, device: torch.device) -> tuple[Budget, str]:
+    """The budget that the plan must fit, and where it comes from: as stated, or what is free now less a margin."""
+    if stated.device_bytes is not None:
+        return stated, "as stated"
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else available_bytes() + resident_bytes()
+    planned = replace(stated, device_bytes=round(FREE_SHARE * free))
+    if on_cuda and stated.host_bytes is None:
+        planned = replace(planned, host_bytes=round(FREE_SHARE * available_bytes()))
+    return planned, f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free)} that are free now"

@@ -7,7 +7,7 @@ the first expensive act (quantising), so that a mistake is told in seconds. Noth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +16,34 @@ import torch
 from lopt_edge.artifacts import check_output
 from lopt_edge.config import Config, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, collate, load_dataset, split
-from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.errors import DoesNotFit, InputError
 from lopt_edge.generation import load_tokenizer
-from lopt_edge.memory import stated_budget
+from lopt_edge.memory import check_folders, stated_budget
 from lopt_edge.models import ModelFolder, check_weights, find_model, tensor_entries
-from lopt_edge.plan.budget import Budget, format_bytes
-from lopt_edge.plan.choose import check_memory_settings, choose_knobs, memory_warnings
-from lopt_edge.plan.facts import ModelFacts
+from lopt_edge.plan.budget import Budget
+from lopt_edge.plan.choose import (
+    against_facts,
+    check_memory_settings,
+    chosen_settings,
+    memory_warnings,
+    search_space,
+    settled,
+)
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.predict import Prediction
-from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.run_plan import RunPlan, described, make_run_plan, summary
+from lopt_edge.plan.search import Candidate, Search
+from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize
-from lopt_edge.prediction import Predictor, make_plan
+from lopt_edge.plan.workload import Workload
+from lopt_edge.prediction import planned_budget, workload_of
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model
-from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters, target_modules
+from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer
 from quant.linear import DropoutClock
@@ -60,17 +69,20 @@ class Inputs:
     dtype: torch.dtype
     knobs: Knobs
     budget: Budget
-    predictor: Predictor
+    workload: Workload
+    run_plan: RunPlan
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
     def plan(self, n_micro_batches: int) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
-        return make_plan(self.config, self.segments, self.knobs, n_micro_batches=n_micro_batches)
+        return self.workload.plan(self.knobs, n_micro_batches=n_micro_batches)
 
     def predict(self, batches: Sequence[MicroBatchSize] | None = None) -> Prediction:
         """What a step takes: the largest one of the run, or one over these micro-batches."""
-        return self.predictor(self.knobs, batches)
+        if batches is None:
+            return self.workload.predict(self.knobs)
+        return replace(self.workload, batches=tuple(batches)).predict(self.knobs, whole=True)
 
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
@@ -92,57 +104,56 @@ def read_inputs(config: Config) -> Inputs:
     source = find_model(config.model, revision=config.revision)
     facts = source.facts
     check_memory_settings(config, facts, device_type=device.type)
-    segments, targets, max_seq_len = _against_facts(config, facts)
+    segments, targets, max_seq_len = against_facts(config, facts)
     check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
-    budget = stated_budget(config, device)
-    predicted = Predictor(
-        config, source, segments, targets, device=device, dtype=dtype, datasets=(train, held_out, retention)
-    )
-    choice = choose_knobs(config, facts, device_type=device.type,
-                          fits=None if budget.is_open else lambda knobs: predicted(knobs).misfits(budget))  # fmt: skip
-    prediction = predicted(choice.knobs)
+    stated = stated_budget(config, device)
+    budget, reason = planned_budget(stated, device)
+
+    def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
+        parts, *_ = against_facts(variant, facts)
+        workload = workload_of(
+            variant, source, parts, targets, device=device, dtype=dtype, datasets=(train, held_out, retention)
+        )
+        search = Search(workload, search_space(variant, facts, device.type))
+        return (variant, search), search.within(budget).best
+
+    asked = config
+    config, search = settled(config, facts, ask)
+    workload, segments = search.workload, search.workload.segments
+    run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
+    folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
     reasons = (
         f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
         f"device {device} ({device_reason}), compute dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
         "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
-        f"memory: {choice.knobs.described()} ({choice.reason})",
-        f"predicted peak: device {format_bytes(prediction.device_bytes)} at {prediction.peak_op}"
-        + (f", host {format_bytes(prediction.host_bytes)}" if prediction.host_bytes else "")
-        + (f", page files {format_bytes(prediction.disk_bytes)}" if prediction.disk_bytes else ""),
+        f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
+        *chosen_settings(asked, config),
+        *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
     )
     warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
     return Inputs(
         config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype,
-        choice.knobs, budget, predicted, reasons, (*warnings, *memory_warnings(config, choice.knobs)),
+        knobs, stated, workload, run_plan, reasons, (*warnings, *memory_warnings(config, knobs), *folder_warnings),
     )  # fmt: skip
 
 
-def _against_facts(config: Config, facts: ModelFacts) -> tuple[tuple[Segment, ...], tuple[str, ...], int]:
-    """Segments, target modules and longest sequence for this model; all that does not fit it is told together."""
-    errors: list[InputError] = []
-    segments: tuple[Segment, ...] = ()
-    targets: tuple[str, ...] = ()
-    try:
-        segments = make_segments(config.method, n_layers=facts.n_layers, num_segments=config.num_segments,
-                                 boundary_layers=config.boundary_layers)  # fmt: skip
-    except InputError as error:
-        errors.append(error)
-    try:
-        targets = target_modules(facts, config.lora_targets)
-    except InputError as error:
-        errors.append(error)
-    limit = facts.max_positions or config.max_seq_len
-    if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
-        errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
-                                 fix=f"use at most {limit}"))  # fmt: skip
-    raise_collected(errors)
-    return segments, targets, min(config.max_seq_len, limit)
+def _planned(config: Config, search: Search, budget: Budget, reason: str) -> tuple[RunPlan, Knobs, int]:
+    """The answer of the planner, its knobs, and the bytes of page files. Raises DoesNotFit, unless forced."""
+    found = make_run_plan(search, budget, notes=(reason,), brief=True)
+    if not found.fits and not config.force:
+        would_fit = "".join(f"{change}, or " for change in found.would_fit)
+        raise DoesNotFit("; ".join(("nothing fits the memory budgets", *found.missing)), where="device_memory",
+                         fix=f"{would_fit}--force, which starts in spite of it")  # fmt: skip
+    assert found.chosen is not None
+    chosen = found.chosen
+    # without the timeline, which would take memory through the run
+    return replace(found, chosen=None), chosen.knobs, chosen.prediction.disk_bytes
 
 
 def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_len: int) -> Iterator[str]:

@@ -130,7 +130,16 @@ def write_report(
             "measured": {"held": measured.held, "peak_bytes": measured.peak_bytes, "rss_bytes": measured.rss_bytes},
         })  # fmt: skip
         held = {"library": library, **predicted.held} if library else predicted.held
-        picture.append(OpRow(predicted.op.text(), held, predicted.peak_bytes + library, measured.peak_bytes + library))
+        picture.append(
+            OpRow(
+                predicted.op.text(),
+                held,
+                predicted.peak_bytes + library,
+                measured.peak_bytes + library,
+                host_bytes=predicted.host_bytes,
+                disk_bytes=predicted.disk_bytes,
+            )
+        )
     top = max(meter.rows, key=lambda row: row.peak_bytes)
     report = {
         "plan_hash": plan_hash,

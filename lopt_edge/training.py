@@ -28,9 +28,11 @@ from lopt_edge.artifacts import (
 from lopt_edge.config import Config
 from lopt_edge.data import Window, epoch_windows
 from lopt_edge.errors import RunError
+from lopt_edge.first_steps import N_STEPS, FirstSteps
 from lopt_edge.generation import Sampling, Speaker
 from lopt_edge.memory import hold_budget, open_tiers, peaks_below
-from lopt_edge.models import four_bit_folder
+from lopt_edge.models import folder_bytes, four_bit_folder
+from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.knobs import placement_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.preparation import AdapterShape, Inputs, build_executor, read_inputs
@@ -95,22 +97,30 @@ class _Run:
         self.samples: dict[str, str] = {}
         self.final_loss = float("nan")
         self.finished_steps = self.peak_rss_bytes = self.peak_device_bytes = 0
-        prediction = inputs.predict()
-        self.predicted = {"device_bytes": prediction.device_bytes, "host_bytes": prediction.host_bytes,
-                          "disk_bytes": prediction.disk_bytes, "peak_op": prediction.peak_op}  # fmt: skip
+        prediction = inputs.predict()  # the figures are kept, not the timeline, which would take memory through the run
+        names = ("device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "library_bytes", "slack_bytes", "peak_op")
+        self.predicted = {name: getattr(prediction, name) for name in names}
+        self.predicted["step_seconds"] = inputs.run_plan.step_seconds
 
     def go(self, plan_text: str, plan_hash: str) -> RunResult:
         with self.clock.phase("quantise"):
             self.folder, was_there = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
-        if not was_there:
-            self.progress.note(f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s, kept in {self.folder}")
         inputs = self.inputs
+        self.cache_bytes = 0 if inputs.source.facts.quantised else folder_bytes(self.folder)
+        if self.cache_bytes:
+            made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
+            size = format_bytes(self.cache_bytes)
+            self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
         with open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
-                        need_disk_bytes=self.predicted["disk_bytes"]) as mover:  # fmt: skip
+                        need_disk_bytes=self.predicted["disk_bytes"],
+                        journal_bytes=self.predicted["journal_bytes"]) as mover:  # fmt: skip
             self.mover = mover
+            settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"):
                 self._load()
-            lift = hold_budget(inputs.budget, inputs.device)
+            context_bytes = inputs.workload.library_bytes if inputs.device.type == "cuda" else 0
+            held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
+            lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
             try:
                 before, after = self._run_and_evaluate()
             finally:
@@ -126,6 +136,7 @@ class _Run:
         self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
                                 placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
         self.executor, self.shape = build_executor(inputs, self.model)
+        self.first_steps = FirstSteps(self.executor)
         self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
         self.retention = inputs.batches(inputs.retention) if inputs.retention else []
         release_free_memory()
@@ -178,9 +189,15 @@ class _Run:
 
     @contextmanager
     def _watch(self, step: int, batches: list[Batch], plan: Plan) -> Iterator[None]:
-        """With --memory-report: measure the second step (or the only one) and write the report."""
+        """Measure the first steps against the plan, and with --memory-report the second (or the only one) by tensors."""
         if self.config.memory_report is None or step != min(2, self.n_steps):
-            yield
+            if step > N_STEPS:
+                yield
+                return
+            with self.first_steps.watching(step, self.inputs.predict([batch.size for batch in batches])):
+                yield
+            if (surprise := self.first_steps.surprise()) is not None:
+                self.progress.warn(surprise)
             return
         meter = MemoryMeter(self.executor)
         with meter.watching(batches):
@@ -296,6 +313,7 @@ class _Run:
             peak_device_bytes=max(self.peak_device_bytes, peak_device_bytes(self.inputs.device)),
             seconds={name: round(value, 3) for name, value in self.clock.seconds.items()},
         )
+        self.first_steps.write(self.output, self.inputs.run_plan)
         run = self._run_facts(result, plan_text, plan_hash)
         write_text(self.output / RUN_NAME, json.dumps(run, indent=2) + "\n")
         write_text(self.output / "README.md", model_card(run))
@@ -308,6 +326,7 @@ class _Run:
             "base": inputs.source.name,
             "revision": inputs.source.commit,
             "quantised_folder": str(self.folder),
+            "quantised_cache_bytes": self.cache_bytes,  # 0: the model was in 4 bits already
             "config": self.config.model_dump(mode="json"),
             "model": asdict(inputs.source.facts),
             "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),

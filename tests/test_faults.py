@@ -7,6 +7,7 @@ call. `before_op` sets a fault off just before an op of the plan. What must hold
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch
 from lopt_edge import finetune, training
 from lopt_edge.config import Config
 from lopt_edge.errors import RunError
+from lopt_edge.memory import JOURNAL_NAME, PAGES_NAME
 from lopt_edge.models import find_model, four_bit_folder
 from lopt_edge.plan.ops import Op
 from lopt_edge.progress import Progress
@@ -82,11 +84,16 @@ def before_op(monkeypatch) -> Callable[[int, str, Act], None]:
         def with_fault(*arguments: Any) -> Any:
             executor, shape = build(*arguments)
 
-            def observe(op: Op, after: bool) -> None:
-                if not after and left and executor.model.clock.step == step and re.search(pattern, op.text()):
-                    left.pop()()
+            def faulty(method: Callable[[Any, Op], None]) -> Callable[[Any, Op], None]:
+                def call(state: Any, op: Op) -> None:
+                    if left and executor.model.clock.step == step and re.search(pattern, op.text()):
+                        left.pop()()
+                    method(state, op)
 
-            executor.observe = observe
+                return call
+
+            # not by `observe`, which the run itself uses in its first steps
+            executor.methods = {kind: faulty(method) for kind, method in executor.methods.items()}
             return executor, shape
 
         monkeypatch.setattr(training, "build_executor", with_fault)
@@ -95,7 +102,9 @@ def before_op(monkeypatch) -> Callable[[int, str, Act], None]:
 
 
 def open_files() -> list[str]:
-    """What the descriptors of this process lead to; a directory that is being listed is left out."""
+    """What the descriptors of this process lead to; a directory that is being listed is left out, and so is what an earlier
+    test has let go but the collector has not."""
+    gc.collect()
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -105,19 +114,28 @@ def open_files() -> list[str]:
     return sorted(found)
 
 
-def page_descriptor() -> int:
-    """The nameless page file's descriptor, as anybody else would find it."""
+def page_descriptor(of: str) -> int:
+    """A nameless page file's descriptor, as anybody else would find it."""
     for name in os.listdir("/proc/self/fd"):
         try:
-            if "/lopt-pages-" in os.readlink(f"/proc/self/fd/{name}"):
+            if re.search(rf"/lopt-pages-\d+-{of}\.bin", os.readlink(f"/proc/self/fd/{name}")):
                 return int(name)
         except FileNotFoundError:
             continue
-    raise AssertionError("no page file is open")
+    raise AssertionError(f"no page file of {of} is open")
 
 
-def cut_page_file() -> None:
-    os.ftruncate(page_descriptor(), 0)
+def cut_pages() -> None:
+    os.ftruncate(page_descriptor(PAGES_NAME), 0)
+
+
+def cut_journal() -> None:
+    os.ftruncate(page_descriptor(JOURNAL_NAME), 0)
+
+
+def cut_both() -> None:
+    cut_pages()
+    cut_journal()
 
 
 def data_limit() -> object:
@@ -177,12 +195,44 @@ def refuse(number: int) -> Callable[..., Any]:
     return call
 
 
+# The order of the updates is layer 0, layer 1, aux 0, layer 2, layer 3.
 @on_linux
-@pytest.mark.parametrize("op", ["RESTORE 2", "LOAD gradients", "STEP layer 2"])
+@pytest.mark.parametrize(
+    "op", ["RESTORE 2", "LOAD gradients", "STEP layer 0", "STEP layer 1", "STEP layer 2", "STEP layer 3"]
+)
 def test_a_page_file_truncated_under_way(scene, before_op, op):
-    """Before the first update the last step's state is kept. Among the updates, what would undo them lay in that file."""
-    before_op(3, f"^{op}", cut_page_file)
-    scene.fails(scene.config(**PAGED), steps=2, says="truncated", lost=op.startswith("STEP"))
+    """Also between two updates of a step: what undoes them lies in another file."""
+    before_op(3, f"^{op}", cut_pages)
+    scene.fails(scene.config(**PAGED), steps=2, says="truncated")
+
+
+@on_linux
+@pytest.mark.parametrize(("op", "says"), [("STEP aux 0", "undo copies.*journal.*truncated"), ("STEP layer 3", "truncated")])
+def test_a_journal_truncated_between_two_updates(scene, before_op, op, says):
+    """These updates cannot be undone any more, so the step is finished; the next one does not begin without a journal."""
+    before_op(3, f"^{op}", cut_journal)
+    scene.fails(scene.config(**PAGED), steps=3, says=says)
+
+
+@on_linux
+def test_a_journal_truncated_before_the_first_update(scene, before_op):
+    before_op(3, "^FORWARD 0", cut_journal)
+    scene.fails(scene.config(**PAGED), steps=2, says="journal.*truncated")
+
+
+@on_linux
+def test_a_journal_truncated_in_the_last_step_costs_nothing(scene, before_op, adapter_after):
+    before_op(4, "^STEP aux 0", cut_journal)
+    config = scene.config(**PAGED)
+    assert finetune(config).steps == 4
+    assert (Path(config.output) / ADAPTER_NAME).read_bytes() == adapter_after(4)
+
+
+@on_linux
+def test_both_page_files_truncated_between_two_updates(scene, before_op):
+    """Then the step's beginning is lost, and the message says so."""
+    before_op(3, "^STEP layer 2", cut_both)
+    scene.fails(scene.config(**PAGED), steps=2, says="truncated", lost=True)
 
 
 @on_linux

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from lopt_edge import plan_run
 from tests.models import make_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,8 +35,20 @@ except InputError as error:
 """
 
 
+PLAN = """
+import json, sys
+sys.modules["torch"] = None
+from lopt_edge import plan_run
+found = plan_run(sys.argv[1], revision=sys.argv[2] or None, gpu="rtx4090", max_seq_len=64)
+print(json.dumps([found.fits, found.items["head"], found.plan_hash]))
+"""
+
+
 class _Hub(BaseHTTPRequestHandler):
+    """`sent` has (path, bytes of the body) of each answer. Ranges are answered as the hub does."""
+
     folder: Path
+    sent: ClassVar[list[tuple[str, int]]] = []
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -52,7 +66,7 @@ class _Hub(BaseHTTPRequestHandler):
             files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             content = json.dumps({"_id": "1", "id": "org/tiny", "sha": COMMIT, "siblings": files}).encode()
             self._send(content, "application/json", body=body)
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/") and (self.folder / Path(path).name).is_file():
+        elif path.startswith(tuple(f"/org/tiny/resolve/{name}/" for name in ("v1", COMMIT))) and self._has(path):
             self._send((self.folder / Path(path).name).read_bytes(), "application/octet-stream", body=body)
         else:
             self.send_response(404)
@@ -60,14 +74,23 @@ class _Hub(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
+    def _has(self, path: str) -> bool:
+        return (self.folder / Path(path).name).is_file()
+
     def _send(self, content: bytes, kind: str, *, body: bool) -> None:
-        self.send_response(200)
+        last = int(self.headers.get("Range", "bytes=0--1").rpartition("-")[2] or -1)
+        ranged = self.headers.get("Range", "").startswith("bytes=0-") and 0 <= last < len(content) - 1
+        whole, content = content, content[: last + 1] if ranged else content
+        self.send_response(206 if ranged else 200)
+        if ranged:
+            self.send_header("Content-Range", f"bytes 0-{last}/{len(whole)}")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
+        self.send_header("ETag", f'"{sha256(whole).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if body:
+            self.sent.append((self.path.partition("?")[0], len(content)))
             self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -85,10 +108,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.shutdown()
 
 
-def ask(hub: str, cache: Path, name: str, revision: str = "") -> object:
+def ask(hub: str, cache: Path, name: str, revision: str = "", *, code: str = ASK) -> object:
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", ASK, name, revision], env=environment, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code, name, revision], env=environment, capture_output=True, text=True,
                           timeout=60, check=True)  # fmt: skip
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -105,3 +128,18 @@ def test_an_unknown_hub_model_is_refused(hub, tmp_path):
     message = ask(hub, tmp_path, "org/other")
     assert "org/other" in message
     assert "the hub did not give it" in message
+
+
+def test_a_hub_model_is_planned_from_its_config_and_headers_alone(hub, tmp_path):
+    """Not a byte of a weight is asked for: huggingface_hub reads the first 100 kB of a file for its header, so the file
+    here is larger than that."""
+    (weights,) = _Hub.folder.glob("*.safetensors")
+    assert weights.stat().st_size > 300_000
+    _Hub.sent.clear()
+    fits, head, plan_hash = ask(hub, tmp_path, "org/tiny", "v1", code=PLAN)
+    files = {path.rpartition("/")[2]: n_bytes for path, n_bytes in _Hub.sent if "/resolve/" in path}
+    assert set(files) == {"config.json", "model.safetensors"}, _Hub.sent
+    assert files["model.safetensors"] <= 100_001
+    assert sum(n_bytes for path, n_bytes in _Hub.sent if path.endswith("model.safetensors")) <= 100_001
+    local = plan_run(str(_Hub.folder), gpu="rtx4090", max_seq_len=64)
+    assert (fits, head, plan_hash) == (local.fits, local.items["head"], local.plan_hash)

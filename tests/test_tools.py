@@ -33,6 +33,11 @@ def bench(model: Path, path: Path, *arguments: object) -> tuple[subprocess.Compl
         return done, list(csv.DictReader(file))
 
 
+def test_the_laptop_table_is_what_the_planner_says():
+    done = run_tool("laptop_table.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
 def losses(row: dict[str, str]) -> list[float]:
     return [float(text) for text in row["losses"].split()]
 

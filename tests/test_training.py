@@ -26,7 +26,7 @@ STEP_KEYS = {"step", "loss", "local_loss", "lr", "grad_norm", "tokens", "supervi
              "peak_device_bytes", "peak_rss_bytes", "peak_host_bytes", "peak_pinned_bytes", "peak_disk_bytes"}  # fmt: skip
 RUN_KEYS = {"base", "revision", "quantised_folder", "config", "model", "data", "plan", "versions", "device",
             "compute_dtype", "reasons", "totals", "evaluation", "best_eval_loss", "samples", "peaks",
-            "seconds", "predicted"}  # fmt: skip
+            "seconds", "predicted", "quantised_cache_bytes"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -50,15 +50,14 @@ from bench_peers import CLIP, SEED, Row, append, check_csv, check_dtype, common_
 from lopt_edge.errors import LoptError
 
 METHODS = ("e2e", "lopt", "frozen")
+PLACES = "--weights {0} --saved-inputs {1} --optimizer-states {2} --gradients {2} --activations {3} --prefetch 1"
 SETTINGS = {
-    "resident": [],
-    "streamed": ["--weights", "disk", "--saved-inputs", "disk"],
-    "smallest": [
-        "--weights", "disk", "--saved-inputs", "disk", "--optimizer-states", "disk", "--gradients", "disk",
-    ],
-    "keep": ["--activations", "keep"],
-    "page": ["--activations", "page"],
-    "recompute": ["--activations", "recompute"],
+    name: PLACES.format(*places.split()).split()
+    for name, places in {
+        "resident": "resident device device recompute", "streamed": "disk disk device recompute",
+        "smallest": "disk disk disk recompute", "keep": "resident device device keep",
+        "page": "resident device device page", "recompute": "resident device device recompute",
+    }.items()
 }  # fmt: skip
 COLUMNS = (
     "date", "hardware", "threads", "versions", "commit", "model", "shape", "n_layers", "hidden_size", "device",

@@ -132,14 +132,17 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     from lopt_edge.data import IGNORED, MicroBatch
     from lopt_edge.models import find_model, four_bit_folder
     from lopt_edge.plan.budget import Budget
+    from lopt_edge.plan.choose import target_modules
     from lopt_edge.plan.knobs import default_knobs
+    from lopt_edge.plan.methods import step_plan
+    from lopt_edge.plan.passes import arrange
     from lopt_edge.plan.segments import make_segments
+    from lopt_edge.plan.validate import validate
     from lopt_edge.preparation import Inputs, build_executor
     from lopt_edge.run.allocator import settle_host_allocator
     from lopt_edge.run.batches import make_batch
     from lopt_edge.run.device import choose_device, choose_dtype
     from lopt_edge.run.load import load_model
-    from lopt_edge.run.lora import target_modules
 
     config = Config(model=str(options.model), data="(random ids)", output="(none)", method=options.child, grad_accum=1,
                     max_seq_len=options.seq_len, lr=options.lr, clip=CLIP, lora_r=options.lora_r,
@@ -157,11 +160,11 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
             segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            knobs=knobs, budget=Budget(), predictor=unread, reasons=(),
+            knobs=knobs, budget=Budget(), workload=unread, run_plan=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)
-    plan = inputs.plan(1)
+    plan = validate(arrange(step_plan(config.method, segments, n_micro_batches=1), knobs))
     rates = {segment.index: options.lr for segment in segments if segment.loss != "none"}
 
     def step(number: int, ids: list[list[int]]) -> float:

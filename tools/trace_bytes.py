@@ -1,16 +1,24 @@
 """Finds what one decoder layer allocates, family by family, and writes lopt_edge/plan/layer_bytes.json for the planner.
 
 The planner must know the bytes inside a layer without torch. transformers' layer code allocates in a fixed order, so this
-tool runs each family's layer on small models and logs every allocation and release (run/tracker.py). The same run with
-one dimension doubled (tokens, hidden size, heads, ...) gives the same log with other sizes; the factor of each size says
-which dimensions it is a product of. So a moment of the log is a sum of products (a form), exact for every shape. Of all
-moments of an op those are kept that can be the largest for some shape.
+tool runs the real executor over each family's layers (no weights: every module of ours is replaced by a stand-in that
+allocates its result and nothing else), and logs every allocation and release (run/tracker.py). The sizes of the model and
+the batch are primes times powers of two, so that each size is a product of dimensions in one way only; a second run with
+other primes must give the same products. The result is a *program* a op: its allocations and releases in order, with
+marks where a module of ours works, whose own bytes are formulas (plan/module_bytes.py). plan/layer_bytes.py replays it.
 
-Left out: our own blocked MLP (its bytes are a formula in plan/layer_bytes.py; the moments at which it runs are marked),
-tensors that do not grow with the tokens (weights being unpacked, gradients of adapters: a formula, too), and what kernels
-take inside.
+A linear layer with LoRA saves its input for its backward. Which ones have LoRA is a run's setting, so each is tried alone:
+a release that it delays is written with its name. In a segment's first layer, whose input needs no gradient, the
+backward is traced for each linear layer that may be the first one with LoRA.
 
-    python tools/trace_bytes.py            writes the table (under a minute)
+    +4std  allocate 4 x sequences x tokens x hidden bytes       -3    release the third allocation
+    -3?q_proj,k_proj  ... unless one of these has LoRA          -g3   release the forward program's third allocation
+    !name:...  a module of ours begins, or has its result       ~     left out where a layer is recomputed
+    =5  this allocation is the layer's output
+
+Here logs become programs; trace_step.py runs a step and trace_log.py logs it.
+
+    python tools/trace_bytes.py            writes the table (two minutes)
     python tools/trace_bytes.py --check    exits with 1 if the committed table is not what this version gives
 """
 
@@ -19,265 +27,234 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lopt_edge.models import find_model, quantise_model
-from lopt_edge.plan.knobs import Knobs
+from trace_log import EventLog
+from trace_step import Case, Trace, cases, make_model, make_segments, run, sizes_of, variants
+
+from lopt_edge.plan.programs import more_general
 from lopt_edge.run import tiled
-from lopt_edge.run.tracker import MemoryTracker
-from quant import nf4
-from quant.gated_mlp import PackedGatedMLP
-from tests.laws.bench import make_bench, random_batch
-from tests.models import FAMILIES, make_folder
+from tests.models import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "layer_bytes.json"
-MARKS = ("mlp_forward", "mlp_backward", "norm_forward", "norm_backward")
-BASE = {"tokens": 96, "hidden": 384, "heads": 12, "kv_heads": 2, "head_dim": 64, "intermediate": 192, "rank": 4}
-OPS = {"forward": "FORWARD 1 mb=0 keep=input", "graph": "FORWARD 1 mb=0 keep=graph", "backward": "BACKWARD 1 mb=0",
-       "backward_first": "BACKWARD 0 mb=0", "backward_graph": "BACKWARD 1 mb=0"}  # fmt: skip
-Event = tuple[str, int, int]  # "+" | "-" | one of MARKS, number of the allocation, bytes
-Log = dict[str, list[Event]]  # by op
-Products = dict[int, tuple[float, dict[str, int]]]  # allocation -> its coefficient (bytes) and the dimensions' exponents
+LETTERS = {"s": "sequences", "t": "tokens", "d": "hidden", "h": "heads", "k": "kv_heads", "e": "head_dim",
+           "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1", "n": "rows of a tile",
+           "v": "rows of a vocabulary chunk"}  # fmt: skip
+# Two sets of sizes; each dimension has a prime of its own. `group` is heads / kv_heads (and group + 2 is prime, too).
+PRIMES = (
+    {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "i": 58, "n": 31, "v": 41, "group": 5},
+    {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "i": 46, "n": 29, "v": 37, "group": 11},
+)
+ORDER = "nstudhkqeiv"
 
 
-class EventLog(MemoryTracker):
-    """Every allocation and release, in order, as (kind, number of the allocation, bytes)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[Event] = []
-        self.numbers: dict[int, tuple[int, int]] = {}
-        self.n_allocated = 0
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        known = storage._cdata in self._sizes
-        super()._see(storage)
-        if not known and storage._cdata in self._sizes:
-            self.numbers[storage._cdata] = (self.n_allocated, storage.nbytes())
-            self.events.append(("+", self.n_allocated, storage.nbytes()))
-            self.n_allocated += 1
-
-    def _forget(self, key: int) -> None:
-        super()._forget(key)
-        self.events.append(("-", *self.numbers.pop(key)))
+def product(n_bytes: int, sizes: dict[str, int]) -> str:
+    """`n_bytes` as a coefficient and letters: the dimensions whose primes divide it."""
+    letters, rest, group = "", n_bytes, sizes["h"] // sizes["k"]
+    factors = {"h": (group, sizes["k"]), "q": (group + 2, sizes["k"])} if group > 1 else {}
+    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdeinvuk"}
+    for letter, (prime, with_it) in factors.items():
+        while prime > 1 and rest % (prime * with_it) == 0:
+            rest //= prime * with_it
+            letters += letter
+    letters = letters if group > 1 else letters.replace("k", "h")
+    coefficient = n_bytes / math.prod(sizes[letter] for letter in letters)
+    return f"{coefficient:g}" + "".join(sorted(letters, key=ORDER.index))
 
 
-class _Opaque(torch.autograd.Function):
-    """Stands for the blocked MLP: same input, output and saved tensor; marks the moments inside."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, log: EventLog, value_needed: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.log = log
-        if not value_needed:
-            return x.new_zeros(1).expand(x.shape)
-        log.events.append(("mlp_forward", -1, 0))
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.log.events.append(("mlp_backward", -1, 0))
-        result = grads[0] * 1.0
-        del x
-        return result, None, None
+def _prime(size: int) -> int:
+    while size % 2 == 0:
+        size //= 2
+    return size
 
 
-class _OpaqueNorm(torch.autograd.Function):
-    """Stands for a norm in tiles: same input, output and saved tensor; the marks come once the output is there."""
+@dataclass
+class Log:
+    """One op: births and marks in order (as text), and at which of them (how many came before) each tensor is released."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, log: EventLog) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.log = log
-        y = torch.empty_like(x).copy_(x)
-        log.events.append(("norm_forward", -1, 0))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x).copy_(grads[0])
-        ctx.log.events.append(("norm_backward", -1, 0))
-        return dx, None
+    births: list[str]
+    releases: dict[str, float]
+    result: str = ""
 
 
-class OpaqueNorm(nn.Module):
-    def __init__(self, inner: nn.Module, log: EventLog) -> None:
-        super().__init__()
-        self.inner, self.log = inner, log
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _OpaqueNorm.apply(x, self.log)
-
-
-def norm_factors(inner: nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """What one tile of a norm takes beside its input and output, in multiples of the tile."""
-    width = inner.weight.shape[0]
-    x, g = torch.randn(2048, width).to(dtype), torch.randn(2048, width).to(dtype)
-    tracker, found = MemoryTracker(), {}
-    with tracker:
-        tracker.watch([x, g])
-        held = tracker.live_bytes
-        with torch.no_grad():
-            y = inner(x)
-        found["forward"] = (tracker.peak_bytes - held) / x.nbytes
-        del y
-        tracker.start_peak()
-        held = tracker.live_bytes
-        tiled._tile_gradient(inner, x, g)
-        found["backward"] = (tracker.peak_bytes - held) / x.nbytes
-    return {name: round(value, 2) for name, value in found.items()}
+def log_of(trace: Trace, op: str, sizes: dict[str, int], *, forward: Log | None = None, numbers: dict[int, str]) -> Log:
+    """`numbers` names what lived before (the graph's tensors); the op's own allocations are added to it."""
+    names = {**numbers, **trace.given[op]}
+    births: list[str] = []
+    releases: dict[str, float] = {}
+    n_own = 0
+    for event in trace.spans[op]:
+        if event.kind == "-":
+            if event.number in names:
+                releases[names[event.number]] = len(births)
+            continue
+        text = "~" if event.value else ""
+        if event.kind == "+":
+            names[event.number] = str(n_own)
+            n_own += 1
+            text += f"+{product(event.n_bytes, sizes)}"
+        else:
+            text += ":".join([event.kind, *(product(size, sizes) for size in event.shape)])
+        births.append(text)
+    numbers.update({number: f"g{name}" for number, name in names.items() if name.isdigit()})
+    return Log(births, releases, names.get(trace.result[op], ""))
 
 
-class OpaqueMLP(nn.Module):
-    def __init__(self, mlp: PackedGatedMLP, log: EventLog) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.log = mlp.gate_proj, mlp.up_proj, mlp.down_proj, log
+def merged(logs: dict[str, Log], *, before: bool) -> str:
+    """The program of an op from its logs by the linear layer that holds its input ("" is none of them).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Opaque.apply(x, self.log, self.down_proj.value_needed)
-
-
-def run(family: str, dtype: torch.dtype, sizes: dict[str, int], *, activations: str) -> Log:
-    """The events of each op of a second step."""
-    folder = Path(tempfile.mkdtemp())
-    changes = {"hidden_size": sizes["hidden"], "num_attention_heads": sizes["heads"],
-               "num_key_value_heads": sizes["kv_heads"], "head_dim": sizes["head_dim"],
-               "intermediate_size": sizes["intermediate"], "max_position_embeddings": 4096}  # fmt: skip
-    if family == "phi3":  # its head size is hidden / heads
-        changes["hidden_size"] = sizes["heads"] * sizes["head_dim"]
-    make_folder(folder / "m", family, num_hidden_layers=4, **changes)
-    quantise_model(find_model(str(folder / "m")), folder / "q")
-    bench = make_bench(folder / "q", method="e2e", num_segments=1, dtype=dtype, rank=sizes["rank"],
-                       knobs=Knobs(("resident",) * 4, (activations,) * 4))  # fmt: skip
-    log, spans = EventLog(), {}
-    for layer in bench.model.layers:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, tiled.TokenTiled):
-                layer.set_submodule(name, OpaqueNorm(module.inner, log))
-        if isinstance(layer.mlp, PackedGatedMLP):
-            layer.mlp = OpaqueMLP(layer.mlp, log)
-    for p in bench.executor.optimizer.groups.values():  # the opaque MLP gives its adapters no gradient
-        for parameter in p.parameters:
-            parameter.grad = None
-    batch = random_batch((sizes["tokens"],), seed=1)
-    rates = {0: 1e-3}
-    bench.executor.run(bench.plan, [batch], step=1, learning_rates=rates)
-
-    def observe(op: Any, after: bool) -> None:
-        spans.setdefault(op.text(), []).append(len(log.events))
-
-    bench.executor.observe = observe
-    with log:
-        log.watch([bench.executor.optimizer._values, bench.executor.optimizer._gradients])
-        bench.executor.run(bench.plan, [batch], step=2, learning_rates=rates)
-    return {text: log.events[first:last] for text, (first, last) in spans.items()}
+    `before`: whether what lives before the op ("g3", "input") is released in it at the latest, so that a log without its
+    release is one in which it never lived.
+    """
+    first = next(iter(logs.values()))
+    for name, log in logs.items():
+        if log.births != first.births:
+            raise SystemExit(
+                f"the allocations with {name or 'nothing'} held are not those of {next(iter(logs)) or 'nothing'}"
+            )
+    at: dict[int, list[str]] = {}
+    for tensor in sorted({tensor for log in logs.values() for tensor in log.releases}, key=_order):
+        missing = -1.0 if before and not tensor.isdigit() else math.inf
+        ends = {name: log.releases.get(tensor, missing) for name, log in logs.items()}
+        for end in sorted({end for end in ends.values() if 0 <= end < math.inf}):
+            later = [name for name, other in ends.items() if name and other > end]
+            if ends.get("", end) <= end:
+                at.setdefault(int(end), []).append(f"-{tensor}" + (f"?{','.join(later)}" if later else ""))
+    tokens: list[str] = []
+    for position in range(len(first.births) + 1):
+        tokens += at.get(position, [])
+        tokens += first.births[position : position + 1]
+    return " ".join(tokens + ([f"={first.result}"] if first.result.isdigit() else []))
 
 
-def products(family: str, dtype: torch.dtype, *, activations: str) -> tuple[Log, Products]:
-    """The base run's ops, and what each allocation in them is a product of."""
-    base = run(family, dtype, BASE, activations=activations)
-    exponents: dict[int, dict[str, int]] = {number: {} for number, _ in _allocations(base)}
-    for name in BASE:
-        changed = run(family, dtype, {**BASE, name: BASE[name] * 2}, activations=activations)
-        for text in base:
-            if [event[0] for event in base[text]] != [event[0] for event in changed[text]]:
-                raise SystemExit(f"{family}: doubling {name} changes the order of allocations in {text}")
-        for (number, size), (_, other) in zip(_allocations(base), _allocations(changed), strict=True):
-            power = round(math.log2(other / size))
-            if power:
-                exponents[number][name] = power
-    return base, {
-        number: (size / math.prod(BASE[name] ** power for name, power in exponents[number].items()), exponents[number])
-        for number, size in _allocations(base)
-    }
+def _order(tensor: str) -> tuple[str, int]:
+    return tensor.rstrip("0123456789"), int("".join(filter(str.isdigit, tensor)) or -1)
 
 
-def _allocations(log: Log) -> list[tuple[int, int]]:
-    return [(number, size) for events in log.values() for kind, number, size in events if kind == "+"]
+def programs(case: Case) -> dict[str, str]:
+    """All programs of a case; both sets of primes must give the same."""
+    found = [_programs(case, run(case, sizes), sizes) for sizes in (sizes_of(case, primes) for primes in PRIMES)]
+    for name, text in found[0].items():
+        if text != found[1][name]:
+            different = [pair for pair in zip(text.split(), found[1][name].split(), strict=False) if pair[0] != pair[1]]
+            raise SystemExit(f"{case.key}: {name} is not made of products of dimensions: {different[:3]}")
+    return found[0]
 
 
-def forms(op: list[Event], allocated: Products) -> dict[str, Any]:
-    """The moments of an op as sums of products, relative to its beginning."""
-    live: Counter[str] = Counter()
-    moments: list[tuple[Counter[str], str]] = [(Counter(), "")]
-    for kind, number, _ in op:
-        coefficient, powers = allocated.get(number, (0.0, {}))
-        if powers.get("tokens"):
-            live[_key(powers)] += coefficient * (1 if kind == "+" else -1)
-        moments.append((Counter(live), kind))
-    before = {number for kind, number, _ in op if kind == "-"} - {number for kind, number, _ in op if kind == "+"}
-    end = {key: round(value, 6) for key, value in live.items() if abs(value) > 1e-6}
-    frees = sorted(_key(allocated[number][1]) for number in before if allocated.get(number, (0.0, {}))[1].get("tokens"))
-    return {
-        "end": end,
-        "frees": frees,
-        "peak": _maximal([moment for moment, _ in moments]),
-        **{name: _maximal([m for m, kind in moments if kind == name]) for name in MARKS},
-    }
+def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]:
+    made = {"embed": merged({"": log_of(trace, "EMBED mb=0", sizes, numbers={})}, before=False)}
+    if case.both:
+        return made
+    wanted = variants(case.family)
+    segments = make_segments([*(variant.n_layers for variant in wanted.values()), 1, 1])
+    by_op: dict[str, dict[str, Log]] = {}
+    for (kind, held), segment in zip(wanted, segments, strict=False):
+        numbers: dict[int, str] = {}
+        graph = log_of(trace, f"FORWARD {segment.last} mb=0 keep=graph", sizes, numbers=numbers)
+        backward = log_of(trace, f"BACKWARD {segment.last} mb=0", sizes, numbers=numbers)
+        entry = kind.partition(" ")[2]
+        if kind == "rest":
+            by_op.setdefault("graph", {})[held] = graph
+            by_op.setdefault("backward", {})[held] = backward
+        if entry and not held:
+            by_op.setdefault("graph first", {})[entry] = graph
+        if kind == "first" or kind.startswith("from"):
+            by_op.setdefault(f"backward {kind}", {})[held] = backward
+    made |= {op: merged(logs, before=op.startswith("backward")) for op, logs in by_op.items()}
+    made["forward"] = merged({"": log_of(trace, "FORWARD 0 mb=0 keep=input", sizes, numbers={})}, before=False)
+    for name, segment in (("task loss", segments[0]), ("reconstruct loss", segments[-2])):
+        made[name] = merged({"": log_of(trace, f"LOSS {segment.index} mb=0", sizes, numbers={})}, before=False)
+    return made
 
 
-def _key(powers: dict[str, int]) -> str:
-    return "*".join(f"{name}^{power}" if power > 1 else name for name, power in sorted(powers.items()))
+def special(text: str, case: Case) -> str:
+    """The program of a more general case with this one's sizes."""
+
+    def one(found: re.Match[str]) -> str:
+        number, letters = float(found[1]), found[2].replace("s", "" if case.one else "s")
+        if case.heads == "equal":
+            number, letters = number * 3 ** letters.count("q"), letters.replace("k", "h").replace("q", "h")
+        elif case.heads == "single":
+            letters = letters.replace("k", "")
+        return f"{number:g}{''.join(sorted(letters, key=ORDER.index))}"
+
+    return re.sub(r"(?<=[+:])([\d.]+)([a-z]*)(?![\w])", one, text)
 
 
-def _maximal(moments: list[Counter[str]]) -> list[dict[str, float]]:
-    """The moments that no other one exceeds in every product."""
-    unique = {json.dumps({k: round(v, 6) for k, v in sorted(m.items()) if v}) for m in moments}
-    found = [json.loads(text) for text in sorted(unique)]
-
-    def below(a: dict[str, float], b: dict[str, float]) -> bool:
-        return a != b and all(a.get(key, 0) <= b.get(key, 0) for key in {*a, *b})
-
-    return [a for a in found if not any(below(a, b) for b in found)]
-
-
-def trace(family: str, dtype: torch.dtype) -> dict[str, Any]:
-    table = {}
-    for activations, names in (
-        ("recompute", ("forward", "backward", "backward_first")),
-        ("keep", ("graph", "backward_graph")),
-    ):
-        base, allocated = products(family, dtype, activations=activations)
-        for name in names:
-            table[name] = forms(base[OPS[name]], allocated)
-    table["norm"] = norm_factors(a_norm(family, dtype), dtype)
-    return table
+def without_special(found: dict[Case, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Without the cases that a more general one gives with their sizes (plan/programs.py looks them up there)."""
+    kept = {case.key: ops for case, ops in found.items()}
+    for case, ops in found.items():
+        general = next((kept[key] for key in more_general(case.key) if key in kept), None)
+        if general is not None and ops == {op: special(text, case) for op, text in general.items()}:
+            del kept[case.key]
+    return kept
 
 
-def a_norm(family: str, dtype: torch.dtype) -> nn.Module:
-    """An input norm of the family."""
-    folder = make_folder(Path(tempfile.mkdtemp()) / "m", family)
-    model = make_bench(folder, method="e2e", num_segments=1, dtype=dtype).model
-    return next(m.inner for m in model.layers[0].modules() if isinstance(m, tiled.TokenTiled))
+def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
+    """A tile of a norm (run/tiled.py): n rows of d, values and gradient."""
+    found = []
+    for sizes in (sizes_of(Case(family, dtype), primes) for primes in PRIMES):
+        log = EventLog()
+        inner = make_model(Case(family, dtype), sizes, 1, log).norm
+        x, g = (torch.ones(sizes["n"], sizes["d"], dtype=dtype) for _ in range(2))
+        trace = Trace(given={"norm_forward": {}, "norm_backward": {}}, result={"norm_forward": -1, "norm_backward": -1})
+        with log:
+            log.watch([x, g, inner.weight])
+            log.events.clear()
+            with torch.no_grad():
+                inner(x)
+            trace.spans["norm_forward"] = list(log.events)
+            log.events.clear()
+            tiled._tile_gradient(inner, x, g)
+            trace.spans["norm_backward"] = list(log.events)
+        found.append({op: merged({"": log_of(trace, op, sizes, numbers={})}, before=False) for op in trace.spans})
+    if found[0] != found[1]:
+        raise SystemExit(f"{family}: a norm's tile is not made of products of dimensions")
+    return found[0]
+
+
+def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
+    """{"programs": texts, each once; "cases": case -> op -> index of its program}; no case that follows from another."""
+    texts: dict[str, int] = {}
+    by_case: dict[str, dict[str, int]] = {}
+    for family in families:
+        found = without_special({case: programs(case) for case in cases(family)})
+        for dtype in (torch.float32, torch.bfloat16):
+            found[f"{family} {dtype.itemsize}"] = norm_programs(family, dtype)
+        for key, ops in found.items():
+            by_case[key] = {op: texts.setdefault(text, len(texts)) for op, text in ops.items()}
+        if progress:
+            print(f"{family}: {len(found)} cases", flush=True)
+    return {"cases": by_case, "programs": list(texts)}
+
+
+def unfolded(found: dict[str, Any], families: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The texts by case and op, of some families: what two tables are compared by."""
+    wanted = {key: ops for key, ops in found["cases"].items() if key.split()[0] in families}
+    return {key: {op: found["programs"][index] for op, index in ops.items()} for key, ops in wanted.items()}
 
 
 def main() -> None:
-    nf4.CHUNK_BYTES = 1 << 30  # unpacking in one go, so that its loop does not change the order of allocations
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="which (default: all)")
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="which to compare (default: all)")
     arguments = parser.parse_args()
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    found = {}
-    for family in arguments.families.split(","):
-        found[family] = {str(dtype.itemsize): trace(family, dtype) for dtype in (torch.float32, torch.bfloat16)}
-        print(
-            family, {name: len(value["peak"]) for name, value in found[family]["4"].items() if "peak" in value}, flush=True
-        )
+    families = arguments.families.split(",") if arguments.check else list(FAMILIES)
+    found = table(families, progress=True)
     if arguments.check:
-        raise SystemExit(any(table.get(family) != value for family, value in found.items()))
-    TABLE.write_text(json.dumps(table | found, indent=1, sort_keys=True) + "\n")
+        committed = json.loads(TABLE.read_text(encoding="utf-8"))
+        raise SystemExit(unfolded(committed, families) != unfolded(found, families))
+    TABLE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

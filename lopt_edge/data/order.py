@@ -43,7 +43,11 @@ class MicroBatch:
 
 
 def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int) -> tuple[Window, ...]:
-    """All windows of one epoch."""
+    """All windows of one epoch.
+
+    In the first epoch the largest window comes first (it swaps places with the first one of the seeded order), so that
+    what is too large for the memory shows in step 1. That is the order of the run; everything that counts steps uses it.
+    """
     for name, value in (("batch-size", batch_size), ("grad-accum", grad_accum)):
         if value < 1:
             raise InputError(f"{value} is not a positive number", where=name, fix="use 1 or more")
@@ -57,7 +61,16 @@ def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: 
         batches = [tuple(by_length[at : at + batch_size]) for at in range(0, len(by_length), batch_size)]
         rng.shuffle(batches)
         windows.append(tuple(batches))
+    if epoch == 0 and windows:
+        largest = max(range(len(windows)), key=lambda at: (_most_rows(windows[at], lengths), -at))
+        windows[0], windows[largest] = windows[largest], windows[0]
     return tuple(windows)
+
+
+def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
+    """Tokens of its largest micro-batch, padding included, and of all of them: what its memory goes by."""
+    rows = [len(batch) * max(lengths[i] for i in batch) for batch in window]
+    return max(rows), sum(rows)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:

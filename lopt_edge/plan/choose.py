@@ -1,34 +1,23 @@
-"""Which knobs a run takes: what the user said, and the defaults or the ladder for the rest; each choice with its reason.
+"""From settings to what the planner asks: segments, target modules, the knobs that the user fixed, and what may vary.
 
-`auto` means: everything on the device, one layer recomputed at a time. If budgets are given, the first rung of a fixed
-ladder that fits them, from the fastest to the smallest (`fits` is the caller's: it predicts a plan's peaks). The order of
-the rungs follows from measurements on a CPU, Qwen2.5-0.5B shape, 512 tokens: keeping graphs saves a third of a step's time;
-streaming weights, saved inputs, states and gradients from disk costs under 2% each and frees, in this order, the most.
-Knobs that the user fixed stay as they are on every rung.
-
-What contradicts itself is refused here, all mistakes together; what has no effect is said. No torch.
+What contradicts itself or cannot be with this model or device is refused here, all mistakes together; a memory setting
+without effect is said. Which of the free combinations is taken is decided in search.py. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from lopt_edge.config import Config
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts import ModelFacts
-from lopt_edge.plan.knobs import ACTIVATIONS, WEIGHTS, Knobs, Tier, default_knobs, per_layer
+from lopt_edge.plan.knobs import ACTIVATIONS, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.search import Candidate, Space, three_digits
+from lopt_edge.plan.segments import Segment, make_segments
 
-Fits = Callable[[Knobs], list[str]]  # what is too small for these knobs; nothing if they fit
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The knobs, and why they are so."""
-
-    knobs: Knobs
-    reason: str
+MOST_SEGMENTS = 8
+Asked = TypeVar("Asked")
 
 
 def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str) -> None:
@@ -65,30 +54,51 @@ def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
     return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
 
 
-def choose_knobs(config: Config, facts: ModelFacts, *, device_type: str, fits: Fits | None = None) -> Choice:
-    """The knobs of a run. `fits` judges a rung; without it (no budget was given) the defaults are taken.
+def against_facts(config: Config, facts: ModelFacts) -> tuple[tuple[Segment, ...], tuple[str, ...], int]:
+    """Segments, target modules and longest sequence for this model; all that does not fit it is told together."""
+    errors: list[InputError] = []
+    segments: tuple[Segment, ...] = ()
+    targets: tuple[str, ...] = ()
+    try:
+        segments = make_segments(config.method, n_layers=facts.n_layers, num_segments=config.num_segments,
+                                 boundary_layers=config.boundary_layers)  # fmt: skip
+    except InputError as error:
+        errors.append(error)
+    try:
+        targets = target_modules(facts, config.lora_targets)
+    except InputError as error:
+        errors.append(error)
+    limit = facts.max_positions or config.max_seq_len
+    if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
+        errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
+                                 fix=f"use at most {limit}"))  # fmt: skip
+    raise_collected(errors)
+    return segments, targets, min(config.max_seq_len, limit)
 
-    Raises InputError for settings that cannot be, and if not even the last rung fits.
-    """
-    check_memory_settings(config, facts, device_type=device_type)
+
+def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
+    """The linear layers' short names that `--lora-targets` names, in the layer's order. Raises InputError."""
+    wanted = set(targets)
+    unknown = sorted(wanted - {*facts.linear_names, "all-linear"})
+    if unknown:
+        raise InputError(f"{', '.join(unknown)} is not in this model", where="lora_targets",
+                         fix=f"choose all-linear or from {', '.join(facts.linear_names)}")  # fmt: skip
+    return facts.linear_names if "all-linear" in wanted else tuple(name for name in facts.linear_names if name in wanted)
+
+
+def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:
+    """The combinations of knobs that a run may take, those that the user set being fixed."""
     fixed = fixed_knobs(config, facts)
-    plain = replace(default_knobs(facts, device_type), **fixed)
-    if fits is None:
-        return Choice(plain, "defaults; no memory budget was given")
-    misfits: list[str] = []
-    for name, rung in ladder(facts, device_type):
-        knobs = replace(rung, **fixed)
-        misfits = fits(knobs)
-        if not misfits:
-            return Choice(knobs, f"the fastest rung that fits the budgets: {name}")
-    raise InputError(f"no setting fits the memory budgets; the smallest one: {'; '.join(misfits)}", where="device_memory",
-                     fix="raise the budget, or lower --max-seq-len, --batch-size or --lora-r")  # fmt: skip
+    settings = {"states": "optimizer_states"}
+    said = frozenset(name for name in fixed if settings.get(name, name) in config.model_fields_set)
+    return Space(facts, device_type, fixed, said)
 
 
 def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     """What the user said, as knob values."""
     n_layers = facts.n_layers
-    found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply, "prefetch": config.prefetch}
+    found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
+    found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
     if config.weights != "auto":
         found["weights"] = per_layer(config.weights, WEIGHTS, n_layers=n_layers, where="weights")
     if config.activations != "auto":
@@ -97,25 +107,44 @@ def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     return found | {name: tier for name, tier in tiers.items() if tier != "auto"}
 
 
-def ladder(facts: ModelFacts, device_type: str) -> Iterator[tuple[str, Knobs]]:
-    """(name, knobs) from the fastest to the smallest."""
-    n_layers = facts.n_layers
-    below: tuple[Tier, ...] = ("disk",) if device_type == "cpu" else ("host", "disk")
-    start = default_knobs(facts, device_type)
-    yield "all resident, graphs kept", replace(start, activations=("keep",) * n_layers, pages=below[0])
-    yield "all resident", replace(start, pages=below[0])
-    for tier in below:
-        knobs = replace(start, pages=tier, saved_inputs=tier)
-        yield f"saved inputs on {tier}", knobs
-        if device_type != "cpu":
-            knobs = replace(knobs, head="disk")
-            yield f"saved inputs on {tier}, lm_head in chunks", knobs
-        for n_resident in (n_layers * 3 // 4, n_layers // 2, n_layers // 4, 0):
-            streamed = replace(knobs, weights=("resident",) * n_resident + (tier,) * (n_layers - n_resident))
-            yield f"saved inputs and {n_layers - n_resident} layers' weights on {tier}", streamed
-        knobs = replace(knobs, weights=(tier,) * n_layers, states=tier)
-        yield f"saved inputs, weights and optimizer states on {tier}", knobs
-        yield f"everything on {tier}", replace(knobs, gradients=tier)
+def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
+    """The configs that the planner may choose from, the given one alone unless it says otherwise.
+
+    Each list is one number of segments, the fewest first: the first list in which something fits is taken. Within it the
+    same sequences a step are split into micro-batches in every way (the gradients are equal up to rounding, law 5), and
+    the fastest is taken.
+    """
+    numbers = [config.num_segments]
+    if config.choose_segments and config.method != "e2e" and not config.boundary_layers:
+        numbers += range(config.num_segments + 1, min(MOST_SEGMENTS, facts.n_layers) + 1)
+    n_sequences = config.batch_size * config.grad_accum
+    splits = [config.batch_size]
+    if config.choose_micro_batch:
+        splits = [size for size in range(n_sequences, 0, -1) if n_sequences % size == 0]
+    for number in numbers:
+        changes = ({"num_segments": number, "batch_size": size, "grad_accum": n_sequences // size} for size in splits)
+        yield [config.model_copy(update=change) for change in changes]
+
+
+def settled(config: Config, facts: ModelFacts, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> Asked:
+    """Of the variants the one to run; `ask` gives each with its best candidate. If none fits, the last one."""
+    asked = None
+    for group in variants(config, facts):
+        found = [ask(variant) for variant in group]
+        fitting = [(answer, best) for answer, best in found if best is not None]
+        if fitting:
+            return min(fitting, key=lambda pair: three_digits(pair[1].seconds.seconds))[0]
+        asked = found[-1][0]
+    assert asked is not None
+    return asked
+
+
+def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
+    """What the planner chose of the settings that it was let to choose."""
+    if asked.choose_micro_batch:
+        yield f"micro-batches chosen: {settled.grad_accum} of {settled.batch_size}"
+    if asked.choose_segments and settled.method != "e2e":
+        yield f"segments chosen: {settled.num_segments}"
 
 
 def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:

@@ -75,6 +75,10 @@ class ModelFacts:
     quantised: bool
     max_positions: int | None
 
+    def __hash__(self) -> int:
+        """Of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
+        return hash((self.architecture, self.n_layers, self.hidden_size, self.intermediate_size, self.vocab_size))
+
     @property
     def linear_names(self) -> tuple[str, ...]:
         return tuple(linear.short_name for linear in self.linears)

@@ -53,12 +53,12 @@ class Knobs:
     def described(self) -> str:
         """One line for people."""
         return (
-            f"weights {_runs(self.weights)}; activations {_runs(self.activations)}; saved inputs {self.saved_inputs}; "
+            f"weights {in_runs(self.weights)}; activations {in_runs(self.activations)}; saved inputs {self.saved_inputs}; "
             f"{self.optimizer} states {self.states}; gradients {self.gradients}; updates by {self.apply}"
         )
 
 
-def _runs(choices: tuple[str, ...]) -> str:
+def in_runs(choices: tuple[str, ...]) -> str:
     """One word if all layers agree, else each run of layers with its choice."""
     if len(set(choices)) == 1:
         return choices[0]

@@ -1,34 +1,28 @@
-"""What one decoder layer takes, by family and compute dtype: evaluates the table that tools/trace_bytes.py wrote.
+"""What a decoder layer, the embedding and the losses take, op by op: from the traced programs of tools/trace_bytes.py.
 
-`layer_bytes.json` holds, for each op on a layer, forms: sums of products of dimensions, in bytes, relative to the op's
-beginning. `peak` are its moments outside our blocked MLP, `mlp_forward` and `mlp_backward` those at which that runs (its
-own bytes are added here), `end` is what stays. On top come things that do not grow with the tokens: unpacked scales, a
-look-up index, fresh gradients of one linear layer.
+Everything is relative to the op's beginning. A recomputed layer's backward is the forward program that makes the graph
+(without the value of its last product), followed by the backward program.
 
-The table was traced on the CPU. On CUDA other attention kernels save slightly other things; callers add a margin there.
+The programs were traced on the CPU. On CUDA other attention kernels save slightly other things; callers add a margin there.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.resources import files
-from math import prod
-from typing import Any
 
-from lopt_edge.plan.facts import LinearFacts, ModelFacts
+from lopt_edge.plan.facts import ModelFacts
+from lopt_edge.plan.programs import Dimensions, Replay, case_key
 
-Form = dict[str, float]
-UNPACK_CHUNK = 1 << 18  # quant.nf4.CHUNK_BYTES: packed bytes unpacked at a time
-BLOCK_FEATURES = 1024  # quant.gated_mlp
-NORM_TILE = {"cpu": 1 << 20, "cuda": 32 << 20}  # bytes of rows: run.tiled.ROW_BYTES
-MLP_TOKEN_TILE = {"cpu": 1024, "cuda": 4096}
+READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
+EAGER_ONLY = ("gemma2",)  # run.load: in transformers; here its attention runs in tiles of queries (run/query_tiles.py)
+LOSS_TOKEN_TILE = 1024  # run.losses.TOKEN_TILE
+VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}  # run.losses
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the forms are products of, and what the formulas need. `itemsize` is the compute dtype's."""
+    """What the programs are functions of. `itemsize` is the compute dtype's, `targets` are the linear layers with LoRA."""
 
     facts: ModelFacts
     itemsize: int
@@ -37,136 +31,161 @@ class LayerShape:
     device_type: str = "cpu"
     dropout: bool = False
 
-    def value(self, form: Form, *, n_sequences: int, n_tokens: int) -> int:
-        """A form in bytes for sequences of this length; products with tokens^2 are per sequence."""
-        facts = self.facts
-        sizes = {"tokens": n_tokens, "hidden": facts.hidden_size, "heads": facts.n_heads, "kv_heads": facts.n_kv_heads,
-                 "head_dim": facts.head_dim, "intermediate": facts.intermediate_size, "rank": self.rank}  # fmt: skip
-        total = 0.0
-        for key, coefficient in form.items():
-            names = [part.split("^") for part in key.split("*")]
-            total += coefficient * prod(sizes[name[0]] ** (int(name[1]) if len(name) > 1 else 1) for name in names)
-        return round(total * n_sequences)
+    @property
+    def attention_kernel(self) -> str:
+        """torch's scaled_dot_product_attention, or run/query_tiles.py."""
+        return "query tiles" if self.facts.model_type in EAGER_ONLY else "sdpa"
 
     @property
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
         names = {linear.short_name for linear in self.facts.linears}
         cut = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
-        return {"gate_proj", "up_proj", "down_proj"} <= names and cut
+        dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
+        return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped
+
+    def dimensions(self, *, n_sequences: int, n_tokens: int, n_tile: int = 0) -> Dimensions:
+        """The programs' letters."""
+        facts = self.facts
+        return {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": facts.n_heads,
+                "k": facts.n_kv_heads, "q": facts.n_heads + 2 * facts.n_kv_heads, "e": facts.head_dim,
+                "i": facts.intermediate_size, "n": n_tile,
+                "v": min(VOCABULARY_CHUNK[self.device_type], facts.vocab_size)}  # fmt: skip
+
+    def masked(self, layer_type: str, n_tokens: int) -> bool:
+        """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""
+        window = self.facts.sliding_window
+        slides = layer_type == "sliding_attention" and window is not None and n_tokens >= window
+        return slides and self.facts.model_type not in EAGER_ONLY
+
+    def window(self, layer_type: str, n_tokens: int) -> int | None:
+        """What attention in tiles of queries sees of earlier tokens; None: all."""
+        window = self.facts.sliding_window if layer_type == "sliding_attention" else None
+        all_seen = self.facts.model_type not in EAGER_ONLY or window is None or n_tokens <= window
+        return None if all_seen else window
+
+    def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
+        """The key of the traced programs."""
+        facts = self.facts
+        heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
+        return case_key(facts.model_type, self.itemsize, "two kinds" if two_kinds else heads, masked=masked,
+                        one=n_sequences == 1)  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _table() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((files("lopt_edge.plan") / "layer_bytes.json").read_text(encoding="utf-8"))
-    return loaded
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer on one micro-batch. `first` in its segment: its input needs no gradient. No LoRA: `shape.targets` empty."""
+
+    shape: LayerShape
+    n_sequences: int
+    n_tokens: int
+    masked: bool
+    first: bool
+    window: int | None = None
+
+    @property
+    def hidden_bytes(self) -> int:
+        return self.n_sequences * self.n_tokens * self.shape.facts.hidden_size * self.shape.itemsize
+
+    def replay(self, **alive: int) -> Replay:
+        dimensions = self.shape.dimensions(n_sequences=self.n_sequences, n_tokens=self.n_tokens)
+        replay = Replay(self.shape, dimensions, from_mlp=self.backward_op == "backward from mlp", window=self.window)
+        replay.alive |= alive
+        return replay
+
+    @property
+    def case(self) -> str:
+        return self.shape.case(self.n_sequences, masked=self.masked)
+
+    @property
+    def graph_op(self) -> str:
+        return "graph first" if self.first else "graph"
+
+    @property
+    def backward_op(self) -> str:
+        """In a first layer gradients go back as far as the first linear layer with LoRA."""
+        if not (self.first and self.shape.targets):
+            return "backward"
+        names = [linear.short_name for linear in self.shape.facts.linears if linear.short_name in self.shape.targets]
+        if READS_INPUT & set(names):
+            return "backward first"
+        in_mlp = "mlp" if self.shape.facts.model_type != "phi3" else names[0]
+        return f"backward from {names[0] if names[0] == 'o_proj' else in_mlp}"
 
 
-def op_forms(shape: LayerShape, op: str) -> dict[str, Any]:
-    """The forms of forward, graph, backward, backward_first or backward_graph; of "norm" the factors."""
-    found: dict[str, Any] = _table()[shape.facts.model_type]["4" if shape.itemsize == 4 else "2"][op]
-    return found
+@dataclass(frozen=True)
+class GraphBytes:
+    """`within` the forward at most, `rest` what the graph holds beside its input, and whether it holds that."""
+
+    within: int
+    rest: int
+    holds_input: bool
 
 
-def within_layer(shape: LayerShape, op: str, *, n_sequences: int, n_tokens: int) -> int:
-    """The most that an op on a layer takes at a time beyond what lived at its beginning."""
-    forms = op_forms(shape, op)
-    size = {"n_sequences": n_sequences, "n_tokens": n_tokens}
-    linears = [linear for linear in shape.facts.linears if not (shape.blocked and linear.name.startswith("mlp."))]
-    backward = op.startswith("backward")
-    plain = max(shape.value(form, **size) for form in forms["peak"]) + max(
-        _linear_fixed(shape, linear, backward=backward) for linear in linears
-    )
-    moments = [plain, *_norm_moments(shape, forms, size)]
-    if not shape.blocked:
-        return max(moments)
-    n_rows = n_sequences * n_tokens
-    for name, inside in (("mlp_forward", mlp_forward), ("mlp_backward", mlp_backward)):
-        moments += [shape.value(form, **size) + inside(shape, n_rows) for form in forms[name]]
-    return max(moments)
+@lru_cache(maxsize=1024)
+def forward_within(run: LayerRun) -> int:
+    replay = run.replay()
+    replay.run(run.case, "forward")
+    return replay.heap.peak
 
 
-def _norm_moments(shape: LayerShape, forms: dict[str, Any], size: dict[str, int]) -> list[int]:
-    """The moments at which a norm works on a tile (run/tiled.py)."""
-    row_bytes = shape.facts.hidden_size * shape.itemsize
-    tile = min(NORM_TILE[shape.device_type], size["n_sequences"] * size["n_tokens"] * row_bytes)
-    factors = op_forms(shape, "norm")
-    return [
-        shape.value(form, **size) + round(factors[name] * tile)
-        for name in ("forward", "backward")
-        for form in forms[f"norm_{name}"]
-    ]
+@lru_cache(maxsize=1024)
+def graph_bytes(run: LayerRun) -> GraphBytes:
+    replay = _with_graph(run, value=True)
+    peak = replay.heap.peak
+    holds_input = "input" in replay.alive
+    return GraphBytes(peak, sum(replay.alive.values()) - run.hidden_bytes * holds_input, holds_input)
 
 
-def graph_rest(shape: LayerShape, *, n_sequences: int, n_tokens: int) -> tuple[int, bool]:
-    """What a kept graph holds beside its input, and whether it holds that too."""
-    forms = op_forms(shape, "graph")
-    hidden = n_sequences * n_tokens * shape.facts.hidden_size * shape.itemsize
-    holds_input = "hidden*tokens" not in forms["frees"]
-    end = shape.value(forms["end"], n_sequences=n_sequences, n_tokens=n_tokens)
-    return end - hidden + (0 if holds_input else hidden), holds_input
+def _with_graph(run: LayerRun, *, value: bool) -> Replay:
+    """After a forward with a graph: alive is what that holds."""
+    replay = run.replay(input=run.hidden_bytes)
+    replay.run(run.case, run.graph_op, graph=True, value=value)
+    replay.drop(replay.result)
+    replay.end_forward()
+    return replay
 
 
-def _scales(linear: LinearFacts) -> int:
-    """fp32 block scales of a matrix."""
-    return linear.in_features * linear.out_features // 16
+@lru_cache(maxsize=1024)
+def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
+    """`kept` is input, graph or pages; `fresh` bytes of gradients are made once the graph is there."""
+    replay = _with_graph(run, value=kept != "input")
+    if kept != "input":
+        replay.heap.live = replay.heap.peak = 0
+    replay.heap.take(fresh)
+    replay.alive["grad"] = run.hidden_bytes
+    replay.run(run.case, run.backward_op, paged=kept == "pages")
+    return replay.heap.peak
 
 
-def _unpack_index(n_codes: int, itemsize: int) -> int:
-    """int32 index of a chunk, and for half precision an fp32 copy of it."""
-    chunk = min(UNPACK_CHUNK, n_codes)
-    return 4 * chunk + (0 if itemsize == 4 else 8 * chunk)
+@dataclass(frozen=True)
+class Vocabularies:
+    """The embedding and the lm_head: bytes of a stored number, and whether the lm_head lies on the device."""
+
+    itemsize: int
+    head_resident: bool = False
 
 
-def _linear_fixed(shape: LayerShape, linear: LinearFacts, *, backward: bool) -> int:
-    """What one linear layer takes apart from its tokens: its scales and index, then its adapter's gradients."""
-    n_codes = linear.in_features * linear.out_features // 2
-    unpack = 2 * _scales(linear) + _unpack_index(n_codes, shape.itemsize) if shape.device_type == "cpu" else _scales(linear)
-    if not backward or linear.short_name not in shape.targets:
-        return unpack
-    both = (linear.in_features + linear.out_features) * shape.rank
-    return max(unpack, both * 4 + both * (shape.itemsize if shape.itemsize != 4 else 0))
+@lru_cache(maxsize=256)
+def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int) -> tuple[int, int]:
+    """(the most within EMBED, what stays beside the hidden states: positions, rotary tables, masks)."""
+    kinds = sorted(set(shape.facts.layer_types))
+    masked = any(shape.masked(kind, n_tokens) for kind in kinds)
+    dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens)
+    replay = Replay(shape, dimensions, stored=replace(stored, head_resident=False))
+    replay.run(shape.case(n_sequences, masked=masked, two_kinds=len(kinds) > 1), "embed")
+    replay.drop(replay.result)
+    return replay.heap.peak, replay.heap.live
 
 
-def _mlp_linears(shape: LayerShape) -> list[LinearFacts]:
-    by_name = {linear.short_name: linear for linear in shape.facts.linears}
-    return [by_name[name] for name in ("gate_proj", "up_proj", "down_proj")]
-
-
-def mlp_forward(shape: LayerShape, n_rows: int) -> int:
-    """quant.gated_mlp._forward at its worst moment, its output included."""
-    hidden, c = shape.facts.hidden_size, shape.itemsize
-    width = min(BLOCK_FEATURES, shape.facts.intermediate_size)
-    tile = min(MLP_TOKEN_TILE[shape.device_type], n_rows)
-    adapters, low = _mlp_adapters(shape), n_rows * shape.rank
-    scales = sum(_scales(linear) for linear in _mlp_linears(shape))
-    total = n_rows * hidden * 4 + scales + adapters * (c if c != 4 else 0) + low * 4 + 2 * low * c
-    block_copy = width * hidden // 2 + width * hidden // 16  # columns of the last matrix are cut out as copies
-    index = _unpack_index(width * hidden // 2, c)
-    in_tile = max(2 * tile * width * c, tile * width * c + (tile * hidden * c if c != 4 else 0))
-    at_end = n_rows * hidden * c if c != 4 else 0
-    return total + max(block_copy + index, in_tile, at_end, 2 * scales // 3)
-
-
-def mlp_backward(shape: LayerShape, n_rows: int) -> int:
-    """quant.gated_mlp._backward at its worst moment."""
-    hidden, c = shape.facts.hidden_size, shape.itemsize
-    width = min(BLOCK_FEATURES, shape.facts.intermediate_size)
-    tile = min(MLP_TOKEN_TILE[shape.device_type], n_rows)
-    adapters, low = _mlp_adapters(shape), n_rows * shape.rank
-    scales = sum(_scales(linear) for linear in _mlp_linears(shape))
-    total = scales + adapters * 4 + adapters * (c if c != 4 else 0) + 3 * low * c + 3 * low * 4
-    total += n_rows * hidden * 4  # dx: the norm before the MLP always needs it
-    in_tile = max(6 * tile * width * c, 2 * tile * width * c + (tile * hidden * c if c != 4 else 0))
-    block_copy = width * hidden // 2 + width * hidden // 16 + _unpack_index(width * hidden // 2, c)
-    at_end = n_rows * hidden * c if c != 4 else 0
-    return total + max(in_tile, block_copy, at_end)
-
-
-def _mlp_adapters(shape: LayerShape) -> int:
-    """Elements of the MLP's adapters."""
-    return sum(
-        (linear.in_features + linear.out_features) * shape.rank
-        for linear in _mlp_linears(shape)
-        if linear.short_name in shape.targets
-    )
+@lru_cache(maxsize=256)
+def loss_within(
+    shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, task: bool, n_selected: int
+) -> int:
+    """The gradient of the output included; `n_selected` tokens have a loss."""
+    n_tile = min(LOSS_TOKEN_TILE, n_selected)
+    dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens, n_tile=n_tile)
+    replay = Replay(shape, dimensions, stored=stored)
+    case = shape.case(n_sequences, masked=False)
+    replay.run(case, "task loss" if task else "reconstruct loss")
+    return replay.heap.peak

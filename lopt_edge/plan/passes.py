@@ -55,7 +55,9 @@ class _Insertions:
     def result(self) -> Plan:
         ops: list[Op] = []
         for position, op in enumerate(self.plan.ops):
-            ops += [*self._before[position], op, *self._after[position]]
+            ops += self._before.get(position, ())
+            ops.append(op)
+            ops += self._after.get(position, ())
         return replace(self.plan, ops=tuple(ops))
 
 

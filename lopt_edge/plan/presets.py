@@ -30,6 +30,11 @@ class Preset:
     config: dict[str, Any]
     source: str
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored number."""
+        return 4 if self.config["torch_dtype"] == "float32" else 2
+
 
 def _preset(
     name: str,

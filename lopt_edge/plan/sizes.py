@@ -6,51 +6,80 @@ that the executor makes; a test compares them (tests/laws/test_timeline.py). No 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 
 from lopt_edge.plan.facts import LinearFacts
 from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.layer_bytes import LayerShape, graph_rest, within_layer
+from lopt_edge.plan.layer_bytes import (
+    VOCABULARY_CHUNK,
+    GraphBytes,
+    LayerRun,
+    LayerShape,
+    Vocabularies,
+    backward_within,
+    embed_bytes,
+    forward_within,
+    graph_bytes,
+    loss_within,
+)
 from lopt_edge.plan.methods import groups_of
-from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.module_bytes import BLOCK_FEATURES
+from lopt_edge.plan.ops import Keep, Kind, Plan
+from lopt_edge.plan.segments import Segment
 from quant.sizes import packed_sizes
 
+DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
+MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
 ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/weights.py), groups of the flat adapters (run/optim.py)
-LOSS_TOKEN_TILE = 1024  # run/losses.py
-VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}
 GroupName = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """`n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target."""
+    """`n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target.
+
+    `n_real` of them are no padding, where there is any (None: not known, all of them at most).
+    """
 
     n_sequences: int
     n_tokens: int
     n_supervised: int
     padded: bool = False
+    n_real: int | None = None
 
     @property
     def n_rows(self) -> int:
         return self.n_sequences * self.n_tokens
+
+    @property
+    def n_real_most(self) -> int:
+        return self.n_rows if self.n_real is None else self.n_real
 
 
 def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
+    """What so many bytes take of a page file at most, in so many pieces: each is rounded up to a grain."""
+    return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """`vocabulary_itemsize` is that of the stored embedding and lm_head."""
+    """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data."""
 
     shape: LayerShape
     knobs: Knobs
     vocabulary_itemsize: int = 2
+    evaluates: bool = False
 
     # weights ---------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """A layer's buffer of packed weights (run/weights.py)."""
         total = 0
@@ -71,17 +100,19 @@ class Sizes:
             norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
         return (facts.n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
 
-    @property
-    def unpack_buffer_bytes(self) -> int:
-        """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three."""
+    def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
+        """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
+
+        With dropout the MLP is plain in training, in blocks without LoRA and in evaluation.
+        """
         facts, shape = self.shape.facts, self.shape
-        plain = [
-            linear.in_features * linear.out_features
-            for linear in facts.linears
-            if not (shape.blocked and linear.name.startswith("mlp."))
-        ]
-        block = 3 * min(1024, facts.intermediate_size) * facts.hidden_size if shape.blocked else 0
-        return max([*plain, block]) * shape.itemsize
+        found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        if not shape.blocked:
+            found += [linear.in_features * linear.out_features for linear in facts.linears]
+        frozen = any(segment.loss == "none" for segment in segments)
+        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or self.evaluates)):
+            found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
+        return max(found) * shape.itemsize
 
     @property
     def vocabulary_buffer_bytes(self) -> int:
@@ -102,8 +133,14 @@ class Sizes:
         )
 
     def group_elements(self, group: GroupName) -> int:
-        if group[0] == "layer":
-            return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+        return self._layer_elements if group[0] == "layer" else self._aux_elements
+
+    @cached_property
+    def _layer_elements(self) -> int:
+        return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+
+    @cached_property
+    def _aux_elements(self) -> int:
         hidden = self.shape.facts.hidden_size
         inner = max(1, hidden // 4)
         return 2 * hidden + 2 * inner * hidden + inner + hidden
@@ -119,14 +156,22 @@ class Sizes:
         return 2 * (ceil(n_elements / 4) * 4 + 4 * ceil(n_elements / 256))
 
     def step_within(self, group: GroupName) -> int:
-        return 8 * self.group_elements(group) + 4 * self.group_elements(group) if self.knobs.optimizer == "adamw8bit" else 0
+        """Moments in 8 bits: both unpacked, and packed again one after the other (the first one's result lives on)."""
+        n_elements = self.group_elements(group)
+        packed = n_elements + 4 * ceil(n_elements / 256) + 1024  # codes, scales, a copy of the code map
+        return 8 * n_elements + 2 * packed if self.knobs.optimizer == "adamw8bit" else 8
 
     # what lives from step to step ------------------------------------------------------------------------------------
 
     def persistent(self, plan: Plan) -> dict[str, int]:
         """Bytes on the device by category before the first op of a steady step."""
+        moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
+        return self.steady(plan.segments, gradients_move=moving)
+
+    def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
+        """The same for any plan over these segments."""
         knobs = self.knobs
-        groups = [group for segment in plan.segments for group in groups_of(segment)]
+        groups = [group for segment in segments for group in groups_of(segment)]
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         n_resident = sum(place == "resident" for place in knobs.weights)
@@ -136,23 +181,34 @@ class Sizes:
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
             "adapters": flat - aux,
             "aux heads": aux,
-            "workspace": self.unpack_buffer_bytes + 8 * len(groups),  # a norm and a step counter for each group
+            "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
         }
-        if knobs.gradients == "device" or knobs.apply == "layer":
-            found["gradients"] = flat
+        if not gradients_move:
+            found["gradients"] = flat  # one block; where gradients move each group has its own
         if knobs.states == "device":
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
 
-    def persistent_below(self, plan: Plan) -> dict[str, int]:
+    def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
         """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
-        found = {"host": sum(place == "host" for place in self.knobs.weights) * self.layer_bytes, "disk": 0}
-        if self.knobs.states != "device":
-            groups = [group for segment in plan.segments for group in groups_of(segment)]
-            found[self.knobs.states] += sum(self.states_bytes(group) for group in groups)
-            found["disk" if "disk" in self.knobs.tiers else "host"] += sum(self.group_bytes(group) for group in groups)
+        knobs = self.knobs
+        groups = [group for segment in segments for group in groups_of(segment)]
+        found = {"host": sum(place == "host" for place in knobs.weights) * self.layer_bytes,
+                 "disk": self.journal_bytes(segments)}  # fmt: skip
+        if knobs.states == "disk":
+            found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
+        elif knobs.states == "host":
+            found["host"] += sum(self.states_bytes(group) for group in groups)
+            if "disk" not in knobs.tiers:
+                found["host"] += sum(self.group_bytes(group) for group in groups)
         return found
+
+    def journal_bytes(self, segments: Sequence[Segment]) -> int:
+        """The values before the update on disk, in a file of their own: where states are paged and there are page files."""
+        if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
+            return 0
+        return sum(on_disk(self.group_bytes(group)) for segment in segments for group in groups_of(segment))
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -161,51 +217,45 @@ class Sizes:
 
     def batch_bytes(self, batch: MicroBatchSize) -> int:
         """Token ids, supervised positions and targets, and the positions of real tokens where there is padding."""
-        real = 8 * batch.n_rows if batch.padded else 0
-        return 8 * batch.n_rows + 16 * batch.n_supervised + real
+        return 8 * batch.n_rows + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
 
     def frame_bytes(self, batch: MicroBatchSize) -> int:
-        """Positions and rotary tables, by layer type (the same tables twice where a model has two types)."""
-        facts = self.shape.facts
-        tables = 2 * batch.n_tokens * facts.head_dim * self.shape.itemsize
-        masks = 0
-        if facts.model_type == "gemma2" or (facts.sliding_window and facts.sliding_window < batch.n_tokens):
-            masks = len(set(facts.layer_types)) * batch.n_tokens**2
-        return len(set(facts.layer_types)) * tables + 8 * batch.n_tokens + masks
+        """Positions, rotary tables and masks: they live as long as the micro-batch."""
+        return self._embed(batch)[1]
 
     def embed_within(self, batch: MicroBatchSize) -> int:
-        facts = self.shape.facts
-        c, stored = self.shape.itemsize, self.vocabulary_itemsize
-        gathered = min(batch.n_rows, facts.vocab_size) * facts.hidden_size * (stored + (c if c != stored else 0))
-        scaled = self.hidden_bytes(batch) if facts.model_type in ("gemma2", "gemma3_text", "granite") else 0
-        tables = 4 * 3 * batch.n_tokens * facts.head_dim
-        return self.hidden_bytes(batch) + max(gathered, scaled, self.frame_bytes(batch) + tables) + 32 * batch.n_rows
+        return self._embed(batch)[0]
 
-    def within(self, op: str, batch: MicroBatchSize) -> int:
-        return within_layer(self.shape, op, n_sequences=batch.n_sequences, n_tokens=batch.n_tokens)
+    def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
+        return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
 
-    def graph(self, batch: MicroBatchSize) -> tuple[int, bool]:
-        return graph_rest(self.shape, n_sequences=batch.n_sequences, n_tokens=batch.n_tokens)
+    @property
+    def _stored(self) -> Vocabularies:
+        return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
         """The gradient of the output, and a tile's loss with its backward."""
-        facts, c = self.shape.facts, self.shape.itemsize
-        hidden = facts.hidden_size
-        fixed = self.hidden_bytes(batch) + 8 * batch.n_rows
-        if task:
-            tile = min(LOSS_TOKEN_TILE, batch.n_supervised)
-            chunk = min(VOCABULARY_CHUNK[self.shape.device_type], facts.vocab_size)
-            rows, capped = tile * hidden, facts.model_type == "gemma2"
-            # tile and its norm's input (fp32), normed tile, sum; the scores in both dtypes; slopes of a soft cap
-            scoring = rows * (12 if c == 4 else 14) + tile * chunk * ((4 if c == 4 else 6) + (8 if capped else 0))
-            return fixed + max(scoring, rows * (24 if c == 4 else 26)) + 64 * tile
-        tile = min(LOSS_TOKEN_TILE, batch.n_rows)
-        inner = max(1, hidden // 4)
-        rows = tile * hidden
-        return (
-            fixed
-            + rows * (2 * c + (4 if c != 4 else 0))
-            + 5 * rows * 4
-            + 3 * tile * inner * 4
-            + self.group_bytes(("aux", 0))
-        )
+        arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
+        return arange + loss_within(
+            self.shape, self._stored, batch.n_sequences, batch.n_tokens, task=task,
+            n_selected=batch.n_supervised if task else batch.n_real_most,
+        )  # fmt: skip
+
+    # layers ----------------------------------------------------------------------------------------------------------
+
+    def forward_within(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        return forward_within(self._run(batch, layer, segment))
+
+    def graph(self, batch: MicroBatchSize, layer: int, segment: Segment) -> GraphBytes:
+        """A forward that makes a graph, and what that holds."""
+        return graph_bytes(self._run(batch, layer, segment))
+
+    def backward_within(self, batch: MicroBatchSize, layer: int, segment: Segment, *, kept: Keep, fresh: int) -> int:
+        """`fresh` bytes of gradients are made in it."""
+        return backward_within(self._run(batch, layer, segment), kept.value, fresh)
+
+    def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
+        shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
+        return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), layer == segment.first,
+                        shape.window(kind, n_tokens))  # fmt: skip

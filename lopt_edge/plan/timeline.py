@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
-from lopt_edge.plan.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
 
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
 
@@ -43,7 +44,7 @@ class Timeline:
 
     rows: tuple[OpBytes, ...]
 
-    @property
+    @cached_property
     def peak_row(self) -> OpBytes:
         return max(self.rows, key=lambda row: row.peak_bytes)
 
@@ -60,12 +61,15 @@ class Timeline:
         return max(row.disk_bytes for row in self.rows)
 
 
-def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> Timeline:
-    """Replay one step; `batches` has one entry a micro-batch."""
+def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, beside_bytes: int = 0) -> Timeline:
+    """Replay one step; `batches` has one entry a micro-batch. `beside_bytes` of activations live through all of it."""
     replay, rows = _Replay(plan, sizes, batches), []
+    replay.live["activations"] += beside_bytes
+    replay.total = sum(replay.live.values())
     for op in plan.ops:
-        held, within = replay.held(), replay.within(op)
+        held, before, within = replay.held(), replay.total, replay.within(op)
         replay.run(op)
+        within = max(within, replay.total + replay.within_end(op) - before)
         rows.append(OpBytes(op, held, within, replay.below["host"], replay.below["disk"]))
     return Timeline(tuple(rows))
 
@@ -75,7 +79,7 @@ class _Storage:
     """Bytes that live while somebody holds them; `holders` name categories."""
 
     n_bytes: int
-    holders: Counter[str] = field(default_factory=Counter)
+    holders: list[str] = field(default_factory=list)
 
 
 class _Replay:
@@ -83,33 +87,28 @@ class _Replay:
 
     def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> None:
         self.plan, self.sizes, self.batches = plan, sizes, batches
-        self.steady = Counter(sizes.persistent(plan))
-        self.below: Counter[str] = Counter(sizes.persistent_below(plan))
-        self.alive: list[_Storage] = []
+        self.live = sizes.persistent(plan)  # bytes by category, now
+        self.live["activations"] = sum(sizes.batch_bytes(batch) for batch in batches)
+        self.total = 0  # of all categories, once the replay begins
+        self.below: Counter[str] = Counter(sizes.persistent_below(plan.segments))
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
-        self.steady["activations"] += sum(sizes.batch_bytes(batch) for batch in batches)
         self.kept: dict[tuple[int, int], Keep] = {}
-        moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
-        self.stores = {op.group for op in plan.ops if op.kind is Kind.STEP} if moving else set()
+        self.own_blocks = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
         self.tiers: dict[tuple[str, int, int], tuple[str, int]] = {}  # thing -> (tier below, bytes there)
 
     # bookkeeping -----------------------------------------------------------------------------------------------------
 
     def held(self) -> dict[str, int]:
-        found = Counter(self.steady)
-        for storage in self.alive:
-            category = next((name for name in _PRIORITY if storage.holders[name]), None)
-            found[category or next(iter(+storage.holders))] += storage.n_bytes
-        return dict(found)
+        return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
 
     def hold(self, key: tuple[str, int, int], storage: _Storage | int, category: str) -> None:
         self.drop(key)
         if isinstance(storage, int):
             storage = _Storage(storage)
-        if not any(storage is other for other in self.alive):
-            self.alive.append(storage)
-        storage.holders[category] += 1
+        self._count(storage, -1)
+        storage.holders.append(category)
+        self._count(storage, 1)
         self.held_by[key] = (storage, category)
 
     def drop(self, key: tuple[str, int, int]) -> None:
@@ -117,15 +116,22 @@ class _Replay:
         if found is None:
             return
         storage, category = found
-        storage.holders[category] -= 1
-        if not +storage.holders:
-            self.alive = [other for other in self.alive if other is not storage]
+        self._count(storage, -1)
+        storage.holders.remove(category)
+        self._count(storage, 1)
+
+    def _count(self, storage: _Storage, sign: int) -> None:
+        if storage.holders:
+            category = next((name for name in _PRIORITY if name in storage.holders), storage.holders[0])
+            self.live[category] = self.live.get(category, 0) + sign * storage.n_bytes
+            self.total += sign * storage.n_bytes
 
     def storage(self, key: tuple[str, int, int]) -> _Storage:
         return self.held_by[key][0]
 
-    def send_down(self, key: tuple[str, int, int], tier: str, n_bytes: int) -> None:
+    def send_down(self, key: tuple[str, int, int], tier: str, n_bytes: int, n_pieces: int = 1) -> None:
         if key not in self.tiers:
+            n_bytes = on_disk(n_bytes, n_pieces) if tier == "disk" else n_bytes
             self.tiers[key] = (tier, n_bytes)
             self.below[tier] += n_bytes
 
@@ -145,22 +151,32 @@ class _Replay:
         batch = self.batches[op.micro_batch]
         if op.kind is Kind.EMBED:
             return sizes.embed_within(batch)
-        if op.kind is Kind.FORWARD:
-            return sizes.within("graph" if op.keep in (Keep.GRAPH, Keep.PAGES) else "forward", batch)
         if op.kind is Kind.LOSS:
             task = self.plan.segments[op.target].loss == "task"
             return sizes.loss_within(batch, task=task) + (0 if task else self.fresh_gradients(("aux", op.target)))
+        if op.kind not in (Kind.FORWARD, Kind.BACKWARD):
+            return 0
+        segment = self.plan.segment_of(op.target)
         if op.kind is Kind.BACKWARD:
-            first = op.target == self.plan.segment_of(op.target).first
-            recompute = self.kept[op.micro_batch, op.target] is Keep.INPUT
-            name = ("backward_first" if first else "backward") if recompute else "backward_graph"
-            return self.fresh_gradients(("layer", op.target)) + sizes.within(name, batch)
+            kept, fresh = self.kept[op.micro_batch, op.target], self.fresh_gradients(("layer", op.target))
+            return sizes.backward_within(batch, op.target, segment, kept=kept, fresh=fresh)
+        if op.keep in (Keep.GRAPH, Keep.PAGES):
+            return sizes.graph(batch, op.target, segment).within
+        return sizes.forward_within(batch, op.target, segment)
+
+    def within_end(self, op: Op) -> int:
+        """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
+        done = op.micro_batch == self.plan.n_micro_batches - 1
+        if done and op.kind is Kind.BACKWARD:
+            return self.sizes.group_bytes(("layer", op.target))
+        if done and op.kind is Kind.LOSS and self.plan.segments[op.target].loss == "reconstruct":
+            return self.sizes.group_bytes(("aux", op.target))
         return 0
 
     def fresh_gradients(self, group: tuple[str, int]) -> int:
-        """A group whose gradients move has a block of its own, made when its first gradient comes."""
+        """Where gradients move each group has a block of its own, made when its first gradient comes."""
         there = (f"gradients {group[0]}", -1, group[1]) in self.held_by
-        return self.sizes.group_bytes(group) if group in self.stores and not there else 0
+        return self.sizes.group_bytes(group) if self.own_blocks and not there else 0
 
     # what an op leaves -----------------------------------------------------------------------------------------------
 
@@ -182,9 +198,9 @@ class _Replay:
         if op.keep is Keep.INPUT:
             self.hold(("input", op.micro_batch, op.target), entering, "saved inputs")
         if op.keep in (Keep.GRAPH, Keep.PAGES):
-            rest, holds_input = self.sizes.graph(batch)
-            self.hold(("graph", op.micro_batch, op.target), rest, "activations")
-            if holds_input:
+            graph = self.sizes.graph(batch, op.target, segment)
+            self.hold(("graph", op.micro_batch, op.target), graph.rest, "activations")
+            if graph.holds_input:
                 self.hold(("graph input", op.micro_batch, op.target), entering, "activations")
         self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(batch), "activations")
 
@@ -208,7 +224,7 @@ class _Replay:
 
     def take_gradients(self, group: tuple[str, int]) -> None:
         key = (f"gradients {group[0]}", -1, group[1])
-        if group in self.stores and key not in self.held_by:
+        if self.own_blocks and key not in self.held_by:
             self.hold(key, self.sizes.group_bytes(group), "gradients")
 
     def _step(self, op: Op) -> None:
@@ -235,11 +251,12 @@ class _Replay:
             self.drop(("input", op.micro_batch, op.target))
 
     def _page_bytes(self, op: Op) -> int:
-        rest, holds_input = self.sizes.graph(self.batches[op.micro_batch])
-        return rest + (self.sizes.hidden_bytes(self.batches[op.micro_batch]) if holds_input else 0)
+        batch = self.batches[op.micro_batch]
+        graph = self.sizes.graph(batch, op.target, self.plan.segment_of(op.target))
+        return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
 
     def _page_out(self, op: Op) -> None:
-        self.send_down(("pages", op.micro_batch, op.target), op.tier, self._page_bytes(op))
+        self.send_down(("pages", op.micro_batch, op.target), op.tier, self._page_bytes(op), MOST_PAGES)
         self.at_wait["pages", "", op.micro_batch, op.target] = ("graph", "graph input")
 
     def _page_in(self, op: Op) -> None:

@@ -100,9 +100,9 @@ class Executor:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
                       own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
                       early=_has_early_steps(plan))  # fmt: skip
+        self.optimizer.begin_step(loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
-        self.optimizer.begin_step(loss_scale=self.loss_scale)
         try:
             for position, op in enumerate(plan.ops):
                 clock.micro_batch = op.micro_batch

@@ -24,6 +24,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
 from lopt_edge.plan.knobs import default_knobs, placement_of
+from lopt_edge.run import query_tiles
 from lopt_edge.run.moves import Mover
 from lopt_edge.run.tiled import TokenTiled
 from lopt_edge.run.vocabulary import Vocabulary
@@ -35,7 +36,7 @@ from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.nf4 import PackedWeight, pack
 
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")  # families that read the MLP's output once more inside the layer
-EAGER_ONLY = ("gemma2",)  # transformers refuses SDPA there: soft-capped attention scores
+EAGER_ONLY = ("gemma2",)  # in transformers, for soft-capped attention scores; here they run in query_tiles
 
 
 @dataclass(eq=False)
@@ -199,7 +200,10 @@ def make_skeleton(
     """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    attention = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    attention = "sdpa"
+    if facts.model_type in EAGER_ONLY:
+        query_tiles.register()
+        attention = query_tiles.NAME
     try:
         config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
         with torch.device("meta"):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts import ModelFacts
 from lopt_edge.run.load import Model
 from quant.files import read_tensor
 from quant.headers import FolderError, read_header, read_json
@@ -24,20 +23,6 @@ from quant.linear import DropoutClock, PackedLinear
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
-
-
-def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
-    """The linear layers' short names that `--lora-targets` names, in the layer's order."""
-    wanted = set(targets)
-    unknown = sorted(wanted - {*facts.linear_names, "all-linear"})
-    if unknown:
-        raise InputError(
-            f"{', '.join(unknown)} is not in this model", where="lora_targets",
-            fix=f"choose all-linear or from {', '.join(facts.linear_names)}",
-        )  # fmt: skip
-    if "all-linear" in wanted:
-        return facts.linear_names
-    return tuple(name for name in facts.linear_names if name in wanted)
 
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:

@@ -7,6 +7,7 @@ A `Parcel` is one tensor that may be on the device, below (in pinned host memory
   ordered against the computing stream by events in both directions, because a buffer that is overwritten too early trains
   on garbage while the loss still falls;
 - a fault of a worker appears at `wait`, as a RunError.
+A parcel may name the page file that its copies go to; that is for what must outlive damage to the other one (run/optim.py).
 
 `delay` is for tests: called in the worker with the name of the movement's stage, it may sleep, so that a missing wait shows
 (tests/laws/test_memory_features.py). What moves where and when is written in the plan; nothing is decided here.
@@ -40,10 +41,15 @@ class Parcel:
     tensor: Tensor | None
     host: Tensor | None = None
     offset: int | None = None  # in the page file
+    file: PageFile | None = None  # another page file than the mover's
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     n_bytes: int = 0
     pending: Callable[[], None] | None = None  # ends the movement under way
+
+    @property
+    def is_below(self) -> bool:
+        return self.host is not None or self.offset is not None
 
     def here(self) -> Tensor:
         if self.tensor is None or self.pending is not None:
@@ -52,17 +58,21 @@ class Parcel:
 
 
 class Mover:
-    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a CUDA device."""
+    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a CUDA device.
+
+    `journal_file` takes the optimizer's undo copies; without it they go to `page_file`, and are lost with that.
+    """
 
     def __init__(
         self,
         device: torch.device,
         *,
         page_file: PageFile | None = None,
+        journal_file: PageFile | None = None,
         pinned: PinnedPool | None = None,
         delay: Delay | None = None,
     ) -> None:
-        self.device, self.page_file, self.delay = device, page_file, delay
+        self.device, self.page_file, self.journal_file, self.delay = device, page_file, journal_file, delay
         self.pinned = pinned or PinnedPool(device)
         self.workers = ThreadPoolExecutor(N_WORKERS, thread_name_prefix="lopt-move")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -114,9 +124,10 @@ class Mover:
             event = self._copy(parcel.host, _flat(tensor))
             parcel.pending = lambda: (self.before_compute(event), self._let_go(parcel))[1]
             return
+        file = self._file(parcel)
         if parcel.offset is None:
-            parcel.offset = self._file().allocate(tensor.nbytes)
-        offset, file = parcel.offset, self._file()
+            parcel.offset = file.allocate(tensor.nbytes)
+        offset = parcel.offset
         if self.stream is None:
             job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
             parcel.pending = lambda: (result_of(job), self._let_go(parcel))[1]
@@ -146,11 +157,10 @@ class Mover:
             return
         if parcel.offset is None:
             raise RuntimeError("this parcel has no copy below")
-        job = self.submit("read", self._reader(parcel.offset, tensor, self.after_compute()))
+        job = self.submit("read", self._reader(self._file(parcel), parcel.offset, tensor, self.after_compute()))
         parcel.pending = lambda: (result_of(job), arrive())[1]
 
-    def _reader(self, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
-        file = self._file()
+    def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
         if self.stream is None:
             return lambda: file.read(offset, tensor_bytes(tensor))
 
@@ -195,22 +205,24 @@ class Mover:
         if parcel.host is not None:
             self.pinned.give(parcel.host, after=self.after_compute())
         if parcel.offset is not None:
-            self._file().free(parcel.offset)
+            self._file(parcel).free(parcel.offset)
         parcel.host = parcel.offset = None
 
     def _let_go(self, parcel: Parcel) -> None:
         parcel.tensor = None
 
-    def _file(self) -> PageFile:
-        if self.page_file is None:
+    def _file(self, parcel: Parcel) -> PageFile:
+        file = parcel.file or self.page_file
+        if file is None:
             raise RuntimeError("the plan pages to disk, but there is no page file")
-        return self.page_file
+        return file
 
     def close(self) -> None:
-        """Wait for the workers and remove the page file. May be called twice."""
+        """Wait for the workers and remove the page files. May be called twice."""
         self.workers.shutdown(wait=True)
-        if self.page_file is not None:
-            self.page_file.close()
+        for file in (self.page_file, self.journal_file):
+            if file is not None:
+                file.close()
         self.pinned.close()
 
 

@@ -10,6 +10,13 @@ judged before the first update; with early STEPs, before each group's), so that 
 without gradient would be skipped, one with a zero gradient is not: momentum and decay still move it; here every trained
 parameter always has one. When a group is updated, where its states lie and which learning rate it gets is the plan's and
 the caller's business.
+
+Where moments are paged, an update reads and writes files and so may fail between two groups. Before a group's update its
+values go down to the journal, in a page file of its own, so that one damaged file never costs the last finished step:
+- the file of the states is damaged: `roll_back` undoes this step's updates from the journal
+- the journal is damaged after updates of this step: they cannot be undone, but nothing else is missing; so the step goes
+  on to its end without a journal, and the fault is raised at the beginning of the next one
+Both damaged within one step is beyond it: `roll_back` says so.
 """
 
 from __future__ import annotations
@@ -95,6 +102,7 @@ class SegmentOptimizer:
         self.norms: dict[int, float] = {}
         self.judged = False
         self.loss_scale = 1.0
+        self.journal_fault: LoptError | None = None  # of the step under way, which goes on to its end
 
     def _make_group(self, name: GroupName, segment: int, parameters: list[nn.Parameter]) -> Group:
         """Move the parameters' values into the flat block."""
@@ -109,6 +117,10 @@ class SegmentOptimizer:
     # gradients -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, *, loss_scale: float = 1.0) -> None:
+        """Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone."""
+        if self.journal_fault is not None:
+            fault, self.journal_fault = self.journal_fault, None
+            raise RunError(f"the last step's undo copies could not be written: {fault}")
         self.norms, self.judged, self.loss_scale = {}, False, loss_scale
         for group in self.groups.values():
             group.square_norm, group.updated = None, False
@@ -169,15 +181,22 @@ class SegmentOptimizer:
             group.moments = Parcel(self.moments.zeros(group.n_elements))
         else:
             self.mover.up(group.moments)
-        group.journal = group.journal or Parcel(None)
+        group.journal = group.journal or Parcel(None, file=self.mover.journal_file)
         group.journal.tensor = group.values
         self.mover.down(group.journal, "disk" if self.mover.page_file else "host")
 
     def wait_states(self, name: GroupName) -> None:
         group = self.groups[name]
         self.mover.wait(group.moments)
-        if group.journal is not None:
+        if group.journal is None:
+            return
+        try:
             self.mover.wait(group.journal)
+        except LoptError as error:
+            self.mover.free(group.journal)  # what an earlier step left there must never be taken for this one's values
+            if not any(other.updated for other in self.groups.values()):
+                raise
+            self.journal_fault = self.journal_fault or error
 
     def roll_back(self) -> bool:
         """After a fault between updates: undo those of this step. False if that was not possible.
@@ -187,7 +206,7 @@ class SegmentOptimizer:
         for group in self.groups.values():
             if not group.updated:
                 continue
-            if group.journal is None:
+            if group.journal is None or not group.journal.is_below:
                 return False
             try:
                 self.mover.up(group.journal)

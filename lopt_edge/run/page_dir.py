@@ -1,7 +1,7 @@
 """The disk tier: the folder in which page files live, and the page file itself.
 
-`prepare_page_dir` looks before it makes anything: a folder that is refused is not created. It refuses what would fail
-later or lie: a file in the folder's place, a folder that cannot be written, too little free space, more than the disk
+`check_page_dir` looks and makes nothing, `prepare_page_dir` looks and makes the folder. They refuse what would fail later
+or lie: a file in the folder's place, a folder that cannot be written, too little free space, more than the disk
 budget, and file systems that are memory (tmpfs, ramfs), where paging out would take the memory that it is to free. The
 file system is that of the longest mount point in /proc/self/mounts; without that file (macOS) it is unknown and passes.
 What it cannot see: a disk image, an overlay or a network file system that itself lies in memory, and quotas.
@@ -45,8 +45,9 @@ import psutil
 from lopt_edge.doctor import MEMORY_FILE_SYSTEMS
 from lopt_edge.errors import InputError, RunError, raise_collected
 from lopt_edge.plan.budget import format_bytes
+from lopt_edge.plan.sizes import DISK_GRAIN
 
-GRAIN = 4096  # bytes; a page of memory and a block of common file systems
+GRAIN = DISK_GRAIN
 MOST_AT_ONCE = 1 << 30  # bytes of one system call: Linux stops at 2 GiB, macOS refuses more than that
 MOUNTS = Path("/proc/self/mounts")
 _PAGE_FILE = re.compile(r"lopt-pages-([1-9][0-9]{0,8})-.*\.bin", re.DOTALL)
@@ -77,25 +78,49 @@ class PageDir:
         return self.file_system in MEMORY_FILE_SYSTEMS
 
 
-def prepare_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None, mounts: Path = MOUNTS) -> PageDir:
-    """Make `path` ready for `need_bytes` of page files; InputError where that cannot be. Call before any PageFile."""
+def check_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None, mounts: Path = MOUNTS) -> PageDir:
+    """Whether `path` may hold `need_bytes` of page files; InputError where it may not. Touches stale page files only."""
     path = path.absolute()
-    try:
-        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    with _refused_where_unwritable(path):
+        existing = _nearest(path)
         if not existing.is_dir():
             raise InputError(f"{existing} is a file", where=_WHERE, fix="choose a folder, or a name that is free")
         if existing == path:
             _remove_stale(path)
         found = PageDir(path, _file_system(existing.resolve(), mounts), shutil.disk_usage(existing).free)
         raise_collected(_refusals(found, need_bytes, disk_budget_bytes))
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+    return found
+
+
+def prepare_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None, mounts: Path = MOUNTS) -> PageDir:
+    """Make `path` ready for `need_bytes` of page files; InputError where that cannot be. Call before any PageFile."""
+    found = check_page_dir(path, need_bytes=need_bytes, disk_budget_bytes=disk_budget_bytes, mounts=mounts)
+    with _refused_where_unwritable(found.path):
+        found.path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=found.path).close()
+    return found
+
+
+def memory_file_system(path: Path, *, mounts: Path = MOUNTS) -> str | None:
+    """The type of the file system that holds `path`, or would, if that is memory; None for a disk, or where unknown."""
+    kind = _file_system(_nearest(path.absolute()).resolve(), mounts)
+    return kind if kind in MEMORY_FILE_SYSTEMS else None
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the first folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+@contextmanager
+def _refused_where_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"cannot write in {path} ({reason})", where=_WHERE, fix="choose a folder that you may write in"
         ) from None
-    return found
 
 
 def _refusals(found: PageDir, need_bytes: int, disk_budget_bytes: int | None) -> list[InputError]:

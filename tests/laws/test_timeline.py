@@ -1,56 +1,126 @@
 """Design law 6: the planner's timeline predicts the tracked tensor bytes of a step, op by op and in the peak.
 
-The optimizer's second step is watched by the dispatch-mode tracker. Shapes here have one block of MLP features; with
-several the prediction is up to a few per cent off, which these tests do not cover yet. A kept graph of a segment's first
-layer is predicted with its input, which it does not hold: one hidden state too much.
+Random runs (tests/laws/timeline_bench.py): a family, both dtypes, every knob, one step of them watched by the dispatch-mode
+tracker. The optimizer's second step, since moments and buffers are predicted as grown. What is left between the two:
+- numbers of a few bytes: a norm for each parameter group is predicted from the beginning of the step
+- at the worst moment of the task loss the last chunk of the vocabulary is predicted as large as the others
+- EMBED is predicted as if no token came twice
+- while something moves, it is in its category for the planner and in `activations` for the meter
+
+A few settings, chosen so that together they reach everything, run by default; 260 more with `-m long`. Not covered: CUDA
+(its kernels allocate otherwise; predict.py adds a margin), and windows without a single supervised token.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from lopt_edge.models import find_model, quantise_model
-from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.sizes import Sizes
-from lopt_edge.plan.timeline import timeline
-from lopt_edge.report import MemoryMeter
-from tests.laws.bench import make_bench, random_batch
-from tests.models import make_folder
+from lopt_edge.plan.ops import Kind
+from tests.laws.timeline_bench import Comparison, Setting, compare, odd_setting, random_setting
+from tests.models import FAMILIES
 
-N_LAYERS = 4
-EVERYTHING_BELOW = {"weights": ("disk",) * N_LAYERS, "saved_inputs": "disk", "states": "disk", "gradients": "disk"}
-KNOBS = {
-    "on the device": {},
-    "graphs kept": {"activations": ("keep",) * N_LAYERS},
-    "graphs paged": {"activations": ("page",) * N_LAYERS},
-    "everything below": EVERYTHING_BELOW,
+PLAIN = (0, 1, 2, 16, 23, 34, 35, 58, 188, 221, 222, 232, 244, 251, 258, 281, 283, 357, 388)
+DROPOUT = (37, 62, 184)
+ODD = (0, 3, 6)
+CATEGORIES = {
+    "weights",
+    "adapters",
+    "optimizer",
+    "gradients",
+    "aux heads",
+    "saved inputs",
+    "activations",
+    "head",
+    "workspace",
 }
+MOVING = ("optimizer", "gradients", "saved inputs")
+NUMBERS = 64  # bytes of scalars that nobody predicts
 
 
-@pytest.mark.parametrize("name", list(KNOBS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "method", "num_segments"), [("qwen2", "e2e", 1), ("llama", "lopt", 2)])
-def test_predicted_bytes_are_the_tracked_ones(tmp_path, family, method, num_segments, dtype, name):
-    changes = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 4096}
-    make_folder(tmp_path / "m", family, num_hidden_layers=N_LAYERS, **changes)
-    quantise_model(find_model(str(tmp_path / "m")), tmp_path / "q")
-    values = {"weights": ("resident",) * N_LAYERS, "activations": ("recompute",) * N_LAYERS, **KNOBS[name]}
-    knobs = Knobs(**values)
-    bench = make_bench(
-        tmp_path / "q", method=method, num_segments=num_segments, dtype=dtype, knobs=knobs, page_dir=tmp_path
-    )
-    batch, rates = random_batch((500,), seed=1), {0: 1e-3, 1: 1e-3}
-    bench.executor.run(bench.plan, [batch], step=1, learning_rates=rates)
-    meter = MemoryMeter(bench.executor)
-    with meter.watching([batch]):
-        bench.executor.run(bench.plan, [batch], step=2, learning_rates=rates)
-    bench.executor.mover.close()
-    shape = LayerShape(bench.model.facts, dtype.itemsize, 4, bench.model.facts.linear_names)
-    found = timeline(bench.plan, Sizes(shape, knobs, vocabulary_itemsize=4), [batch.size])
-    peak = max(row.peak_bytes for row in meter.rows)
-    assert 0.999 <= found.peak_bytes / peak <= 1.02
-    for predicted, measured in zip(found.rows, meter.rows, strict=True):
-        too_much = sum(predicted.held.values()) - sum(measured.held.values())
-        assert -0.002 * peak <= too_much <= 0.03 * peak, predicted.op.text()
+def chosen() -> list[Setting]:
+    plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
+    return [*plain, *dropped, *(odd_setting(n) for n in ODD)]
+
+
+def named(settings: list[Setting]) -> list[object]:
+    return [pytest.param(s, id=f"{i}-{s.family}-{s.method}-{str(s.dtype)[6:]}") for i, s in enumerate(settings)]
+
+
+@pytest.mark.parametrize("setting", named(chosen()))
+def test_predicted_bytes_are_the_tracked_ones(tmp_path, setting):
+    check(setting, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(400, 560, 10))
+def test_predicted_bytes_of_more_runs(tmp_path, first):
+    for number in range(first, first + 10):
+        check(random_setting(number, dropout=number % 3 == 0), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(100, 200, 10))
+def test_predicted_bytes_of_odd_runs(tmp_path, first):
+    for number in range(first, first + 10):
+        check(odd_setting(number), tmp_path)
+
+
+def check(setting: Setting, folder: Path) -> None:
+    found = compare(setting, folder)
+    assert 1 - 1e-4 <= found.ratio <= 1.02, f"{found.text()}\n{found.table()}"
+    assert found.same_op, f"{found.text()}\n{found.table()}"
+    for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):
+        op, too_much = predicted.op.text(), sum(predicted.held.values()) - sum(measured.held.values())
+        assert measured.text == op
+        assert 0 <= too_much <= NUMBERS, (op, found.table())
+        assert predicted.peak_bytes == sum(predicted.held.values()) + predicted.within
+        too_much = predicted.peak_bytes - measured.peak_bytes
+        assert too_much >= -NUMBERS, (op, found.table())
+        assert predicted.op.kind is Kind.EMBED or too_much <= 0.02 * measured.peak_bytes + NUMBERS, (
+            op,
+            found.text(),
+        )
+    check_categories(found)
+
+
+def check_categories(found: Comparison) -> None:
+    """What lies where from step to step is told exactly; what moves is at most late."""
+    for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):
+        where, got, said = predicted.op.text(), measured.held, predicted.held
+        assert set(got) | set(said) <= CATEGORIES
+        assert min(*got.values(), *said.values()) >= 0
+        for name in ("weights", "head"):
+            assert said.get(name, 0) == got.get(name, 0), (name, where)
+        assert 0 <= said["workspace"] - got["workspace"] <= NUMBERS, where
+        # one block for the executor
+        assert said["adapters"] + said.get("aux heads", 0) == got["adapters"], where
+        for name in MOVING:
+            off = said.get(name, 0) - got.get(name, 0)
+            assert off >= 0 if found.setting.knobs.tiers else off == 0, (name, where)
+
+
+def test_the_chosen_runs_reach_every_knob():
+    runs = chosen()
+    knobs = [run.knobs for run in runs]
+    assert {(run.family) for run in runs} == set(FAMILIES)
+    assert {run.dtype for run in runs} == {run.stored for run in runs} == {torch.float32, torch.bfloat16}
+    assert {run.method for run in runs} == {"e2e", "lopt", "frozen"}
+    assert {run.num_segments for run in runs} == {1, 2, 3}
+    assert {frozenset(one.weights) for one in knobs} == {
+        frozenset(w) for w in (["resident"], ["disk"], ["resident", "disk"])
+    }
+    assert {len(set(one.activations)) for one in knobs} == {1, 2, 3}
+    assert {a for one in knobs for a in one.activations} == {"keep", "recompute", "page"}
+    assert {one.prefetch for one in knobs} == {0, 1, 2}
+    assert {one.saved_inputs for one in knobs} == {one.states for one in knobs} == {"device", "disk"}
+    moved = {(one.apply, len(run.lengths) > 1) for one, run in zip(knobs, runs, strict=True) if one.gradients == "disk"}
+    assert moved == {("step", False), ("step", True), ("segment", False), ("segment", True), ("layer", False)}
+    assert {(one.apply, one.optimizer) for one in knobs if one.states == "disk"} >= {
+        ("step", "adamw"), ("step", "adamw8bit"), ("segment", "adamw"), ("layer", "adamw")}  # fmt: skip
+    assert any(len(set(lengths)) > 1 for run in runs for lengths in run.lengths), "padding"
+    assert any(max(lengths) > 1024 for run in runs for lengths in run.lengths), "more than a tile"
+    assert any(run.changes["intermediate_size"] > 1024 for run in runs), "more than a block"
+    assert any(run.dropout for run in runs)

@@ -57,3 +57,34 @@ def test_a_plan_is_made_without_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{2 * (1 + 4 + 2 + 4) + 5} True"
+
+
+def test_plan_run_needs_no_torch():
+    done = run_blocked(
+        "from lopt_edge import plan_run\n"
+        "found = plan_run('qwen3-0.6b', gpu='rtx4090', max_seq_len=512)\n"
+        "print(found.fits, found.longest_context > 512, 'torch' in sys.modules)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True", "False"]
+
+
+def test_the_plan_command_needs_no_torch(tmp_path):
+    picture = tmp_path / "bytes.svg"
+    words = [
+        "plan",
+        "--model",
+        "qwen3-0.6b",
+        "--device",
+        "cpu",
+        "--max-seq-len",
+        "256",
+        "--explain",
+        "--timeline",
+        str(picture),
+    ]
+    words += ["--device-memory", "4GB"]
+    done = run_blocked(f"sys.argv = ['lopt-edge', *{words!r}]\nfrom lopt_edge.cli import main\nmain()\n")
+    assert done.returncode == 0, done.stderr
+    assert "fits: device" in done.stdout and "plan 2 method=lopt" in done.stdout
+    assert picture.exists()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopt_edge.plan.picture import BOTTOM, COLUMNS, LEFT, RIGHT, TOP, OpRow, draw_timeline
+from lopt_edge.plan.drawing import LEFT, RIGHT, TOP
+from lopt_edge.plan.picture import BOTTOM, COLUMNS, HEIGHT, LOWER_BOTTOM, LOWER_HEIGHT, LOWER_TOP, OpRow, draw_timeline
 
 MIB = 1 << 20
 SVG = "{http://www.w3.org/2000/svg}"
@@ -148,3 +149,80 @@ def test_rows_that_cannot_be_are_refused():
         draw_timeline([row(), row(peak_bytes=1)], title="too low")
     with pytest.raises(ValueError, match="fewer than 0"):
         draw_timeline([row(held={"weights": -1})], title="negative")
+    with pytest.raises(ValueError, match=r"op 0 .* on a lower tier"):
+        draw_timeline([row(disk_bytes=-1)], title="negative")
+
+
+# --- the tiers below --------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_on_the_tiers_below_is_drawn_under_the_same_ops():
+    hosts = [0, 300, 300, 100]
+    rows = [row(host_bytes=host * MIB, disk_bytes=50 * MIB) for host in hosts]
+    picture = draw(rows)
+    assert float(picture.get("height")) == LOWER_HEIGHT
+    full = (LOWER_BOTTOM - LOWER_TOP) / 1.04 / 300  # px a MiB
+    quarter = (RIGHT - LEFT) / 4
+    expected = [(0, 0), (1, 0), (1, 300), (3, 300), (3, 100), (4, 100)]
+    for (x, y), (op, amount) in zip(place(picture, "host"), expected, strict=True):
+        assert x == pytest.approx(LEFT + op * quarter, abs=0.1)
+        assert y == pytest.approx(LOWER_BOTTOM - amount * full, abs=0.1)
+    assert [y for _, y in place(picture, "disk")] == pytest.approx([LOWER_BOTTOM - 50 * full] * 2, abs=0.1)
+    legend = words(picture)
+    assert legend[legend.index("host") + 1] == "300.0 MiB"
+    assert legend[legend.index("disk") + 1] == "50.0 MiB"
+    assert sum(text == "op of the step (4 in all)" for text in legend) == 1
+
+
+def test_a_picture_without_lower_tiers_has_no_plot_for_them_and_one_tier_alone_no_line_for_the_other():
+    plain = draw([row()])
+    assert float(plain.get("height")) == HEIGHT
+    assert part(plain, "host") is part(plain, "disk") is None
+    assert not {"host", "disk", "on the tiers below"} & set(words(plain))
+    disk = draw([row(), row(disk_bytes=1)])
+    assert part(disk, "host") is None and part(disk, "disk") is not None
+    assert "host" not in words(disk)
+
+
+def test_the_main_plot_is_the_same_with_and_without_lower_tiers():
+    rows = [row(total=500 + i, measured_bytes=500 * MIB) for i in range(50)]
+    plain, both = (draw(rows, budget_bytes=800 * MIB) for rows in (rows, [replace(one, host_bytes=MIB) for one in rows]))
+    for name in ("peak", "measured"):
+        assert part(plain, name).get("d") == part(both, name).get("d")
+    areas = [[path.get("d") for path in picture.iter(f"{SVG}path") if len(path)] for picture in (plain, both)]
+    assert areas[0] == areas[1]
+    assert [text for text in words(plain) if text not in words(both)] == []
+
+
+@pytest.mark.parametrize("n_rows", [1, COLUMNS + 1, 20_000])
+@pytest.mark.parametrize("n_bytes", [1, 1 << 40])
+def test_many_ops_never_lose_the_highest_of_a_lower_tier(n_rows, n_bytes):
+    rows = [row() for _ in range(n_rows)]
+    at = n_rows // 3
+    rows[at] = row(total=400, host_bytes=n_bytes, disk_bytes=n_bytes)  # not the op that its column shows
+    text = draw_timeline(rows, title="many")
+    assert len(text) < 250_000
+    for tier in ("host", "disk"):
+        corners = place(ElementTree.fromstring(text), tier)
+        top = min(y for _, y in corners)
+        assert top == pytest.approx(LOWER_BOTTOM - (LOWER_BOTTOM - LOWER_TOP) / 1.04, abs=0.1)
+        start, end = (x for x, y in corners if y == top)
+        assert start - 0.1 <= LEFT + (at + 0.5) / n_rows * (RIGHT - LEFT) <= end + 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 42), st.integers(0, 1 << 42)), min_size=1, max_size=40))
+def test_lower_tiers_stay_in_their_plot_and_start_and_end_with_their_bytes(figures):
+    picture = draw([row(host_bytes=host, disk_bytes=disk) for host, disk in figures])
+    highest = max(map(max, figures))
+    for index, name in enumerate(("host", "disk")):
+        values = [figure[index] for figure in figures]
+        if not any(values):
+            assert part(picture, name) is None
+            continue
+        corners = place(picture, name)
+        assert all(LEFT <= x <= RIGHT and LOWER_TOP <= y <= LOWER_BOTTOM for x, y in corners)
+        assert (corners[0][0], corners[-1][0]) == (LEFT, RIGHT)
+        for (_, y), value in ((corners[0], values[0]), (corners[-1], values[-1])):
+            share = value / highest / 1.04
+            assert y == pytest.approx(LOWER_BOTTOM - share * (LOWER_BOTTOM - LOWER_TOP), abs=0.1)

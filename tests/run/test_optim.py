@@ -1,5 +1,4 @@
-"""The learning-rate schedule's values, AdamW per group, and that neither a bad gradient nor the way through the page file
-leaves a trace."""
+"""AdamW per group, and that neither a bad gradient nor the way through page files leaves a trace."""
 
 from __future__ import annotations
 
@@ -10,13 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lopt_edge.errors import RunError
-from lopt_edge.run.moments import BLOCK, make_moments
 from lopt_edge.run.moves import Mover
-from lopt_edge.run.optim import Group, GroupName, NotFinite, SegmentOptimizer, learning_rate
+from lopt_edge.run.optim import Group, GroupName, NotFinite, SegmentOptimizer
 from lopt_edge.run.page_dir import GRAIN, PageFile
 
 CPU = torch.device("cpu")
@@ -24,42 +20,6 @@ RATES = {0: 1e-2, 1: 1e-3}
 SEGMENTS = {("layer", 0): 0, ("aux", 0): 0, ("layer", 1): 1}
 SHAPES = {("layer", 0): ((3, 4), (5,)), ("aux", 0): ((7,),), ("layer", 1): ((3, 4), (5,))}
 Gradients = dict[GroupName, list[torch.Tensor]]
-
-
-def rates(n_steps: int, schedule: str, ratio: float) -> list[float]:
-    return [learning_rate(step, n_steps=n_steps, peak=2.0, schedule=schedule, warmup_ratio=ratio)
-            for step in range(1, n_steps + 1)]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("schedule", "ratio", "expected"),
-    [
-        ("constant", 0.0, [2.0] * 5),
-        ("constant", 0.5, [2 / 3, 4 / 3, 2.0, 2.0, 2.0]),  # warm-up over ceil(2.5) steps, the last of them at the peak
-        ("linear", 0.0, [2.0, 1.6, 1.2, 0.8, 0.4]),
-        ("linear", 0.2, [2.0, 2.0, 1.5, 1.0, 0.5]),
-        ("cosine", 0.0, [1 + math.cos(math.pi * i / 5) for i in range(5)]),
-        ("cosine", 0.4, [1.0, 2.0, 2.0, 1.5, 0.5]),
-    ],
-)
-def test_values(schedule, ratio, expected):
-    assert rates(5, schedule, ratio) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.99])
-def test_a_single_step_runs_at_the_peak(schedule, ratio):
-    assert rates(1, schedule, ratio) == [2.0]
-
-
-@given(st.integers(1, 300), st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.99))
-def test_every_step_learns_and_none_exceeds_the_peak(n_steps, schedule, ratio):
-    values = rates(n_steps, schedule, ratio)
-    assert all(0 < value <= 2.0 for value in values)
-    assert max(values) == 2.0
-    n_warmup = math.ceil(ratio * n_steps)
-    assert values[:n_warmup] == sorted(values[:n_warmup])
-    assert values[n_warmup:] == sorted(values[n_warmup:], reverse=True)
 
 
 def make_parameters() -> dict[GroupName, list[torch.nn.Parameter]]:
@@ -262,40 +222,14 @@ def test_eight_bit_moments_follow_fp32():
     assert small.groups[name].moments.here().nbytes < exact.groups[name].moments.here().nbytes / 3.8
 
 
-@pytest.mark.parametrize("n_elements", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 1000])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_the_zero_state_is_exactly_zero(optimizer, n_elements):
-    """Before the first step, and still after an update by nothing: an unused group does not drift."""
-    storage = make_moments(optimizer, CPU)
-    stored = storage.zeros(n_elements)
-    for _ in range(2):
-        with storage.unpacked(stored, n_elements) as (first, second):
-            assert first.shape == second.shape == (n_elements,)
-            assert first.dtype == second.dtype == torch.float32
-            assert not first.any() and not second.any()
-
-
-@pytest.mark.parametrize("n_elements", [1, 3, BLOCK + 1, 1000])
-def test_eight_bit_moments_are_kept_within_a_block_s_precision(n_elements):
-    storage = make_moments("adamw8bit", CPU)
-    stored, generator = storage.zeros(n_elements), torch.Generator().manual_seed(3)
-    given = [torch.randn(n_elements, generator=generator), torch.rand(n_elements, generator=generator)]
-    with storage.unpacked(stored, n_elements) as unpacked:
-        for tensor, value in zip(unpacked, given, strict=True):
-            tensor.copy_(value)
-    with storage.unpacked(stored, n_elements) as unpacked:
-        for tensor, value in zip(unpacked, given, strict=True):
-            assert (tensor - value).abs().max() <= 0.02 * value.abs().max()
-            assert torch.equal(tensor == 0, value == 0)
-
-
 # the way through the page file ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mover(tmp_path: Path) -> Iterator[Mover]:
-    """Pages to a real file, every read and write held up a little."""
-    made = Mover(CPU, page_file=PageFile(tmp_path, n_bytes=GRAIN, name="optim"), delay=lambda stage: time.sleep(0.001))
+    """Pages to real files, every read and write held up a little."""
+    files = {f"{name}_file": PageFile(tmp_path, n_bytes=GRAIN, name=name) for name in ("page", "journal")}
+    made = Mover(CPU, **files, delay=lambda stage: time.sleep(0.001))
     yield made
     made.close()
 
@@ -353,13 +287,13 @@ def test_states_and_gradients_come_back_bitwise(mover, kind, tier):
     assert_same(moments(paged), moments(here))
 
 
-def test_the_page_file_holds_states_and_journals_and_nothing_else(mover):
+def test_the_page_files_hold_states_and_journals_and_nothing_else(mover):
     """After each step the gradients' pages are free again: space does not grow with the steps."""
     optimizer, used = make_optimizer(mover), []
     for seed in range(3):
         paged_update(optimizer, [make_gradients(seed=seed)])
-        used.append(mover.page_file.used_bytes)
-    assert used == [2 * len(SEGMENTS) * GRAIN] * 3
+        used += [mover.page_file.used_bytes, mover.journal_file.used_bytes]
+    assert used == [len(SEGMENTS) * GRAIN] * 6
 
 
 def test_host_memory_does_not_grow_with_the_steps():
@@ -426,9 +360,65 @@ def test_roll_back_fails_where_the_journal_cannot_be_read(mover):
     optimizer = make_optimizer(mover)
     complete_paged(optimizer, make_gradients(seed=0))
     paged_step(optimizer, ("layer", 0), store=False)
-    mover.page_file.close()
+    mover.journal_file.close()
     optimizer.drop_gradients()
     assert not optimizer.roll_back()
+
+
+def test_roll_back_needs_no_page_file(mover):
+    optimizer = make_optimizer(mover)
+    paged_update(optimizer, [make_gradients(seed=0)])
+    before = values(optimizer)
+    complete_paged(optimizer, make_gradients(seed=1))
+    paged_step(optimizer, ("layer", 0), store=False)
+    mover.page_file.close()
+    optimizer.drop_gradients()
+    assert optimizer.roll_back()
+    assert_same(values(optimizer), before)
+
+
+def fail_journal(mover: Mover, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writes fail from now on; what an earlier step wrote there can still be read."""
+
+    def refuse(offset: int, data: memoryview) -> None:
+        raise RunError("no journal today")
+
+    monkeypatch.setattr(mover.journal_file, "write", refuse)
+
+
+def test_a_journal_that_fails_between_two_updates_is_told_after_the_step(mover, monkeypatch):
+    optimizer, reference = make_optimizer(mover), make_optimizer()
+    first, *others = [group.name for group in complete_paged(optimizer, make_gradients(seed=0))]
+    paged_step(optimizer, first)
+    fail_journal(mover, monkeypatch)
+    for name in others:
+        paged_step(optimizer, name)
+    update(reference, make_gradients(seed=0))
+    assert_same(values(optimizer), values(reference))
+    with pytest.raises(RunError, match="undo copies could not be written: no journal today"):
+        optimizer.begin_step()
+    assert_same(values(optimizer), values(reference))
+
+
+@pytest.mark.parametrize("n_updated", [0, 1])
+def test_an_older_journal_is_never_taken_for_this_step_s(mover, monkeypatch, n_updated):
+    """The failed write left the last step's undo copy in its place: rolling back to that would be silent garbage."""
+    optimizer = make_optimizer(mover)
+    paged_update(optimizer, [make_gradients(seed=0)])
+    before = values(optimizer)
+    names = [group.name for group in complete_paged(optimizer, make_gradients(seed=1))]
+    for name in names[:n_updated]:
+        paged_step(optimizer, name)
+    fail_journal(mover, monkeypatch)
+    if n_updated == 0:
+        with pytest.raises(RunError, match="no journal today"):
+            paged_step(optimizer, names[0])
+    else:
+        paged_step(optimizer, names[1])
+    optimizer.drop_gradients()
+    assert optimizer.roll_back() == (n_updated == 0)
+    if n_updated == 0:
+        assert_same(values(optimizer), before)
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -1,0 +1,86 @@
+"""The plan against the run: what each op of the first two steps took, beside what was predicted, in `plan.json`.
+
+The first step is the largest one of the run (data/order.py), the second is the first with all optimizer states: what is
+too much shows here and not in hour five. On the CPU an op's bytes are the resident set at its end, and the process' peak
+if the op raised it; on CUDA what the allocator has reserved by then, and the context. Reading them costs some 0.1 ms an
+op, so only two steps are read. A peak beyond the prediction is said; nothing is changed by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_edge.artifacts import write_text
+from lopt_edge.plan.budget import format_bytes
+from lopt_edge.plan.ops import Op
+from lopt_edge.plan.predict import Prediction
+from lopt_edge.plan.run_plan import RunPlan
+from lopt_edge.run.executor import Executor
+from lopt_edge.run.meter import peak_rss_bytes, resident_bytes
+
+PLAN_NAME = "plan.json"
+N_STEPS = 2
+
+
+class FirstSteps:
+    """Watches steps of an executor and keeps both sides of each."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.device = executor, executor.model.device
+        self.steps: list[dict[str, Any]] = []
+
+    @contextmanager
+    def watching(self, step: int, prediction: Prediction) -> Iterator[None]:
+        """Around one `executor.run`; `prediction` is that of its micro-batches."""
+        measured: list[int] = []
+        peak = self._peak()
+
+        def observe(op: Op, after: bool) -> None:
+            nonlocal peak
+            if after:
+                highest = self._peak()
+                measured.append(highest if highest > peak else self._now(prediction))
+                peak = highest
+
+        self.executor.observe = observe
+        try:
+            yield
+        finally:
+            self.executor.observe = None
+        beside = prediction.library_bytes + prediction.slack_bytes
+        rows = prediction.timeline.rows
+        self.steps.append({
+            "step": step,
+            "predicted_device_bytes": prediction.device_bytes,
+            "measured_device_bytes": max(measured),
+            "ops": [{"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
+                    for row, n_bytes in zip(rows, measured, strict=True)],
+        })  # fmt: skip
+
+    def _peak(self) -> int:
+        """Of the process so far. CUDA's is not asked: the allocator keeps what it reserved."""
+        return peak_rss_bytes() if self.device.type == "cpu" else 0
+
+    def _now(self, prediction: Prediction) -> int:
+        if self.device.type == "cpu":
+            return resident_bytes()
+        return torch.cuda.memory_reserved(self.device) + prediction.library_bytes  # the context
+
+    def surprise(self) -> str | None:
+        """A sentence if the last step took more than predicted."""
+        last = self.steps[-1]
+        predicted, measured = last["predicted_device_bytes"], last["measured_device_bytes"]
+        if measured <= predicted:
+            return None
+        at = max(last["ops"], key=lambda row: row["measured_bytes"])["op"]
+        return (f"step {last['step']} took {format_bytes(measured)} at {at}, {measured / predicted - 1:.1%} more than the "
+                f"{format_bytes(predicted)} predicted; keep that much room")  # fmt: skip
+
+    def write(self, output: Path, plan: RunPlan) -> None:
+        write_text(output / PLAN_NAME, json.dumps({"plan": plan.as_dict(), "steps": self.steps}, indent=1) + "\n")

@@ -1,0 +1,151 @@
+"""`finetune` and its planner: refused before anything is written, started in spite of it, both sides of the first steps.
+
+Runs of one or two steps on the embedded model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lopt_edge import cli, finetune
+from lopt_edge.data import epoch_windows
+from lopt_edge.errors import DoesNotFit
+from lopt_edge.first_steps import FirstSteps
+from lopt_edge.preparation import read_inputs
+from lopt_edge.progress import Progress
+from tests.plan.test_run_plan import KEYS
+from tests.runs import make_config
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny-llama"
+MIB = 1 << 20
+
+
+class Noted(Progress):
+    """What a run tells."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def config_of(root: Path, cache: str, **changes: Any) -> Any:
+    return make_config(TINY, root, n_rows=12, **{"cache_dir": cache, "max_steps": 2, **changes})
+
+
+def test_what_cannot_fit_is_refused_and_nothing_is_written(tmp_path, cache, monkeypatch, capsys):
+    config = config_of(tmp_path, str(tmp_path / "cache"), device_memory="50MB")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DoesNotFit) as caught:
+        finetune(config)
+    text = str(caught.value)
+    assert "iB needed, 48 MiB allowed" in text and "--device-memory" in text and "--force" in text
+    flags = [word for name in ("model", "data", "output", "cache_dir", "device")
+             for word in (f"--{name.replace('_', '-')}", getattr(config, name))]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["lopt-edge", "finetune", *flags, "--device-memory", "50MB", "--max-seq-len", "128"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 3
+    assert "nothing fits the memory budgets" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_force_starts_in_spite_of_it_and_the_budget_is_not_held(tmp_path, cache):
+    told, held = Noted(), {"optimizer_states": "device", "weights": "resident", "activations": "keep"}
+    need = read_inputs(config_of(tmp_path, cache, **held)).run_plan.peak_bytes["device"]
+    tight = {**held, "device_memory": f"{need - 40 * MIB}B", "max_steps": 1}
+    with pytest.raises(DoesNotFit):
+        read_inputs(config_of(tmp_path, cache, **tight))
+    result = finetune(config_of(tmp_path, cache, force=True, **tight), told)
+    assert result is not None and result.steps == 1
+    assert any("DOES NOT FIT" in note for note in told.notes)
+    values = json.loads((result.output / "plan.json").read_text())
+    assert values["plan"]["fits"] is False and len(values["steps"]) == 1
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, cache):
+    told = Noted()
+    assert finetune(config_of(tmp_path, cache, dry_run=True), told) is None
+    assert any(note.startswith("memory: weights resident") and "the best of " in note for note in told.notes)
+    assert any(note.startswith("predicted for the largest step: fits: device ") for note in told.notes)
+    assert any(note.startswith("plan ") and "2 steps" in note for note in told.notes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, cache: str) -> tuple[Any, dict, dict]:
+    """(inputs, plan.json, run.json) of a run of three steps."""
+    root = tmp_path_factory.mktemp("run")
+    config = config_of(root, cache, max_steps=3, seed=5, optimizer_states="disk")
+    inputs = read_inputs(config)
+    assert finetune(config) is not None
+    return inputs, *(json.loads((Path(config.output) / name).read_text()) for name in ("plan.json", "run.json"))
+
+
+def test_plan_json_has_both_sides_of_every_op_of_two_steps(done):
+    inputs, values, run = done
+    assert set(values) == {"plan", "steps"} and set(values["plan"]) >= KEYS
+    assert values["plan"]["plan_hash"] == run["plan"]["hash"]
+    assert [step["step"] for step in values["steps"]] == [1, 2]
+    plan = inputs.plan(2)
+    for step in values["steps"]:
+        assert [row["op"] for row in step["ops"]] == [op.text() for op in plan.ops]
+        assert min(row["measured_bytes"] for row in step["ops"]) > 50 * MIB
+        assert step["measured_device_bytes"] == max(row["measured_bytes"] for row in step["ops"])
+        assert step["predicted_device_bytes"] == max(row["predicted_bytes"] for row in step["ops"])
+
+
+def test_the_first_step_is_the_largest_window(done):
+    inputs, values, _ = done
+    lengths, config = inputs.train.lengths, inputs.config
+    windows = epoch_windows(lengths, seed=5, epoch=0, batch_size=config.batch_size, grad_accum=config.grad_accum)
+
+    def rows(window: Any) -> list[int]:
+        return [len(batch) * max(lengths[i] for i in batch) for batch in window]
+
+    assert len({max(rows(window)) for window in windows}) > 1, "the windows differ: this test can fail"
+    assert max(rows(windows[0])) == max(max(rows(window)) for window in windows)
+    first, second = values["steps"]
+    assert first["predicted_device_bytes"] >= second["predicted_device_bytes"]
+    assert first["predicted_device_bytes"] <= values["plan"]["peak_bytes"]["device"], "that of the largest possible window"
+
+
+def test_run_json_keeps_what_was_predicted(done):
+    _, values, run = done
+    predicted = run["predicted"]
+    assert set(predicted) >= {"device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "peak_op", "step_seconds"}
+    assert predicted["device_bytes"] == values["plan"]["peak_bytes"]["device"]
+    assert predicted["disk_bytes"] == values["plan"]["peak_bytes"]["disk"] > 0
+    assert predicted["peak_op"] == values["plan"]["peak_op"]
+    assert predicted["step_seconds"] == values["plan"]["step_seconds"] > 0
+    assert any(reason.startswith("predicted for the largest step: fits") for reason in run["reasons"])
+
+
+class _Steps(FirstSteps):
+    """Without an executor: only what was measured."""
+
+    def __init__(self, predicted: int, measured: int) -> None:
+        self.steps = [{"step": 1, "predicted_device_bytes": predicted * MIB, "measured_device_bytes": measured * MIB,
+                       "ops": [{"op": "EMBED mb=0", "measured_bytes": MIB},
+                               {"op": "LOSS 1 mb=0", "measured_bytes": measured * MIB}]}]  # fmt: skip
+
+
+def test_more_than_predicted_is_a_surprise_that_names_the_op():
+    assert _Steps(400, 400).surprise() is None
+    text = _Steps(400, 440).surprise()
+    assert text is not None and "440 MiB at LOSS 1 mb=0, 10.0% more than the 400 MiB predicted" in text

@@ -1,0 +1,220 @@
+"""For trace_bytes.py: every allocation and release of a step, and stand-ins for our modules that allocate nothing inside.
+
+A stand-in has its module's inputs, results, views and saved tensors, does no arithmetic, and leaves a mark in the log where
+the module works: what it takes there is a formula (lopt_edge/plan/module_bytes.py). Whoever changes what one of our modules
+saves or returns changes its stand-in (tests/laws/test_timeline.py finds out). Releases are those of storages, so that views
+count as what they view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.run import query_tiles
+from lopt_edge.run.tracker import MemoryTracker
+
+# the log ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Event:
+    """`kind` is "+" (allocation `number`), "-" (its release) or a mark's text; `value`: not done in a recomputation."""
+
+    kind: str
+    number: int = -1
+    n_bytes: int = 0
+    shape: tuple[int, ...] = ()
+    value: bool = False
+
+
+class EventLog(MemoryTracker):
+    """Every allocation and release, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.numbers: dict[int, int] = {}
+        self.n_allocated = 0
+        self.in_value = False  # inside a product that a recomputation leaves out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        known = storage._cdata in self._sizes
+        super()._see(storage)
+        if not known and storage._cdata in self._sizes:
+            self.numbers[storage._cdata] = self.n_allocated
+            self.events.append(Event("+", self.n_allocated, storage.nbytes(), value=self.in_value))
+            self.n_allocated += 1
+
+    def _forget(self, key: int) -> None:
+        super()._forget(key)
+        self.events.append(Event("-", self.numbers.pop(key)))
+
+    @contextmanager
+    def value(self, left_out: bool) -> Iterator[None]:
+        """Inside, what happens is the value of a layer's last product, if `left_out` says so."""
+        self.in_value = left_out
+        yield
+        self.in_value = False
+
+    def mark(self, text: str, *shape: int) -> None:
+        self.events.append(Event(f"!{text}", shape=shape, value=self.in_value))
+
+    def number(self, tensor: Tensor | None) -> int:
+        return -1 if tensor is None else self.numbers.get(tensor.untyped_storage()._cdata, -1)
+
+
+# stand-ins: same inputs, results, views and saved tensors as our modules, no arithmetic --------------------------------
+
+
+class OpaqueLinear(nn.Module):
+    """`trains`: has LoRA parameters, so that its result needs a gradient. `holds`: saves its input."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, log: EventLog) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features, self.log = name, in_features, out_features, log
+        self.trains = self.holds = False
+        self.value_needed, self.last = True, False
+        self.anchor = torch.empty(0, requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.anchor if self.trains else None, self)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, layer: OpaqueLinear) -> Tensor:
+        ctx.layer, ctx.input_shape, log = layer, x.shape, layer.log
+        ctx.save_for_backward(*((x,) if layer.holds else ()))
+        if not layer.value_needed:
+            return x.new_zeros(1).expand(*x.shape[:-1], layer.out_features)
+        flat = x.reshape(-1, x.shape[-1])
+        with log.value(layer.last):
+            log.mark(f"unpack:{layer.name}")
+            y = flat.new_zeros(len(flat), layer.out_features)
+            log.mark(f"lora:{layer.name}")
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer, g = ctx.layer, grads[0].reshape(-1, grads[0].shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            layer.log.mark(f"unpack:{layer.name}")
+            dx = g.new_zeros(len(g), layer.in_features)
+        saved = ctx.saved_tensors
+        layer.log.mark(f"lora_backward:{layer.name}" if dx is not None else f"lora_backward_only:{layer.name}")
+        del saved
+        return None if dx is None else dx.view(ctx.input_shape), None, None
+
+
+class OpaqueMLP(nn.Module):
+    """The blocked MLP; `name` is how the variants call it."""
+
+    name = "mlp"
+
+    def __init__(self, down_proj: nn.Module, log: EventLog) -> None:
+        super().__init__()
+        self.down_proj, self.log = down_proj, log
+        self.trains = self.holds = False
+        self.anchor = torch.empty(0, requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _MLP.apply(x, self.anchor if self.trains else None, self)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, mlp: OpaqueMLP) -> Tensor:
+        ctx.log = mlp.log
+        ctx.save_for_backward(x)
+        if not mlp.down_proj.value_needed:
+            return x.new_zeros(1).expand(x.shape)
+        with mlp.log.value(mlp.down_proj.last):
+            mlp.log.mark("mlp_forward")
+            y = torch.zeros_like(x.reshape(-1, x.shape[-1]))
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), g = ctx.saved_tensors, grads[0].reshape(-1, grads[0].shape[-1])
+        ctx.log.mark("mlp_backward" if ctx.needs_input_grad[0] else "mlp_backward_only")
+        return torch.zeros_like(g).view(x.shape) if ctx.needs_input_grad[0] else None, None, None
+
+
+class OpaqueNorm(nn.Module):
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.log)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: EventLog) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.log = log
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.zeros_like(rows)
+        log.mark("norm_forward", *rows.shape)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        rows, g = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        dx = torch.zeros_like(rows)
+        ctx.log.mark("norm_backward", *g.shape)
+        return dx.view(x.shape), None
+
+
+def put_attention(log: EventLog) -> str:
+    """Attention in tiles of queries; the name under which transformers finds it until the next call."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **__: Any) -> Any:
+        assert mask is None
+        return _Attention.apply(query, key, value, log), None
+
+    AttentionInterface.register("trace_bytes", attend)
+    AttentionMaskInterface.register("trace_bytes", query_tiles.make_mask)
+    return "trace_bytes"
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log: EventLog) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.log = log
+        out_BTHE = query.new_zeros(*query.transpose(1, 2).shape)
+        log.mark("attention_forward")
+        return out_BTHE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        ctx.log.mark("attention_backward")
+        return dq, dk, dv, None
+
+
+class OpaqueVocabulary:
+    """Zeros instead of rows; two chunks."""
+
+    def __init__(self, n_rows: int, hidden: int, dtype: torch.dtype, log: EventLog) -> None:
+        self.log, self.chunk = log, torch.zeros(n_rows, hidden, dtype=dtype)
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        self.log.mark("gather", len(ids_N))
+        return self.chunk.new_zeros(len(ids_N), self.chunk.shape[1])
+
+    def chunks(self, n_rows: int) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.chunk
+        yield len(self.chunk), self.chunk

@@ -1,0 +1,241 @@
+"""For trace_bytes.py: the cases that have a program of their own, and one traced step of a case.
+
+The real executor runs transformers' layers with stand-ins (trace_log.py) over a plan whose segments are variants: which
+linear layers have LoRA, and which one saves its input. So one step holds all that a case's programs are made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
+
+from lopt_edge.plan.facts import ModelFacts, facts_from_config
+from lopt_edge.plan.methods import step_plan
+from lopt_edge.plan.ops import Kind, Op, Plan
+from lopt_edge.plan.programs import HEADS, case_key
+from lopt_edge.plan.segments import Segment
+from lopt_edge.run.batches import Batch
+from lopt_edge.run.executor import Executor
+from lopt_edge.run.load import EAGER_ONLY, POST_NORM, Model
+from lopt_edge.run.losses import ReconstructHead
+from lopt_edge.run.moves import Mover
+from quant.linear import DropoutClock
+from tests.models import FAMILIES, tiny_config
+
+WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3")  # may have a window, in SDPA with a mask
+LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")  # may have layers of both kinds of attention
+READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
+PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a program is a function of, beside the sizes and which linear layers have LoRA.
+
+    `heads`: fewer heads of keys and values than of queries (grouped), one of them (single), or as many (equal). Views of
+    dimensions of size 1 save copies, so that one sequence is a case of its own.
+    """
+
+    family: str
+    dtype: torch.dtype
+    heads: str = "grouped"
+    masked: bool = False  # the layer gets a mask
+    one: bool = False  # sequence
+    both: bool = False  # the model has full and sliding attention (only EMBED is traced)
+
+    @property
+    def key(self) -> str:
+        """How plan/layer_bytes.py names it."""
+        return case_key(self.family, self.dtype.itemsize, "two kinds" if self.both else self.heads, masked=self.masked,
+                        one=self.one)  # fmt: skip
+
+
+def cases(family: str) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for masked in (False, True) if family in WINDOWED else (False,):
+            for one in (False, True):
+                for heads in HEADS if masked else ("grouped",):  # without a mask attention takes them as they are
+                    yield Case(family, dtype, heads, masked, one)
+                if family in LAYER_TYPES:
+                    yield Case(family, dtype, masked=masked, one=one, both=True)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A segment of `n_layers` layers in which `trains` have LoRA parameters and `holds` save their input."""
+
+    n_layers: int
+    trains: frozenset[str]
+    holds: frozenset[str]
+
+
+EVERYWHERE = Variant(1, frozenset(name for names in PARTS.values() for name in names), frozenset())
+
+
+def variants(family: str) -> dict[tuple[str, str], Variant]:
+    """By (what is traced, the one linear layer that saves its input, or "").
+
+    `rest`: a layer whose input needs a gradient (the last of three). `first`: a segment's first layer, LoRA everywhere.
+    `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input).
+    """
+    names = PARTS[family]
+    every, found = frozenset(names), {}
+    for name in ("", *(name for name in names if name != "mlp")):
+        held = frozenset({name} if name else ())
+        found["rest", name], found["first", name] = Variant(3, every, held), Variant(1, every, held)
+    for position, entry in enumerate(names):
+        if entry in READS_INPUT:
+            found[f"only {entry}", ""] = Variant(1, frozenset({entry}), frozenset({entry}))
+            continue
+        for name in ("", *(name for name in names[position + 1 :] if name != "mlp")):
+            held = frozenset({entry, name} if name else {entry})
+            found[f"from {entry}", name] = Variant(1, held, held)
+    return found
+
+
+class NoOptimizer:
+    """The part of SegmentOptimizer that a step without updates asks for."""
+
+    def __init__(self) -> None:
+        self.mover, self.norms = Mover(torch.device("cpu")), {}
+
+    def begin_step(self, **_: Any) -> None: ...
+
+    def accept_gradients(self, name: Any, **_: Any) -> None: ...
+
+    def complete_gradients(self, name: Any) -> None: ...
+
+    def drop_gradients(self) -> None: ...
+
+    def roll_back(self) -> bool:
+        return True
+
+
+def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
+    """A value for each letter."""
+    group = 1 if case.heads == "equal" else primes["group"]
+    kv_heads = 1 if case.heads == "single" else primes["k"]
+    return {
+        **primes,
+        "s": 1 if case.one else primes["s"],
+        "k": kv_heads,
+        "h": kv_heads * group,
+        "q": kv_heads * (group + 2),
+    }
+
+
+def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) -> Model:
+    """transformers' layers with stand-ins in place of our modules."""
+    from transformers import AutoModelForCausalLM
+
+    window = 5 if case.masked else 1000
+    kinds = ["sliding_attention", "full_attention"] if case.both else ["sliding_attention"]
+    changes: dict[str, Any] = {"num_hidden_layers": n_layers, "vocab_size": 64, "sliding_window": window}
+    if case.family in LAYER_TYPES:
+        changes |= {"layer_types": (kinds * n_layers)[:n_layers], "use_sliding_window": True}
+    if case.family == "smollm3":
+        changes["no_rope_layers"] = [1] * n_layers  # a layer without rotation takes less
+    config = tiny_config(case.family, **changes)
+    for name, letter in (("hidden_size", "d"), ("num_attention_heads", "h"), ("num_key_value_heads", "k"),
+                         ("head_dim", "e"), ("intermediate_size", "i")):  # fmt: skip
+        setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
+    config._attn_implementation = put_attention(log) if case.family in EAGER_ONLY else "sdpa"
+    facts = facts_from_config(config.to_dict(), where="trace")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    layers = list(skeleton.layers)
+    for layer in layers:
+        _put_stand_ins(layer, facts, log)
+    skeleton.norm.weight = nn.Parameter(torch.ones(sizes["d"], dtype=case.dtype), requires_grad=False)
+    vocabulary: Any = OpaqueVocabulary(sizes["v"], sizes["d"], case.dtype, log)
+    return Model(facts, config, layers, skeleton.norm, type(skeleton.rotary_emb)(config=config), vocabulary, vocabulary,
+                 torch.device("cpu"), case.dtype, DropoutClock(), Mover(torch.device("cpu")))  # fmt: skip
+
+
+def _put_stand_ins(layer: nn.Module, facts: ModelFacts, log: EventLog) -> None:
+    recomputed_whole = facts.model_type in POST_NORM
+    for linear in facts.linears:
+        opaque = OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log)
+        opaque.last = linear is facts.linears[-1] and not recomputed_whole
+        layer.set_submodule(linear.name, opaque)
+    if hasattr(layer.mlp, "gate_proj"):
+        layer.mlp = OpaqueMLP(layer.mlp.down_proj, log)
+    for name, module in list(layer.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            layer.set_submodule(name, OpaqueNorm(log))
+
+
+@dataclass
+class Trace:
+    """What happened in each op of one step, by the op's text; `given` are numbers of tensors that an op begins with."""
+
+    spans: dict[str, list[Event]] = field(default_factory=dict)
+    given: dict[str, dict[int, str]] = field(default_factory=dict)
+    result: dict[str, int] = field(default_factory=dict)
+
+
+def run(case: Case, sizes: dict[str, int]) -> Trace:
+    """One step over all variants, each a segment, and a segment with a local loss."""
+    wanted = [] if case.both else list(variants(case.family).values())
+    segments = make_segments([*(variant.n_layers for variant in wanted), 1, 1])
+    log = EventLog()
+    model = make_model(case, sizes, segments[-1].last + 1, log)
+    for variant, segment in zip([*wanted, *[EVERYWHERE] * 2], segments, strict=True):
+        for layer in segment.layers:
+            for module in model.layers[layer].modules():
+                if isinstance(module, OpaqueLinear | OpaqueMLP):
+                    module.trains, module.holds = module.name in variant.trains, module.name in variant.holds
+    plan = step_plan("lopt", segments, n_micro_batches=1)
+    ops = plan.ops[:1] if case.both else tuple(op for op in plan.ops if op.kind is not Kind.STEP)
+    return observed(model, replace(plan, ops=ops), sizes, log)
+
+
+def make_segments(n_layers: list[int]) -> tuple[Segment, ...]:
+    """The last but one has a local loss, all others the task loss."""
+    starts = [sum(n_layers[:i]) for i in range(len(n_layers))]
+    return tuple(
+        Segment(i, start, start + n - 1, "reconstruct" if i == len(n_layers) - 2 else "task")
+        for i, (start, n) in enumerate(zip(starts, n_layers, strict=True))
+    )
+
+
+def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> Trace:
+    rows, n = sizes["s"] * sizes["t"], sizes["n"]
+    ids_BT, targets_N = torch.zeros(sizes["s"], sizes["t"], dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    batch = Batch(ids_BT, torch.arange(n), targets_N, torch.arange(n), rows)
+    head = ReconstructHead(sizes["d"], seed=0)
+    for parameter in head.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    heads = {s.index: head for s in plan.segments if s.loss == "reconstruct"}
+    optimizer: Any = NoOptimizer()
+    executor, trace = Executor(model, heads=heads, optimizer=optimizer, local_weight=1.0), Trace()
+    start = 0
+
+    def observe(op: Op, after: bool) -> None:
+        nonlocal start
+        state, text = executor.state, op.text()
+        if not after:
+            saved = state.inputs.get((0, op.target)) if op.kind is Kind.BACKWARD else None
+            given = {
+                "input": state.hidden_BTD if op.kind is Kind.FORWARD else saved and saved.tensor,
+                "grad": state.grad_BTD,
+            }
+            trace.given[text] = {log.number(tensor): name for name, tensor in given.items() if tensor is not None}
+            start = len(log.events)
+            return
+        trace.spans[text] = log.events[start:]
+        made = state.grad_BTD if op.kind in (Kind.LOSS, Kind.BACKWARD) else state.hidden_BTD
+        trace.result[text] = -1 if made is None else log.number(made)
+
+    executor.observe = observe
+    constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
+    with log:
+        log.watch([*constants, *head.parameters(), *(p.grad for p in head.parameters())])
+        executor.run(plan, [batch], step=1, learning_rates={})
+    return trace
