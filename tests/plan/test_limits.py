@@ -107,7 +107,7 @@ def run(**changes: Any) -> Search:
 @pytest.mark.parametrize(
     ("search", "budget", "expected"),
     [
-        (run(), Budget(600 * MIB), {"--max-seq-len", "--batch-size", "--device-memory"}),
+        (run(), Budget(620 * MIB), {"--max-seq-len", "--batch-size", "--device-memory"}),
         (run(fixed={"states": "device", "gradients": "device"}), Budget(640 * MIB),
          {"--max-seq-len", "--lora-r", "--optimizer"}),
         (run(fixed={"activations": ("keep",) * 4}), Budget(750 * MIB), {"--method", "--batch-size"}),
