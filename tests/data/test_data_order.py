@@ -32,7 +32,9 @@ def test_windows(lengths, seed, epoch, batch_size, grad_accum):
     assert sorted(flat) == list(range(len(lengths)))
     assert windows == epoch_windows(lengths, **settings)
     sizes = [sum(map(len, window)) for window in windows]
-    assert all(size == batch_size * grad_accum for size in sizes[:-1])
+    # one window may be short: the last one, or the first if it was the largest and so changed places with it
+    assert all(size == batch_size * grad_accum for size in sizes[1:-1])
+    assert sum(size != batch_size * grad_accum for size in sizes) <= 1
     for window in windows:
         assert all(1 <= len(batch) <= batch_size for batch in window)
         assert len(window) == -(-sum(map(len, window)) // batch_size)
