@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.run.lora import ADAPTER_NAME
+from lopt_edge.output_lock import LOCK_NAME
+from lopt_edge.plan.budget import format_bytes
+from lopt_edge.run.load import Model
+from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_adapter
 
 RUN_NAME = "run.json"
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, EVENTS_NAME = "metrics.jsonl", "events.jsonl"
+SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
 
 
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that holds something else than an unfinished run's log, or that cannot be written."""
+def check_output(folder: Path, *, resuming: bool = False) -> None:
+    """Refuse an output folder that cannot be written, or that holds something else than a run which saved nothing yet.
+
+    `resuming`: the files of a run are what is expected there.
+    """
     try:
         exists, is_folder = folder.exists(), folder.is_dir()
         held = {path.name for path in folder.iterdir()} if is_folder else set()
@@ -33,9 +39,8 @@ def check_output(folder: Path) -> None:
         raise InputError(f"cannot be used ({error.strerror})", where=f"output {str(folder)[:80]}") from None
     if exists and not is_folder:
         raise InputError("is a file, not a folder", where=f"output {folder}", fix="choose another output folder")
-    if held - {METRICS_NAME}:  # the log alone is what an unfinished run leaves; a new run replaces it
-        what = "holds another run" if (folder / RUN_NAME).exists() else "is not empty"
-        raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")
+    if not (resuming and SETTINGS_NAME in held):
+        _check_empty(folder, held)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir():
         raise InputError(
@@ -43,6 +48,29 @@ def check_output(folder: Path) -> None:
         )
     if not os.access(parent, os.W_OK):
         raise InputError("cannot be written", where=f"output {folder}", fix=f"check the permissions of {parent}")
+
+
+def _check_empty(folder: Path, held: set[str]) -> None:
+    """Logs alone are what a run leaves that was stopped before it saved anything; a new run replaces them."""
+    left = {name for name in held if not name.endswith(".partial")} - {METRICS_NAME, EVENTS_NAME, SETTINGS_NAME, LOCK_NAME}
+    if "checkpoints" in left and not any((folder / "checkpoints").glob("step-*")):
+        left -= {"checkpoints"}
+    if not left:
+        return
+    if RUN_NAME not in left and SETTINGS_NAME in held:
+        raise InputError("holds an unfinished run", where=f"output {folder}",
+                         fix=f"go on with it (lopt-edge resume {folder}), or choose a new folder")  # fmt: skip
+    what = "holds another run" if RUN_NAME in left else "is not empty"
+    raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")
+
+
+def check_free_space(folder: Path, *, need_bytes: int, what: str) -> None:
+    """Raise InputError if the disk of `folder` has less free."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < need_bytes:
+        raise InputError(f"{what} need up to {format_bytes(need_bytes)}, {format_bytes(free)} are free there",
+                         where=str(folder), fix="free space, or choose another output folder")  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,68 +86,101 @@ def write_text(path: Path, text: str) -> None:
         raise RunError(f"cannot be written: {error.strerror}", where=str(path), fix="free space or permissions") from None
 
 
-def save_adapter(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    base: str,
-    r: int,
-    alpha: float,
-    dropout: float,
-    targets: Iterable[str],
-    layers: Iterable[int],
-    n_layers: int,
-    revision: str | None = None,
-) -> None:
-    """Write adapter_model.safetensors and adapter_config.json. Raises RunError for values that are not finite."""
-    from peft import LoraConfig, TaskType
+def write_json(path: Path, values: Any) -> None:
+    """As `write_text`. NaN and infinity are no JSON: ValueError."""
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise RunError(f"the adapter holds values that are not finite ({broken[0]}); it was not saved", where=str(folder))
-    layers = sorted(layers)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        revision=revision,
-        inference_mode=True,
-        r=r,
-        lora_alpha=alpha if alpha % 1 else int(alpha),
-        lora_dropout=dropout,
-        target_modules=sorted(targets),
-        layers_to_transform=None if len(layers) == n_layers else layers,
-        bias="none",
-    )
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What adapter_config.json says: rank, alpha, dropout, modules, the layers that carry adapters, and the base."""
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    n_layers: int
+    base: str
+    revision: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """peft's keys; what is not named has peft's default."""
+        layers = sorted(self.layers)
+        return {
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "revision": self.revision,
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.alpha if self.alpha % 1 else int(self.alpha),
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(self.targets),
+            "layers_to_transform": None if len(layers) == self.n_layers else layers,
+            "bias": "none",
+        }
+
+
+def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool = False) -> None:
+    """Write adapter_model.safetensors and adapter_config.json. Raises NotFinite, RunError.
+
+    `plain`: without peft, whose import takes some 50 MiB; a test holds that peft reads the same config.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{ADAPTER_NAME}.partial"
-        save_file(dict(tensors), partial, metadata={"format": "pt"})
-        os.replace(partial, folder / ADAPTER_NAME)
-        config.save_pretrained(folder)
+        write_adapter(model, folder / ADAPTER_NAME)
+        if plain:
+            write_json(folder / ADAPTER_CONFIG_NAME, {"peft_type": "LORA", **shape.config()})
+        else:
+            from peft import LoraConfig
+
+            LoraConfig(**shape.config()).save_pretrained(folder)
     except OSError as error:
         raise RunError(f"the adapter cannot be written: {error}", where=str(folder), fix="free space there") from None
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, flushed at once."""
+class JsonLines:
+    """A log of one JSON object a line, flushed at once. `kept_bytes` of what is there stay, the rest is cut off."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS_NAME
+    def __init__(self, path: Path, *, kept_bytes: int = 0) -> None:
+        self.path = path
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("w", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+            self.file.truncate(kept_bytes)
+            self.file.seek(0, os.SEEK_END)
         except OSError as error:
-            raise RunError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
+            raise self._failure(error) from None
+
+    @property
+    def n_bytes(self) -> int:
+        return self.file.tell()
 
     def write(self, values: Mapping[str, Any]) -> None:
+        """The whole line or nothing of it. Raises RunError."""
+        line, start = memoryview(json.dumps(values, allow_nan=False).encode() + b"\n"), self.n_bytes
         try:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+            while line:
+                line = line[self.file.write(line) :]
         except OSError as error:
-            raise RunError(f"cannot be written: {error.strerror}", where=str(self.path), fix="free space there") from None
+            with suppress(OSError):
+                self.file.truncate(start)
+                self.file.seek(start)
+            raise self._failure(error) from None
+
+    def sync(self) -> None:
+        """Make it durable. Raises RunError."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._failure(error) from None
 
     def close(self) -> None:
         self.file.close()
+
+    def _failure(self, error: OSError) -> RunError:
+        return RunError(f"cannot be written: {error.strerror}", where=str(self.path), fix="free space or mend the "
+                        "permissions there")  # fmt: skip
 
 
 def model_card(run: Mapping[str, Any]) -> str:

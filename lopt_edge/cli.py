@@ -2,8 +2,8 @@
 
 The options of `finetune` are made from the fields of `Config`, so each knob is declared once. Every option is taken as
 text and judged by the config model, so that several mistakes are shown together. Exit codes: 0 done, 1 a failed run,
-2 bad input, 130 interrupted. Errors and notes go to stderr, results to stdout. Heavy modules are imported by the
-command that needs them.
+2 bad input, 3 does not fit, 130 and 143 interrupted (SIGINT, SIGTERM). Errors and notes go to stderr, results to
+stdout. Heavy modules are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -22,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lopt_edge.config import Config, load_config
-from lopt_edge.errors import InputError, LoptError
+from lopt_edge.errors import InputError, Interrupted, LoptError
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -88,14 +90,40 @@ def finetune_command(config_file: str | None = None, print_config: bool = False,
     if print_config:
         out.print(config.as_yaml(), end="", markup=False)
         return
+    _finetune(config)
+
+
+def resume_command(output: str, **flags: Any) -> None:
+    """Go on with a run that was stopped, from its newest checkpoint. Flags change what may change (budgets, more steps)."""
+    settings = Path(output).expanduser() / "config.yaml"
+    if not settings.is_file():
+        raise InputError("holds no run of finetune (it has no config.yaml)", where=output, fix="name a run's output folder")
+    _finetune(load_config(settings, {**flags, "output": output, "resume": "auto"}))
+
+
+def _finetune(config: Config) -> None:
     from lopt_edge.progress import TerminalProgress
     from lopt_edge.training import finetune
 
-    result = finetune(config, TerminalProgress(err))
-    if result is None:
-        err.print("dry run: nothing was trained or written")
-        return
-    _print_result(result)
+    with _stoppable():
+        result = finetune(config, TerminalProgress(err))
+        if result is None:
+            err.print("dry run: nothing was trained or written")
+            return
+        _print_result(result)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside with a sentence and 130 or 143."""
+    from lopt_edge.signals import Interrupts
+
+    try:
+        with Interrupts().listening():
+            yield
+    except Interrupted as stop:
+        err.print(str(stop), markup=False, soft_wrap=True)
+        raise typer.Exit(stop.exit_code) from None
 
 
 def plan_command(config_file: str | None = None, **flags: Any) -> None:
@@ -144,6 +172,12 @@ plan_command.__signature__ = _signature(  # type: ignore[attr-defined]
     _option("explain", "--explain", "print the plan's text, op by op"),
 )
 app.command("plan")(plan_command)
+folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
+resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
+     *(parameter for parameter in _config_parameters() if parameter.name not in ("output", "resume"))]
+)  # fmt: skip
+app.command("resume")(resume_command)
 
 
 def _print_result(result: Any) -> None:
@@ -173,7 +207,7 @@ def quantize(
     revision: RevisionOption = None,
 ) -> None:
     """Write a model in 4 bits (NF4, double quantisation), in the form that transformers loads."""
-    from lopt_edge.models import check_weights, find_model, quantise_model, tensor_entries
+    from lopt_edge.models import check_weights, find_model, quantise_model, remove_stale_partials, tensor_entries
 
     model, folder = find_model(source, revision=revision), Path(target)
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -183,7 +217,9 @@ def quantize(
     if folder.exists():
         raise InputError("exists already", where=target, fix="choose a new folder")
     check_weights(model, tensor_entries(model.path))
-    quantise_model(model, folder, dtype=dtype)
+    remove_stale_partials(folder)
+    with _stoppable():
+        quantise_model(model, folder, dtype=dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())
     out.print(f"{folder}: {n_bytes / 2**20:.0f} MiB", markup=False)
 
@@ -295,7 +331,8 @@ def export_command(
     """Merge an adapter into a bfloat16 model folder, and say how far that changes the logits."""
     from lopt_edge.merging import export
 
-    result = export(adapter, merged=merged, onto=onto, cache_dir=cache_dir)
+    with _stoppable():
+        result = export(adapter, merged=merged, onto=onto, cache_dir=cache_dir)
     out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in bfloat16, merged onto the {result.onto} weights",
               markup=False)  # fmt: skip
     out.print(f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.yaml_file import read_yaml
 
 
 class Config(BaseModel):
@@ -82,11 +83,20 @@ class Config(BaseModel):
         "step", description="update all at the step's end, or each segment or layer at once (layer: clip 0, grad-accum 1)"
     )
     prefetch: int = Field(1, ge=0, le=8, description="how many layers ahead a movement begins")
+    token_tile: int | None = Field(None, ge=16, le=65536, description="tokens of a loss at a time (default: chosen)")
     device_memory: str | None = Field(None, description="budget, e.g. 24GB, 8GiB, 80% of what is free")
     host_memory: str | None = Field(None, description="budget of host memory beside a GPU")
     disk_memory: str | None = Field(None, description="budget of page files")
     pinned_memory: str | None = Field(None, description="budget of page-locked host memory (default: detected)")
     page_dir: str | None = Field(None, description="folder of page files (default: beside the output)")
+    save_every: int | None = Field(None, ge=1, description="write a checkpoint every N steps")
+    save_minutes: float = Field(10.0, ge=0, description="write a checkpoint every M minutes, inside a step too; 0: never")
+    keep: int = Field(2, ge=1, description="how many checkpoints to keep")
+    resume: str | None = Field(None, description="auto: go on from the output's newest checkpoint, if any; or its folder")
+    on_nan: Literal["skip", "stop"] = Field(
+        "skip", description="what to do with a batch whose loss or gradient is no number"
+    )
+    max_skipped: int = Field(3, ge=1, description="at most so many skipped batches in a row")
     memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
     force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
@@ -128,7 +138,7 @@ def load_config(
 
     `placeholder` stands for needed settings that were not given, for a config that is only printed.
     """
-    values, lines = ({}, {}) if path is None else _read_yaml(Path(path))
+    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
     errors = [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
     errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
@@ -147,37 +157,6 @@ def load_config(
         raise
     raise_collected(errors)
     return config
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values by normalised key, and the line of each key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=str(path), fix="check the config's path") from None
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text", where=str(path)) from None
-    except Exception as error:  # PyYAML raises errors of any kind for a tag that does not fit its value (!!int x)
-        raise InputError(f"is not valid YAML: {' '.join(str(error).split())[:300]}", where=str(path)) from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise InputError("must hold 'key: value' lines", where=str(path))
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        name, line = _normal(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise InputError(
-                f"is given twice (first in line {lines[name]})", where=f"{path}:{line}: {name}", fix="keep one"
-            )
-        lines[name] = line
-    return {_normal(key): value for key, value in values.items()}, lines
-
-
-def _normal(key: Any) -> str:
-    return str(key).replace("-", "_")
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
@@ -223,6 +202,8 @@ def no_effect_warnings(config: Config) -> list[str]:
     if not config.eval_data and not config.eval_fraction:
         found += [f"{name} has no effect: there is no eval_data and no eval_fraction"
                   for name in ("eval_every", "keep_best") if getattr(config, name)]  # fmt: skip
+    if "max_skipped" in given and config.on_nan == "stop":
+        found.append("max_skipped has no effect: on_nan is stop")
     if config.eval_data and config.eval_fraction:
         found.append("eval_fraction has no effect: eval_data is given")
     return found

@@ -7,13 +7,19 @@ shows a traceback. Several mistakes found together travel together (`InputErrors
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+
+from quant.untrusted import printable
 
 
 class LoptError(Exception):
     """Base of every error that lopt-edge raises on purpose; `exit_code` is what the process ends with."""
 
     exit_code = 1
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # names and texts of foreign files stand in it
 
 
 class InputError(LoptError):
@@ -52,6 +58,22 @@ class RunError(LoptError):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         text = f"{where}: {what}" if where else what
         super().__init__(f"{text}\n  -> {fix}" if fix else text)
+
+
+class OutOfMemory(RunError):
+    """The device's memory, or the budget that is held, did not hold a step."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM was heard; `advice` says how to go on. No LoptError, so that nothing takes it for a fault."""
+
+    def __init__(self, signal_number: int, advice: str = "") -> None:
+        self.signal_number, self.advice = signal_number, advice
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}" + (f"; {advice}" if advice else ""))
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number  # as a shell counts: 130 and 143
 
 
 def raise_collected(errors: Sequence[InputError]) -> None:

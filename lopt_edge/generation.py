@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from lopt_edge.data import ChatTemplate, load_template
+from lopt_edge.data.tokenizer_faults import tokenizer_faults
 from lopt_edge.errors import InputError
 from lopt_edge.models import ModelFolder, find_model, four_bit_folder
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.lora import load_adapters
 from lopt_edge.run.losses import logits
+from quant.headers import FolderError, read_json
+from quant.untrusted import check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,14 +51,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; a broken or missing one is an InputError. Never runs code of the folder."""
     from transformers import AutoTokenizer
 
-    try:
+    _check_tokenizer_files(folder)
+    fix = "the model folder needs tokenizer.json"
+    with tokenizer_faults("the tokenizer cannot be loaded", where=str(folder), fix=fix):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # files of any kind may be broken in any way
-        raise InputError(
-            f"the tokenizer cannot be loaded ({type(error).__name__}: {str(error)[:200]})",
-            where=str(folder),
-            fix="the model folder needs tokenizer.json",
-        ) from None
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse links out of the folder, and a config that gives the tokenizer's class arguments which it would open."""
+    path = folder / "tokenizer_config.json"
+    try:
+        check_folder(folder)
+        config = read_json(path) if path.exists() else {}
+    except FolderError as error:
+        raise InputError(str(error), where=str(folder), fix="download or copy the folder again") from None
+    if not isinstance(config, dict) or config.get("init_inputs"):
+        what = "has init_inputs, which lopt-edge does not take" if isinstance(config, dict) else "is not a JSON object"
+        raise InputError(what, where=str(path), fix="save the tokenizer again with transformers 5")
 
 
 class Speaker:

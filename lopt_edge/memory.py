@@ -102,7 +102,7 @@ def open_tiers(
     folder, limit = page_folder(config), budget.pinned_bytes
     if limit is None and device.type == "cuda":
         limit = pinned_limit_bytes()[0]
-    made = not folder.exists()
+    ours = config.page_dir is None or not folder.exists()  # beside the output it is ours, also if a killed run made it
     try:
         with ExitStack() as stack:
             page_file = journal_file = None
@@ -117,7 +117,7 @@ def open_tiers(
             pinned = PinnedPool(device, limit_bytes=limit)
             yield stack.enter_context(closing(Mover(device, page_file=page_file, journal_file=journal_file, pinned=pinned)))
     finally:
-        if made:
+        if ours:
             with suppress(OSError):  # it was never made, or something else was put there
                 folder.rmdir()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.generation import load_tokenizer
-from lopt_edge.models import ModelFolder, find_model, four_bit_folder, tensor_entries
+from lopt_edge.models import ModelFolder, find_model, four_bit_folder, remove_stale_partials, tensor_entries
 from lopt_edge.plan.facts import packs
 from lopt_edge.run.load import Model, fill_parameters, load_model, make_skeleton
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, load_adapters
@@ -67,6 +67,7 @@ def export(adapter: str | Path, *, merged: str | Path, onto: str = "original", c
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
     load_adapters(model, adapter)
+    remove_stale_partials(target)  # of an export that was killed
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.budget import format_bytes
 from lopt_edge.plan.facts import ModelFacts, facts_from_config, packs
 from quant.headers import FolderError, TensorEntry, read_headers, read_json
 from quant.sizes import DTYPE_BYTES
+from quant.untrusted import check_folder
 
 HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
                 "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
@@ -50,6 +55,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
             raise InputError(f"no model folder at {name!r}", where="model", fix="give a folder or a hub id (org/name)")
         path, commit = _download(name, revision)
     try:
+        check_folder(path)
         config = read_json(path / "config.json")
     except FolderError as error:
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
@@ -85,7 +91,10 @@ def vocabulary_itemsize(folder: Path) -> int:
 
 
 def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, int]:
-    """Facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone."""
+    """Facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone.
+
+    Both are of one commit, also when the branch moves between the two requests.
+    """
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -96,8 +105,9 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     )
 
     try:
-        config = read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-        headers = get_safetensors_metadata(name, revision=revision).files_metadata.values()
+        config_path = Path(hf_hub_download(name, "config.json", revision=revision))
+        config, commit = read_json(config_path), config_path.parent.name  # .../snapshots/<commit>/config.json
+        headers = get_safetensors_metadata(name, revision=commit).files_metadata.values()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError,
             FolderError, OSError) as error:  # fmt: skip
         raise _not_from_hub(name, error) from None
@@ -105,7 +115,11 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     found = [
         header.tensors["model.embed_tokens.weight"] for header in headers if "model.embed_tokens.weight" in header.tensors
     ]
-    return facts, DTYPE_BYTES[found[0].dtype] if found else 2
+    itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
+    if itemsize is None:
+        raise InputError(f"the token embedding has dtype {str(found[0].dtype)[:20]!r}", where=name,
+                         fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+    return facts, itemsize
 
 
 def _not_from_hub(name: str, error: Exception) -> InputError:
@@ -125,8 +139,33 @@ def four_bit_folder(
     target = four_bit_path(model, cache_dir=cache_dir)
     if (target / "config.json").exists():
         return target, True
+    _make_room(model, target)
     quantise_model(model, target, on_tensor=on_tensor)
     return target, False
+
+
+def _make_room(model: ModelFolder, target: Path) -> None:
+    """Remove what killed runs left of this copy, and refuse a disk that has no room for it. Raises InputError."""
+    from quant.files import four_bit_layout
+
+    remove_stale_partials(target)
+    stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
+    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
+    existing = next(path for path in target.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise InputError(f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
+                         where=f"cache_dir {target.parent}", fix="free space, or choose another --cache-dir")  # fmt: skip
+
+
+def remove_stale_partials(target: Path) -> None:
+    """Half-written folders `target.partial-PID` whose process is gone."""
+    import psutil
+
+    for partial in target.parent.glob(f"{target.name}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lopt_edge.artifacts import check_output
+from lopt_edge.artifacts import AdapterShape, check_output
 from lopt_edge.config import Config, no_effect_warnings
-from lopt_edge.data import ChatTemplate, Dataset, collate, load_dataset, split
+from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, load_dataset, split, split_window
 from lopt_edge.errors import DoesNotFit, InputError
 from lopt_edge.generation import load_tokenizer
 from lopt_edge.memory import check_folders, stated_budget
@@ -28,6 +30,7 @@ from lopt_edge.plan.choose import (
     memory_warnings,
     search_space,
     settled,
+    split_to_fit,
 )
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.methods import groups_of
@@ -39,6 +42,7 @@ from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
 from lopt_edge.prediction import planned_budget, workload_of
+from lopt_edge.resuming import Start, check_same, find_start, model_fingerprint
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
@@ -73,6 +77,24 @@ class Inputs:
     run_plan: RunPlan
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    asked: Config | None = None  # the settings as given: `config` has what was settled
+    order: tuple[int, int] = (1, 1)  # batch_size and grad_accum of the windows; `config` may split their micro-batches
+    model: str = ""  # fingerprint
+
+    @property
+    def n_steps(self) -> int:
+        per_epoch = ceil(len(self.train.examples) / prod(self.order))
+        return self.config.max_steps or self.config.epochs * per_epoch
+
+    def windows(self, *, first: int) -> Iterator[Window]:
+        """Accumulation windows, epoch after epoch, without end; `first` counts from 0."""
+        batch_size, grad_accum = self.order
+        per_epoch = ceil(len(self.train.examples) / (batch_size * grad_accum))
+        for epoch in count(first // per_epoch):
+            found = epoch_windows(self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size,
+                                  grad_accum=grad_accum)  # fmt: skip
+            skipped = first % per_epoch if epoch == first // per_epoch else 0
+            yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
 
     def plan(self, n_micro_batches: int) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
@@ -96,9 +118,11 @@ class Inputs:
         return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device)
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Check and read everything but the weights. Raises InputError(s)."""
-    check_output(Path(config.output))
+def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
+    """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s)."""
+    check_output(Path(config.output), resuming=config.resume is not None)
+    given = config
+    config, start, resumed = find_start(config)
     device, device_reason = choose_device(config.device)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
     source = find_model(config.model, revision=config.revision)
@@ -110,25 +134,30 @@ def read_inputs(config: Config) -> Inputs:
         check_adapter_folder(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
+    if start is not None:
+        resumed += check_same(start, model=fingerprint, train=train, device_type=device.type, dtype=dtype_name)
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
-        parts, *_ = against_facts(variant, facts)
-        workload = workload_of(
-            variant, source, parts, targets, device=device, dtype=dtype, datasets=(train, held_out, retention)
-        )
-        search = Search(workload, search_space(variant, facts, device.type))
+        search = search_for(variant, source, device=device, dtype=dtype, datasets=(train, held_out, retention))
         return (variant, search), search.within(budget).best
 
     asked = config
-    config, search = settled(config, facts, ask)
+    if start is None:
+        config, search = settled(config, facts, ask)
+        order = config.batch_size, config.grad_accum
+    else:  # what was settled stays; micro-batches are split only if nothing fits otherwise
+        (config, search), split = split_to_fit(config, ask)
+        order = asked.batch_size, asked.grad_accum
+        resumed += [split] if split else []
     workload, segments = search.workload, search.workload.segments
     run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
     folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
     reasons = (
         f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
-        f"device {device} ({device_reason}), compute dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
+        f"device {device} ({device_reason}), compute dtype {dtype_name} ({dtype_reason})",
         f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
         "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
@@ -137,10 +166,26 @@ def read_inputs(config: Config) -> Inputs:
         *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
     )
     warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
-    return Inputs(
-        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype,
-        knobs, stated, workload, run_plan, reasons, (*warnings, *memory_warnings(config, knobs), *folder_warnings),
+    inputs = Inputs(
+        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, knobs,
+        stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
+        given, order, fingerprint,
     )  # fmt: skip
+    return inputs, start
+
+
+def search_for(
+    config: Config,
+    source: ModelFolder,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    datasets: tuple[Dataset, Dataset | None, Dataset | None],
+) -> Search:
+    """The planner's search for a run with these settings, models and data."""
+    segments, targets, _ = against_facts(config, source.facts)
+    workload = workload_of(config, source, segments, targets, device=device, dtype=dtype, datasets=datasets)
+    return Search(workload, search_space(config, source.facts, device.type))
 
 
 def _planned(config: Config, search: Search, budget: Budget, reason: str) -> tuple[RunPlan, Knobs, int]:
@@ -189,26 +234,15 @@ def _datasets(
     return train, held_out, retention
 
 
-@dataclass(frozen=True)
-class AdapterShape:
-    """What adapter_config.json says: rank, alpha, dropout, modules and the layers that carry adapters."""
-
-    r: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...]
-
-
-def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape]:
-    """Adapters on every training layer (and those of `init_adapter`), aux heads, optimizer, executor."""
+def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
+    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor."""
     config, facts = inputs.config, inputs.source.facts
     model.clock.seed = config.seed  # of the dropout masks
     trained = [layer for segment in inputs.segments if segment.loss != "none" for layer in segment.layers]
     carried: list[int] = []
-    if config.init_adapter:
-        carried = load_adapters(model, Path(config.init_adapter))
-        _check_same_shape(inputs, model, carried)
+    if adapter is not None:
+        carried = load_adapters(model, Path(adapter))
+        _check_same_shape(inputs, model, carried, where=adapter)
     fresh = [layer for layer in trained if layer not in carried]
     attach_adapters(
         model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
@@ -232,10 +266,12 @@ def build_executor(inputs: Inputs, model: Model) -> tuple[Executor, AdapterShape
     )  # fmt: skip
     executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight)
     layers = tuple(sorted({*trained, *carried}))
-    return executor, AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers)
+    shape = AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers, facts.n_layers,
+                         inputs.source.name, inputs.source.commit)  # fmt: skip
+    return executor, shape
 
 
-def _check_same_shape(inputs: Inputs, model: Model, layers: list[int]) -> None:
+def _check_same_shape(inputs: Inputs, model: Model, layers: list[int], *, where: str) -> None:
     """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
     config = inputs.config
     for layer in layers:
@@ -247,7 +283,7 @@ def _check_same_shape(inputs: Inputs, model: Model, layers: list[int]) -> None:
                                    (config.lora_r, config.lora_alpha / config.lora_r)):  # fmt: skip
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
-                    where=f"init_adapter {config.init_adapter}",
+                    where=f"adapter {where}",
                     fix="set these three to the values of its adapter_config.json",
                 )
             if found:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -24,8 +25,8 @@ class Progress:
     def warn(self, text: str) -> None:
         """Something the user should know before the run goes on."""
 
-    def start(self, n_steps: int) -> None:
-        """Training begins."""
+    def start(self, n_steps: int, *, done: int = 0) -> None:
+        """Training begins; so many steps were done by an earlier run."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """One optimizer step; the keys are those of metrics.jsonl."""
@@ -40,16 +41,16 @@ class TerminalProgress(Progress):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar: RichProgress | None = None
-        self.n_steps, self.started, self.last_line = 0, 0.0, 0.0
+        self.n_steps, self.done, self.started, self.last_line = 0, 0, 0.0, 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def start(self, n_steps: int) -> None:
-        self.n_steps, self.started = n_steps, time.perf_counter()
+    def start(self, n_steps: int, *, done: int = 0) -> None:
+        self.n_steps, self.done, self.started = n_steps, done, time.perf_counter()
         if self.console.is_terminal:
             columns = (
                 MofNCompleteColumn(),
@@ -58,7 +59,7 @@ class TerminalProgress(Progress):
                 TimeRemainingColumn(),
             )
             self.bar = RichProgress(*columns, console=self.console)
-            self.bar.add_task("first step", total=n_steps)
+            self.bar.add_task("first step", total=n_steps, completed=done)
             self.bar.start()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -68,7 +69,7 @@ class TerminalProgress(Progress):
             return
         now, last = time.perf_counter(), metrics["step"] == self.n_steps
         if now - self.last_line >= 2 or last:
-            left = (now - self.started) / metrics["step"] * (self.n_steps - metrics["step"])
+            left = (now - self.started) / (metrics["step"] - self.done) * (self.n_steps - metrics["step"])
             self.last_line = now
             self.console.print(f"step {metrics['step']}/{self.n_steps}  {text}  {left:.0f} s left", highlight=False,
                                soft_wrap=True)  # fmt: skip

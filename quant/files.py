@@ -26,6 +26,7 @@ from torch import Tensor
 from quant.headers import FolderError, TensorEntry
 from quant.nf4 import PackedWeight, pack
 from quant.sizes import packed_sizes
+from quant.untrusted import parse_json
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
@@ -34,6 +35,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
+MAX_STATE_BYTES = 4096  # of the JSON text of one quantisation state
 NamedTensor = tuple[str, Tensor]
 Layout = list[tuple[str, str, tuple[int, ...]]]
 
@@ -144,20 +146,22 @@ def read_packed(entries: Mapping[str, TensorEntry], name: str) -> PackedWeight:
 
 
 def _read_state(entry: TensorEntry, where: str, *, quant_type: str, nested: bool) -> dict[str, Any]:
-    if entry.n_bytes > 4096:
+    if entry.n_bytes > MAX_STATE_BYTES:
         raise FolderError(f"{where}: {entry.n_bytes} bytes is too long")
+    if entry.dtype != "U8" or len(entry.shape) != 1:  # else bytes(tolist()) of one integer would allocate that many
+        raise FolderError(f"{where}: is {entry.dtype} {list(entry.shape)}, not a row of bytes")
     try:
-        state = json.loads(bytes(read_tensor(entry).tolist()))
+        state = parse_json(bytes(read_tensor(entry).tolist()).decode("utf-8"))
         shape, blocks = state["shape"], (state["blocksize"], state.get("nested_blocksize", 256))
         sound = (
             len(shape) == 2
-            and all(type(side) is int and side > 0 for side in shape)
+            and all(type(side) is int and 0 < side < 2**31 for side in shape)
             and all(type(n_elements) is int and n_elements in BLOCK_SIZES for n_elements in blocks)
             and state["dtype"] in ("float32", "bfloat16", "float16")
             and state["quant_type"] == quant_type
             and (not nested or (type(state["nested_offset"]) is float and abs(state["nested_offset"]) < 1e30))
         )
-    except (ValueError, KeyError, TypeError, RecursionError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
         raise FolderError(f"{where}: malformed")

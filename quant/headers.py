@@ -1,9 +1,9 @@
 """Safetensors headers: which tensor lies where in which file of a model folder. Reads no tensor data, imports no torch.
 
-A model folder is untrusted input. Rules: a header is at most 100 MB (the format's own limit) and must be plain JSON; each
-tensor's byte range must lie inside its file and match its dtype and shape, so that nothing is ever allocated on the word
-of a header alone; an index file may name only files directly inside the folder. Pickle weights (.bin, .pt) are never
-read. Faults raise `FolderError`, which names the file; callers turn it into their own error type.
+A model folder is untrusted input. Rules: a header is at most 32 MiB (of an 8B model in 4 bits it has 0.2) of plain JSON,
+as `untrusted` reads it; each tensor's byte range must lie inside its file and match its dtype and shape, so that nothing is
+ever allocated on the word of a header alone; an index file may name only files directly inside the folder. Pickle weights
+(.bin, .pt) are never read. Faults raise `FolderError`, which names the file; callers turn it into their own error type.
 
 The writer (`SafetensorsWriter`) is here because safetensors' own `save_file` wants all tensors of a file at once, and we
 must never hold more than one.
@@ -21,14 +21,14 @@ from types import TracebackType
 from typing import Any
 
 from quant.sizes import DTYPE_BYTES
+from quant.untrusted import MAX_JSON_BYTES, FolderError, check_folder, file_bytes, parse_json, pickles_in, read_json
 
-MAX_HEADER_BYTES = 100_000_000
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "FolderError", "SafetensorsWriter", "TensorEntry", "read_header", "read_headers",
+           "read_json"]  # fmt: skip
+
+MAX_DIMENSIONS = 8  # of a tensor; a shape of a million numbers would take minutes to multiply
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-
-
-class FolderError(Exception):
-    """A model folder that cannot be read; the text names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -43,61 +43,68 @@ class TensorEntry:
     n_bytes: int
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a model folder; broken or too deeply nested text raises `FolderError`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FolderError(f"{path}: file not found") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise FolderError(f"{path}: cannot be read as JSON ({str(error)[:200]})") from None
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, each range checked against the file's real size."""
+    n_bytes = _weight_bytes(path)
     try:
-        file_bytes = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(8)
             if len(head) < 8:
-                raise FolderError(f"{path}: {file_bytes} bytes is too short for a safetensors file (truncated?)")
+                raise FolderError(f"{path}: {n_bytes} bytes is too short for a safetensors file (truncated?)")
             header_bytes = int.from_bytes(head, "little")
-            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise FolderError(f"{path}: says its header has {header_bytes} bytes, the file has {file_bytes}")
-            header = json.loads(file.read(header_bytes))
+            if header_bytes > min(MAX_JSON_BYTES, n_bytes - 8):
+                raise FolderError(f"{path}: says its header has {header_bytes} bytes, the file has {n_bytes}")
+            header = parse_json(file.read(header_bytes).decode("utf-8"))
     except OSError as error:
         raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+    except ValueError as error:
         raise FolderError(f"{path}: its header is not valid JSON ({str(error)[:200]})") from None
     if not isinstance(header, dict):
         raise FolderError(f"{path}: its header is not a JSON object")
     items = ((name, value) for name, value in header.items() if name != "__metadata__")
-    entries = {name: _entry(name, value, path, 8 + header_bytes, file_bytes) for name, value in items}
+    entries = {name: _entry(name, value, path, 8 + header_bytes, n_bytes) for name, value in items}
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.n_bytes)):
         if entry.start < end:  # else a small file could stand for any amount of tensors
-            raise FolderError(f"{path}: the bytes of tensor {entry.name!r} overlap those of another")
+            raise FolderError(f"{path}: the bytes of tensor {entry.name[:80]!r} overlap those of another")
         end = entry.start + entry.n_bytes
     return entries
 
 
+def _weight_bytes(path: Path) -> int:
+    """The size of a weights file; a missing one is told with the pickle that lies there in its place, if one does."""
+    found = [] if os.path.lexists(path) else pickles_in(path.parent)
+    if found:
+        raise FolderError(f"{path}: not found; {_pickle_reason(found[0])}")
+    return file_bytes(path)
+
+
+def _pickle_reason(name: str) -> str:
+    return (f"the folder holds pickle weights only ({name}); loading them could run foreign code. "
+            "Use the safetensors form")  # fmt: skip
+
+
 def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) -> TensorEntry:
+    shown = repr(name[:80])
     try:
-        dtype, shape = str(value["dtype"]), tuple(value["shape"])
+        dtype, shape = str(value["dtype"])[:20], tuple(value["shape"])
         begin, end = value["data_offsets"]
-        integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        integers = len(shape) <= MAX_DIMENSIONS and all(
+            type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)
+        )
     except (TypeError, KeyError, ValueError):
-        raise FolderError(f"{path}: tensor {name!r} has a malformed header entry") from None
+        raise FolderError(f"{path}: tensor {shown} has a malformed header entry") from None
     if not integers or dtype not in DTYPE_BYTES or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
-        raise FolderError(f"{path}: tensor {name!r} has an inconsistent dtype, shape or byte range")
+        raise FolderError(f"{path}: tensor {shown} has an inconsistent dtype, shape or byte range")
     if data_start + end > file_bytes:
-        raise FolderError(f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}")
+        raise FolderError(f"{path}: truncated: tensor {shown} ends at byte {data_start + end}, the file has {file_bytes}")
     return TensorEntry(name, path, dtype, shape, data_start + begin, end - begin)
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
     """All tensors of a model folder, through its index file or its single safetensors file."""
     index_path = folder / INDEX_NAME
+    check_folder(folder)
     if index_path.exists():
         index = read_json(index_path)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -115,7 +122,7 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
         entries.update(read_header(folder / name))
     missing = sorted(set(weight_map) - set(entries))
     if missing:
-        raise FolderError(f"{index_path}: names {len(missing)} tensors that no shard holds, e.g. {missing[0]!r}")
+        raise FolderError(f"{index_path}: names {len(missing)} tensors that no shard holds, e.g. {missing[0][:80]!r}")
     return entries
 
 
@@ -126,13 +133,9 @@ def _shard_name(value: Any, index_path: Path) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        return (
-            f"{folder}: holds pickle weights only ({pickles[0]}); loading them could run foreign code. "
-            "Use the safetensors form of this model"
-        )
-    return f"{folder}: no weights here (neither {SINGLE_NAME} nor {INDEX_NAME})"
+    found = pickles_in(folder)
+    what = _pickle_reason(found[0]) if found else f"no weights here (neither {SINGLE_NAME} nor {INDEX_NAME})"
+    return f"{folder}: {what}"
 
 
 class SafetensorsWriter:

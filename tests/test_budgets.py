@@ -206,7 +206,7 @@ def test_page_files_stay_within_the_disk_budget_that_was_predicted(tmp_path):
     """Not a byte more is allowed than what the plan is said to need: whole blocks and gaps are part of that."""
     knobs = {"optimizer_states": "disk", "gradients": "disk", "saved_inputs": "disk", "max_steps": 3,
              "activations": "page,0-1=recompute,4-5=recompute"}  # fmt: skip
-    need = read_inputs(make_config(TINY, tmp_path, cache_dir=str(tmp_path / "cache"), **knobs)).predict().disk_bytes
+    need = read_inputs(make_config(TINY, tmp_path, cache_dir=str(tmp_path / "cache"), **knobs))[0].predict().disk_bytes
     config = make_config(TINY, tmp_path, cache_dir=str(tmp_path / "cache"), disk_memory=f"{need}B", **knobs)
     assert finetune(config) is not None
     peak = max(line["peak_disk_bytes"] for line in metrics_of(config)[0])
@@ -260,3 +260,19 @@ def test_a_ready_model_in_memory_is_said(run, in_memory):
     code, text = run("--model", ready, "--weights", "disk", "--dry-run")
     assert code == 0, text
     assert "warning" in text and "lies in memory" in text and "count in no budget" in text
+
+
+def test_a_run_goes_on_within_a_smaller_budget_to_the_same_bytes(data, tmp_path, run):
+    """One step with all memory, the next one with the least that is predicted to do, held by the kernel."""
+    rest = ("--schedule", "constant", "--warmup-ratio", 0)
+    run(*rest)
+    whole = (tmp_path / "out" / ADAPTER_NAME).read_bytes()
+    first = run_child(data, tmp_path, "first", *rest, "--max-steps", 1)
+    assert first.code == 0 and "weights resident; activations keep" in first.picked, first.stderr
+    _, refusal = run("--device-memory", "50MB", "--output", tmp_path / "none")
+    budget = predicted(refusal) + 4 * MIB
+    again = run_child(data, tmp_path, "first", *rest, "--resume", "auto", "--device-memory", f"{budget}B")
+    assert again.code == 0, again.stderr
+    assert again.picked != first.picked and "resumed after step 1" in again.stderr
+    assert again.max_rss_bytes <= budget
+    assert (again.output / ADAPTER_NAME).read_bytes() == whole

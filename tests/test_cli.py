@@ -147,11 +147,11 @@ def test_whole_tour(run, tmp_path, data):
     code, out, err = run(*finetune_words(data, output, "--lr", "1e-3"))
     assert code == 0, err
     assert "adapter:" in out
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     code, _, err = run(*finetune_words(data, output))
     assert code == 2
     assert "another run" in err
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     cache = ["--cache-dir", tmp_path / "cache"]
     code, out, _ = run("generate", "--model", TINY, "--adapter", output, "--prompt", "f(x)", "--max-new-tokens", 3, *cache)
     assert code == 0

@@ -19,7 +19,7 @@ from typing import ClassVar
 import pytest
 
 from lopt_edge import plan_run
-from tests.models import make_folder
+from tests.runs import make_model, write_rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ASK = """
@@ -41,6 +41,20 @@ sys.modules["torch"] = None
 from lopt_edge import plan_run
 found = plan_run(sys.argv[1], revision=sys.argv[2] or None, gpu="rtx4090", max_seq_len=64)
 print(json.dumps([found.fits, found.items["head"], found.plan_hash]))
+"""
+
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+from lopt_edge import finetune
+from lopt_edge.config import load_config
+root = Path(sys.argv[2])
+finetune(load_config(None, {"model": sys.argv[1], "revision": "v1", "data": str(root / "train.jsonl"), "max_steps": 1,
+                            "output": str(root / "out"), "cache_dir": str(root / "cache"), "device": "cpu", "lora_r": 2,
+                            "max_seq_len": 64}))
+run, adapter = (json.loads((root / "out" / name).read_text()) for name in ("run.json", "adapter_config.json"))
+print(json.dumps([run["base"], run["revision"], adapter["base_model_name_or_path"], adapter["revision"]]))
 """
 
 
@@ -99,7 +113,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    _Hub.folder = make_folder(tmp_path_factory.mktemp("hub") / "tiny")
+    _Hub.folder = make_model(tmp_path_factory.mktemp("hub") / "tiny")
     (_Hub.folder / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
     (_Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
@@ -140,6 +154,14 @@ def test_a_hub_model_is_planned_from_its_config_and_headers_alone(hub, tmp_path)
     files = {path.rpartition("/")[2]: n_bytes for path, n_bytes in _Hub.sent if "/resolve/" in path}
     assert set(files) == {"config.json", "model.safetensors"}, _Hub.sent
     assert files["model.safetensors"] <= 100_001
+    weights_asked = {path for path, _ in _Hub.sent if path.endswith("model.safetensors")}
+    assert weights_asked == {f"/org/tiny/resolve/{COMMIT}/model.safetensors"}, "of the commit that config.json came from"
     assert sum(n_bytes for path, n_bytes in _Hub.sent if path.endswith("model.safetensors")) <= 100_001
     local = plan_run(str(_Hub.folder), gpu="rtx4090", max_seq_len=64)
     assert (fits, head, plan_hash) == (local.fits, local.items["head"], local.plan_hash)
+
+
+def test_a_run_records_the_commit_that_a_branch_stood_for(hub, tmp_path):
+    write_rows(tmp_path / "train.jsonl", 6)
+    found = ask(hub, tmp_path / "hub", "org/tiny", str(tmp_path), code=TRAIN)
+    assert found == ["org/tiny", COMMIT, "org/tiny", COMMIT]

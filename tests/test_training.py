@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, tmp_path
 
 
 def test_the_seed_reaches_the_dropout_masks(model, tmp_path):
-    inputs = read_inputs(make_config(model, tmp_path, seed=11, lora_dropout=0.2))
+    inputs, _ = read_inputs(make_config(model, tmp_path, seed=11, lora_dropout=0.2))
     loaded = load_model(model, inputs.source.facts, device=inputs.device, dtype=inputs.dtype)
     executor, _ = build_executor(inputs, loaded)
     assert executor.model.clock.seed == 11
@@ -130,7 +130,7 @@ def test_steps_and_windows(model, tmp_path, changes, sequences):
     finetune(config)
     steps, _ = metrics_of(config)
     assert len(steps) == len(sequences)
-    dataset = read_inputs(config.model_copy(update={"output": str(tmp_path / "other")})).train
+    dataset = read_inputs(config.model_copy(update={"output": str(tmp_path / "other")}))[0].train
     if "epochs" not in changes and "max_steps" not in changes:  # every example once
         assert sum(line["tokens"] for line in steps) == dataset.n_tokens
         assert sum(line["supervised_tokens"] for line in steps) == dataset.n_supervised
@@ -176,10 +176,12 @@ def test_a_dry_run_writes_nothing(model, tmp_path):
 def test_an_output_folder_with_another_run_is_left_as_it_is(model, tmp_path):
     config = make_config(model, tmp_path, max_steps=1)
     finetune(config)
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(config.output).iterdir()}
+    found = [path for path in Path(config.output).rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
     with pytest.raises(InputError, match="another run"):
         finetune(config)
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(config.output).iterdir()} == before
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found} == before
+    assert [path for path in Path(config.output).rglob("*") if path.is_file()] == found
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
         finetune(make_config(model, tmp_path, output="file"))
@@ -240,6 +242,8 @@ def test_a_run_that_diverges_says_so_and_saves_no_adapter(tmp_path):
     tensors["model.layers.2.post_attention_layernorm.weight"].fill_(3e38)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = make_config(folder, tmp_path)
-    with pytest.raises(RunError, match=r"(?s)step 1, op.*not finite.*The plan around it"):
+    with pytest.raises(RunError, match=r"(?s)every batch was skipped.*step \d, op.*The plan around it"):
         finetune(config)
+    with pytest.raises(RunError, match=r"(?s)step 1: .*first at FORWARD 2 mb=0.*step 1, op.*The plan around it"):
+        finetune(make_config(folder, tmp_path, output="stop", on_nan="stop"))
     assert not (Path(config.output) / ADAPTER_NAME).exists()

@@ -7,13 +7,15 @@
 
 `tensors` runs one step of a small random model in this process for each setting (tests/laws/timeline_bench.py) and
 compares the peak and its op. `process` draws a model, a length, a method and a budget between the smallest and the
-largest predicted peak, lets `finetune` plan and train under it, and compares peak, page files and step seconds; the
-budget is held by the system (RLIMIT_DATA, the CUDA allocator's fraction), so a plan that was wrongly said to fit fails
-its run. Ratios are predicted over measured. Every row is appended as soon as it is known, and a call goes on with other
-draws (`--seed`).
+largest predicted peak, lets `finetune` plan and train under it, and compares peak (with what was predicted before the first
+step, and as corrected after the second), page files and step seconds; the budget is held by the system (RLIMIT_DATA, the
+CUDA allocator's fraction), so a plan that was wrongly said to fit fails its run. Ratios are predicted over measured: the
+first over the whole process' peak, the corrected one over the peak until the last step (on a CPU with little memory it is
+saving, which imports peft, that sets the process' peak). Every row is appended as soon as it is known, and a call goes on
+with other draws (`--seed`).
 
 What it does not do: seconds are only worth something on a machine that does nothing else, after `lopt-edge doctor
---measure`.
+--measure`; on another one `--busy` leaves them out.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ TENSOR_COLUMNS = (
 PROCESS_COLUMNS = (
     *COMMON, "hardware", "profile", "model", "seq_len", "method", "dtype", "device", "least_bytes", "most_bytes",
     "budget_bytes", "knobs", "predicted_device_bytes", "slack_bytes", "peak_device_bytes", "ratio", "within_budget",
-    "predicted_disk_bytes", "peak_disk_bytes", "predicted_seconds", "step_seconds", "seconds_ratio", "error",
+    "predicted_disk_bytes", "peak_disk_bytes", "predicted_seconds", "step_seconds", "seconds_ratio", "error", "steps",
+    "corrected_device_bytes", "trained_peak_bytes", "corrected_ratio",
 )  # fmt: skip
 # What `finetune` itself would answer, with next to nothing and with all that is free.
 BOUNDS = """
@@ -57,10 +60,12 @@ import json, sys
 from lopt_edge.config import load_config
 from lopt_edge.preparation import read_inputs
 values = {name.replace("-", "_"): value for name, value in json.loads(sys.argv[1]).items()} | {"output": "never-written"}
-found = [read_inputs(load_config(None, values | more)).run_plan for more in ({"device_memory": "1MB", "force": True}, {})]
+least = {"device_memory": "1MB", "force": True}
+found = [read_inputs(load_config(None, values | more))[0].run_plan for more in (least, {})]
 print(json.dumps([*(one.peak_bytes["device"] for one in found), found[0].profile.partition(":")[0]]))
 """
 LIBRARY_WAVERS = 8 << 20  # from process to process
+MEASURED_SECONDS = ("step_seconds", "seconds_ratio")
 Row = dict[str, Any]
 
 
@@ -103,7 +108,8 @@ def process(options: Namespace) -> None:
             method, share = drawn.choice(options.methods), drawn.choice([0.0, 1.0, *(drawn.random() for _ in range(6))])
             row = common() | one_process(options, Case(model, seq_len), method, share, Path(scratch))
             append(options.csv, [row], PROCESS_COLUMNS)
-            shown = ("seq_len", "method", "budget_bytes", "peak_device_bytes", "ratio", "seconds_ratio", "error")
+            shown = ("seq_len", "method", "budget_bytes", "peak_device_bytes", "ratio", "corrected_ratio", "seconds_ratio",
+                     "error")  # fmt: skip
             print(model.name, *(row.get(name, "") for name in shown), flush=True)
 
 
@@ -122,7 +128,8 @@ def one_process(options: Namespace, case: Case, method: str, share: float, scrat
     done = subprocess.run(command, env=environment(options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         return row | {"within_budget": "no", "error": f"exit code {done.returncode}: {error_text(done.stderr)}"}
-    return row | figures(output, budget)
+    found = row | figures(output, budget)
+    return found | dict.fromkeys(MEASURED_SECONDS, "") if options.busy else found
 
 
 def bounds(arguments: list[str]) -> tuple[int, int, str]:
@@ -137,12 +144,15 @@ def bounds(arguments: list[str]) -> tuple[int, int, str]:
 
 def figures(output: Path, budget: int) -> Row:
     run = json.loads((output / "run.json").read_text())
+    corrected = json.loads((output / "plan.json").read_text())["corrected_device_bytes"]
     predicted, peaks = run["predicted"], run["peaks"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["step_seconds"] for line in lines if "loss" in line]
     typical = statistics.median(seconds[1:] or seconds)
     # CUDA's peak is the allocator's; the context, which the prediction contains, comes on top
-    measured = peaks["peak_device_bytes"] + (0 if run["device"] == "cpu" else predicted["library_bytes"])
+    context = 0 if run["device"] == "cpu" else predicted["library_bytes"]
+    measured = peaks["peak_device_bytes"] + context
+    trained = max(line["peak_device_bytes"] for line in lines if "loss" in line) + context
     return {
         "knobs": next(reason for reason in run["reasons"] if reason.startswith("memory: "))[8:],
         "predicted_device_bytes": predicted["device_bytes"], "slack_bytes": predicted["slack_bytes"],
@@ -150,7 +160,8 @@ def figures(output: Path, budget: int) -> Row:
         "ratio": f"{predicted['device_bytes'] / measured:.4f}", "within_budget": "yes" if measured <= budget else "no",
         "predicted_disk_bytes": predicted["disk_bytes"], "peak_disk_bytes": peaks["peak_disk_bytes"],
         "predicted_seconds": predicted["step_seconds"], "step_seconds": f"{typical:.3f}",
-        "seconds_ratio": f"{predicted['step_seconds'] / typical:.3f}", "error": "",
+        "seconds_ratio": f"{predicted['step_seconds'] / typical:.3f}", "error": "", "steps": len(seconds),
+        "corrected_device_bytes": corrected, "trained_peak_bytes": trained, "corrected_ratio": f"{corrected / trained:.4f}",
     }  # fmt: skip
 
 
@@ -168,9 +179,9 @@ def hardware(options: Namespace) -> str:
 
 
 def show(options: Namespace) -> None:
-    for path, column in ((TENSORS, "ratio"), (PROCESS, "ratio"), (PROCESS, "seconds_ratio")):
+    for path, column in ((TENSORS, "ratio"), (PROCESS, "ratio"), (PROCESS, "corrected_ratio"), (PROCESS, "seconds_ratio")):
         rows = list(csv.DictReader(path.open())) if path.exists() else []
-        ratios = [float(row[column]) for row in rows if row[column]]
+        ratios = [float(row[column]) for row in rows if row.get(column)]  # older rows have no corrected one
         if not ratios:
             continue
         failed = sum(bool(row.get("error")) for row in rows)
@@ -232,6 +243,7 @@ def parse() -> Namespace:
     two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     two.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     two.add_argument("--steps", type=int, default=2)
+    two.add_argument("--busy", action="store_true", help="leave out measured seconds: others use this machine")
     two.add_argument("--threads", type=int, default=usable_cores())
     two.add_argument("--cache-dir", type=Path, help="of quantised copies")
     two.add_argument("--page-dir", type=Path)

@@ -24,6 +24,7 @@ from lopt_edge.data.order import (
     Window,
     collate,
     epoch_windows,
+    split_window,
 )
 from lopt_edge.data.records import Record, read_records
 from lopt_edge.data.report import check_facts, check_report, marked_pieces
@@ -56,6 +57,7 @@ __all__ = [
     "marked_pieces",
     "read_records",
     "split",
+    "split_window",
     "to_conversation",
     "to_rows",
 ]

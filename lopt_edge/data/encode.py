@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from lopt_edge.data.faults import Faults
 from lopt_edge.data.formats import Conversation, PromptCompletion, Row, TextRow
 from lopt_edge.data.long_text import long_text_ids
 from lopt_edge.data.template import ChatTemplate, leading_ids
+from lopt_edge.data.tokenizer_faults import tokenizer_faults
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,10 +102,14 @@ def encode_rows(
         except InputError as error:
             faults.add(error)
     faults.raise_any()
-    lead = leading_ids(tokenizer)
+    with _encoding("tokenizer"):
+        lead = leading_ids(tokenizer)
     encoded = []
     for batch in _batches(rendered):
-        for item, ids, mask in _tokenise(batch, tokenizer):
+        first, last = batch[0].where, batch[-1].where
+        with _encoding(first if first == last else f"{first} to {last}"):
+            tokenised = list(_tokenise(batch, tokenizer))
+        for item, ids, mask in tokenised:
             encoded.append(_finish(item, ids, mask, lead=lead, eos=tokenizer.eos_token_id, max_seq_len=max_seq_len))
     return encoded
 
@@ -185,6 +191,10 @@ def _batches(rendered: Sequence[_Rendered]) -> Iterator[list[_Rendered]]:
         size += len(item.text)
     if batch:
         yield batch
+
+
+def _encoding(where: str) -> AbstractContextManager[None]:
+    return tokenizer_faults("the tokenizer cannot encode this text", where=where, fix="check the model's tokenizer files")
 
 
 def _tokenise(

@@ -67,6 +67,11 @@ def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: 
     return tuple(windows)
 
 
+def split_window(window: Window, size: int) -> Window:
+    """The same sequences in the same order, in micro-batches of at most `size`: equal up to rounding (design law 5)."""
+    return tuple(batch[start : start + size] for batch in window for start in range(0, len(batch), size))
+
+
 def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
     """Tokens of its largest micro-batch, padding included, and of all of them: what its memory goes by."""
     rows = [len(batch) * max(lengths[i] for i in batch) for batch in window]

@@ -2,8 +2,13 @@
 
 Rule: a data file is untrusted. Whatever its bytes are, reading it ends in records or in an `InputError` that names
 file and line: broken JSON, a NaN (not JSON, though Python would take it), an integer of a million digits, brackets
-nested deeper than the parser's stack, text that is not UTF-8, a quote that never closes. Broken rows are collected
-over the whole file, so that one run shows all of them.
+nested deeper than 64 levels, text that is not UTF-8, a quote that never closes. Broken rows are collected over the whole
+file, so that one run shows all of them.
+
+Sizes are limited before memory is taken: a row (a line of .jsonl, a field of .csv) has at most `MAX_ROW_BYTES`, a file has
+at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_BYTES`, and a Parquet file may unpack to as
+much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
+own claims have been held against these limits. So at most some 25 bytes of memory are taken per byte of JSON (`{},{},...`).
 
 Places: `data.jsonl:12` and `data.csv:12` are physical lines counted from 1 (a CSV row that spans lines is named by its
 first), `data.json[12]` is the 12th element counted from 0 as JSON tools do, `data.parquet row 12` counts from 1.
@@ -16,17 +21,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lopt_edge.data.faults import Faults
 from lopt_edge.errors import InputError
+from quant.untrusted import TooDeep, parse_json
 
 # A JSON object with one of these keys is itself a row, not a wrapper around a list of rows.
 ROW_KEYS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "text"})
+MAX_ROW_BYTES = 64 * 2**20
+MAX_WHOLE_BYTES = 2**30
+MAX_ROWS = 5_000_000
+PARQUET_ROWS = 64
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -45,9 +55,11 @@ def read_records(path: str | Path) -> list[Record]:
     _check_path(path, known=reader is not None)
     assert reader is not None
     try:
-        records = list(reader(path))
+        records = list(islice(reader(path), MAX_ROWS + 1))
     except OSError as error:
         raise InputError(f"cannot read the file ({error.strerror or error})", where=str(path)) from error
+    if len(records) > MAX_ROWS:
+        raise InputError(f"the file holds more than {MAX_ROWS:,} rows", where=str(path), fix="take a part of it")
     if not records:
         raise InputError("the file holds no rows", where=str(path), fix="give a data file with at least one row")
     return records
@@ -72,6 +84,14 @@ def _check_path(path: Path, *, known: bool) -> None:
 # --- text and JSON ----------------------------------------------------------------------------------------------------
 
 
+def _read_whole(path: Path) -> bytes:
+    n_bytes = path.stat().st_size
+    if n_bytes > MAX_WHOLE_BYTES:
+        what = f"{n_bytes:,} bytes; a {path.suffix} file is read whole and may have {MAX_WHOLE_BYTES:,}"
+        raise InputError(what, where=str(path), fix="save the rows as .jsonl, or take a part of them")
+    return path.read_bytes()
+
+
 def _decode(raw: bytes, *, path: Path, line: int = 1) -> str:
     """UTF-8 text of `raw`, which begins at the given line of the file; a byte order mark is dropped."""
     try:
@@ -91,14 +111,14 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _parse_json(text: str, *, where: str) -> Any:
-    """`json.loads` whose every failure is an `InputError`."""
+    """`parse_json` whose every failure is an `InputError`."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return parse_json(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise InputError(f"broken JSON at {place}: {error.msg}", where=where, fix="correct the row") from None
-    except RecursionError:
-        raise InputError("the JSON is nested too deeply", where=where, fix="flatten or remove the row") from None
+    except TooDeep as error:
+        raise InputError(f"the JSON is {error}", where=where, fix="flatten or remove the row") from None
     except ValueError as error:  # a forbidden constant, or an integer beyond Python's digit limit
         raise InputError(f"bad JSON value: {error}", where=where, fix="correct the row") from None
 
@@ -113,21 +133,24 @@ def _as_row(value: object, *, where: str) -> Record:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     faults = Faults()
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
             where = f"{path}:{number}"
             try:
+                if len(raw) > MAX_ROW_BYTES:
+                    fix = "cut the row into several"
+                    raise InputError(f"the line has more than {MAX_ROW_BYTES:,} bytes", where=where, fix=fix)
                 text = _decode(raw, path=path, line=number)
                 if text.strip():
                     yield _as_row(_parse_json(text, where=where), where=where)
             except InputError as error:
                 faults.add(error)
-                if number == 1 and raw.startswith(UTF16_MARKS):
-                    break  # every further line would fail for the same reason
+                if len(raw) > MAX_ROW_BYTES or (number == 1 and raw.startswith(UTF16_MARKS)):
+                    break  # what follows is the rest of this line, or would fail for the same reason
     faults.raise_any()
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    text = _decode(path.read_bytes(), path=path)
+    text = _decode(_read_whole(path), path=path)
     if not text.strip():
         return
     try:
@@ -164,7 +187,7 @@ def _rows_of(value: object, *, where: str) -> tuple[list[Any], str]:
 
 def _read_text(path: Path) -> Iterator[Record]:
     # Line ends become \n: a model should not learn \r from a file that happened to be saved on Windows.
-    text = _decode(path.read_bytes(), path=path).replace("\r\n", "\n")
+    text = _decode(_read_whole(path), path=path).replace("\r\n", "\n")
     if text.strip():
         yield Record(text, str(path))
 
@@ -173,9 +196,9 @@ def _read_text(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    text = _decode(path.read_bytes(), path=path)
+    text = _decode(_read_whole(path), path=path)
     limit = csv.field_size_limit()
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # process-wide, and a C long on Windows; put back below
+    csv.field_size_limit(MAX_ROW_BYTES)  # process-wide, so put back below
     try:
         rows = list(_csv_rows(text, path=path))
     finally:
@@ -220,17 +243,60 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa  # type: ignore[import-untyped]  # here, not above: only Parquet files pay for it
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    number = 0
+    number = unpacked = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            _check_claims(file.metadata, path=path)
+            _check_types(file.schema_arrow, path=path)
+            for packed in file.iter_batches(batch_size=PARQUET_ROWS):
+                batch = _without_dictionaries(packed, path=path)
+                unpacked += batch.nbytes
+                if unpacked > MAX_WHOLE_BYTES:
+                    raise _too_large(unpacked, path=path)
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(row, f"{path} row {number}")
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         fix = "write the file again; it may be cut short"
         raise InputError(f"not a readable Parquet file: {reason}", where=f"{path} row {number + 1}", fix=fix) from error
+
+
+def _check_claims(metadata: Any, *, path: Path) -> None:
+    """Hold what the file says of itself against the limits, before anything is unpacked on its word."""
+    if metadata.num_rows > MAX_ROWS:
+        raise InputError(f"the file says it holds {metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read",
+                         where=str(path), fix="take a part of it")  # fmt: skip
+    # of the row groups: pyarrow's metadata of a single column ends the process (std::terminate) where that is damaged
+    claims = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+    if sum(claims) > MAX_WHOLE_BYTES or min(claims, default=0) < 0:
+        raise _too_large(sum(claims), path=path)
+
+
+def _check_types(schema: Any, *, path: Path) -> None:
+    """A value that many places share is small until it is a Python object in each: only whole columns may be so coded."""
+    coded = ("dictionary<", "run_end_encoded<", "_view")
+    for field in schema:
+        kind = str(field.type)
+        inner = kind.split("<", 1)[1] if kind.startswith("dictionary<") else kind
+        if any(mark in inner for mark in coded):
+            raise InputError(f"column {field.name[:80]!r} has type {kind[:80]}, which is not read", where=str(path),
+                             fix="save its texts as plain strings")  # fmt: skip
+
+
+def _without_dictionaries(batch: Any, *, path: Path) -> Any:
+    """The rows with each categorical column as its values, if they are not too large."""
+    for index, column in enumerate(batch.columns):
+        if str(column.type).startswith("dictionary<"):
+            if len(batch) * column.dictionary.nbytes > MAX_WHOLE_BYTES:
+                raise _too_large(len(batch) * column.dictionary.nbytes, path=path)
+            batch = batch.set_column(index, batch.schema.names[index], column.dictionary_decode())
+    return batch
+
+
+def _too_large(n_bytes: int, *, path: Path) -> InputError:
+    what = f"unpacks to {n_bytes:,} bytes or more; at most {MAX_WHOLE_BYTES:,} are read"
+    return InputError(what, where=str(path), fix="save the rows as .jsonl, or take a part of them")
 
 
 _READERS = {

@@ -10,10 +10,10 @@ to be added to the vocabulary):
     Assistant: the reply<eos>
     User: ...
 
-Rules. Rendering goes through `tokenizer.apply_chat_template` (a sandboxed jinja), because the template comes from a
-model's author; whatever it raises becomes an `InputError`. The template writes every special token itself, as in
-`apply_chat_template`, so the tokens of training are those of chatting. Calls of `strftime_now` are answered with one
-fixed date, else a run that is resumed tomorrow would see other tokens than today.
+Rules. Rendering goes through `sandbox`, because the template comes from a model's author: it cannot reach Python, and its
+work, size and time have limits; whatever it raises becomes an `InputError`. The text is that of `apply_chat_template`:
+the template writes every special token itself, so the tokens of training are those of chatting. Calls of `strftime_now`
+are answered with one fixed date, else a run that is resumed tomorrow would see other tokens than today.
 
 At load, one probe conversation is rendered. It shows a broken template before any row is read, and it tells what ends
 an assistant turn (`<|im_end|>`, `</s>`, ...): that text is a target, so that a model learns to stop. A template that
@@ -25,22 +25,20 @@ Not here: which characters of the text are targets (`encode`).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateSyntaxError
+
+from lopt_edge.data import sandbox
 from lopt_edge.data.formats import Message
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIXED_DATE = date(2024, 7, 26)  # the date that Llama 3's template falls back to
-STRFTIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 PROBE_REPLY = "lopt-edge-probe"
 
 DEFAULT_BODY = (
@@ -74,19 +72,15 @@ class ChatTemplate:
     ) -> str:
         """The conversation as one text, special tokens included."""
         chat = [{"role": role, "content": content} for role, content in messages]
+        tokens = {name: [*map(str, token)] if isinstance(token, list) else str(token)
+                  for name, token in tokenizer.special_tokens_map.items()}  # fmt: skip
         try:
-            text = tokenizer.apply_chat_template(
-                chat,
-                chat_template=_with_fixed_dates(self.source),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-            assert isinstance(text, str)  # because of tokenize=False
-            return text
+            return sandbox.render(self.source, chat, add_generation_prompt=add_generation_prompt, special_tokens=tokens)
         except Exception as error:  # the template is foreign code: it may raise anything
             fix = "change the row to what the template takes, or give another one with --chat-template"
-            what = f"{self.where} cannot render this: {type(error).__name__}: {str(error)[:300]}"
-            raise InputError(what, where=where, fix=fix) from error
+            line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+            what = f"{self.where} cannot render this{line}: {type(error).__name__}: {_first_of(error)}"
+            raise InputError(what, where=where or self.where, fix=fix) from error
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """The tokens after which a reply is over: eos and the template's own end token."""
@@ -109,8 +103,8 @@ def load_template(tokenizer: PreTrainedTokenizerBase, override_path: str | Path 
     if template.end_token is None:
         _require_eos(tokenizer)
         reason += f"; no special token ends its turns, so {tokenizer.eos_token!r} is appended to the last reply"
-    if _with_fixed_dates(template.source) != template.source:
-        reason += f"; its date is fixed to {FIXED_DATE:%d %b %Y}"
+    if "strftime_now" in template.source:
+        reason += f"; its date is fixed to {sandbox.FIXED_DATE:%d %b %Y}"
     return template, reason
 
 
@@ -124,15 +118,18 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-@lru_cache(maxsize=8)
-def _with_fixed_dates(source: str) -> str:
-    return STRFTIME_CALL.sub(lambda call: json.dumps(FIXED_DATE.strftime(call[2])), source)
+def _first_of(error: Exception) -> str:
+    """The first characters of what an error says; one of Python's own may fail to say it (half a character in it)."""
+    return str(error)[:300].encode("utf-8", "backslashreplace").decode()
 
 
 def _read_template(path: Path) -> str:
     fix = "give a text file that holds one jinja chat template"
     try:
-        source = path.read_bytes().decode("utf-8-sig")
+        if not path.is_file():
+            raise OSError(0, "no such file" if not path.exists() else "not a regular file")
+        with path.open("rb") as file:
+            source = file.read(sandbox.MAX_SOURCE_BYTES + 4).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read the chat template ({reason})", where=str(path), fix=fix) from error
@@ -167,7 +164,7 @@ def _probed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatT
     head, found, tail = text.rpartition(PROBE_REPLY)
     if not found or not head:
         fix = "give a template that renders a user and an assistant message"
-        raise InputError(f"{template.where} leaves out the assistant's reply", fix=fix)
+        raise InputError(f"{template.where} leaves out the assistant's reply", where=template.where, fix=fix)
     tokens = {token for token in (*tokenizer.get_added_vocab(), tokenizer.eos_token) if token and token.strip()}
     # The earliest special token of the tail; at one place the longest. Phi-3 writes "<|end|>\n<|endoftext|>".
     places = [(tail.index(token), -len(token), token) for token in tokens if token in tail]

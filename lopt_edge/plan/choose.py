@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lopt_edge.config import Config
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts import ModelFacts
-from lopt_edge.plan.knobs import ACTIVATIONS, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs, per_layer
 from lopt_edge.plan.search import Candidate, Space, three_digits
 from lopt_edge.plan.segments import Segment, make_segments
 
@@ -99,6 +99,7 @@ def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     n_layers = facts.n_layers
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
     found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
+    found |= {} if config.token_tile is None else {"token_tile": config.token_tile}
     if config.weights != "auto":
         found["weights"] = per_layer(config.weights, WEIGHTS, n_layers=n_layers, where="weights")
     if config.activations != "auto":
@@ -139,6 +140,22 @@ def settled(config: Config, facts: ModelFacts, ask: Callable[[Config], tuple[Ask
     return asked
 
 
+def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> tuple[Asked, str]:
+    """A run under way: as it is if that fits, else the same sequences in smaller micro-batches, the largest that fit, and a
+    sentence that says so; as it is if none does. With dropout, whose masks go by micro-batch, none is tried."""
+    as_it_is, best = ask(config)
+    if best is not None:
+        return as_it_is, ""
+    sizes = [] if config.lora_dropout else [n for n in range(config.batch_size - 1, 0, -1) if config.batch_size % n == 0]
+    for size in sizes:
+        n_batches = config.grad_accum * config.batch_size // size
+        answer, best = ask(config.model_copy(update={"batch_size": size, "grad_accum": n_batches}))
+        if best is not None:
+            return answer, (f"micro-batches of {config.batch_size} do not fit: they are split into {size}; gradients stay "
+                            "equal up to rounding (1e-5 of their norm), so the adapter's last bits may differ")  # fmt: skip
+    return as_it_is, ""
+
+
 def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
     """What the planner chose of the settings that it was let to choose."""
     if asked.choose_micro_batch:
@@ -156,6 +173,9 @@ def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
         yield "prefetch has no effect: nothing is moved between tiers"
     if config.page_dir and "disk" not in tiers and "page" not in knobs.activations:
         yield "page_dir has no effect: nothing is paged to disk"
+    longest = config.batch_size * config.max_seq_len
+    if config.token_tile not in (None, TOKEN_TILES[0]) and longest <= min(config.token_tile, TOKEN_TILES[0]):
+        yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
     if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:
         yield "saved_inputs has no effect: no layer is recomputed from its saved input"
     if "gradients" in given and knobs.gradients != "device" and config.apply == "layer":

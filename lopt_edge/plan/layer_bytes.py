@@ -16,7 +16,6 @@ from lopt_edge.plan.programs import Dimensions, Replay, case_key
 
 READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 EAGER_ONLY = ("gemma2",)  # run.load: in transformers; here its attention runs in tiles of queries (run/query_tiles.py)
-LOSS_TOKEN_TILE = 1024  # run.losses.TOKEN_TILE
 VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}  # run.losses
 
 
@@ -180,10 +179,10 @@ def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tok
 
 @lru_cache(maxsize=256)
 def loss_within(
-    shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, task: bool, n_selected: int
+    shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, task: bool, n_selected: int, tile: int
 ) -> int:
-    """The gradient of the output included; `n_selected` tokens have a loss."""
-    n_tile = min(LOSS_TOKEN_TILE, n_selected)
+    """The gradient of the output included; `n_selected` tokens have a loss, `tile` at a time."""
+    n_tile = min(tile, n_selected)
     dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens, n_tile=n_tile)
     replay = Replay(shape, dimensions, stored=stored)
     case = shape.case(n_sequences, masked=False)

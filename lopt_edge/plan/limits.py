@@ -15,7 +15,7 @@ from typing import Any
 
 from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.cards import CARDS, Card
-from lopt_edge.plan.knobs import Knobs
+from lopt_edge.plan.knobs import TOKEN_TILES, Knobs
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.search import QUARTERS, Bounds, Candidate, Search, last_layers
 from lopt_edge.plan.segments import make_segments
@@ -95,7 +95,7 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
     n_layers = space.facts.n_layers
     wanted: dict[str, Any] = {
         "weights": (below,) * n_layers, "activations": ("recompute",) * n_layers, "saved_inputs": below, "states": below,
-        "gradients": below, "head": "disk", "prefetch": 0,
+        "gradients": below, "head": "disk", "prefetch": 0, "token_tile": TOKEN_TILES[-1],
     }  # fmt: skip
     low = replace(knobs, **{name: value for name, value in wanted.items() if name not in fixed})
     if not limited:

@@ -1,9 +1,9 @@
 """The op list: one optimizer step as a flat tuple of small frozen ops, with a text form, a parser and a hash.
 
 A plan's text is its whole content: `parse_plan(plan.text()) == plan`. It opens with a header (method, depth, number of
-micro-batches, buffers for streamed layers, the segments, where each unit's weights lie), then one op a line. A person can
-read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods and passes do) or runs
-(run/executor.py does).
+micro-batches, buffers for streamed layers, tokens of a loss' tile, the segments, where each unit's weights lie), then one
+op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods and
+passes do) or runs (run/executor.py does).
 
     EMBED mb=0                    hidden states from token ids
     FORWARD 3 mb=0 keep=input     run layer 3; keep nothing | its input | its autograd graph | its graph, movable
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.segments import Segment
 
 
@@ -104,7 +105,7 @@ class Op:
 class Plan:
     """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier.
 
-    `ring` is the number of buffers that streamed layers share.
+    `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time.
     """
 
     method: str
@@ -114,10 +115,11 @@ class Plan:
     placement: tuple[tuple[str, str], ...]
     ops: tuple[Op, ...]
     ring: int = 0
+    tile: int = TOKEN_TILES[0]
 
     def text(self) -> str:
-        counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring}"
-        head = [f"plan 2 method={self.method} {counts}"]
+        counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
+        head = [f"plan 3 method={self.method} {counts}"]
         head += [f"segment {s.index} layers={s.first}-{s.last} loss={s.loss}" for s in self.segments]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
         return "\n".join([*head, *(op.text() for op in self.ops)]) + "\n"
@@ -131,6 +133,12 @@ class Plan:
         first, last = max(0, position - reach), min(len(self.ops), position + reach + 1)
         return "\n".join(f"{'>' if i == position else ' '} {i:5d}  {self.ops[i].text()}" for i in range(first, last))
 
+    @property
+    def has_early_steps(self) -> bool:
+        """Whether some update comes before the last gradient."""
+        kinds = [op.kind for op in self.ops if op.kind in (Kind.BACKWARD, Kind.STEP)]
+        return Kind.STEP in kinds and Kind.BACKWARD in kinds[kinds.index(Kind.STEP) :]
+
     def segment_of(self, layer: int) -> Segment:
         return next(segment for segment in self.segments if layer in segment.layers)
 
@@ -139,7 +147,7 @@ class PlanTextError(ValueError):
     """A plan text that does not parse; names the line."""
 
 
-_HEAD = re.compile(r"plan 2 method=([\w-]+) layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6})")
+_HEAD = re.compile(r"plan 3 method=([\w-]+) layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})")
 _SEGMENT = re.compile(r"segment (\d{1,6}) layers=(\d{1,6})-(\d{1,6}) loss=(task|reconstruct|none)")
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
@@ -154,7 +162,7 @@ def parse_plan(text: str) -> Plan:
     lines = text.splitlines()
     head = _HEAD.fullmatch(lines[0]) if lines else None
     if head is None:
-        raise PlanTextError("line 1: not a plan of version 2")
+        raise PlanTextError("line 1: not a plan of version 3")
     segments: list[Segment] = []
     placement: list[tuple[str, str]] = []
     ops: list[Op] = []
@@ -168,7 +176,8 @@ def parse_plan(text: str) -> Plan:
             ops.append(_parsed_op(match))
         else:
             raise PlanTextError(f"line {number}: not an op: {line[:80]!r}")
-    return Plan(head[1], int(head[2]), int(head[3]), tuple(segments), tuple(placement), tuple(ops), int(head[4]))
+    n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[1:])
+    return Plan(head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile)
 
 
 def _parsed_op(match: re.Match[str]) -> Op:

@@ -22,6 +22,7 @@ LAYER_COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
 
 def arrange(plan: Plan, knobs: Knobs) -> Plan:
     """The plan with all of `knobs` carried out."""
+    plan = replace(plan, tile=knobs.token_tile)
     for one_pass in (choose_activations, move_pages, move_saved_inputs, place_steps, move_gradients, move_states,
                      stream_weights):  # fmt: skip
         plan = one_pass(plan, knobs)

@@ -76,6 +76,11 @@ class Prediction:
     def peak_op(self) -> str:
         return "evaluation" if self._in_evaluation else self.timeline.peak_row.op.text()
 
+    @property
+    def at_loss(self) -> bool:
+        """Whether a smaller tile of the loss may take less."""
+        return self._in_evaluation or self.timeline.peak_row.op.kind is Kind.LOSS
+
     def fits(self, budget: Budget) -> bool:
         return not self.misfits(budget)
 

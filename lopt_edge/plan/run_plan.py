@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lopt_edge.plan.budget import Budget, format_bytes
-from lopt_edge.plan.knobs import Knobs, default_knobs, in_runs
+from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs
 from lopt_edge.plan.limits import longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.search import Candidate, Search, three_digits
 from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
-REPORTED = ("weights", "activations", "saved_inputs", "states", "gradients", "head", "prefetch", "optimizer", "apply")
+REPORTED = ("weights", "activations", "saved_inputs", "states", "gradients", "head", "prefetch", "token_tile", "optimizer",
+            "apply")  # fmt: skip
 NAMES = {"states": "optimizer_states"}  # knobs whose setting has another name
 
 
@@ -187,7 +188,7 @@ def _reasons(search: Search, chosen: Candidate, budget: Budget, *, fits: bool) -
     fastest = default_knobs(facts, search.space.device_type)
     plain: dict[str, Any] = {
         "weights": fastest.weights, "activations": ("keep",) * facts.n_layers, "saved_inputs": "device", "states": "device",
-        "gradients": "device", "head": fastest.head, "prefetch": 1,
+        "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": fastest.token_tile,
     }  # fmt: skip
     for name in REPORTED:
         value = getattr(chosen.knobs, name)
@@ -270,4 +271,5 @@ def _seconds(seconds: float) -> str:
 def described(knobs: Mapping[str, Any]) -> str:
     """In one line: `knobs` as in a RunPlan."""
     shown = ("weights", "activations", "saved_inputs", "optimizer_states", "gradients")
-    return "; ".join(f"{name.replace('_', ' ')} {knobs[name]}" for name in shown)
+    tile = f"; losses of {knobs['token_tile']} tokens at a time" if knobs["token_tile"] != TOKEN_TILES[0] else ""
+    return "; ".join(f"{name.replace('_', ' ')} {knobs[name]}" for name in shown) + tile

@@ -4,7 +4,8 @@ Branch and bound. The combinations and their order depend on the run only, never
 deterministic, and a larger budget never gives a slower plan (what fitted still fits; seconds count in three digits). Each
 combination has a lower bound of its seconds (arithmetic, or one channel's movements) and of its device bytes (what is
 steady, and where a segment turns round). They are taken in the order of that bound, and the walk ends where no later one
-can be faster than the best that fits. Only what passes the bounds is arranged, timed and replayed exactly.
+can be faster than the best that fits. Only what passes the bounds is arranged, timed and replayed exactly. A smaller tile
+of the loss, which is never faster, is tried where a combination does not fit and the loss is its peak.
 
 How near the optimum: layers are streamed from the end of the depth in quarters, graphs kept from the end in quarters, each
 other thing on one tier. tests/plan/test_search.py compares with all per-layer choices on small models and states the gap.
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 from lopt_edge.plan.budget import Budget
 from lopt_edge.plan.facts import ModelFacts
-from lopt_edge.plan.knobs import Knobs, Tier, default_knobs
+from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, Tier, default_knobs
 from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Keep
 from lopt_edge.plan.predict import Prediction, slack_bytes
@@ -58,8 +59,9 @@ class Found:
 class Space:
     """Every combination that the search may choose. `fixed` knobs do not vary; `said` are those that the user set.
 
-    Iterating gives those whose things lie on the first tier below the device where they leave it. `lowered` gives a
-    combination's further forms, with ever more of it on disk: what is moved least often goes first.
+    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest tile
+    of the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved least often goes
+    first. `tiled` gives those with smaller tiles.
     """
 
     facts: ModelFacts
@@ -97,6 +99,11 @@ class Space:
         }
         return any(found and name not in self.fixed for name, found in wasted.items())
 
+    def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
+        """It, and with ever smaller tiles of the loss."""
+        smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
+        return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
+
     def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
         for name in ("states", "gradients", "saved_inputs", "weights"):
             if name in self.fixed:
@@ -127,7 +134,7 @@ class Search:
         self.workload, self.space = workload, space
         self.bounds = bounds = Bounds(workload)
         rows = [
-            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(knobs), knobs)
+            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(space.tiled(knobs)[-1]), knobs)
             for order, knobs in enumerate(space)
         ]
         self.rows = sorted(rows, key=lambda row: row[:2])
@@ -149,15 +156,26 @@ class Search:
         return self._predicted[knobs]
 
     def fitting(self, knobs: Knobs, budget: Budget) -> Candidate | None:
-        """The first form of it that fits: as it is, or with more of it on disk (which frees the host alone)."""
-        found = self.prediction(knobs)
-        if budget.device_bytes is not None and found.device_bytes > budget.device_bytes:
+        """The first form of it that fits: with the largest tile that the device holds, and as it is, or with more of it on
+        disk (which frees the host alone)."""
+        most = budget.device_bytes
+        held = (form for form in self._tiles(knobs) if most is None or self.prediction(form).device_bytes <= most)
+        found = next(held, None)
+        if found is None:
             return None
+        knobs = found
         forms = (knobs, *self.space.lowered(knobs)) if "host" in (*knobs.weights, *knobs.tiers) else (knobs,)
         limit = budget.host_bytes
         forms_left = (form for form in forms if limit is None or self.bounds.host_bytes(form) <= limit)
         fits = (form for form in forms_left if self.prediction(form).fits(budget))
         return next((self.candidate(form) for form in fits), None)
+
+    def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
+        """It, and with smaller tiles as long as the loss or the evaluation is at the peak."""
+        for form in self.space.tiled(knobs):
+            yield form
+            if not self.prediction(form).at_loss:
+                break
 
     def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
         """Whether it is no faster than the best as it stands; with more on disk it would be slower still."""
@@ -186,15 +204,15 @@ class Search:
     def smallest(self) -> Candidate:
         """The least device memory of all combinations; of equal ones the fastest. By their bounds few are replayed."""
         found: list[Knobs] = []
-        for _, _, device_bytes, knobs in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
-            least = self.prediction(found[0]).device_bytes if found else None
-            if least is not None and device_bytes > least:
+        for _, _, device_bytes, row in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
+            if found and device_bytes > self.prediction(found[0]).device_bytes:
                 break
-            taken = self.prediction(knobs).device_bytes
-            if least is None or taken < least:
-                found = [knobs]
-            elif taken == least:
-                found.append(knobs)
+            for knobs in self._tiles(row):
+                taken, least = self.prediction(knobs), self.prediction(found[0]) if found else None
+                if least is None or taken.device_bytes < least.device_bytes:
+                    found = [knobs]
+                elif taken.device_bytes == least.device_bytes:
+                    found.append(knobs)
         return min((self.candidate(knobs) for knobs in found), key=lambda candidate: candidate.seconds.seconds)
 
 
@@ -215,7 +233,7 @@ def three_digits(seconds: float) -> float:
 
 def _moves_more(knobs: Knobs, best: Knobs) -> bool:
     """Whether it differs from the best only in moving more things: that is not faster."""
-    if knobs.prefetch != best.prefetch and best.ring + len(best.tiers):
+    if (knobs.prefetch != best.prefetch and best.ring + len(best.tiers)) or knobs.token_tile > best.token_tile:
         return False
     pairs = [*zip(knobs.weights, best.weights, strict=True), *zip(knobs.activations, best.activations, strict=True),
              (knobs.saved_inputs, best.saved_inputs), (knobs.states, best.states), (knobs.gradients, best.gradients),
@@ -250,7 +268,7 @@ class Bounds:
     def seconds(self, knobs: Knobs) -> float:
         """All arithmetic, or all bytes of the busier channel; without prefetching one after the other."""
         few = knobs.gradients == "device"  # which micro-batches are timed
-        key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, few)
+        key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, knobs.token_tile, few)
         computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
         key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
         up, down = self._once(key, lambda: self._moved(self._costs(knobs), knobs))
@@ -301,7 +319,7 @@ class Bounds:
         moving = knobs.gradients != "device" and knobs.apply != "layer"
         key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch)
         steady = self._once(key, lambda: sum(sizes.steady(self.workload.segments, gradients_move=moving).values()))
-        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head)
+        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile)
         turning = self._once(key, lambda: self._turning(sizes, knobs))
         slack = slack_bytes(sizes.shape.device_type, turning)
         return steady + turning + slack + self.workload.library_bytes

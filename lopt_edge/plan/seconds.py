@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lopt_edge.plan.layer_bytes import LOSS_TOKEN_TILE, LayerShape
+from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
 from lopt_edge.plan.profile import DeviceProfile
 from lopt_edge.plan.segments import Segment
@@ -120,7 +120,7 @@ class Costs:
         if not task:
             return 6 * batch.n_rows * sizes.group_elements(("aux", 0)) / self.profile.flops(4) + rates.overhead
         elements = facts.vocab_size * facts.hidden_size
-        n_tiles = -(-batch.n_supervised // LOSS_TOKEN_TILE)
+        n_tiles = -(-batch.n_supervised // sizes.knobs.token_tile)
         found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
         found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
         if sizes.knobs.head != "resident":

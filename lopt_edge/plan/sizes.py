@@ -238,7 +238,7 @@ class Sizes:
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
             self.shape, self._stored, batch.n_sequences, batch.n_tokens, task=task,
-            n_selected=batch.n_supervised if task else batch.n_real_most,
+            n_selected=batch.n_supervised if task else batch.n_real_most, tile=self.knobs.token_tile,
         )  # fmt: skip
 
     # layers ----------------------------------------------------------------------------------------------------------

@@ -13,19 +13,22 @@ State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lopt_edge.errors import LoptError, RunError
+from lopt_edge.plan.cuts import Movements, cut_before, movements_before
+from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
 from lopt_edge.run.batches import Batch, Totals, window_totals
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
-from lopt_edge.run.losses import TOKEN_TILE, ReconstructHead, task_loss
+from lopt_edge.run.losses import ReconstructHead, task_loss
 from lopt_edge.run.moves import Parcel
+from lopt_edge.run.op_faults import op_error
 from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
 
 FLOAT16_SCALE = 2.0**16
@@ -39,6 +42,18 @@ class StepResult:
     local_loss: tuple[float, ...]
     grad_norm: tuple[float, ...]
     totals: Totals
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A step between two micro-batches: the next one, the losses so far by segment, the accumulated gradients.
+
+    `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
+    """
+
+    micro_batch: int
+    losses: Mapping[int, float]
+    gradient: Callable[[GroupName], Tensor | None]
 
 
 @dataclass(eq=False)
@@ -56,6 +71,7 @@ class _Step:
     frame: Frame | None = None
     target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
+    cleaned: bool = False
     inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
@@ -84,38 +100,82 @@ class Executor:
             Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store,
         }  # fmt: skip
 
-    def run(self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]) -> StepResult:
-        """One optimizer step. Raises RunError that shows the plan around the op that failed."""
+    def run(
+        self,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rates: Mapping[int, float],
+        start: Cut | None = None,
+        between: Callable[[Cut], None] | None = None,
+    ) -> StepResult:
+        """One optimizer step. Raises RunError that shows the plan around the op that failed.
+
+        `start`: go on from there. `between` is called before each micro-batch but the first; what it raises ends the step
+        there, and the adapters are those of the last step.
+        """
         while True:
             try:
-                return self._run_once(plan, batches, step=step, learning_rates=learning_rates)
+                return self._run_once(plan, batches, step=step, learning_rates=learning_rates, start=start, between=between)
             except NotFinite as error:
-                if self.loss_scale <= 1.0 or not error.untouched:
+                if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
                     raise
-                self.loss_scale = max(1.0, self.loss_scale / 4)
+                self.loss_scale, start = max(1.0, self.loss_scale / 4), None
 
     def _run_once(
-        self, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
+        self,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rates: Mapping[int, float],
+        start: Cut | None,
+        between: Callable[[Cut], None] | None,
     ) -> StepResult:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
                       own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
-                      early=_has_early_steps(plan))  # fmt: skip
+                      early=plan.has_early_steps)  # fmt: skip
         self.optimizer.begin_step(loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
+        first = 0 if start is None else cut_before(plan, start.micro_batch)
         try:
-            for position, op in enumerate(plan.ops):
+            if start is not None:
+                self._go_on(state, start, movements_before(plan, first))
+            for position, op in enumerate(plan.ops[first:], start=first):
+                if op.kind is Kind.EMBED and between is not None and position > first:
+                    self._pause(state, op, between)
                 clock.micro_batch = op.micro_batch
                 try:
                     self._run_op(state, op)
                 except Exception as error:
                     intact = self._clean_up(state)
-                    fault = _op_error(plan, position, step, error, intact=intact)
-                    fault.untouched = all(op.kind is not Kind.STEP for op in plan.ops[:position])
-                    raise fault from error
+                    raise op_error(plan, position, step, error, intact=intact) from error
+        except BaseException:
+            if not state.cleaned:
+                self._clean_up(state)
+            raise
         finally:
             clock.active, self.state = False, None
         return self._result(state)
+
+    def _pause(self, state: _Step, op: Op, between: Callable[[Cut], None]) -> None:
+        """Let the caller look at the step where nothing of a micro-batch is alive; not after early updates."""
+        if op.micro_batch and not (state.inputs or state.graphs or self.optimizer.any_updated):
+            between(Cut(op.micro_batch, dict(state.losses), self.optimizer.gradient_copy))
+
+    def _go_on(self, state: _Step, start: Cut, movements: Movements) -> None:
+        """Bring losses, gradients and streamed weights to where the ops before the cut left them."""
+        state.losses.update(start.losses)
+        for group in self.optimizer.groups:
+            if (flat := start.gradient(group)) is not None:
+                self.optimizer.put_gradient(group, flat, own_block=state.own_blocks)
+                del flat
+                for op in movements.of_gradients.get(group, ()):
+                    self._run_op(state, op)
+        for op in movements.of_weights:
+            self._run_op(state, op)
 
     def _run_op(self, state: _Step, op: Op) -> None:
         if self.observe is not None:
@@ -126,6 +186,7 @@ class Executor:
 
     def _clean_up(self, state: _Step) -> bool:
         """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
+        state.cleaned = True
         for parcel in state.inputs.values():
             self.mover.free(parcel)
         for graph in state.graphs.values():
@@ -192,9 +253,9 @@ class Executor:
         grad_ND = torch.zeros_like(flat_ND)
         target_BTD = self._target(state, op, segment.first) if local else None
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
-        for start in range(0, len(positions), TOKEN_TILE):
-            tile_N = positions[start : start + TOKEN_TILE]
-            targets = target_BTD if local else batch.targets_N[start : start + TOKEN_TILE]
+        for start in range(0, len(positions), state.plan.tile):
+            tile_N = positions[start : start + state.plan.tile]
+            targets = target_BTD if local else batch.targets_N[start : start + state.plan.tile]
             grad_ND[tile_N] = self._tile_loss(state, op, flat_ND[tile_N], tile_N, targets)
         return grad_ND.view_as(state.hidden_BTD)
 
@@ -210,7 +271,11 @@ class Executor:
             loss = loss * (1.0 / self._denominator(state, task=task))
             factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
             (loss if factor == 1.0 else loss * factor).backward()
-        state.losses[op.target] += loss.item()
+        value = loss.item()
+        if not math.isfinite(value):
+            which = "task" if task else "local"
+            raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
+        state.losses[op.target] += value
         return leaf_ND.grad
 
     def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
@@ -307,33 +372,19 @@ class Executor:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean task loss per supervised token, forward only."""
+    def evaluate(
+        self, batches: Sequence[Batch], *, token_tile: int = TOKEN_TILES[0], between: Callable[[], None] = lambda: None
+    ) -> float:
+        """Mean task loss per supervised token, forward only, in tiles of so many tokens. `between`: before each batch."""
         total, n_supervised = 0.0, 0
         for batch in batches:
+            between()
             hidden_BTD = self.model.embed(batch.ids_BT)
             frame = self.model.frame(hidden_BTD)
             hidden_BTD = self.model.run_all(hidden_BTD, frame)
             selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
-            for start in range(0, len(selected_ND), TOKEN_TILE):
-                tile = slice(start, start + TOKEN_TILE)
+            for start in range(0, len(selected_ND), token_tile):
+                tile = slice(start, start + token_tile)
                 total += task_loss(self.model, selected_ND[tile], batch.targets_N[tile]).item()
             n_supervised += batch.n_supervised
         return total / max(1, n_supervised)
-
-
-def _has_early_steps(plan: Plan) -> bool:
-    kinds = [op.kind for op in plan.ops if op.kind in (Kind.BACKWARD, Kind.STEP)]
-    return Kind.STEP in kinds and Kind.BACKWARD in kinds[kinds.index(Kind.STEP) :]
-
-
-def _op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> LoptError:
-    where = f"step {step}, op {position} ({plan.ops[position].text()})"
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    advice = "lower --max-seq-len or --batch-size, or page more (--weights, --saved-inputs, --optimizer-states)"
-    reason = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
-    reason += "" if intact else "\nSome groups were updated in this step already: the adapter is between two steps."
-    kind = NotFinite if isinstance(error, NotFinite) else RunError
-    fault = kind(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=where, fix=advice if memory else "")
-    fault.values_intact = intact
-    return fault

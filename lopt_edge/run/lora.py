@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.run.load import Model
-from quant.files import read_tensor
-from quant.headers import FolderError, read_header, read_json
+from lopt_edge.run.optim import NotFinite
+from quant.files import read_tensor, tensor_bytes
+from quant.headers import FolderError, SafetensorsWriter, read_header, read_json
 from quant.linear import DropoutClock, PackedLinear
+from quant.untrusted import check_folder
 
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+MAX_ALPHA = 1_000_000
 ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
 
 
@@ -69,19 +72,40 @@ def _attach(module: nn.Module, a: Tensor, b: Tensor, *, scale: float, device: to
 
 def adapter_tensors(model: Model) -> dict[str, Tensor]:
     """All adapter matrices by peft's names and in peft's layout, fp32 on the CPU."""
-    found = {}
+    return {name: _in_peft_layout(matrix) for name, matrix in _matrices(model)}
+
+
+def write_adapter(model: Model, path: Path) -> None:
+    """`adapter_tensors` as a safetensors file, one matrix in memory at a time; synced, then renamed into place.
+
+    Raises NotFinite, and leaves what was there, if a value is not finite; OSError where the file cannot be written.
+    """
+    layout = [(name, "F32", tuple(reversed(matrix.shape))) for name, matrix in _matrices(model)]
+    with SafetensorsWriter(path, layout) as writer:
+        for name, matrix in _matrices(model):
+            tensor = _in_peft_layout(matrix)
+            if not torch.isfinite(tensor).all():
+                raise NotFinite(f"the adapter holds values that are not finite ({name}); it was not saved", where=str(path))
+            writer.write(name, tensor_bytes(tensor))
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
     for layer in range(model.facts.n_layers):
         for name, module in adapted(model, layer):
             prefix = f"base_model.model.model.layers.{layer}.{name}."
             assert module.lora_a is not None and module.lora_b is not None
-            found[prefix + "lora_A.weight"] = module.lora_a.detach().t().contiguous().cpu()
-            found[prefix + "lora_B.weight"] = module.lora_b.detach().t().contiguous().cpu()
-    return found
+            yield prefix + "lora_A.weight", module.lora_a
+            yield prefix + "lora_B.weight", module.lora_b
+
+
+def _in_peft_layout(matrix: Tensor) -> Tensor:
+    return matrix.detach().t().contiguous().cpu()
 
 
 def check_adapter_folder(folder: Path) -> None:
     """Refuse a folder that is no readable LoRA adapter, without reading its tensors. Raises InputError."""
     try:
+        check_folder(folder)
         _check_adapter_config(read_json(folder / ADAPTER_CONFIG_NAME), str(folder))
         read_header(folder / ADAPTER_NAME)
     except FolderError as error:
@@ -92,6 +116,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
     """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit."""
     where = str(folder)
     try:
+        check_folder(folder)
         config = read_json(folder / ADAPTER_CONFIG_NAME)
         entries = read_header(folder / ADAPTER_NAME)
         _check_adapter_config(config, where)
@@ -117,7 +142,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
     except FolderError as error:
         raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:
-        detail = f"holds {sorted(left)[0]!r}, which this model has no place for" if left else "holds no LoRA matrices"
+        detail = f"holds {sorted(left)[0][:80]!r}, which this model has no place for" if left else "holds no LoRA matrices"
         raise InputError(detail, where=where, fix="use an adapter that was trained on this model")
     return sorted(layers)
 
@@ -127,6 +152,8 @@ def _check_adapter_config(config: object, where: str) -> None:
         raise InputError("is not a LoRA adapter (peft_type LORA)", where=where)
     if not isinstance(config.get("lora_alpha"), int | float) or isinstance(config["lora_alpha"], bool):
         raise InputError("adapter_config.json lacks a number 'lora_alpha'", where=where)
+    if not abs(config["lora_alpha"]) < MAX_ALPHA:  # NaN and infinity as well, which JSON in Python may hold
+        raise InputError(f"adapter_config.json: lora_alpha must be below {MAX_ALPHA:,}", where=where)
     keys = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
     unsupported = [key for key in keys if config.get(key)]
     start = str(config.get("init_lora_weights")).lower()

@@ -1,7 +1,7 @@
 """The losses that end a segment: the task loss over the vocabulary, and LoPT's reconstruction loss.
 
 Both are written as sums over tokens times a coefficient that is known before the first backward (design law 5), and both
-run in tiles of tokens, so that no tensor of (tokens x vocabulary) ever exists.
+run in tiles of tokens (as many as the plan says), so that no tensor of (tokens x vocabulary) ever exists.
 
 Task loss: final norm, lm_head and cross-entropy over the supervised tokens only, exact. One pass over the vocabulary in
 chunks gives the loss and the gradient together, with a running maximum m, normaliser z and weighted row sum (the online
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from lopt_edge.run.load import Model
 from lopt_edge.run.vocabulary import Vocabulary
 
-TOKEN_TILE = 1024  # tokens whose chunk of logits exists at a time
 # lm_head rows multiplied at a time. On the CPU smaller chunks cost no time (1024, 2048, 4096, 8192 rows: 1.73, 1.76, 1.72,
 # 1.7 s for 512 tokens, Qwen2.5-0.5B shape) and take less: 540, 574, 579, 608 MiB of peak. A GPU wants larger products.
 VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}

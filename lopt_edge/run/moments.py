@@ -21,6 +21,8 @@ BLOCK = 256
 class Moments(Protocol):
     """What a storage form offers. `n_elements` is the group's size."""
 
+    def form(self, n_elements: int) -> tuple[torch.dtype, tuple[int, ...]]: ...
+
     def zeros(self, n_elements: int) -> Tensor: ...
 
     def unpacked(self, stored: Tensor, n_elements: int) -> AbstractContextManager[tuple[Tensor, Tensor]]: ...
@@ -35,6 +37,9 @@ class PlainMoments:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def form(self, n_elements: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        return torch.float32, (2, n_elements)
 
     def zeros(self, n_elements: int) -> Tensor:
         return torch.zeros(2, n_elements, dtype=torch.float32, device=self.device)
@@ -53,9 +58,13 @@ class EightBitMoments:
         self.device = device
         self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))
 
+    def form(self, n_elements: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        return torch.uint8, (sum(_part_bytes(n_elements)) * 2,)
+
     def zeros(self, n_elements: int) -> Tensor:
         """All scales are 0, so that every code stands for 0."""
-        return torch.zeros(sum(_part_bytes(n_elements)) * 2, dtype=torch.uint8, device=self.device)
+        dtype, shape = self.form(n_elements)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @contextmanager
     def unpacked(self, stored: Tensor, n_elements: int) -> Iterator[tuple[Tensor, Tensor]]:

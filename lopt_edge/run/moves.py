@@ -15,6 +15,7 @@ A parcel may name the page file that its copies go to; that is for what must out
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -75,8 +76,17 @@ class Mover:
         self.device, self.page_file, self.journal_file, self.delay = device, page_file, journal_file, delay
         self.pinned = pinned or PinnedPool(device)
         self.workers = ThreadPoolExecutor(N_WORKERS, thread_name_prefix="lopt-move")
+        self._start_workers()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bytes_moved = 0
+
+    def _start_workers(self) -> None:
+        """All of them now, not with the first jobs: a thread that begins where memory has just run out may die before it
+        says that it began, and whoever starts it waits for ever (seen under RLIMIT_DATA, Python 3.11)."""
+        barrier = threading.Barrier(N_WORKERS + 1)
+        for _ in range(N_WORKERS):
+            self.workers.submit(barrier.wait)
+        barrier.wait()
 
     # the side stream -------------------------------------------------------------------------------------------------
 
@@ -187,6 +197,20 @@ class Mover:
         pending, parcel.pending = parcel.pending, None
         if pending is not None:
             pending()
+
+    def look(self, parcel: Parcel) -> Tensor:
+        """The parcel's values on the CPU (not to be changed), wherever they are; it stays as it is."""
+        if parcel.tensor is not None:
+            return parcel.tensor.detach().cpu()
+        if parcel.host is not None:
+            if self.stream is not None:
+                self.stream.synchronize()
+            return parcel.host[: parcel.n_bytes].clone().view(parcel.dtype).view(parcel.shape)
+        if parcel.offset is None:
+            raise RuntimeError("this parcel is nowhere")
+        found = torch.empty(parcel.shape, dtype=parcel.dtype)
+        self._file(parcel).read(parcel.offset, tensor_bytes(found))
+        return found
 
     def drop(self, parcel: Parcel) -> None:
         """Let the device copy go; the one below stays."""

@@ -50,7 +50,15 @@ def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup
 
 
 class NotFinite(RunError):
-    """A gradient of the step is infinite or NaN; nothing was updated."""
+    """A loss or a gradient of the step is infinite or NaN. `op`: the plan's op that found it."""
+
+    untouched = True  # no group was updated before it
+    op = ""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", of_loss: bool = False) -> None:
+        self.of_loss = of_loss  # then no smaller loss scale helps
+        advice = "lower --lr (and --lr-local); in float16, compute in bfloat16 or float32"
+        super().__init__(what, where=where, fix=fix or advice)
 
 
 @dataclass(eq=False)
@@ -230,10 +238,7 @@ class SegmentOptimizer:
         }
         for segment, norm in self.norms.items():
             if not math.isfinite(norm):
-                raise NotFinite(
-                    f"the gradient of segment {segment} is not finite; nothing was updated",
-                    fix="lower --lr (and --lr-local); in float16, compute in bfloat16 or float32",
-                )
+                raise NotFinite(f"the gradient of segment {segment} is not finite; nothing was updated")
 
     def step(self, name: GroupName, *, lr: float, early: bool = False) -> None:
         """Clip, update and free the gradients of one group. `early`: other groups' gradients may still be missing."""
@@ -286,6 +291,39 @@ class SegmentOptimizer:
                     group.moments = None
                 else:
                     group.moments.tensor = None
+
+    @property
+    def any_updated(self) -> bool:
+        """Whether the step under way has updated a group already."""
+        return any(group.updated for group in self.groups.values())
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def gradient_copy(self, name: GroupName) -> Tensor | None:
+        """The group's accumulated gradient, flat on the CPU, wherever it lies now; None before its first."""
+        parcel = self.groups[name].gradient
+        return None if parcel is None else self.mover.look(parcel).view(-1)
+
+    def put_gradient(self, name: GroupName, flat: Tensor, *, own_block: bool) -> None:
+        """What was accumulated before a cut, on the device."""
+        self.accept_gradients(name, own_block=own_block)
+        self.groups[name].gradient.here().copy_(flat)
+
+    def moments_copy(self, name: GroupName) -> Tensor | None:
+        """The group's stored moments, on the CPU, wherever they lie now; None before its first update."""
+        parcel = self.groups[name].moments
+        return None if parcel is None else self.mover.look(parcel)
+
+    def put_state(self, name: GroupName, *, moments: Tensor | None, steps: int, tier: str) -> None:
+        """The moments and the number of updates of a checkpoint; the moments go to the tier where the plan has them."""
+        group = self.groups[name]
+        group.steps = steps
+        if moments is None:
+            return
+        group.moments = Parcel(moments.to(self.mover.device))
+        if tier != "device":
+            self.mover.down(group.moments, tier)
+            self.mover.wait(group.moments)
 
     def let_go(self) -> None:
         """No update follows: gradients and moments go, here and below."""

@@ -7,6 +7,8 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from lopt_edge.data import Conversation, PromptCompletion, TextRow, encode_row, encode_rows, load_template, marked_pieces
 from lopt_edge.data.long_text import long_text_ids, text_pieces
@@ -240,6 +242,14 @@ def test_rows_that_a_template_refuses_are_told_together(make_tokenizer):
     with pytest.raises(InputErrors, match="roles must alternate") as caught:
         encode_rows(bad, tokenizer, template=load_template(tokenizer)[0], max_seq_len=50)
     assert [error.where for error in caught.value.errors] == ["d:1", "d:2"]
+
+
+def test_a_tokenizer_that_cannot_encode_is_an_input_error():
+    words = models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<unk>")  # and no <unk>
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>")
+    rows = [TextRow("a", "d:1"), TextRow("hello there", "d:2")]
+    with pytest.raises(InputError, match=r"(?s)^d:1 to d:2: the tokenizer cannot encode this text .*UNK"):
+        encode_rows(rows, tokenizer, template=None, max_seq_len=50)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------

@@ -122,5 +122,8 @@ def test_the_chosen_runs_reach_every_knob():
         ("step", "adamw"), ("step", "adamw8bit"), ("segment", "adamw"), ("layer", "adamw")}  # fmt: skip
     assert any(len(set(lengths)) > 1 for run in runs for lengths in run.lengths), "padding"
     assert any(max(lengths) > 1024 for run in runs for lengths in run.lengths), "more than a tile"
+    assert {one.token_tile for one in knobs} == {1024, 512, 256, 48}
+    cut = {run.knobs.token_tile for run in runs for lengths in run.lengths if max(lengths) > run.knobs.token_tile + 3}
+    assert cut == {1024, 512, 256, 48}, "more than a tile of each"
     assert any(run.changes["intermediate_size"] > 1024 for run in runs), "more than a block"
     assert any(run.dropout for run in runs)

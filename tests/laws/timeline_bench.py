@@ -63,6 +63,7 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
         optimizer=pick.choice(["adamw", "adamw", "adamw8bit"]),
         apply=apply,
         prefetch=pick.choice([0, 1, 2]),
+        token_tile=random.Random(20_008 + number).choice([1024, 1024, 512, 256, 48]),  # leaves the other draws as they are
     )
     longest = pick.choice([16, 64, 200, 500, 900, 2000])
     n_micro_batches = 1 if apply == "layer" else pick.choice([1, 1, 2])

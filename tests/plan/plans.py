@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lopt_edge.plan.knobs import ACTIVATIONS, WEIGHTS, Knobs
+from lopt_edge.plan.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs
 from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
@@ -62,6 +62,7 @@ def cases(draw: st.DrawFn, *, max_layers: int = 8) -> Case:
         apply=apply,
         prefetch=draw(st.integers(0, 3)),
         head=draw(st.sampled_from(["resident", "disk"])),
+        token_tile=draw(st.sampled_from(TOKEN_TILES)),
     )
     return Case(
         method=draw(st.sampled_from(["lopt", "e2e", "frozen"])),

@@ -94,15 +94,17 @@ def test_settings_that_can_be(device_type, values):
 
 def test_what_the_user_said_is_fixed_and_nothing_else():
     found = fixed_knobs(make_config(), FACTS)
-    assert not set(found) & {"weights", "activations", "saved_inputs", "states", "gradients", "prefetch"}
+    assert not set(found) & {"weights", "activations", "saved_inputs", "states", "gradients", "prefetch", "token_tile"}
     said = make_config(weights="disk,0-1=resident", activations="keep", saved_inputs="disk", optimizer_states="disk",
-                       gradients="device", prefetch=1, optimizer="adamw8bit", apply="segment")  # fmt: skip
+                       gradients="device", prefetch=1, token_tile=512, optimizer="adamw8bit", apply="segment")  # fmt: skip
     assert fixed_knobs(said, FACTS) == {
         "weights": ("resident", "resident", "disk", "disk"), "activations": ("keep",) * 4, "saved_inputs": "disk",
-        "states": "disk", "gradients": "device", "prefetch": 1, "optimizer": "adamw8bit", "apply": "segment",
+        "states": "disk", "gradients": "device", "prefetch": 1, "token_tile": 512, "optimizer": "adamw8bit",
+        "apply": "segment",
     }  # fmt: skip
     for knobs in search_space(said, FACTS, "cpu"):
         assert (knobs.weights, knobs.states, knobs.prefetch) == (("resident", "resident", "disk", "disk"), "disk", 1)
+        assert knobs.token_tile == 512
     assert search_space(said, FACTS, "cpu").said >= {"weights", "states", "prefetch", "optimizer"}
     assert not search_space(make_config(), FACTS, "cpu").said & {"optimizer", "apply"}
 
@@ -138,6 +140,10 @@ def test_a_run_against_its_model():
         ({"saved_inputs": "disk"}, {"saved_inputs": "disk"}, None),
         ({"gradients": "disk", "apply": "layer"}, {"gradients": "disk"}, "gradients"),
         ({"gradients": "disk"}, {"gradients": "disk"}, None),
+        ({"token_tile": 256, "max_seq_len": 128, "batch_size": 2}, {}, "token_tile"),
+        ({"token_tile": 2048, "max_seq_len": 1024}, {}, "token_tile"),
+        ({"token_tile": 256, "max_seq_len": 128, "batch_size": 3}, {}, None),
+        ({"token_tile": 2048, "max_seq_len": 1025}, {}, None),
     ],
 )
 def test_a_setting_without_effect_is_said(values, changes, said):

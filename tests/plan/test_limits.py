@@ -10,7 +10,7 @@ import pytest
 
 from lopt_edge.plan.budget import Budget, parse_bytes
 from lopt_edge.plan.cards import CARDS
-from lopt_edge.plan.limits import longest_context, nearest_that_fit, smallest_card
+from lopt_edge.plan.limits import frugal, longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.search import Search
 from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
@@ -66,6 +66,16 @@ def test_it_is_the_context_of_the_run_with_all_its_micro_batches_and_evaluation(
         for n, evaluation in (((700,), None), ((700,) * 64, None), ((700,), MicroBatchSize(16, 700, 11000)))
     )
     assert many < alone and evaluates < alone
+
+
+def test_the_combinations_of_little_memory_have_the_smallest_tile():
+    search = make_search(make_workload("lopt", "rtx 4060 laptop"))
+    for limited in (False, True):
+        smallest, *low = frugal(search, limited=limited)
+        assert smallest == search.smallest.knobs
+        assert {knobs.token_tile for knobs in low if knobs not in search.space.lowered(smallest)} == {256}
+    fixed = frugal(make_search(search.workload, token_tile=512), limited=True)
+    assert {knobs.token_tile for knobs in fixed} == {512}
 
 
 # what would fit --------------------------------------------------------------------------------------------------------

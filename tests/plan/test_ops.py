@@ -39,6 +39,7 @@ PLANS = st.builds(
     placement=st.lists(st.tuples(WORD | NUMBER.map(lambda i: f"layer {i}"), WORD), max_size=4).map(tuple),
     ops=st.lists(OPS, max_size=12).map(tuple),
     ring=NUMBER,
+    tile=NUMBER,
 )
 
 
@@ -62,7 +63,7 @@ def test_the_text_of_a_small_plan():
     plan = step_plan("frozen", make_segments("frozen", n_layers=3, num_segments=3, boundary_layers=[1]), n_micro_batches=1,
                      placement=(("embed", "disk"), ("layer 0", "resident")))  # fmt: skip
     assert plan.text() == (
-        "plan 2 method=frozen layers=3 micro_batches=1 ring=0\n"
+        "plan 3 method=frozen layers=3 micro_batches=1 ring=0 tile=1024\n"
         "segment 0 layers=0-0 loss=none\n"
         "segment 1 layers=1-2 loss=task\n"
         "unit embed disk\n"
@@ -88,8 +89,8 @@ def test_the_text_of_every_movement():
         Op(Kind.STORE, 3, item="states", unit="layer", tier="disk"), Op(Kind.WAIT, 3, item="states", unit="layer"),
         Op(Kind.STORE, 0, item="gradients", unit="aux", tier="host"),
     )  # fmt: skip
-    plan = replace(PLAN, ops=ops, ring=2)
-    assert plan.text().splitlines()[0] == "plan 2 method=lopt layers=4 micro_batches=2 ring=2"
+    plan = replace(PLAN, ops=ops, ring=2, tile=256)
+    assert plan.text().splitlines()[0] == "plan 3 method=lopt layers=4 micro_batches=2 ring=2 tile=256"
     assert plan.text().splitlines()[9:] == [
         "FETCH layer 3", "WAIT layer 3", "EVICT layer 3", "SPILL 3 mb=0 to=disk", "WAIT input 3 mb=0", "RESTORE 3 mb=0",
         "EVICT input 3 mb=0", "PAGE_OUT 3 mb=0 to=host", "WAIT pages 3 mb=0", "PAGE_IN 3 mb=0", "LOAD states layer 3",
@@ -110,7 +111,7 @@ def test_the_sequential_order_of_lopt():
 
 def test_the_hash_is_pinned():
     """A checkpoint names it: a change of the text form is a change of version."""
-    assert PLAN.hash() == "bb7496af84c51422"
+    assert PLAN.hash() == "6d60d8f15d277cd3"
     changed = replace(PLAN, ops=(*PLAN.ops[:-1], replace(PLAN.ops[-1], target=0)))
     assert changed.hash() != PLAN.hash()
 
@@ -126,9 +127,9 @@ def test_an_error_shows_the_ops_around_it():
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (1, "plan 1 method=lopt layers=4 micro_batches=1 ring=0"),
+        (1, "plan 2 method=lopt layers=4 micro_batches=1 ring=0"),
+        (1, "plan 4 method=lopt layers=4 micro_batches=1 ring=0 tile=1024"),
         (1, "plan 3 method=lopt layers=4 micro_batches=1 ring=0"),
-        (1, "plan 2 method=lopt layers=4 micro_batches=1"),
         (1, ""),
         (2, "segment 0 layers=0-1 loss=guess"),
         (7, "unit layer"),

@@ -95,21 +95,21 @@ def test_a_large_evaluation_sets_the_peak():
     assert found.evaluation_bytes == 0 < small.evaluation_bytes
 
 
-@pytest.mark.parametrize("weights", ["resident", "disk"])
+@pytest.mark.parametrize(("weights", "tile"), [("resident", 1024), ("disk", 1024), ("resident", 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_evaluation_takes_no_more_than_predicted(four_bit, tmp_path, dtype, weights):
+def test_an_evaluation_takes_no_more_than_predicted(four_bit, tmp_path, dtype, weights, tile):
     folder: Path = four_bit("llama", hidden_size=256, intermediate_size=704, max_position_embeddings=2048)
-    knobs = make_knobs(4, weights=weights)
+    knobs = make_knobs(4, weights=weights, token_tile=tile)
     bench = make_bench(folder, method="lopt", dtype=dtype, knobs=knobs, page_dir=tmp_path)
     batch = random_batch((700, 400), seed=1)
     bench.executor.run(bench.plan, [batch], step=1, learning_rates={0: 1e-3, 1: 1e-3})
-    bench.executor.evaluate([batch])
+    bench.executor.evaluate([batch], token_tile=tile)
     gc.collect()
     meter = MemoryMeter(bench.executor)
     with meter.watching([batch]) as tracker:
         assert isinstance(tracker, MemoryTracker)
         tracker.start_peak()
-        bench.executor.evaluate([batch])
+        bench.executor.evaluate([batch], token_tile=tile)
     meter.stop()
     bench.executor.mover.close()
     shape = LayerShape(bench.model.facts, dtype.itemsize, 4, bench.model.facts.linear_names)

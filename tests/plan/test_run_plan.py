@@ -11,7 +11,7 @@ import pytest
 
 from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.knobs import default_knobs
-from lopt_edge.plan.run_plan import RunPlan, make_run_plan, summary
+from lopt_edge.plan.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search import Search
 from lopt_edge.plan.sizes import MicroBatchSize
 from tests.plan.workloads import make_search, make_workload
@@ -94,7 +94,7 @@ def test_reasons_are_true(machine, method, part):
     search, found = answer(machine, part, method=method)
     fastest = default_knobs(search.space.facts, search.space.device_type)
     plain = {"weights": fastest.weights, "activations": ("keep",) * 4, "saved_inputs": "device", "states": "device",
-             "gradients": "device", "head": fastest.head, "prefetch": 1}  # fmt: skip
+             "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": 1024}  # fmt: skip
     said = set()
     for name, value in plain.items():
         reason, chosen = found.reasons["optimizer_states" if name == "states" else name], found.chosen
@@ -121,6 +121,22 @@ def test_what_the_user_set_is_given_as_such():
     assert (found.reasons["weights"], found.reasons["optimizer_states"]) == ("as set", "as set")
     assert found.reasons["activations"] == "the fastest, and it fits"
     assert found.longest_context is None, "no device budget is known"
+
+
+def test_a_smaller_tile_has_its_reason_and_is_said():
+    workload = make_workload("lopt", "rtx 4060 laptop", preset="llama-3.1-8b", n_layers=4, n_tokens=(512,))
+    search = make_search(workload, head="disk")
+    found = make_run_plan(search, Budget(device_bytes=search.smallest.prediction.device_bytes))
+    assert found.fits and found.knobs["token_tile"] == found.chosen.knobs.token_tile < 1024
+    assert found.reasons["token_tile"].startswith("else device memory: ")
+    tile = found.knobs["token_tile"]
+    assert (
+        described(found.knobs).endswith(f"losses of {tile} tokens at a time")
+        and str(tile) in found.chosen.knobs.described()
+    )
+    assert workload.plan(found.chosen.knobs, n_micro_batches=1).tile == tile
+    plain = make_run_plan(search, Budget())
+    assert plain.knobs["token_tile"] == 1024 and "tokens at a time" not in described(plain.knobs)
 
 
 # what else there is ----------------------------------------------------------------------------------------------------

@@ -88,7 +88,59 @@ def test_the_smallest_fits_its_own_bytes_and_nothing_fits_one_less():
     need = search.smallest.prediction.device_bytes
     assert search.within(Budget(device_bytes=need)).best is not None
     assert search.within(Budget(device_bytes=need - 1)).best is None
-    assert min(search.prediction(row[3]).device_bytes for row in search.rows) == need
+    forms = (form for *_, knobs in search.rows for form in search.space.tiled(knobs))
+    assert min(search.prediction(form).device_bytes for form in forms) == need
+
+
+SHORT = {"preset": "llama-3.1-8b", "n_layers": 4, "n_tokens": (512,)}  # of a size where the loss is the peak
+
+
+@cache
+def loss_search(evaluates: bool) -> Search:
+    evaluation = MicroBatchSize(1, 1000, 900) if evaluates else None
+    return make_search(make_workload("lopt", "rtx 4060 laptop", evaluation=evaluation, **SHORT))
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_smaller_tile_is_taken_where_nothing_else_fits(evaluates):
+    search = loss_search(evaluates)
+    largest = min(search.prediction(knobs).device_bytes for *_, knobs in search.rows)
+    need, chosen = search.smallest.prediction.device_bytes, search.smallest.knobs
+    assert need < 0.99 * largest and chosen.token_tile < 1024
+    assert search.within(Budget(device_bytes=need)).best.knobs == chosen
+    taken = search.within(Budget(device_bytes=largest - 1)).best
+    assert (
+        taken.knobs.token_tile < 1024 and search.prediction(replace(taken.knobs, token_tile=1024)).device_bytes >= largest
+    )
+    assert search.within(Budget()).best.knobs.token_tile == 1024
+    fixed = make_search(search.workload, token_tile=1024)
+    assert fixed.smallest.prediction.device_bytes == largest
+    assert fixed.within(Budget(device_bytes=largest - 1)).best is None
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_with_tiles_the_walk_finds_what_looking_at_everything_finds(evaluates):
+    search, tiles, seconds = loss_search(evaluates), [], []
+    least, most = search.smallest.prediction.device_bytes, search.within(Budget()).best.prediction.device_bytes
+    for limit in [round(least + (most - least) * (step / 16) ** 3) for step in range(17)]:
+        budget = Budget(device_bytes=limit)
+        best, expected = search.within(budget).best, exhaustive(search, budget)
+        assert best.knobs == expected.knobs, limit
+        tiles.append(best.knobs.token_tile)
+        seconds.append(three_digits(best.seconds.seconds))
+    assert seconds == sorted(seconds, reverse=True), "a larger budget is never slower"
+    assert tiles[0] < tiles[-1] == 1024
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_tiles_that_are_not_tried_would_not_help(evaluates):
+    """Where neither loss nor evaluation is the peak a smaller tile takes as much."""
+    search = loss_search(evaluates)
+    others = [knobs for *_, knobs in search.rows[::9] if not search.prediction(knobs).at_loss]
+    assert len(others) > 5
+    for knobs in others:
+        least = min(search.prediction(form).device_bytes for form in search.space.tiled(knobs))
+        assert least == search.prediction(knobs).device_bytes
 
 
 # pruning changes nothing -----------------------------------------------------------------------------------------------
@@ -117,9 +169,10 @@ def test_the_walk_finds_what_looking_at_everything_finds(method, machine, n_laye
     ("machine", "n_tokens", "each"), [("cpu, slow disk", (700, 90, 20), 1), ("rtx 4060 laptop, slow link", (900, 200), 12)]
 )
 def test_lower_bounds_are_lower_bounds_for_every_combination(method, machine, n_tokens, each):
-    """Of a GPU's some 6,000 forms every twelfth."""
+    """Of a GPU's some 18,000 forms every 36th."""
     search = search_of(method, machine, 4, n_tokens)
-    forms = [form for *_, knobs in search.rows for form in (knobs, *search.space.lowered(knobs))][::each]
+    rows = [knobs for *_, row in search.rows for knobs in search.space.tiled(row)]
+    forms = [form for knobs in rows for form in (knobs, *search.space.lowered(knobs))][:: 3 * each]
     assert len(forms) > 450
     for knobs in forms:
         check_bounds(search.bounds, knobs)
@@ -160,6 +213,7 @@ def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: st
             "gradients": st.sampled_from(["device", "disk"]),
             "prefetch": st.integers(0, 3),
             "head": st.just("disk"),
+            "token_tile": st.sampled_from([1024, 300, 256]),
             "apply": st.sampled_from(["step", "segment"]),
         },
     ),
@@ -168,7 +222,8 @@ def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: st
 def test_fixed_knobs_stay_fixed_in_every_form(fixed, share):
     search = make_search(make_workload("lopt", "rtx 4060 laptop", n_tokens=(200, 200)), **fixed)
     answers = [search.within(Budget()).best, search.within(Budget(device_bytes=device_budget(search, share))).best]
-    forms = [form for *_, knobs in search.rows[::40] for form in (knobs, *search.space.lowered(knobs))]
+    spread = [knobs for *_, row in search.rows[::40] for knobs in search.space.tiled(row)]
+    forms = [form for knobs in spread for form in (knobs, *search.space.lowered(knobs))]
     for knobs in [*forms, search.smallest.knobs, *(answer.knobs for answer in answers if answer is not None)]:
         assert {name: getattr(knobs, name) for name in fixed} == fixed
 

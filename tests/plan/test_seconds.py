@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.ops import Kind
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile
@@ -91,6 +92,13 @@ def test_matrix_products_by_hand():
     assert kept == pytest.approx(2 * rows * (2 * forward + 2 * backward) + 2 * loss)
 
 
+@pytest.mark.parametrize(("tile", "n_tiles"), [(1024, 1), (9, 1), (8, 2), (3, 3), (2, 5)])
+def test_each_tile_of_the_loss_reads_the_lm_head(tile, n_tiles):
+    """A second for each byte read: rows for EMBED, and all of the vocabulary once a tile of the nine supervised tokens."""
+    found = take(endless(disk_read=1.0), method="e2e", token_tile=tile).seconds
+    assert found == pytest.approx((T + n_tiles * V) * D * 2)
+
+
 def test_attention_and_unpacking_by_hand():
     """Causal attention counts once, 2 x T^2 x heads x width, and 2.5 times in the backward; the recomputation once more.
     Weights are unpacked in the forward, in the backward, and, those outside the blocked MLP, in the recomputation."""
@@ -164,6 +172,15 @@ def test_keeping_is_not_slower_than_recomputing(case):
     kept, again = (replace(case, knobs=replace(case.knobs, activations=(word,) * n_layers, saved_inputs="device"))
                    for word in ("keep", "recompute"))  # fmt: skip
     assert timed(kept).seconds <= timed(again).seconds * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(max_layers=5), st.sampled_from(["cpu", "rtx4090, slow link"]), st.integers(16, 3000))
+def test_a_smaller_tile_is_never_faster(case, machine, n_tokens):
+    seconds = [timed(replace(case, knobs=replace(case.knobs, token_tile=tile)), machine, n_tokens=n_tokens).seconds
+               for tile in TOKEN_TILES]  # fmt: skip
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == (1 if n_tokens <= 257 else 2 if n_tokens <= 513 else 3)
 
 
 @settings(max_examples=40, deadline=None)

@@ -174,12 +174,13 @@ def rewritten(path: Path, name: str, tensor: torch.Tensor | None) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"shape": [64, 64]}, {"shape": [64, 129]}, {"shape": [2**40, 2**40]}, {"shape": [64]}, {"shape": [-64, -128]},
-        {"shape": [0, 128]}, {"shape": [64.0, 128]}, {"shape": "ab"}, {"shape": None}, {"blocksize": 128},
-        {"blocksize": 1}, {"blocksize": 64.0}, {"blocksize": "64"}, {"dtype": "int8"}, {"dtype": "nn"}, {"dtype": []},
-        {"quant_type": "int4"}, {"quant_type": "fp4"}, {"nested_blocksize": 64}, {"nested_blocksize": 0},
-        {"nested_blocksize": 256.0}, {"nested_offset": None}, {"nested_offset": "1"}, {"nested_offset": True},
-        {"nested_offset": float("nan")}, {"nested_offset": float("inf")}, {"nested_offset": 10**400},
+        {"shape": [64, 64]}, {"shape": [64, 129]}, {"shape": [2**40, 2**40]}, {"shape": [10**400, 1]}, {"shape": [64]},
+        {"shape": [-64, -128]}, {"shape": [0, 128]}, {"shape": [64.0, 128]}, {"shape": "ab"}, {"shape": None},
+        {"blocksize": 128}, {"blocksize": 1}, {"blocksize": 64.0}, {"blocksize": "64"}, {"dtype": "int8"},
+        {"dtype": "nn"}, {"dtype": []}, {"quant_type": "int4"}, {"quant_type": "fp4"}, {"nested_blocksize": 64},
+        {"nested_blocksize": 0}, {"nested_blocksize": 256.0}, {"nested_offset": None}, {"nested_offset": "1"},
+        {"nested_offset": True}, {"nested_offset": float("nan")}, {"nested_offset": float("inf")},
+        {"nested_offset": 10**400},
     ],
 )  # fmt: skip
 def test_a_state_that_does_not_fit_is_refused(tmp_path, changes):

@@ -18,6 +18,7 @@ from lopt_edge.run.losses import LogitForm, ReconstructHead, online_cross_entrop
 from lopt_edge.run.vocabulary import Vocabulary
 from quant.headers import read_header
 from tests.laws.bench import make_bench, random_batch
+from tests.plan.plans import make_knobs
 
 N_TOKENS, HIDDEN, VOCABULARY = 37, 48, 101
 FORMS = [LogitForm(), LogitForm(factor=0.25), LogitForm(soft_cap=2.0), LogitForm(factor=3.0, soft_cap=5.0)]
@@ -92,15 +93,14 @@ def test_no_token(tmp_path, tokens):
 
 
 @pytest.mark.parametrize("tile", [1, 4, 100])
-def test_tiles_of_tokens_change_nothing_but_rounding(four_bit, monkeypatch, tile):
+def test_tiles_of_tokens_change_nothing_but_rounding(four_bit, tile):
     """The executor's tiles: gradients of a step and the evaluation loss, with tiles smaller than a batch."""
     batch = random_batch((13, 9))
     bench = make_bench(four_bit())
     whole, loss = bench.gradients([batch]), bench.executor.evaluate([batch])
     assert loss == pytest.approx(bench.result.loss, rel=1e-6)
-    monkeypatch.setattr("lopt_edge.run.executor.TOKEN_TILE", tile)
-    tiled = bench.gradients([batch])
-    assert bench.executor.evaluate([batch]) == pytest.approx(loss, rel=1e-6)
+    tiled = make_bench(four_bit(), knobs=make_knobs(4, token_tile=tile)).gradients([batch])
+    assert bench.executor.evaluate([batch], token_tile=tile) == pytest.approx(loss, rel=1e-6)
     for name, gradient in whole.items():
         assert (tiled[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 

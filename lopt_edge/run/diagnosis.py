@@ -1,0 +1,55 @@
+"""Where numbers stopped being finite: the same step once more, looking at what each op leaves.
+
+A step is a function of its inputs, so the second run fails as the first did, and the adapters stay as they are: the fault
+is raised before any update (or, with early updates, undone; those steps are not diagnosed). It costs one more step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lopt_edge.plan.ops import Kind, Op, Plan
+from lopt_edge.run.batches import Batch
+from lopt_edge.run.executor import Executor
+from lopt_edge.run.optim import NotFinite
+
+
+def first_not_finite(
+    executor: Executor, plan: Plan, batches: Sequence[Batch], *, step: int, learning_rates: Mapping[int, float]
+) -> str:
+    """The text of the first op that leaves a NaN or an infinity in hidden states, loss or gradients; "" if none does."""
+    found: list[str] = []
+
+    def observe(op: Op, after: bool) -> None:
+        if after and not found and not all(_finite(tensor) for tensor in _left_by(executor, op)):
+            found.append(op.text())
+
+    before, executor.observe = executor.observe, observe
+    try:
+        executor.run(plan, batches, step=step, learning_rates=learning_rates)
+    except NotFinite as error:
+        found.append(error.op)
+    finally:
+        executor.observe = before
+    return found[0] if found else ""
+
+
+def _left_by(executor: Executor, op: Op) -> list[Tensor | None]:
+    state = executor.state
+    if state is None:
+        return []
+    if op.kind in (Kind.EMBED, Kind.FORWARD):
+        return [state.hidden_BTD]
+    if op.kind is Kind.LOSS:
+        return [state.grad_BTD]
+    if op.kind is Kind.BACKWARD:
+        gradient = executor.optimizer.groups["layer", op.target].gradient
+        return [state.grad_BTD, None if gradient is None else gradient.tensor]
+    return []
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,82 @@
+"""Where a run stands: all that is not a tensor, as plain values that survive JSON to the last bit.
+
+Together with the tensors of a checkpoint (snapshot.py) it is the whole state: a run that goes on from it is the run that
+was not interrupted (design law 7). The place in the data is two integers, since the order of an epoch is a function of
+seed, epoch and number of examples (data/order.py). What does not decide the future (seconds, peaks) is carried for the
+report only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lopt_edge.errors import InputError
+
+LEVEL_SHARE = 0.05  # of a new loss in its running level: about the last 20 steps
+LEVEL_STEPS = 20  # before a rise is called one
+FAR_DEVIATIONS, FAR_SHARE = 6.0, 0.5  # a loss is far above its level if it is beyond both
+
+
+@dataclass
+class LossLevel:
+    """Running mean and variance of the task loss."""
+
+    n_steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, loss: float) -> bool:
+        """Take the next loss; whether it lies far above the level so far."""
+        rise = loss - self.mean
+        far = self.n_steps >= LEVEL_STEPS and rise > max(FAR_DEVIATIONS * self.variance**0.5, FAR_SHARE * abs(self.mean))
+        share = max(LEVEL_SHARE, 1 / (self.n_steps + 1))
+        self.mean += share * rise
+        self.variance = (1 - share) * (self.variance + share * rise * rise)
+        self.n_steps += 1
+        return far
+
+
+@dataclass
+class RunState:
+    """`steps` are finished (skipped ones included); `sequences` of the next window are in the gradients and in `losses`
+    (by segment). `evaluated` is the last step whose evaluation is logged, -1 for none."""
+
+    steps: int = 0
+    sequences: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    final_loss: float | None = None
+    loss_scale: float = 1.0
+    evaluated: int = -1
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] | None = None  # with keep_best: the evaluation of the saved adapter
+    samples: dict[str, str] = field(default_factory=dict)
+    level: LossLevel = field(default_factory=LossLevel)
+    skip: list[int] = field(default_factory=list)  # steps known to end in numbers that are not finite
+    skipped: int = 0
+    skipped_in_row: int = 0
+    log_bytes: int = 0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, *, where: str) -> RunState:
+        """Raises InputError for what no run wrote."""
+        try:
+            known = {item.name: values[item.name] for item in fields(cls)}
+            state = cls(**{**known, "level": LossLevel(**known["level"])})
+            numbers = (state.steps, state.sequences, state.log_bytes, state.tokens, state.skipped)
+            sound = all(type(number) is int and number >= 0 for number in numbers) and isinstance(state.losses, Mapping)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError("the run's state is malformed", where=where, fix="use another checkpoint")
+        return state

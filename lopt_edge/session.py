@@ -1,0 +1,397 @@
+"""One attempt at a run, from where it starts to its end: load, evaluate, train, save.
+
+A run is one session, or several if memory refuses a step and a smaller plan takes over (training.py). A session changes
+`state` only when a step is whole, so whatever is raised, a checkpoint of the last finished step can be written after it.
+The rules: a checkpoint comes before the evaluation of its step (which the resumed run then repeats); signals are noted
+while the executor works and acted on between micro-batches; a log line is written once per finished step, and whatever
+lies beyond a checkpoint's place in the log is cut off when a run goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
+from lopt_edge.checkpoint import name_of
+from lopt_edge.data import Window
+from lopt_edge.errors import Interrupted, RunError
+from lopt_edge.first_steps import N_STEPS, FirstSteps
+from lopt_edge.generation import Sampling, Speaker
+from lopt_edge.memory import hold_budget, open_tiers, peaks_below
+from lopt_edge.models import folder_bytes, four_bit_folder
+from lopt_edge.not_finite import dump_not_finite
+from lopt_edge.plan.budget import Budget, format_bytes
+from lopt_edge.plan.knobs import placement_of
+from lopt_edge.plan.ops import Plan
+from lopt_edge.preparation import Inputs, build_executor
+from lopt_edge.progress import Progress
+from lopt_edge.report import MemoryMeter, write_report
+from lopt_edge.resuming import Start
+from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.run.batches import Batch
+from lopt_edge.run.executor import Cut, StepResult
+from lopt_edge.run.load import load_model
+from lopt_edge.run.lora import load_adapters
+from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
+from lopt_edge.run.op_faults import memory_faults
+from lopt_edge.run.optim import NotFinite, learning_rate
+from lopt_edge.run_state import RunState
+from lopt_edge.saving import Saver
+from lopt_edge.signals import Interrupts
+from lopt_edge.snapshot import restore, restore_best
+
+SAMPLE = Sampling(max_new_tokens=48)
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What all sessions of a run share."""
+
+    progress: Progress
+    clock: PhaseClock
+    interrupts: Interrupts
+    events: JsonLines
+
+
+class Session:
+    """`go` runs it. `start`: the checkpoint to go on from."""
+
+    def __init__(self, inputs: Inputs, start: Start | None, around: Surroundings) -> None:
+        self.inputs, self.config, self.start = inputs, inputs.config, start
+        self.progress, self.clock, self.interrupts = around.progress, around.clock, around.interrupts
+        self.events, self.output = around.events, Path(inputs.config.output)
+        self.state = RunState() if start is None else start.state
+        self.n_steps = inputs.n_steps
+        self.cut: Cut | None = None  # where the first step goes on
+        prediction = inputs.predict()  # the figures are kept, not the timeline, which would take memory through the run
+        names = ("device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "library_bytes", "slack_bytes", "peak_op")
+        self.predicted = {name: getattr(prediction, name) for name in names}
+        self.predicted["step_seconds"] = inputs.run_plan.step_seconds
+
+    def go(self) -> None:
+        """Raises RunError; OutOfMemory and NotFinite where the run could go on in another session; Interrupted."""
+        with self.clock.phase("quantise"):
+            self.folder, was_there = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
+        inputs = self.inputs
+        self.cache_bytes = 0 if inputs.source.facts.quantised else folder_bytes(self.folder)
+        if self.cache_bytes:
+            made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
+            size = format_bytes(self.cache_bytes)
+            self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
+        with open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
+                        need_disk_bytes=self.predicted["disk_bytes"],
+                        journal_bytes=self.predicted["journal_bytes"]) as mover:  # fmt: skip
+            self.mover = mover
+            settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
+            with self.clock.phase("load"), memory_faults("loading"):
+                self._load()
+            context_bytes = inputs.workload.library_bytes if inputs.device.type == "cuda" else 0
+            held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
+            lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
+            try:
+                self._run_and_evaluate()
+            finally:
+                lift()
+            with self.clock.phase("save"):
+                self.executor.let_go()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
+                release_free_memory()
+                self._save_adapter_and_tokenizer()
+            self.peaks_below = peaks_below(mover)
+
+    def _load(self) -> None:
+        inputs, start = self.inputs, self.start
+        self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
+                                placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
+        adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
+        self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
+        if start is not None:
+            self._go_on_from(start)
+        self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
+                           seconds=self.clock.seconds)  # fmt: skip
+        self.first_steps = FirstSteps(self.executor, evaluated=self.state.evaluated < 0)
+        self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
+        self.retention = inputs.batches(inputs.retention) if inputs.retention else []
+        release_free_memory()
+
+    def _go_on_from(self, start: Start) -> None:
+        folder, state = start.checkpoint.folder, self.state
+        gradient = restore(self.executor, folder, start.values, tier=self.inputs.knobs.states)
+        self.executor.loss_scale = state.loss_scale
+        restore_best(folder, self.output, self.shape)
+        if state.sequences:
+            window = next(self.inputs.windows(first=state.steps))
+            done, micro_batch = 0, 0
+            while done < state.sequences:
+                done, micro_batch = done + len(window[micro_batch]), micro_batch + 1
+            losses = {int(segment): loss for segment, loss in state.losses.items()}
+            self.cut = Cut(micro_batch, losses, gradient)
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def _run_and_evaluate(self) -> None:
+        state = self.state
+        self.log = JsonLines(self.output / METRICS_NAME, kept_bytes=state.log_bytes)
+        try:
+            with self.interrupts.deferred():
+                if state.evaluated < 0:
+                    state.before = self._evaluate(0)
+                    self._sample("before")
+                self.progress.start(self.n_steps, done=state.steps)
+                self._train()
+                self.progress.stop()
+                if state.best is not None:  # what is reported and sampled is what was saved
+                    state.after = state.best
+                    load_adapters(self.model, self.output)
+                self._sample("after")
+        except Interrupted as stop:
+            raise Interrupted(stop.signal_number, self._save_at_stop()) from None
+        except RunError as error:
+            raise self._with_checkpoint(error) from error
+        finally:
+            self.progress.stop()
+            self.log.close()
+
+    def _save_at_stop(self) -> str:
+        if self.state.steps and not self.saver.is_saved:
+            self.saver.save(self.log)
+        if self.saver.newest is None:
+            return f"no step was finished yet; begin again with: lopt-edge resume {self.output}"
+        return f"saved in {self.saver.newest}; go on with: lopt-edge resume {self.output}"
+
+    def _with_checkpoint(self, error: RunError) -> RunError:
+        """The error, and where the run stands; the last finished step gets a checkpoint if it has none."""
+        said = ""
+        if (
+            error.values_intact
+            and self.state.steps
+            and not self.saver.is_saved
+            and self.saver.newest_steps < self.state.steps
+        ):
+            self.state.sequences, self.state.losses = 0, {}
+            try:
+                self.saver.save(self.log)
+            except RunError as fault:
+                said = f"\nNo checkpoint of step {self.state.steps} could be written: {fault}{self._rescue()}"
+        if self.saver.newest is not None:
+            said += (
+                f"\nThe run as of step {self.saver.newest_steps} is in {self.saver.newest}; go on with: lopt-edge resume "
+            )
+            said += str(self.output)
+        error.args = (f"{error}{said}",)
+        return error
+
+    def _rescue(self) -> str:
+        """Where a whole checkpoint cannot be had (its moments lay in a page file that is gone, say): the adapter alone."""
+        folder = self.output / f"adapter-{name_of(self.state.steps)}"
+        try:
+            save_adapter(folder, self.model, self.shape, plain=True)
+        except RunError as fault:
+            return f"\nNor the adapter alone: {fault}"
+        return f"\nThe adapter alone, as of step {self.state.steps}, is in {folder}"
+
+    def _train(self) -> None:
+        state = self.state
+        if state.steps and self._evaluation_due():
+            state.after = self._evaluate(state.steps)
+        windows = self.inputs.windows(first=state.steps)
+        while state.steps < self.n_steps:
+            step = state.steps + 1
+            self._step(step, next(windows))
+            if self.saver.due(last=step == self.n_steps):
+                self._save_or_warn(last=step == self.n_steps)
+            self.interrupts.check()
+            if self._evaluation_due():
+                state.after = self._evaluate(step)
+
+    def _evaluation_due(self) -> bool:
+        state, every = self.state, self.config.eval_every
+        return state.evaluated < state.steps and bool(state.steps >= self.n_steps or (every and state.steps % every == 0))
+
+    def _step(self, step: int, window: Window) -> None:
+        started, rates = time.perf_counter(), self._rates(step)
+        if step in self.state.skip:
+            self._skip(step, "known from before")
+            return
+        batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
+        plan, start, self.cut = self.inputs.plan(len(batches)), self.cut, None
+
+        def between(cut: Cut) -> None:
+            self.state.sequences = sum(len(indices) for indices in window[: cut.micro_batch])
+            self.state.losses = {str(segment): loss for segment, loss in cut.losses.items()}
+            if self.interrupts.signal_number is not None:
+                self.saver.save(self.log, cut=cut)
+                self.interrupts.check()
+            elif self.saver.minutes_are_up():
+                self._save_or_warn(cut=cut)
+
+        try:
+            with self.clock.phase("train"), self._watch(step, batches, plan, whole=start is None):
+                result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
+        except NotFinite as error:
+            if not error.values_intact:
+                raise
+            self._not_finite(step, window, batches, plan, error)
+            return
+        self._record(step, result, rates, time.perf_counter() - started)
+
+    def _not_finite(self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, error: NotFinite) -> None:
+        """Nothing was updated: say where it began, then go on without this batch, or stop."""
+        file, op = dump_not_finite(self.inputs, self.executor, step=step, window=window, batches=batches, plan=plan,
+                                   rates=self._rates(step), error=error)  # fmt: skip
+        self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
+        what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
+        fix = "look at these examples; lower --lr; check the base model"
+        if self.config.on_nan == "stop":
+            raise RunError(f"{what}\n{error}", fix=f"{fix}; or skip such batches with --on-nan skip")
+        if self.state.skipped_in_row >= self.config.max_skipped:
+            before = f"{self.state.skipped_in_row} batches before it were skipped in a row already"
+            raise RunError(f"{what}; {before}\n{error}", fix=fix)
+        self.progress.warn(f"{what}; it is skipped, nothing was updated")
+        self._skip(step, op)
+        if step == self.n_steps == self.state.skipped:
+            raise RunError(f"every batch was skipped: nothing was learned\n{error}", fix=fix)
+
+    def _skip(self, step: int, op: str) -> None:
+        state = self.state
+        state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
+        self._finish(step)
+        self.log.write({"step": step, "skipped": f"not finite: {op}"})
+
+    def _finish(self, step: int) -> None:
+        self.state.steps, self.state.sequences, self.state.losses = step, 0, {}
+
+    @contextmanager
+    def _watch(self, step: int, batches: list[Batch], plan: Plan, *, whole: bool) -> Iterator[None]:
+        """Measure the first steps against the plan, and with --memory-report the second (or the only one) by tensors."""
+        if not whole or self.config.memory_report is None or step != min(2, self.n_steps):
+            if not whole or len(self.first_steps.steps) >= N_STEPS:
+                yield
+                return
+            with self.first_steps.watching(step, self.inputs.predict([batch.size for batch in batches])):
+                yield
+            if (surprise := self.first_steps.surprise()) is not None:
+                self.progress.warn(surprise)
+            if len(self.first_steps.steps) == N_STEPS or step == self.n_steps:
+                largest = self.predicted["device_bytes"]
+                self.progress.note(self.first_steps.correction(largest))
+                self.predicted["corrected_device_bytes"] = self.first_steps.corrected_bytes(largest)
+            return
+        meter = MemoryMeter(self.executor)
+        with meter.watching(batches):
+            yield
+        meter.stop()
+        prediction = self.inputs.predict([batch.size for batch in batches])
+        files = write_report(
+            self.config.memory_report, prediction, meter, plan_hash=plan.hash(),
+            title=f"{self.inputs.source.facts.architecture}, {self.config.method}, step {step}",
+            budget_bytes=self.inputs.budget.device_bytes,
+        )  # fmt: skip
+        self.progress.note(f"memory report: {files[0]} and {files[1]}")
+
+    def _rates(self, step: int) -> dict[int, float]:
+        config = self.config
+        return {
+            segment.index: learning_rate(
+                step,
+                n_steps=self.n_steps,
+                peak=config.lr if segment.loss == "task" else config.local_lr,
+                schedule=config.schedule,
+                warmup_ratio=config.warmup_ratio,
+            )
+            for segment in self.inputs.segments
+            if segment.loss != "none"
+        }
+
+    def _record(self, step: int, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:
+        state = self.state
+        self._finish(step)
+        state.tokens += result.totals.tokens
+        state.supervised_tokens += result.totals.supervised
+        state.final_loss, state.skipped_in_row, mean = result.loss, 0, state.level.mean
+        state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())  # the kernel's own count wavers by some 100 KiB
+        state.peak_device_bytes = max(state.peak_device_bytes, peak_device_bytes(self.inputs.device))
+        below = peaks_below(self.mover)
+        metrics = {
+            "step": step,
+            "loss": result.loss,
+            "local_loss": list(result.local_loss),
+            "lr": [rates.get(segment.index, 0.0) for segment in self.inputs.segments],  # 0 for a frozen segment
+            "grad_norm": list(result.grad_norm),
+            "tokens": result.totals.tokens,
+            "supervised_tokens": result.totals.supervised,
+            "step_seconds": seconds,
+            "peak_device_bytes": state.peak_device_bytes,
+            "peak_rss_bytes": state.peak_rss_bytes,
+            "peak_host_bytes": below.host,
+            "peak_pinned_bytes": below.pinned,
+            "peak_disk_bytes": below.disk,
+        }
+        self.log.write(metrics)
+        self.progress.step(metrics)
+        if state.level.add(result.loss):
+            self.progress.warn(f"step {step}: the loss is {result.loss:.4g}, far above its running level of {mean:.4g}")
+            self.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
+
+    def _save_or_warn(self, *, cut: Cut | None = None, last: bool = False) -> None:
+        """A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""
+        try:
+            self.saver.save(self.log, cut=cut)
+        except NotFinite:
+            raise
+        except RunError as error:
+            if last:
+                raise
+            self.progress.warn(f"{error}\nTraining goes on; the newest checkpoint is {self.saver.newest or 'none'}")
+            with suppress(RunError):
+                self.events.write({"event": "no checkpoint", "step": self.state.steps, "reason": str(error)})
+
+    # evaluation and the end ------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
+        found: dict[str, float] = {}
+        state = self.state
+        with self.clock.phase("evaluate"), memory_faults("evaluation"):
+            for name, batches in (("eval_loss", self.held_out), ("retention_loss", self.retention)):
+                if batches:
+                    found[name] = self.executor.evaluate(
+                        batches, token_tile=self.inputs.knobs.token_tile, between=self.interrupts.check
+                    )
+        for name, loss in found.items():
+            if not math.isfinite(loss):
+                raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
+        if found:
+            self.log.write({"step": step, **found})
+            self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        better = step and "eval_loss" in found and (state.best is None or found["eval_loss"] < state.best["eval_loss"])
+        if self.config.keep_best and better:
+            save_adapter(self.output, self.model, self.shape, plain=True)
+            state.best = found
+        state.evaluated = step
+        return found
+
+    def _sample(self, when: str) -> None:
+        prompt = self.config.sample_prompt
+        if prompt is None:
+            return
+        speaker = Speaker(self.model, self.inputs.tokenizer, self.inputs.template)
+        with self.clock.phase("sample"), memory_faults("sampling"):
+            chat = self.inputs.template is not None
+            self.state.samples[when] = (
+                speaker.reply([("user", prompt)], SAMPLE) if chat else speaker.continue_text(prompt, SAMPLE)
+            )
+
+    def _save_adapter_and_tokenizer(self) -> None:
+        save_adapter(self.output, self.model, self.shape)
+        tokenizer = self.inputs.tokenizer
+        if self.inputs.template is not None:
+            tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with
+        try:
+            tokenizer.save_pretrained(self.output)
+        except OSError as error:
+            raise RunError(f"the tokenizer cannot be written: {error.strerror}", where=str(self.output)) from None

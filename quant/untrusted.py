@@ -1,0 +1,125 @@
+"""Files of a model or adapter folder that nobody vouches for: what may be opened, how large, how deep. Imports no torch.
+
+Rules. A file is opened only if it is a regular file (a FIFO would block for ever, a device would never end) and its real
+place is inside the folder. Links are followed, and where they end is what counts: in a hub snapshot
+(`<repo>/snapshots/<commit>/`) every file is a link into `<repo>/blobs/`, which belongs to the download, so that is allowed
+too, and nothing else is. Else a folder from an archive could hold `LICENSE -> ~/.ssh/id_ed25519`, which an export copies.
+
+JSON is read up to `MAX_JSON_BYTES` and `MAX_JSON_DEPTH` levels. Both limits bound memory: a JSON text can become 30 times
+its size in Python (`{},{},...`), so at most some 950 MB, and only for as long as it is looked at. Real files are far below
+(the index of an 8B model has 25 kB, its config nests 3 levels deep).
+
+Not here: what the values mean. Nor is a folder guarded against somebody who changes it while it is being read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 32 * 2**20
+MAX_JSON_DEPTH = 64
+MAX_SMALL_FILE_BYTES = 128 * 2**20  # tokenizer files, templates: all but weights (Gemma 3's tokenizer.json has 33 MB)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SUBFOLDERS = ("additional_chat_templates",)  # the only one that transformers reads from
+
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def printable(text: str) -> str:
+    """`text` as every terminal takes it: a name from a file may hold half a character or an escape sequence."""
+    return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
+
+
+class FolderError(Exception):
+    """A model or adapter folder that cannot be read; the text names the file and the fault."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
+
+
+class TooDeep(ValueError):
+    """JSON that nests deeper than the limit."""
+
+
+def parse_json(text: str, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """`json.loads`, at most `MAX_JSON_DEPTH` levels deep. Raises TooDeep and what json.loads raises (ValueErrors)."""
+    try:
+        value = json.loads(text, parse_constant=parse_constant)
+    except RecursionError:
+        raise TooDeep(f"nested deeper than {MAX_JSON_DEPTH} levels") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:  # most texts are settled by this
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        items = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
+        level = [child for several in items for child in several if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise TooDeep(f"nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a model folder; broken, too large or too deeply nested text raises `FolderError`."""
+    try:
+        if (n_bytes := file_bytes(path)) > MAX_JSON_BYTES:
+            raise FolderError(f"{path}: has {n_bytes} bytes, at most {MAX_JSON_BYTES} are read as JSON")
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path}: cannot be read as JSON ({str(error)[:200]})") from None
+
+
+def file_bytes(path: Path) -> int:
+    """The size of a regular file. Raises FolderError for what is missing or of another kind."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FolderError(f"{path}: file not found") from None
+    except (OSError, ValueError) as error:  # a loop of links, no permission, a NUL in the name
+        raise FolderError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FolderError(f"{path}: is not a regular file")
+    return found.st_size
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it, a device, FIFO or socket, or a small file that is not small."""
+    real = Path(os.path.realpath(folder))
+    roots = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    for place in (folder, *(folder / name for name in SUBFOLDERS if (folder / name).is_dir())):
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            raise FolderError(f"{place}: cannot be read ({error.strerror})") from None
+        for entry in entries:
+            _check_entry(entry, roots)
+
+
+def _check_entry(entry: os.DirEntry[str], roots: list[Path]) -> None:
+    path = Path(entry.path)
+    if entry.is_symlink():
+        real = Path(os.path.realpath(entry.path))
+        if not any(real.is_relative_to(root) for root in roots):
+            raise FolderError(f"{path}: is a link that leads out of the folder ({real}); put the file itself there")
+    if not path.exists() or entry.is_dir():  # a dangling link is a missing file, said where the file is needed
+        return
+    if file_bytes(path) > MAX_SMALL_FILE_BYTES and path.suffix in (".json", ".jinja", ".txt", ".model"):
+        raise FolderError(f"{path}: is too large; at most {MAX_SMALL_FILE_BYTES} bytes are read of such a file")
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """The names of the pickle files of a folder, which are never opened; models first (training_args.bin is none)."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(PICKLES))
+        return sorted(names, key=lambda name: "model" not in name)
+    except OSError:
+        return []

@@ -1,0 +1,465 @@
+"""What tools/fuzz.py feeds to lopt-edge: for each kind of untrusted input a way to make one and a way to read it.
+
+An input is a file name and its bytes, and a function of (seed, target, number) alone, so any of them can be made again. It
+begins as a valid one and is damaged where it has structure (a value of its JSON is replaced, renamed, doubled or nested, a
+line moves, an op loses a word), in its bytes (flipped, cut, spliced, a token put in), or both; some stay whole, so that
+what is accepted is seen as well. `Target.read` returns when the input was taken, and checks what was taken; it raises
+one of our errors for a refusal, and anything else is a finding.
+
+Not here: limits, processes, counting (fuzz.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+Input = tuple[str, bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`share` is how many of a million inputs it gets; `make` and `read` as above."""
+
+    share: int
+    make: Callable[[random.Random], Input]
+    read: Callable[[Path], None]
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+VALUES = (None, True, False, 0, -1, 1, 2, 3, 7, 8, 16, 63, 64, 255, 256, 4096, 2**31 - 1, 2**31, 2**53, 2**63 - 1,
+          2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), "", "a", " ",
+          "\n", "\x00", "\ud800", "\U0001f600", "é", "x" * 300, "../a.safetensors", "/etc/passwd", "..", "U8", "F32",
+          "BF16", "I64", "BOOL", "user", "assistant", "system", "float32", "bfloat16", "nf4", "fp4", [], {}, [[]],
+          {"": {}}, [None], [1, 2], ["a"])  # fmt: skip
+KEYS = ("messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "instruction",
+        "input", "output", "text", "type", "dtype", "shape", "data_offsets", "__metadata__", "weight_map",
+        "blocksize", "quant_type", "", "tool_calls", "nested_offset", "nested_blocksize")  # fmt: skip
+TOKENS = (b"\x00", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\r", b"\t", b" ", b'"', b"'", b"\\", b"\\ud800", b",",
+          b":", b";", b"[", b"]", b"{", b"}", b"[" * 70, b"{" * 20, b"1e999", b"-", b"0x", b"9" * 30, b"9" * 5000,
+          b"NaN", b"null", b"true", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x80\xa8", b"#", b"%", b"&a ", b"*a",
+          b"!!int ", b"<<: ", b"? ", b"- ", b"|\n")  # fmt: skip
+
+
+def damaged_bytes(rng: random.Random, content: bytes, *, tokens: tuple[bytes, ...] = TOKENS, times: int = 3) -> bytes:
+    """Between one and `times` strokes at random places."""
+    raw = bytearray(content)
+    for _ in range(rng.randint(1, times)):
+        at = rng.randrange(len(raw) + 1)
+        end = min(len(raw), at + rng.choice((1, 1, 2, 4, 9, 40)))
+        match rng.randrange(7):
+            case 0 if raw:
+                raw[min(at, len(raw) - 1)] ^= 1 << rng.randrange(8)
+            case 1:
+                del raw[at:end]
+            case 2:
+                raw[at:at] = raw[at:end] * rng.choice((1, 1, 2, 20))
+            case 3:
+                raw[at:end] = rng.choice(tokens)
+            case 4:
+                raw[at:at] = rng.choice(tokens)
+            case 5:
+                raw[at:end] = rng.randbytes(end - at)
+            case _:
+                if rng.random() < 0.2:
+                    del raw[at:]
+    return bytes(raw)
+
+
+def _value(rng: random.Random) -> Any:
+    return deepcopy(rng.choice(VALUES))  # what is put in may be damaged next
+
+
+def damaged_value(rng: random.Random, value: Any) -> Any:
+    """A JSON value with one change at a random depth."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        match rng.randrange(8):
+            case 0:
+                del value[key]
+            case 1:
+                value[rng.choice(KEYS)] = value.pop(key)
+            case 2:
+                value[rng.choice(KEYS)] = _value(rng)
+            case 3:
+                other = rng.choice(list(value))
+                value[key], value[other] = value[other], value[key]
+            case _:
+                value[key] = damaged_value(rng, value[key])
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        match rng.randrange(6):
+            case 0:
+                del value[at]
+            case 1:
+                value.insert(at, value[at])
+            case 2:
+                value.append(_value(rng))
+            case _:
+                value[at] = damaged_value(rng, value[at])
+        return value
+    if isinstance(value, int) and rng.random() < 0.4:
+        return value + rng.choice((-1, 1, 2, 8, -value - 1, value))
+    if rng.random() < 0.04:
+        for _ in range(rng.choice((1, 5, 62, 63, 64, 65, 300))):
+            value = [value] if rng.random() < 0.5 else {"a": value}
+        return value
+    return _value(rng)
+
+
+def damaged_json(rng: random.Random, seeds: tuple[str, ...], *, most: int = 3) -> bytes:
+    """A valid JSON text, damaged as a value, as bytes, as both, or not at all."""
+    value = json.loads(rng.choice(seeds))
+    for _ in range(rng.randint(0, most)):
+        value = damaged_value(rng, value)
+    raw = json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+    return damaged_bytes(rng, raw) if rng.random() < 0.25 else raw
+
+
+def damaged_lines(rng: random.Random, text: str, *, tokens: tuple[bytes, ...]) -> bytes:
+    """Whole lines dropped, doubled and moved, words swapped, then perhaps bytes."""
+    lines = text.split("\n")
+    for _ in range(rng.randint(0, 3)):
+        at, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+        match rng.randrange(4):
+            case 0 if len(lines) > 1:
+                del lines[at]
+            case 1:
+                lines.insert(at, lines[other])
+            case 2:
+                words = lines[at].split(" ")
+                words[rng.randrange(len(words))] = rng.choice(lines[other].split(" "))
+                lines[at] = " ".join(words)
+            case _:
+                lines[at] = lines[at] + rng.choice((" ", "", "\r", " x")) + rng.choice(tokens).decode("utf-8", "replace")
+    raw = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return damaged_bytes(rng, raw, tokens=tokens) if rng.random() < 0.4 else raw
+
+
+# --- data files -------------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ROWS = tuple(json.dumps(row) for row in (
+    {"messages": CHAT},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "add", "input": "1 2", "output": "3"},
+    {"prompt": "a", "completion": "b"},
+    {"prompt": CHAT[:2], "completion": CHAT[2:]},
+    {"text": "some text"},
+))  # fmt: skip
+TABLES = ('prompt,completion\n"a\nb",c\n\nd,"e ""f"""\n', "text\nhello\nworld\n", "instruction,input,output\n1,,2\n3,4,5\n")
+
+
+def make_data(rng: random.Random) -> Input:
+    kind = rng.choices(("jsonl", "json", "csv", "txt", "parquet"), (50, 20, 20, 4, 6))[0]
+    if kind == "jsonl":
+        rows = [damaged_json(rng, ROWS, most=2) for _ in range(rng.randint(1, 4))]
+        return "d.jsonl", b"\n".join(rows)
+    if kind == "json":
+        rows = [json.loads(rng.choice(ROWS)) for _ in range(rng.randint(1, 3))]
+        value = rng.choice((rows, {"version": 1, "data": rows}, rows[0]))
+        return "d.json", damaged_json(rng, (json.dumps(value),))
+    if kind == "csv":
+        return "d.csv", damaged_lines(rng, rng.choice(TABLES), tokens=TOKENS)
+    if kind == "txt":
+        return "d.txt", damaged_bytes(rng, b"some text\r\nand more\n")
+    return "d.parquet", damaged_bytes(rng, rng.choice(_parquet_files()), times=4)
+
+
+_PARQUET: list[bytes] = []
+
+
+def _parquet_files() -> list[bytes]:
+    if not _PARQUET:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for rows in ([{"messages": CHAT}] * 3, [{"prompt": "a", "completion": "b"}], [{"text": "some text"}] * 200):
+            for compression in ("none", "snappy", "gzip", "zstd"):
+                sink = io.BytesIO()
+                pq.write_table(pa.Table.from_pylist(rows), sink, compression=compression)
+                _PARQUET.append(sink.getvalue())
+    return _PARQUET
+
+
+def read_data(path: Path) -> None:
+    from lopt_edge.data import detect_format, read_records, to_rows
+
+    records = read_records(path)
+    assert records and all(path.name in record.where for record in records)
+    rows = to_rows(records, data_format=detect_format(records)[0])
+    assert len(rows) == len(records)
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+RUN = """model: some/model
+data: rows.jsonl
+output: out
+method: lopt
+num-segments: 2
+boundary_layers: [12, 20]
+lr: 2e-4
+max_seq_len: 2048
+lora_targets: q_proj,v_proj
+weights: disk,0-5=resident
+device_memory: 24GB
+seed: 0
+"""
+SHORT = "model: {a: [b, {c: d}]}\nlr: 1_000\nclip: .inf\nepochs: 0x10\nseed: 1:30:00\nforce: yes\n"
+MODEL = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+         "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "sliding_window": 8}  # fmt: skip
+MODELS = tuple(json.dumps({**MODEL, "model_type": family, **more}) for family, more in (
+    ("llama", {"attention_bias": True}), ("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    ("qwen3", {"layer_types": ["full_attention"] * 4}), ("gemma2", {}), ("gemma3_text", {"sliding_window_pattern": 2}),
+    ("phi3", {}), ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 4}), ("olmo2", {}),
+    ("granite", {"logits_scaling": 2.0}), ("llama", {"quantization_config": {"quant_method": "bitsandbytes",
+    "load_in_4bit": True}}),
+))  # fmt: skip
+ADAPTER_VALUES = {"peft_type": "LORA", "lora_alpha": 32, "r": 4, "bias": "none", "use_rslora": False, "rank_pattern": {},
+                  "target_modules": ["q_proj"], "init_lora_weights": True, "base_model_name_or_path": "a/b"}  # fmt: skip
+ADAPTER = (json.dumps(ADAPTER_VALUES),)
+
+
+def make_config(rng: random.Random) -> Input:
+    kind = rng.choices(("run.yaml", "config.json", "adapter_config.json"), (35, 45, 20))[0]
+    if kind == "run.yaml":
+        return kind, damaged_lines(rng, rng.choice((RUN, SHORT)), tokens=TOKENS)
+    return kind, damaged_json(rng, MODELS if kind == "config.json" else ADAPTER)
+
+
+def read_config(path: Path) -> None:
+    if path.name == "run.yaml":
+        from lopt_edge.config import load_config, no_effect_warnings
+
+        no_effect_warnings(load_config(path, {"model": "m", "data": "d", "output": "o"}))
+    elif path.name == "config.json":
+        from lopt_edge.plan.facts import facts_from_config
+        from quant.headers import read_json
+
+        facts = facts_from_config(read_json(path), where=str(path))
+        assert len(facts.layer_types) == facts.n_layers
+    else:
+        from lopt_edge.run.lora import ADAPTER_NAME, check_adapter_folder
+
+        if not (path.parent / ADAPTER_NAME).exists():
+            (path.parent / ADAPTER_NAME).write_bytes(safetensors({}, b""))
+        check_adapter_folder(path.parent)
+
+
+# --- safetensors headers, index files, quantisation states ------------------------------------------------------------
+
+HEADERS = tuple(json.dumps(header) for header in (
+    {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2, 3],
+    "data_offsets": [8, 32]},
+     "__metadata__": {"format": "pt"}},
+    {"x.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [0, 16]}},
+    {"e": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}, "f": {"dtype": "F32", "shape": [0, 4],
+    "data_offsets": [8, 8]}},
+))  # fmt: skip
+N_DATA_BYTES = 32
+
+
+def safetensors(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def make_header(rng: random.Random) -> Input:
+    raw = safetensors(damaged_json(rng, HEADERS), bytes(rng.choice((N_DATA_BYTES, N_DATA_BYTES, N_DATA_BYTES, 0, 31, 40))))
+    return "model.safetensors", damaged_bytes(rng, raw) if rng.random() < 0.1 else raw
+
+
+def read_header_file(path: Path) -> None:
+    from quant.headers import read_header
+
+    n_bytes = path.stat().st_size
+    for entry in read_header(path).values():
+        assert 8 <= entry.start <= entry.start + entry.n_bytes <= n_bytes
+        assert all(side >= 0 for side in entry.shape)
+
+
+INDEX = (json.dumps({"metadata": {"total_size": 40}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}),)
+
+
+def make_index(rng: random.Random) -> Input:
+    return "model.safetensors.index.json", damaged_json(rng, INDEX)
+
+
+def read_index(path: Path) -> None:
+    from quant.headers import read_headers
+
+    for name, tensor in (("one", "a"), ("two", "b")):
+        shard = path.parent / f"{name}.safetensors"
+        if not shard.exists():
+            shard.write_bytes(safetensors({tensor: {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}, bytes(8)))
+    assert all(entry.path.parent == path.parent for entry in read_headers(path.parent).values())
+
+
+STATE = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 32], "nested_blocksize": 256,
+                    "nested_dtype": "float32", "nested_offset": 0.5})  # fmt: skip
+PARTS = {"": ("U8", [128, 1]), ".absmax": ("U8", [4]), ".quant_map": ("F32", [16]), ".nested_absmax": ("F32", [1]),
+         ".nested_quant_map": ("F32", [256])}  # fmt: skip
+ITEMSIZE = {"U8": 1, "F32": 4, "I64": 8, "BF16": 2, "BOOL": 1}
+STATE_NAME = ".quant_state.bitsandbytes__"
+
+
+def make_state(rng: random.Random) -> Input:
+    """A safetensors file with one packed matrix, its state or its parts' shapes and dtypes damaged."""
+    text, parts = damaged_json(rng, (STATE,)), dict(PARTS)
+    state: tuple[str, list[int]] = ("U8", [len(text)])
+    if rng.random() < 0.3:
+        part = rng.choice(list(parts))
+        dtype, shape = parts[part]
+        parts[part] = rng.choice(((rng.choice(list(ITEMSIZE)), shape), (dtype, [*shape, 1]), (dtype, [rng.randrange(300)])))
+    if rng.random() < 0.1:
+        state = rng.choice((("I64", []), ("BOOL", [len(text)]), ("U8", [1, len(text)]), ("I64", [2]), ("F32", [])))
+        n_bytes = ITEMSIZE[state[0]] * (state[1][-1] if state[1] else 1)
+        text = text[:n_bytes].ljust(n_bytes, rng.choice((b"\x00", b" ", b"\x01")))
+    header, data = {}, b""
+    for part, (dtype, shape) in [*parts.items(), (STATE_NAME + rng.choice(("nf4", "nf4", "nf4", "fp4")), state)]:
+        n_bytes = ITEMSIZE[dtype]
+        for side in shape:
+            n_bytes *= side
+        if rng.random() < 0.97:
+            header["w.weight" + part] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + n_bytes]}
+            data += text if part.startswith(STATE_NAME) else bytes(n_bytes)
+    return "model.safetensors", safetensors(header, data)
+
+
+def read_state(path: Path) -> None:
+    from quant.files import packed_on_disk
+    from quant.headers import FolderError, read_header
+
+    entries = read_header(path)
+    if "w.weight" not in entries:
+        raise FolderError(f"{path}: no weight")  # `check_weights` says so before a state is ever read
+    layout = packed_on_disk(entries, "w.weight")
+    assert layout.parts[""].n_bytes * 2 >= layout.shape[0] * layout.shape[1]
+
+
+# --- plan texts -------------------------------------------------------------------------------------------------------
+
+_PLANS: list[str] = []
+
+
+def _plan_texts() -> list[str]:
+    if not _PLANS:
+        from lopt_edge.plan.ops import Kind, Op, Plan
+        from lopt_edge.plan.segments import Segment
+
+        head = (Segment(0, 0, 1, "reconstruct"), Segment(1, 2, 3, "task"))
+        ops = (Op(Kind.EMBED, micro_batch=0), Op(Kind.FETCH, 0, unit="layer"), Op(Kind.WAIT, 0, unit="layer"),
+               Op(Kind.FORWARD, 0, 0), Op(Kind.SPILL, 0, 0, tier="disk"), Op(Kind.WAIT, 0, 0, item="input"),
+               Op(Kind.LOSS, 0, 0), Op(Kind.BACKWARD, 0, 0), Op(Kind.STEP, 0, unit="layer"))  # fmt: skip
+        placement = (("embed", "resident"), ("layer 0", "disk"), ("head", "resident"))
+        _PLANS.append(Plan("lopt", 4, 1, head, placement, ops, 2).text())
+    return _PLANS
+
+
+PLAN_TOKENS = (b"EMBED", b"FORWARD", b"LOSS", b"BACKWARD", b"STEP", b"WAIT", b"input", b"pages", b"states", b"layer",
+               b"aux", b"mb=0", b"mb=9999999", b"keep=none", b"keep=graph", b"to=disk", b"pass=1", b"adapters=ema",
+               b"adapters=train", b"segment 0", b"unit ", b"plan 3", b"\xd9\xa1", b"\x0b", b"\x1c", b"\xc2\x85",
+               b"\xe2\x80\xa8", b"\n", b" ", b"-1", b"007", b"\x00")  # fmt: skip
+
+
+def make_plan(rng: random.Random) -> Input:
+    return "plan.txt", damaged_lines(rng, rng.choice(_plan_texts()), tokens=PLAN_TOKENS)
+
+
+def read_plan(path: Path) -> None:
+    from lopt_edge.plan.ops import parse_plan
+
+    plan = parse_plan(path.read_bytes().decode("utf-8", "surrogateescape"))
+    assert parse_plan(plan.text()) == plan
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+TEMPLATES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{{ bos_token }}{% set ns = namespace(last=0, s='') %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% set ns.s = ns.s ~ m['content'] | trim %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '[' + m.role|upper + ']' }}{{ m.content.split('x')[-1].strip() }}"
+    "{{ eos_token if loop.last else '\n' }}{% endfor %}",
+    "{% macro one(m, n=2) %}{{ m.role * n }}:{{ m.content|replace('a', 'bb')|tojson }}{% endmacro %}"
+    "{% for m in messages|selectattr('role', 'equalto', 'user')|list + [messages[-1]] %}{{ one(m) }}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}"
+    "{{ strftime_now('%d %b %Y') }}"
+    "{{ '%s-%5d' % (bos_token, 3) }}{{ '{:>8}'.format('a') }}{{ raise_exception('no') if messages|length > 9 else '' }}",
+)
+TEMPLATE_TOKENS = (b"{{", b"}}", b"{%", b"%}", b"{#", b"#}", b"-%}", b"{%- ", b"{% for i in range(99999) %}",
+                   b"{% endfor %}", b"{% endif %}", b"{% set ns.s = ns.s + ns.s %}", b"{% set ns.s = [ns.s, ns.s] %}",
+                   b" * 10**9", b"*m.content", b"**9", b"|list", b"|center(10**9)", b"|join(ns.s)",
+                   b"|tojson(indent=9)", b"|batch(3)", b"|sum", b"|map('upper')", b"|format(1)", b".ljust(10**8)",
+                   b".__class__", b"|attr('__class__')", b"recursive", b"{{ loop(messages) }}", b"{{ one(one(m)) }}",
+                   b"{{ messages }}", b"messages", b"ns", b"m", b"range(3)", b"'", b"(", b")", b"[", b"]", b"[0]",
+                   b"[::2]", b" ~ ", b" + ", b" % ", b" is ", b" in ", b"not ", b"and", b"1", b"9" * 5000, b"\\ud800",
+                   b"\x00", b"\xff", b"{% include 'x' %}", b"{% extends 'x' %}", b"{% raw %}", b"{% block a %}",
+                   b"{% filter indent %}", b"{% call one(m) %}", b"{% endcall %}", b"{% macro x() %}",
+                   b"{% endmacro %}", b"{% continue %}", b"dict(a=ns.s)", b"|xmlattr", b"|urlize",
+                   b"|groupby('role')", b"|sort", b"|pprint", b"|wordwrap(1)", b"|indent(9999)", b"|random", b"if",
+                   b"else", b"{{ self }}", b"{{ caller() }}")  # fmt: skip
+
+
+def make_template(rng: random.Random) -> Input:
+    raw = rng.choice(TEMPLATES).encode()
+    for _ in range(rng.randint(0, 2)):
+        raw = damaged_bytes(rng, raw, tokens=TEMPLATE_TOKENS)
+    return "t.jinja", raw
+
+
+class _Tokenizer(SimpleNamespace):
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"<|im_end|>": 3}
+
+
+def read_template(path: Path) -> None:
+    from lopt_edge.data import load_template
+
+    tokenizer: Any = _Tokenizer(
+        eos_token="</s>", chat_template=None, special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"}
+    )
+    template, _ = load_template(tokenizer, path)
+    messages = [
+        ("system", "be brief"),
+        ("user", "what is \ud83d\ude00 x?"),
+        ("assistant", "a\nb"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
+    text = template.render(tokenizer, messages, where="data.jsonl:1")
+    assert isinstance(text, str) and len(text) < 2**21
+
+
+TARGETS = {
+    "data": Target(250_000, make_data, read_data),
+    "config": Target(150_000, make_config, read_config),
+    "headers": Target(250_000, make_header, read_header_file),
+    "index": Target(90_000, make_index, read_index),
+    "quant-state": Target(90_000, make_state, read_state),
+    "plan-text": Target(90_000, make_plan, read_plan),
+    "template": Target(80_000, make_template, read_template),
+}
+
+
+def make_input(target: str, seed: int, number: int) -> Input:
+    """Input `number` of a target."""
+    return TARGETS[target].make(random.Random(f"{seed} {target} {number}"))
+
+
+def seeds_of(target: str, *, count: int = 50) -> Iterator[Input]:
+    """Some inputs to begin with, for a fuzzer that makes its own."""
+    yield from (make_input(target, 0, number) for number in range(count))
