@@ -26,7 +26,7 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
     search = _search(inputs)
     allowed = replace(inputs.budget, device_bytes=round(STEP * before.device_bytes))
     found = search.within(allowed)
-    least = found.smallest.prediction.timeline.peak_bytes
+    least = search.smallest.prediction.timeline.peak_bytes
     if found.best is not None or least < LEAST * before.timeline.peak_bytes:
         return _with(inputs, search, allowed, "")
     size = inputs.config.batch_size

@@ -1,7 +1,7 @@
 """A disk that fails at one write or read of a run, each in turn: nothing is damaged, and the run goes on or can be resumed.
 
-The run writes checkpoints, page files, logs, the 4-bit copy and the result. By default the first, a middle and the last
-point of each kind of file and call fail in each way; `-m long` lets every point fail. After each fault:
+The run writes checkpoints, page files, logs, the 4-bit copy and the result. By default one point of each kind of file and
+call fails in one way; `-m long` lets every point fail in every way. After each fault:
 - the run ended well, or with an error of ours that names a path below the run's folders; no traceback, no hang
 - the training data and the model are as they were
 - the newest whole checkpoint is one that the run had made, and no page file, lock or half-written folder is left
@@ -86,12 +86,12 @@ class Scene:
 
 
 def chosen(points: list[Point]) -> Iterator[Point]:
-    """The first, a middle and the last one of each kind of file and call."""
+    """A middle one of each kind of file and call."""
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.kind, point.call), []).append(point)
     for group in groups.values():
-        yield from dict.fromkeys((group[0], group[len(group) // 2], group[-1]))
+        yield group[len(group) // 2]
 
 
 def test_there_are_points_of_every_kind(model, tmp_path, monkeypatch):
@@ -102,13 +102,13 @@ def test_there_are_points_of_every_kind(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "pages", "cache", "log", "result"])
-def test_a_fault_at_the_ends_and_in_the_middle(model, tmp_path, monkeypatch, kind):
+def test_a_fault_in_the_middle(model, tmp_path, monkeypatch, kind):
     scene, seen = Scene(model, tmp_path, monkeypatch), 0
     for number, point in enumerate(point for point in chosen(scene.found) if point.kind == kind):
         faults = [fault for fault in FAULTS if point.can(fault)]
         scene.withstands(point, faults[number % len(faults)])
         seen += 1
-    assert seen >= 2
+    assert seen >= 2, [point for point in scene.found if point.kind == kind]
 
 
 @pytest.mark.long

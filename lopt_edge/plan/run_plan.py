@@ -91,7 +91,7 @@ def make_run_plan(
     """The answer. `kinds_of_cards`: among which to look for the smallest one; `brief` leaves out what is beside this run
     (alternatives, the longest context, cards)."""
     workload, found = search.workload, search.within(budget)
-    chosen = found.best or found.smallest
+    chosen = found.best or search.smallest
     step_seconds = three_digits(chosen.seconds.seconds)
     plan = workload.plan(chosen.knobs, n_micro_batches=len(workload.batches))
     misfits = () if found.best else tuple(_lowest(search, chosen, budget).prediction.misfits(budget))
@@ -114,7 +114,7 @@ def make_run_plan(
                       "disk": budget.disk_bytes},
         missing=misfits,
         would_fit=() if found.best else tuple(nearest_that_fit(search, budget)),
-        smallest_card=None if brief else smallest_card(found.smallest, kinds_of_cards),
+        smallest_card=None if brief else smallest_card(search.smallest, kinds_of_cards),
         step_tokens=workload.n_tokens,
         n_combinations=found.n_combinations,
         notes=notes,

@@ -48,10 +48,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """`best` is None if nothing fits; `smallest` takes the least device memory of all."""
+    """`best` is None if nothing fits."""
 
     best: Candidate | None
-    smallest: Candidate
     n_combinations: int
 
 
@@ -198,7 +197,7 @@ class Search:
             found = self.fitting(knobs, budget)
             if found is not None and (best is None or _rank(found) < _rank(best)):
                 best = found
-        return Found(best, self.smallest, len(self.rows))
+        return Found(best, len(self.rows))
 
     @cached_property
     def smallest(self) -> Candidate:

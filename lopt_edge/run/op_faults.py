@@ -16,7 +16,9 @@ from lopt_edge.plan.ops import Plan
 from lopt_edge.run.optim import NotFinite
 
 LESS_MEMORY = "lower --max-seq-len or --batch-size, or page more (--weights, --saved-inputs, --optimizer-states)"
-REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "CUDA out of memory")
+# The last two are oneDNN's words (torch's matrix products on the CPU) where its own workspace is refused.
+REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "CUDA out of memory",
+            "could not create a primitive", "could not create a memory object")  # fmt: skip
 
 
 def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> RunError:
