@@ -50,6 +50,7 @@ def _search(inputs: Inputs) -> Search:
 def _with(inputs: Inputs, search: Search, allowed: Budget, note: str) -> tuple[Inputs, str]:
     run_plan = make_run_plan(search, allowed, notes=("after a step that memory did not hold",), brief=True)
     assert run_plan.chosen is not None
-    knobs = run_plan.chosen.knobs
-    found = replace(inputs, knobs=knobs, workload=search.workload, run_plan=replace(run_plan, chosen=None))
+    chosen = run_plan.chosen
+    run_plan = replace(run_plan, chosen=None, fits=chosen.prediction.fits(inputs.budget))  # what is held stays the same
+    found = replace(inputs, knobs=chosen.knobs, workload=search.workload, run_plan=run_plan)
     return found, f"{note}next plan: {described(run_plan.knobs)}"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
 from lopt_edge.checkpoint import name_of
-from lopt_edge.data import Window
+from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.errors import Interrupted, RunError
 from lopt_edge.first_steps import N_STEPS, FirstSteps
 from lopt_edge.generation import Sampling, Speaker
@@ -46,6 +46,7 @@ from lopt_edge.signals import Interrupts
 from lopt_edge.snapshot import restore, restore_best
 
 SAMPLE = Sampling(max_new_tokens=48)
+NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +124,13 @@ class Session:
         gradient = restore(self.executor, folder, start.values, tier=self.inputs.knobs.states)
         self.executor.loss_scale = state.loss_scale
         restore_best(folder, self.output, self.shape)
-        if state.sequences:
-            window = next(self.inputs.windows(first=state.steps))
-            done, micro_batch = 0, 0
-            while done < state.sequences:
-                done, micro_batch = done + len(window[micro_batch]), micro_batch + 1
+        if not state.sequences:
+            return
+        micro_batch = micro_batches_of(next(self.inputs.windows(first=state.steps)), state.sequences)
+        if micro_batch is None:  # the checkpoint's micro-batches were smaller ones
+            self.progress.warn(f"step {state.steps + 1} begins again: its micro-batches are cut in another way now")
+            state.sequences, state.losses = 0, {}
+        else:
             losses = {int(segment): loss for segment, loss in state.losses.items()}
             self.cut = Cut(micro_batch, losses, gradient)
 
@@ -215,7 +218,7 @@ class Session:
     def _step(self, step: int, window: Window) -> None:
         started, rates = time.perf_counter(), self._rates(step)
         if step in self.state.skip:
-            self._skip(step, "known from before")
+            self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
         batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
         plan, start, self.cut = self.inputs.plan(len(batches)), self.cut, None
@@ -245,22 +248,22 @@ class Session:
                                    rates=self._rates(step), error=error)  # fmt: skip
         self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
-        fix = "look at these examples; lower --lr; check the base model"
         if self.config.on_nan == "stop":
-            raise RunError(f"{what}\n{error}", fix=f"{fix}; or skip such batches with --on-nan skip")
-        if self.state.skipped_in_row >= self.config.max_skipped:
-            before = f"{self.state.skipped_in_row} batches before it were skipped in a row already"
-            raise RunError(f"{what}; {before}\n{error}", fix=fix)
+            raise RunError(f"{what}\n{error}", fix=f"{NOT_FINITE_ADVICE}; or skip such batches with --on-nan skip")
         self.progress.warn(f"{what}; it is skipped, nothing was updated")
-        self._skip(step, op)
-        if step == self.n_steps == self.state.skipped:
-            raise RunError(f"every batch was skipped: nothing was learned\n{error}", fix=fix)
+        self._skip(step, op, f"{what}\n{error}")
 
-    def _skip(self, step: int, op: str) -> None:
+    def _skip(self, step: int, op: str, what: str) -> None:
+        """The step is over without an update, unless there were too many such steps."""
         state = self.state
+        if state.skipped_in_row >= self.config.max_skipped:
+            before = f"{state.skipped_in_row} batches before it were skipped in a row already"
+            raise RunError(f"{before}; {what}", fix=NOT_FINITE_ADVICE)
         state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
         self._finish(step)
         self.log.write({"step": step, "skipped": f"not finite: {op}"})
+        if step == self.n_steps == state.skipped:
+            raise RunError(f"every batch was skipped: nothing was learned; {what}", fix=NOT_FINITE_ADVICE)
 
     def _finish(self, step: int) -> None:
         self.state.steps, self.state.sequences, self.state.losses = step, 0, {}

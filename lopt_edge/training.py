@@ -43,7 +43,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:
-        if config.resume is not None and output.is_dir():  # else the folder is not touched before all checks passed
+        resumes = config.resume is not None and output.is_dir()
+        if resumes:  # else the folder is not touched before all checks passed
             held.enter_context(output_lock(output, warn=progress.warn))
         settle_host_allocator()
         with clock.phase("read"):
@@ -51,7 +52,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
         _tell(inputs, start, progress)
         if config.dry_run:
             return None
-        if config.resume is None or not output.is_dir():
+        if not resumes:
             if not output.exists():
                 held.push(partial(_nothing_was_made, output))
             held.enter_context(output_lock(output, warn=progress.warn))

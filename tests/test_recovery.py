@@ -141,6 +141,23 @@ def test_where_every_knob_is_fixed_micro_batches_are_split(model, tmp_path, happ
         assert (one["tokens"], one["lr"]) == (other["tokens"], other["lr"])
 
 
+def test_a_checkpoint_inside_a_split_window_goes_on_unsplit(model, tmp_path, happen, monkeypatch):
+    """Stopped after one of two sequences of what is one micro-batch again later: that step begins again."""
+    whole = make_config(model, tmp_path, output="whole", max_steps=3, n_rows=12, **FIXED)
+    finetune(whole)
+    settings = {**FIXED, "save_minutes": 1e-9}  # a checkpoint at every chance
+    happen(2, "^FORWARD 1", refuse(MemoryError()))
+    config = make_config(model, tmp_path, max_steps=3, n_rows=12, keep=99, **settings)
+    finetune(config)
+    root = Path(config.output) / CHECKPOINTS
+    inside = root / "step-000001+1"
+    assert inside.is_dir(), sorted(path.name for path in root.iterdir())
+    listener = Listener()
+    finetune(config.model_copy(update={"resume": str(inside)}), listener)
+    assert any("step 2 begins again" in text for text in listener.warnings)
+    assert adapter(config) == adapter(whole)
+
+
 def test_where_nothing_smaller_is_left_the_run_stops_with_a_checkpoint(model, tmp_path, happen):
     happen(2, "^FORWARD 1", refuse(MemoryError()))
     config = make_config(model, tmp_path, max_steps=3, batch_size=1, n_rows=12, **FIXED)

@@ -24,6 +24,7 @@ from lopt_edge.data.order import (
     Window,
     collate,
     epoch_windows,
+    micro_batches_of,
     split_window,
 )
 from lopt_edge.data.records import Record, read_records
@@ -55,6 +56,7 @@ __all__ = [
     "load_dataset",
     "load_template",
     "marked_pieces",
+    "micro_batches_of",
     "read_records",
     "split",
     "split_window",

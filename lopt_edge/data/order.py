@@ -72,6 +72,16 @@ def split_window(window: Window, size: int) -> Window:
     return tuple(batch[start : start + size] for batch in window for start in range(0, len(batch), size))
 
 
+def micro_batches_of(window: Window, n_sequences: int) -> int | None:
+    """How many micro-batches hold the window's first sequences; None if the last of them is cut."""
+    done = 0
+    for number, batch in enumerate(window):
+        if done >= n_sequences:
+            return number if done == n_sequences else None
+        done += len(batch)
+    return len(window) if done == n_sequences else None
+
+
 def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
     """Tokens of its largest micro-batch, padding included, and of all of them: what its memory goes by."""
     rows = [len(batch) * max(lengths[i] for i in batch) for batch in window]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopt_edge.data import IGNORED, Example, collate, epoch_windows
+from lopt_edge.data import IGNORED, Example, collate, epoch_windows, micro_batches_of, split_window
 from lopt_edge.errors import InputError
 
 LENGTHS = st.lists(st.integers(2, 60), max_size=60)
@@ -49,6 +49,20 @@ def test_lengths_do_not_decide_which_examples_share_a_window(lengths, batch_size
     members = [{i for batch in window for i in batch} for window in epoch_windows(lengths, **settings)]
     other = [{i for batch in window for i in batch} for window in epoch_windows([5] * len(lengths), **settings)]
     assert sorted(map(sorted, members)) == sorted(map(sorted, other))  # the largest window comes first
+
+
+@given(lengths=LENGTHS.filter(bool), batch_size=SIZES, size=SIZES, data=st.data())
+def test_a_window_in_smaller_micro_batches_and_a_place_in_it(lengths, batch_size, size, data):
+    (window, *_) = epoch_windows(lengths, seed=2, epoch=1, batch_size=batch_size, grad_accum=3)
+    split = split_window(window, size)
+    assert [i for batch in split for i in batch] == [i for batch in window for i in batch]
+    assert all(len(batch) <= size for batch in split) and (size < batch_size or split == window)
+    number = data.draw(st.integers(0, len(split)))
+    place = sum(map(len, split[:number]))
+    assert micro_batches_of(split, place) == number
+    boundaries = {sum(map(len, window[:at])) for at in range(len(window) + 1)}
+    assert (micro_batches_of(window, place) is not None) == (place in boundaries)
+    assert micro_batches_of(window, 10**6) is None
 
 
 def test_seed_and_epoch_change_the_order_and_the_order_is_pinned():
