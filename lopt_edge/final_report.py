@@ -32,14 +32,16 @@ class RunResult:
 def report(session: Session) -> RunResult:
     """Write the files of a session that came to its end."""
     state, device = session.state, session.inputs.device
+    peak_rss = max(state.peak_rss_bytes, peak_rss_bytes())
+    peak_device = peak_rss if device.type == "cpu" else max(state.peak_device_bytes, peak_device_bytes(device))
     result = RunResult(
         output=session.output,
         steps=session.n_steps,
         final_loss=float("nan") if state.final_loss is None else state.final_loss,
         evaluation={"before": state.before, "after": state.after or state.before},
         samples=state.samples,
-        peak_rss_bytes=max(state.peak_rss_bytes, peak_rss_bytes()),
-        peak_device_bytes=max(state.peak_device_bytes, peak_device_bytes(device)),
+        peak_rss_bytes=peak_rss,
+        peak_device_bytes=peak_device,
         seconds={name: round(value, 3) for name, value in session.clock.seconds.items()},
     )
     session.first_steps.write(session.output, session.inputs.run_plan)

@@ -242,7 +242,8 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
     carried: list[int] = []
     if adapter is not None:
         carried = load_adapters(model, Path(adapter))
-        _check_same_shape(inputs, model, carried, where=adapter)
+        setting = "init_adapter" if adapter == config.init_adapter else "adapter"
+        _check_same_shape(inputs, model, carried, where=f"{setting} {adapter}")
     fresh = [layer for layer in trained if layer not in carried]
     attach_adapters(
         model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
@@ -283,7 +284,7 @@ def _check_same_shape(inputs: Inputs, model: Model, layers: list[int], *, where:
                                    (config.lora_r, config.lora_alpha / config.lora_r)):  # fmt: skip
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
-                    where=f"adapter {where}",
+                    where=where,
                     fix="set these three to the values of its adapter_config.json",
                 )
             if found:

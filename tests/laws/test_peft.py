@@ -198,5 +198,5 @@ def test_missing_and_truncated_adapters_are_refused(models, tmp_path, adapter):
     with pytest.raises(InputError, match="truncated"):
         finetune(config)
     (adapter / ADAPTER_NAME).unlink()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="file not found"):
         finetune(config)

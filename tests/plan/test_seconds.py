@@ -177,10 +177,12 @@ def test_keeping_is_not_slower_than_recomputing(case):
 @settings(max_examples=30, deadline=None)
 @given(cases(max_layers=5), st.sampled_from(["cpu", "rtx4090, slow link"]), st.integers(16, 3000))
 def test_a_smaller_tile_is_never_faster(case, machine, n_tokens):
-    seconds = [timed(replace(case, knobs=replace(case.knobs, token_tile=tile)), machine, n_tokens=n_tokens).seconds
-               for tile in TOKEN_TILES]  # fmt: skip
-    assert seconds == sorted(seconds)
-    assert len(set(seconds)) == (1 if n_tokens <= 257 else 2 if n_tokens <= 513 else 3)
+    """Its arithmetic takes longer; the step may not, where it waits for movements."""
+    found = [timed(replace(case, knobs=replace(case.knobs, token_tile=tile)), machine, n_tokens=n_tokens)
+             for tile in TOKEN_TILES]  # fmt: skip
+    seconds, computing = ([getattr(one, name) for one in found] for name in ("seconds", "compute_seconds"))
+    assert seconds == sorted(seconds) and computing == sorted(computing)
+    assert len(set(computing)) == (1 if n_tokens <= 257 else 2 if n_tokens <= 513 else 3)
 
 
 @settings(max_examples=40, deadline=None)
