@@ -60,6 +60,7 @@ class RunState:
     skipped: int = 0
     skipped_in_row: int = 0
     log_bytes: int = 0
+    unlogged: dict[str, Any] | None = None  # the last finished step's line, which the disk did not take
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
 from lopt_edge.checkpoint import name_of
@@ -140,6 +141,9 @@ class Session:
         state = self.state
         self.log = JsonLines(self.output / METRICS_NAME, kept_bytes=state.log_bytes)
         try:
+            if state.unlogged is not None:
+                self.log.write(state.unlogged)
+                state.unlogged = None
             with self.interrupts.deferred():
                 if state.evaluated < 0:
                     state.before = self._evaluate(0)
@@ -261,9 +265,17 @@ class Session:
             raise RunError(f"{before}; {what}", fix=NOT_FINITE_ADVICE)
         state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
         self._finish(step)
-        self.log.write({"step": step, "skipped": f"not finite: {op}"})
+        self._log({"step": step, "skipped": f"not finite: {op}"})
         if step == self.n_steps == state.skipped:
             raise RunError(f"every batch was skipped: nothing was learned; {what}", fix=NOT_FINITE_ADVICE)
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        """Of a finished step: a line that the disk does not take is kept for the run that goes on."""
+        try:
+            self.log.write(line)
+        except RunError:
+            self.state.unlogged = dict(line)
+            raise
 
     def _finish(self, step: int) -> None:
         self.state.steps, self.state.sequences, self.state.losses = step, 0, {}
@@ -334,7 +346,7 @@ class Session:
             "peak_pinned_bytes": below.pinned,
             "peak_disk_bytes": below.disk,
         }
-        self.log.write(metrics)
+        self._log(metrics)
         self.progress.step(metrics)
         if state.level.add(result.loss):
             self.progress.warn(f"step {step}: the loss is {result.loss:.4g}, far above its running level of {mean:.4g}")
@@ -368,14 +380,13 @@ class Session:
         for name, loss in found.items():
             if not math.isfinite(loss):
                 raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
+        better = step and "eval_loss" in found and (state.best is None or found["eval_loss"] < state.best["eval_loss"])
+        if self.config.keep_best and better:  # before the log: what fails here is evaluated again, and must not be logged
+            save_adapter(self.output, self.model, self.shape, plain=True)
         if found:
             self.log.write({"step": step, **found})
             self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-        better = step and "eval_loss" in found and (state.best is None or found["eval_loss"] < state.best["eval_loss"])
-        if self.config.keep_best and better:
-            save_adapter(self.output, self.model, self.shape, plain=True)
-            state.best = found
-        state.evaluated = step
+        state.evaluated, state.best = step, found if self.config.keep_best and better else state.best
         return found
 
     def _sample(self, when: str) -> None:

@@ -59,3 +59,12 @@ def metrics_of(config: Config) -> tuple[list[dict], list[dict]]:
     """(step lines, evaluation lines) of metrics.jsonl."""
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+MEASURED = ("step_seconds", *(f"peak_{tier}_bytes" for tier in ("device", "rss", "host", "pinned", "disk")))
+
+
+def log_of(config: Config) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what is measured: what a resumed run must repeat."""
+    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

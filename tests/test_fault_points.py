@@ -5,7 +5,7 @@ call fails in one way; `-m long` lets every point fail in every way. After each 
 - the run ended well, or with an error of ours that names a path below the run's folders; no traceback, no hang
 - the training data and the model are as they were
 - the newest whole checkpoint is one that the run had made, and no page file, lock or half-written folder is left
-- resumed on a sound disk, the run ends in the bytes of the undisturbed one
+- resumed on a sound disk, the run ends in the bytes of the undisturbed one, adapter and log
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lopt_edge.errors import LoptError
 from lopt_edge.progress import Progress
 from lopt_edge.run.lora import ADAPTER_NAME
 from tests.fault_points import FAULTS, Point, Points
-from tests.runs import make_config, make_model
+from tests.runs import log_of, make_config, make_model
 
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds files by their descriptors in /proc")
@@ -45,7 +45,7 @@ class Scene:
         self.config = make_config(model, root, n_rows=8, max_steps=2, save_every=1, cache_dir=str(root / "cache"), **PAGED)
         self.root, self.model, self.output = root, model, Path(self.config.output)
         finetune(self.config)
-        self.whole = (self.output / ADAPTER_NAME).read_bytes()
+        self.whole = self.result()
         self.unchanged = self.fingerprint()
         self.points = Points(root, monkeypatch)
         self.clear()
@@ -57,6 +57,9 @@ class Scene:
         except LoptError as error:
             return error
         return None
+
+    def result(self) -> tuple[bytes, list[dict[str, Any]]]:
+        return (self.output / ADAPTER_NAME).read_bytes(), log_of(self.config)
 
     def clear(self) -> None:
         for name in ("out", "cache"):
@@ -75,14 +78,14 @@ class Scene:
             assert fault != "slow"
             assert str(self.root) in str(error) or point.kind == "cache", error
         else:
-            assert (self.output / ADAPTER_NAME).read_bytes() == self.whole
+            assert self.result() == self.whole
         assert self.fingerprint() == self.unchanged
         left = [path for path in self.root.rglob("*") if path.name.startswith((".writing-", "lopt-pages", ".lock"))]
         assert not left and not Path(f"{self.output}.pages").exists()
         _, faults = latest(self.output / CHECKPOINTS)
         assert faults == []
         assert self.run(self.config.model_copy(update={"resume": "auto"})) is None
-        assert (self.output / ADAPTER_NAME).read_bytes() == self.whole
+        assert self.result() == self.whole
 
 
 def chosen(points: list[Point]) -> Iterator[Point]:

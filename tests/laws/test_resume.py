@@ -21,9 +21,8 @@ from lopt_edge.config import Config
 from lopt_edge.errors import Interrupted
 from lopt_edge.plan.ops import Kind, Op
 from lopt_edge.run.lora import ADAPTER_NAME
-from tests.runs import make_config, make_model, write_rows
+from tests.runs import log_of, make_config, make_model, write_rows
 
-MEASURED = ("step_seconds", *(f"peak_{tier}_bytes" for tier in ("device", "rss", "host", "pinned", "disk")))
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
 MIXED = {"weights": "resident,2-3=disk", "activations": "recompute,1=page", "gradients": "disk"}
 KEPT = {"weights": "resident", "activations": "keep", "optimizer_states": "device", "gradients": "device"}
@@ -60,11 +59,7 @@ def stop_in(monkeypatch) -> Stop:
 
 def what_is_left(config: Config) -> tuple[bytes, list[dict[str, Any]]]:
     """The adapter's bytes, and the log without what is measured."""
-    output = Path(config.output)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return (output / ADAPTER_NAME).read_bytes(), [
-        {key: value for key, value in line.items() if key not in MEASURED} for line in lines
-    ]
+    return (Path(config.output) / ADAPTER_NAME).read_bytes(), log_of(config)
 
 
 class Runs:
