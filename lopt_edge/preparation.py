@@ -136,7 +136,8 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
     if start is not None:
-        resumed += check_same(start, model=fingerprint, train=train, device_type=device.type, dtype=dtype_name)
+        resumed += check_same(start, model=fingerprint, train=train, device_type=device.type, dtype=dtype_name,
+                              threads=torch.get_num_threads())  # fmt: skip
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
 

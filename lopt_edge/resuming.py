@@ -5,7 +5,8 @@ fingerprints (not by path) the model and the data. What may change is listed in 
 change no bit (design law 3), logging, and the number of steps, which stretches the learning rates' schedule. What the
 planner had settled (micro-batches, segments, tiles) stays settled. Differences are told all together.
 
-The compute device may change too, and so may versions of libraries: then the bits may differ, and that is said.
+The compute device may change too, and so may the number of threads and the versions of libraries: then the bits may
+differ, and that is said.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Itera
             yield f"resumed with other versions ({', '.join(found_changes)}): bits may differ from an undisturbed run"
 
 
-def check_same(start: Start, *, model: str, train: Dataset, device_type: str, dtype: str) -> list[str]:
+def check_same(start: Start, *, model: str, train: Dataset, device_type: str, dtype: str, threads: int) -> list[str]:
     """Whether model, data and dtype are those of the checkpoint. Raises InputErrors; returns warnings."""
     values, differences = start.values, []
     data = values.get("data") if isinstance(values.get("data"), dict) else {}
@@ -135,6 +136,9 @@ def check_same(start: Start, *, model: str, train: Dataset, device_type: str, dt
         return [
             f"the run began on {values.get('device')} and goes on on {device_type}: bits differ from an undisturbed run"
         ]
+    if device_type == "cpu" and values.get("threads") != threads:
+        return [f"the run began with {values.get('threads')} threads and goes on with {threads}: bits may differ from an "
+                "undisturbed run (OMP_NUM_THREADS sets them)"]  # fmt: skip
     return []
 
 

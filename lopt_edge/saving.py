@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lopt_edge.artifacts import AdapterShape, JsonLines, check_free_space
 from lopt_edge.checkpoint import CHECKPOINTS, name_of, new_checkpoint, prune
 from lopt_edge.preparation import Inputs
@@ -94,5 +96,6 @@ class Saver:
             "plan": inputs.plan(n_micro_batches).hash(),
             "versions": versions(),
             "device": inputs.device.type,
+            "threads": torch.get_num_threads(),  # products of several threads are summed in another order
             "compute_dtype": str(inputs.dtype).removeprefix("torch."),
         }  # fmt: skip

@@ -106,6 +106,13 @@ def test_other_versions_are_told(done, monkeypatch):
     assert len(warnings) == 1 and "bits may differ" in warnings[0] and "-> 0.0.1" in warnings[0]
 
 
+def test_another_number_of_threads_is_told(done, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    listener = Listener()
+    finetune(done.model_copy(update={"resume": "auto", "dry_run": True}), listener)
+    assert any("began with 1 threads and goes on with 7" in text for text in listener.warnings)
+
+
 def test_an_older_checkpoint_by_its_name(done, model, tmp_path):
     """The newer ones are set aside, and the run ends in the same bytes."""
     whole = make_config(model, tmp_path, n_rows=15, max_steps=4, save_every=1, keep=9)
