@@ -27,6 +27,7 @@ from typing import Any
 from lopt_edge.artifacts import write_json
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.plan.budget import format_bytes
+from quant.folders import sync_folder
 from quant.headers import FolderError, read_json
 
 CHECKPOINTS, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
@@ -59,16 +60,16 @@ def new_checkpoint(root: Path, name: str, *, need_bytes: int = 0) -> Iterator[Pa
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _sync_folder(root.parent)
+        sync_folder(root.parent)
         yield folder
         write_json(folder / MANIFEST, {"format": FORMAT, "files": _sums(folder)})
-        _sync_folder(folder)
+        sync_folder(folder)
         final, old = root / name, root / f"{name}{_OLD}"
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(folder, final)
-        _sync_folder(root)
+        sync_folder(root)
         _remove(old)
     except OSError as error:
         raise _failure(folder, error, need_bytes) from None
@@ -187,14 +188,6 @@ def _sha256(path: Path) -> str:
         while part := file.read(AT_ONCE):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -207,7 +207,7 @@ def quantize(
     revision: RevisionOption = None,
 ) -> None:
     """Write a model in 4 bits (NF4, double quantisation), in the form that transformers loads."""
-    from lopt_edge.models import check_weights, find_model, quantise_model, remove_stale_partials, tensor_entries
+    from lopt_edge.models import check_weights, find_model, quantise_model, tensor_entries
 
     model, folder = find_model(source, revision=revision), Path(target)
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -217,7 +217,6 @@ def quantize(
     if folder.exists():
         raise InputError("exists already", where=target, fix="choose a new folder")
     check_weights(model, tensor_entries(model.path))
-    remove_stale_partials(folder)
     with _stoppable():
         quantise_model(model, folder, dtype=dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -10,8 +10,6 @@ full layer while measuring. The folder appears under its name only when complete
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,13 @@ from torch import Tensor
 
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.generation import load_tokenizer
-from lopt_edge.models import ModelFolder, find_model, four_bit_folder, remove_stale_partials, tensor_entries
+from lopt_edge.models import ModelFolder, find_model, four_bit_folder, tensor_entries
 from lopt_edge.plan.facts import packs
 from lopt_edge.run.load import Model, fill_parameters, load_model, make_skeleton
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, load_adapters
 from lopt_edge.run.losses import logits
 from quant.files import copy_small_files, is_packed, read_packed, read_tensor
+from quant.folders import new_folder
 from quant.headers import FolderError, TensorEntry, read_json
 from quant.linear import PackedLinear
 from quant.nf4 import unpack_into
@@ -67,22 +66,17 @@ def export(adapter: str | Path, *, merged: str | Path, onto: str = "original", c
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
     load_adapters(model, adapter)
-    remove_stale_partials(target)  # of an export that was killed
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial)
-        _write_config(source.path, partial)
-        copy_small_files(adapter, partial)
-        copy_small_files(source.path, partial)
-        divergence = _divergence(model, partial, load_tokenizer(partial))
-        os.replace(partial, target)
+        with new_folder(target) as partial:
+            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial)
+            _write_config(source.path, partial)
+            copy_small_files(adapter, partial)
+            copy_small_files(source.path, partial)
+            divergence = _divergence(model, partial, load_tokenizer(partial))
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="free space there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Merged(target, onto, n_bytes, *divergence)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from lopt_edge.errors import InputError
 from lopt_edge.plan.budget import format_bytes
 from lopt_edge.plan.facts import ModelFacts, facts_from_config, packs
+from quant.folders import remove_stale
 from quant.headers import FolderError, TensorEntry, read_headers, read_json
 from quant.sizes import DTYPE_BYTES
 from quant.untrusted import check_folder
@@ -148,7 +148,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
     """Remove what killed runs left of this copy, and refuse a disk that has no room for it. Raises InputError."""
     from quant.files import four_bit_layout
 
-    remove_stale_partials(target)
+    remove_stale(target)
     stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
     need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
     existing = next(path for path in target.absolute().parents if path.is_dir())
@@ -156,16 +156,6 @@ def _make_room(model: ModelFolder, target: Path) -> None:
     if free < need:
         raise InputError(f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
                          where=f"cache_dir {target.parent}", fix="free space, or choose another --cache-dir")  # fmt: skip
-
-
-def remove_stale_partials(target: Path) -> None:
-    """Half-written folders `target.partial-PID` whose process is gone."""
-    import psutil
-
-    for partial in target.parent.glob(f"{target.name}.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:

@@ -7,14 +7,13 @@ new folder appears under its name only when complete. Which tensors to pack is t
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from quant.files import copy_small_files, four_bit_layout, four_bit_tensors, quantization_config, read_tensor
+from quant.folders import new_folder
 from quant.headers import read_headers, read_json
 from quant.shards import write_sharded
 
@@ -33,10 +32,7 @@ def quantise_folder(
     """
     entries = sorted(read_headers(source).values(), key=lambda entry: (entry.path.name, entry.start))
     config = read_json(source / "config.json")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as partial:
         layout = four_bit_layout([(entry.name, entry.dtype, entry.shape) for entry in entries], should_pack)
         stream = ((entry.name, read_tensor(entry)) for entry in entries)
         write_sharded(partial, layout, four_bit_tensors(stream, should_pack, dtype=dtype), on_tensor=on_tensor)
@@ -45,6 +41,3 @@ def quantise_folder(
         config |= {"dtype": dtype_name, "quantization_config": quantization_config(dtype_name)}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_small_files(source, partial)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
