@@ -140,14 +140,17 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
 
 
 class JsonLines:
-    """A log of one JSON object a line, flushed at once. `kept_bytes` of what is there stay, the rest is cut off."""
+    """A log of one JSON object a line, flushed at once. `kept_bytes` of what is there stay, the rest is cut off.
+
+    Less may be there: a run that goes on in another folder begins its log with the steps it does itself.
+    """
 
     def __init__(self, path: Path, *, kept_bytes: int = 0) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-            self.file.truncate(kept_bytes)
+            self.file.truncate(min(kept_bytes, path.stat().st_size))
             self.file.seek(0, os.SEEK_END)
         except OSError as error:
             raise self._failure(error) from None

@@ -10,7 +10,7 @@ beyond the depth, say) is checked where those are read. No torch here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.methods import CACHED, CUT_METHODS, OPTIONS
 from lopt_edge.yaml_file import read_yaml
 
 
@@ -30,10 +31,25 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen"] = Field("lopt", description="how far the task gradient reaches")
+    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb"] = Field(
+        "lopt", description="how far the task gradient reaches"
+    )
     num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
     boundary_layers: tuple[int, ...] | None = Field(
         None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
+    )
+    boundary_update: Literal["stale", "fresh"] = Field(
+        "stale", description="lopt: update all segments together, or the early ones first and run them again"
+    )
+    local_loss: Literal["reconstruct", "next-token"] = Field("reconstruct", description="lopt: the early segments' loss")
+    local_every: int = Field(1, ge=0, description="lopt: train the early segments on every N-th step; 0: never")
+    open_every: int = Field(0, ge=0, description="lopt: every N-th step is end to end, across the boundary; 0: none")
+    train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
+    selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
+    select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
+    unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
+    boundary_cache: str | None = Field(
+        None, description="folder that keeps the boundary of each example, where early segments never train"
     )
     max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
@@ -155,8 +171,36 @@ def load_config(
             errors.append(_as_input_error(dict(fault), where))
         raise_collected(errors)
         raise
+    for name, message, fix in method_errors(config):
+        where = f"--{name.replace('_', '-')}" if name in flags or name not in values else _place(name, path, lines)
+        errors.append(InputError(message, where=where, fix=fix))
     raise_collected(errors)
     return config
+
+
+def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(setting, what is wrong, what to do) for method options that belong to another method or contradict each other."""
+    given = config.model_fields_set
+    for name, methods in OPTIONS.items():
+        default = Config.model_fields[name].default
+        if name in given and config.method not in methods and getattr(config, name) != default:
+            yield name, f"belongs to method {' and '.join(methods)}, this is {config.method}", f"leave {name} out"
+    trains_early = config.method == "lopt" and (config.local_every or config.open_every)
+    if config.boundary_cache and (config.method not in CACHED or trains_early):
+        yield ("boundary_cache", "needs early segments that never train",
+               "use --method frozen or top-layers, or lopt with --local-every 0 and no --open-every")  # fmt: skip
+    elif config.boundary_cache and config.init_adapter and config.lora_dropout:
+        yield ("boundary_cache", "cannot be with init_adapter and lora_dropout: dropout changes the boundary each time",
+               "add --lora-dropout 0")  # fmt: skip
+    if config.method == "top-layers" and config.train_layers is None:
+        yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
+    if config.method != "lopt":
+        return
+    if config.open_every == 1:
+        yield "open_every", "1 opens the boundary on every step: that is end to end", "use --method e2e, or 2 and more"
+    if config.boundary_update == "fresh" and config.clip and config.clip_scope == "global":
+        yield ("boundary_update", "fresh needs clip_scope segment: an early segment is updated before the norm of the "
+               "others is known", "use --clip-scope segment or --clip 0")  # fmt: skip
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
@@ -179,19 +223,22 @@ def no_effect_warnings(config: Config) -> list[str]:
     """One sentence for each setting that was given but changes nothing in this combination."""
     given = config.model_fields_set
     found = []
-    if "num_segments" in given and (config.boundary_layers or config.method == "e2e"):
-        reason = "boundary_layers replaces it" if config.boundary_layers else "e2e is one segment"
-        found.append(f"num_segments has no effect: {reason}")
-    if config.choose_segments and (config.boundary_layers or config.method == "e2e"):
-        reason = "boundary_layers is given" if config.boundary_layers else "e2e is one segment"
-        found.append(f"choose_segments has no effect: {reason}")
+    uncut = "" if config.method in CUT_METHODS else f"{config.method} is one segment"
+    uncut = "top-layers cuts at train_layers" if config.method == "top-layers" else uncut
+    if "num_segments" in given and (config.boundary_layers or uncut):
+        found.append(f"num_segments has no effect: {uncut or 'boundary_layers replaces it'}")
+    if config.choose_segments and (config.boundary_layers or uncut):
+        found.append(f"choose_segments has no effect: {uncut or 'boundary_layers is given'}")
     if config.choose_micro_batch and config.batch_size * config.grad_accum == 1:
         found.append("choose_micro_batch has no effect: a step has one sequence")
-    if config.boundary_layers and config.method == "e2e":
-        found.append("boundary_layers has no effect: e2e is one segment")
+    if config.boundary_layers and uncut:
+        found.append(f"boundary_layers has no effect: {uncut}")
     if config.method != "lopt":
         names = [name for name in ("lr_local", "local_weight") if name in given]
         found += [f"{name} has no effect: method {config.method} has no local loss" for name in names]
+    elif not config.local_every:
+        local = ("lr_local", "local_weight", "local_loss", "boundary_update")
+        found += [f"{name} has no effect: local_every is 0" for name in local if name in given]
     elif "local_weight" in given and config.clip > 0 and config.clip_scope == "segment":
         found.append("local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's "
                      "scale; lr_local is the knob")  # fmt: skip

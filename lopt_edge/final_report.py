@@ -53,7 +53,7 @@ def report(session: Session) -> RunResult:
 
 def _run_facts(session: Session, result: RunResult) -> dict[str, Any]:
     inputs, state = session.inputs, session.state
-    plan = inputs.plan(len(inputs.workload.batches))
+    plans = [inputs.plan(len(inputs.workload.batches), kind) for kind in inputs.course.kinds]
     return {
         "base": inputs.source.name,
         "revision": inputs.source.commit,
@@ -64,7 +64,8 @@ def _run_facts(session: Session, result: RunResult) -> dict[str, Any]:
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,
                  "dropped": inputs.train.n_dropped},
-        "plan": {"hash": plan.hash(), "text": plan.text()},
+        "plan": {"hash": plans[0].hash(), "text": plans[0].text()},
+        "kinds_of_step": {plan.kind: {"hash": plan.hash(), "text": plan.text()} for plan in plans} if plans[1:] else {},
         "versions": versions(),
         "device": str(inputs.device),
         "compute_dtype": str(inputs.dtype).removeprefix("torch."),

@@ -97,7 +97,8 @@ def beside(found: RunPlan) -> Iterator[str]:
 def plan_text(asked: Question, found: RunPlan) -> str:
     assert found.chosen is not None
     workload = asked.search.workload
-    return workload.plan(found.chosen.knobs, n_micro_batches=len(workload.batches)).text()
+    plans = (workload.plan(found.chosen.knobs, n_micro_batches=len(workload.batches), kind=kind) for kind in workload.kinds)
+    return "\n".join(plan.text() for plan in plans)
 
 
 def timeline_picture(asked: Question, found: RunPlan) -> str:

@@ -21,13 +21,13 @@ from lopt_edge.errors import InputError, InputErrors, raise_collected
 from lopt_edge.plan.budget import Budget, FreeBytes, format_bytes, make_budget
 from lopt_edge.plan.cards import Card, find_card, near_cards
 from lopt_edge.plan.choose import against_facts, check_memory_settings, chosen_settings, search_space, settled
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.facts import ModelFacts, facts_from_config
 from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.presets import find_preset, near_presets
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.plan.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search import Candidate, Search
-from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
 
@@ -80,8 +80,8 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
     shape = LayerShape(facts, itemsize, config.lora_r, targets, device_type, dropout=config.lora_dropout > 0)
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
-        segments, *_ = against_facts(variant, facts)
-        workload = _worst_step(variant, segments, shape, max_seq_len, profile, vocabulary_itemsize)
+        course, *_ = against_facts(variant, facts)
+        workload = _worst_step(variant, course, shape, max_seq_len, profile, vocabulary_itemsize)
         search = Search(workload, search_space(variant, facts, device_type))
         return Question(variant, search, budget, (reason, *notes)), search.within(budget).best
 
@@ -92,7 +92,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
 
 
 def _worst_step(
-    config: Config, segments: tuple[Segment, ...], shape: LayerShape, max_seq_len: int, profile: DeviceProfile,
+    config: Config, course: Course, shape: LayerShape, max_seq_len: int, profile: DeviceProfile,
     vocabulary_itemsize: int,
 ) -> Workload:  # fmt: skip
     """Every sequence of the greatest length, all of it supervised."""
@@ -100,7 +100,7 @@ def _worst_step(
     batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
     library_bytes = profile.library_bytes + TOKEN_BYTES * shape.facts.vocab_size
     return Workload(
-        config.method, segments, shape, (batch,) * config.grad_accum, profile,
+        course, shape, (batch,) * config.grad_accum, profile,
         profile.context_bytes if shape.device_type == "cuda" else library_bytes, vocabulary_itemsize,
         evaluation=batch if evaluates else None, clip_scope=config.clip_scope if config.clip else "none",
     )  # fmt: skip

@@ -15,9 +15,9 @@ from lopt_edge.data import Dataset
 from lopt_edge.models import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.cards import find_card
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
-from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
 from lopt_edge.planning import FREE_SHARE
@@ -32,7 +32,7 @@ SLOW_CARD = "RTX 3060"  # whose rates stand in for an unknown GPU's
 def workload_of(
     config: Config,
     source: ModelFolder,
-    segments: tuple[Segment, ...],
+    course: Course,
     targets: tuple[str, ...],
     *,
     device: torch.device,
@@ -45,8 +45,7 @@ def workload_of(
     profile = machine_profile(device)
     dropout = config.lora_dropout > 0
     return Workload(
-        config.method,
-        segments,
+        course,
         LayerShape(source.facts, dtype.itemsize, config.lora_r, targets, device.type, dropout=dropout),
         tuple(largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)),
         profile,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_edge.artifacts import AdapterShape, check_output
+from lopt_edge.caching import check_boundary_cache
 from lopt_edge.config import Config, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, load_dataset, split, split_window
 from lopt_edge.errors import DoesNotFit, InputError
@@ -32,14 +33,14 @@ from lopt_edge.plan.choose import (
     settled,
     split_to_fit,
 )
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search import Candidate, Search
-from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize
+from lopt_edge.plan.step import StepKind
 from lopt_edge.plan.workload import Workload
 from lopt_edge.prediction import planned_budget, workload_of
 from lopt_edge.resuming import Start, check_same, find_start, model_fingerprint
@@ -67,7 +68,7 @@ class Inputs:
     train: Dataset
     held_out: Dataset | None
     retention: Dataset | None
-    segments: tuple[Segment, ...]
+    course: Course
     targets: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
@@ -96,15 +97,22 @@ class Inputs:
             skipped = first % per_epoch if epoch == first // per_epoch else 0
             yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
 
-    def plan(self, n_micro_batches: int) -> Plan:
-        """The validated plan of a step over this many micro-batches (the last window of an epoch may be short)."""
-        return self.workload.plan(self.knobs, n_micro_batches=n_micro_batches)
+    def kind(self, step: int) -> StepKind:
+        """Which kind of step `step` (from 1) is."""
+        return self.course.kind(step, self.n_steps)
 
-    def predict(self, batches: Sequence[MicroBatchSize] | None = None) -> Prediction:
+    def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
+        """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
+
+        Of the first kind of step, unless another is named.
+        """
+        return self.workload.plan(self.knobs, n_micro_batches=n_micro_batches, kind=kind)
+
+    def predict(self, batches: Sequence[MicroBatchSize] | None = None, kind: StepKind | None = None) -> Prediction:
         """What a step takes: the largest one of the run, or one over these micro-batches."""
         if batches is None:
             return self.workload.predict(self.knobs)
-        return replace(self.workload, batches=tuple(batches)).predict(self.knobs, whole=True)
+        return replace(self.workload, batches=tuple(batches)).predict(self.knobs, whole=True, kind=kind)
 
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
@@ -115,7 +123,7 @@ class Inputs:
 
     def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
         # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
-        return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device)
+        return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device, examples=indices)
 
 
 def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
@@ -128,7 +136,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     source = find_model(config.model, revision=config.revision)
     facts = source.facts
     check_memory_settings(config, facts, device_type=device.type)
-    segments, targets, max_seq_len = against_facts(config, facts)
+    course, targets, max_seq_len = against_facts(config, facts)
     check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
@@ -153,7 +161,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         (config, search), split = split_to_fit(config, ask)
         order = asked.batch_size, asked.grad_accum
         resumed += [split] if split else []
-    workload, segments = search.workload, search.workload.segments
+    workload, course = search.workload, search.workload.course
     run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
     folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
     reasons = (
@@ -161,18 +169,26 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         f"device {device} ({device_reason}), compute dtype {dtype_name} ({dtype_reason})",
         f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
-        "segments " + ", ".join(f"{s.first}-{s.last} {s.loss}" for s in segments),
+        *(_described_kind(kind) for kind in course.kinds),
         f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
         *chosen_settings(asked, config),
         *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
     )
     warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
     inputs = Inputs(
-        config, source, tokenizer, train.template, train, held_out, retention, segments, targets, device, dtype, knobs,
+        config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
         stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
         given, order, fingerprint,
     )  # fmt: skip
+    check_boundary_cache(inputs)
     return inputs, start
+
+
+def _described_kind(kind: StepKind) -> str:
+    """A kind of step in a line."""
+    segments = ", ".join(segment.text().split(" layers=")[1].replace("loss=", "") for segment in kind.segments)
+    fresh = ", each updated before the next one runs" if kind.fresh else ""
+    return f"segments{f' of {kind.name} steps' if kind.name else ''}: {segments}{fresh}"
 
 
 def search_for(
@@ -184,8 +200,8 @@ def search_for(
     datasets: tuple[Dataset, Dataset | None, Dataset | None],
 ) -> Search:
     """The planner's search for a run with these settings, models and data."""
-    segments, targets, _ = against_facts(config, source.facts)
-    workload = workload_of(config, source, segments, targets, device=device, dtype=dtype, datasets=datasets)
+    course, targets, _ = against_facts(config, source.facts)
+    workload = workload_of(config, source, course, targets, device=device, dtype=dtype, datasets=datasets)
     return Search(workload, search_space(config, source.facts, device.type))
 
 
@@ -239,7 +255,7 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
     """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor."""
     config, facts = inputs.config, inputs.source.facts
     model.clock.seed = config.seed  # of the dropout masks
-    trained = [layer for segment in inputs.segments if segment.loss != "none" for layer in segment.layers]
+    trained = inputs.course.adapted
     carried: list[int] = []
     if adapter is not None:
         carried = load_adapters(model, Path(adapter))
@@ -251,19 +267,16 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
         seed=config.seed,
     )  # fmt: skip
     heads = {
-        segment.index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(segment.index, 0)).to(
-            inputs.device
-        )
-        for segment in inputs.segments
-        if segment.loss == "reconstruct"
+        index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(index, 0)).to(inputs.device)
+        for unit, index in inputs.course.groups
+        if unit == "aux"
     }
-    groups = {group: segment.index for segment in inputs.segments for group in groups_of(segment)}
     parameters = {
         (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
-        for unit, target in groups
+        for unit, target in inputs.course.groups
     }
     optimizer = SegmentOptimizer(
-        parameters, segments=groups, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
+        parameters, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
         clip_scope=config.clip_scope, optimizer=config.optimizer,
     )  # fmt: skip
     executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight)

@@ -38,7 +38,17 @@ BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
-PATHS = ("model", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir")
+PATHS = (
+    "model",
+    "data",
+    "eval_data",
+    "retention_data",
+    "chat_template",
+    "init_adapter",
+    "cache_dir",
+    "page_dir",
+    "boundary_cache",
+)
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint
 
@@ -72,13 +82,18 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     differences = [
         InputError(f"was {before.get(name)!r}, is {value!r} now", where=name)
         for name, value in config.model_dump(mode="json").items()
-        if name not in MAY_CHANGE | BY_FINGERPRINT and before.get(name) != value
+        if name not in MAY_CHANGE | BY_FINGERPRINT and _deciding(name, before.get(name)) != _deciding(name, value)
     ]
     if differences:
         raise _another_run(found, differences)
     update = {**settled, "choose_micro_batch": False, "choose_segments": False}
     warnings = [f"a checkpoint was left out: {fault}" for fault in faults]
     return config.model_copy(update=update), Start(found, state), [*warnings, *_changed(config, before, found)]
+
+
+def _deciding(name: str, value: Any) -> Any:
+    """What of a setting decides the arithmetic: a boundary cache's folder may move, whether there is one may not."""
+    return value is not None if name == "boundary_cache" else value
 
 
 def _locate(config: Config) -> tuple[Checkpoint | None, list[str]]:

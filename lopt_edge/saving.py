@@ -93,7 +93,7 @@ class Saver:
             "model": inputs.model,
             "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                      "seed": self.config.seed, "epoch_sequences": len(inputs.train.examples)},
-            "plan": inputs.plan(n_micro_batches).hash(),
+            "plans": {kind.name: inputs.plan(n_micro_batches, kind).hash() for kind in inputs.course.kinds},
             "versions": versions(),
             "device": inputs.device.type,
             "threads": torch.get_num_threads(),  # products of several threads are summed in another order

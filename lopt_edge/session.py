@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
+from lopt_edge.caching import boundary_cache
 from lopt_edge.checkpoint import name_of
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.errors import Interrupted, RunError
@@ -27,8 +28,10 @@ from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import folder_bytes, four_bit_folder
 from lopt_edge.not_finite import dump_not_finite
 from lopt_edge.plan.budget import Budget, format_bytes
+from lopt_edge.plan.course import FILL, READ
 from lopt_edge.plan.knobs import placement_of
 from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.step import StepKind
 from lopt_edge.preparation import Inputs, build_executor
 from lopt_edge.progress import Progress
 from lopt_edge.report import MemoryMeter, write_report
@@ -85,10 +88,11 @@ class Session:
             made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
             size = format_bytes(self.cache_bytes)
             self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
-        with open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
-                        need_disk_bytes=self.predicted["disk_bytes"],
-                        journal_bytes=self.predicted["journal_bytes"]) as mover:  # fmt: skip
-            self.mover = mover
+        tiers = open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
+                           need_disk_bytes=self.predicted["disk_bytes"],
+                           journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
+        with boundary_cache(inputs) as cache, tiers as mover:
+            self.mover, self.cache = mover, cache
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
                 self._load()
@@ -111,6 +115,7 @@ class Session:
                                 placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
         adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
         self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
+        self.executor.caches = {} if self.cache is None else {"boundary": self.cache}
         if start is not None:
             self._go_on_from(start)
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
@@ -220,12 +225,13 @@ class Session:
         return state.evaluated < state.steps and bool(state.steps >= self.n_steps or (every and state.steps % every == 0))
 
     def _step(self, step: int, window: Window) -> None:
-        started, rates = time.perf_counter(), self._rates(step)
+        started, kind = time.perf_counter(), self._kind(step, window)
+        rates = self._rates(step, kind)
         if step in self.state.skip:
             self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
         batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
-        plan, start, self.cut = self.inputs.plan(len(batches)), self.cut, None
+        plan, start, self.cut = self.inputs.plan(len(batches), kind), self.cut, None
 
         def between(cut: Cut) -> None:
             self.state.sequences = sum(len(indices) for indices in window[: cut.micro_batch])
@@ -237,19 +243,26 @@ class Session:
                 self._save_or_warn(cut=cut)
 
         try:
-            with self.clock.phase("train"), self._watch(step, batches, plan, whole=start is None):
+            with self.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
                 result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
         except NotFinite as error:
             if not error.values_intact:
                 raise
             self._not_finite(step, window, batches, plan, error)
             return
-        self._record(step, result, rates, time.perf_counter() - started)
+        self._record(step, kind, result, rates, time.perf_counter() - started)
+
+    def _kind(self, step: int, window: Window) -> StepKind:
+        """Of the step; with a boundary cache, as its examples are there or not."""
+        if self.cache is None:
+            return self.inputs.kind(step)
+        there = all(self.cache.has(indices) for indices in window)
+        return self.inputs.course.named[READ if there else FILL]
 
     def _not_finite(self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, error: NotFinite) -> None:
         """Nothing was updated: say where it began, then go on without this batch, or stop."""
         file, op = dump_not_finite(self.inputs, self.executor, step=step, window=window, batches=batches, plan=plan,
-                                   rates=self._rates(step), error=error)  # fmt: skip
+                                   rates=self._rates(step, self._kind(step, window)), error=error)  # fmt: skip
         self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
         if self.config.on_nan == "stop":
@@ -281,13 +294,13 @@ class Session:
         self.state.steps, self.state.sequences, self.state.losses = step, 0, {}
 
     @contextmanager
-    def _watch(self, step: int, batches: list[Batch], plan: Plan, *, whole: bool) -> Iterator[None]:
+    def _watch(self, step: int, batches: list[Batch], plan: Plan, kind: StepKind, *, whole: bool) -> Iterator[None]:
         """Measure the first steps against the plan, and with --memory-report the second (or the only one) by tensors."""
         if not whole or self.config.memory_report is None or step != min(2, self.n_steps):
             if not whole or len(self.first_steps.steps) >= N_STEPS:
                 yield
                 return
-            with self.first_steps.watching(step, self.inputs.predict([batch.size for batch in batches])):
+            with self.first_steps.watching(step, self.inputs.predict([batch.size for batch in batches], kind)):
                 yield
             if (surprise := self.first_steps.surprise()) is not None:
                 self.progress.warn(surprise)
@@ -300,7 +313,7 @@ class Session:
         with meter.watching(batches):
             yield
         meter.stop()
-        prediction = self.inputs.predict([batch.size for batch in batches])
+        prediction = self.inputs.predict([batch.size for batch in batches], kind)
         files = write_report(
             self.config.memory_report, prediction, meter, plan_hash=plan.hash(),
             title=f"{self.inputs.source.facts.architecture}, {self.config.method}, step {step}",
@@ -308,7 +321,8 @@ class Session:
         )  # fmt: skip
         self.progress.note(f"memory report: {files[0]} and {files[1]}")
 
-    def _rates(self, step: int) -> dict[int, float]:
+    def _rates(self, step: int, kind: StepKind) -> dict[int, float]:
+        """By segment: the task's rate where the gradient is the task's."""
         config = self.config
         return {
             segment.index: learning_rate(
@@ -318,11 +332,11 @@ class Session:
                 schedule=config.schedule,
                 warmup_ratio=config.warmup_ratio,
             )
-            for segment in self.inputs.segments
-            if segment.loss != "none"
+            for segment in kind.segments
+            if segment.trains
         }
 
-    def _record(self, step: int, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:
+    def _record(self, step: int, kind: StepKind, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:
         state = self.state
         self._finish(step)
         state.tokens += result.totals.tokens
@@ -335,7 +349,7 @@ class Session:
             "step": step,
             "loss": result.loss,
             "local_loss": list(result.local_loss),
-            "lr": [rates.get(segment.index, 0.0) for segment in self.inputs.segments],  # 0 for a frozen segment
+            "lr": [rates.get(segment.index, 0.0) for segment in kind.segments],  # 0 for a frozen segment
             "grad_norm": list(result.grad_norm),
             "tokens": result.totals.tokens,
             "supervised_tokens": result.totals.supervised,
@@ -346,6 +360,8 @@ class Session:
             "peak_pinned_bytes": below.pinned,
             "peak_disk_bytes": below.disk,
         }
+        if kind.name:
+            metrics["kind"] = kind.name
         self._log(metrics)
         self.progress.step(metrics)
         if state.level.add(result.loss):

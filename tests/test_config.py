@@ -41,7 +41,7 @@ def test_three_mistakes_are_told_together_with_their_lines(load):
     for part in ("3 problems", "run.yaml:5: learning_rate", "run.yaml:6: max_seq_len", "run.yaml:7: method", "'lora'"):
         assert part in message, part
     assert "greater than or equal to 2" in message
-    assert "'lopt', 'e2e' or 'frozen'" in message
+    assert "'lopt', 'e2e', 'frozen'" in message
 
 
 def test_mistakes_of_file_and_flags_are_told_together(load):

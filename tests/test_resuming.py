@@ -51,6 +51,8 @@ OTHERS: dict[str, Any] = {
     "lr_local": 0.5, "local_weight": 3.0, "weight_decay": 0.5, "schedule": "linear", "warmup_ratio": 0.5, "clip": 0.5,
     "clip_scope": "global", "lora_r": 2, "lora_alpha": 2.0, "lora_dropout": 0.5, "lora_targets": ("q_proj",), "seed": 99,
     "keep_best": True, "optimizer": "adamw8bit", "token_tile": 256,
+    "boundary_update": "fresh", "local_loss": "next-token", "local_every": 2, "open_every": 2, "train_layers": 1,
+    "selection": "uniform", "select_ratio": 0.25, "unselected": "rest", "boundary_cache": "x",
 }  # fmt: skip
 
 
@@ -235,4 +237,4 @@ def test_the_random_states_are_kept(model, tmp_path):
     finetune(config.model_copy(update={"resume": "auto"}))
     assert (torch.rand(3).tolist(), random.random()) == drawn
     state = json.loads((Path(config.output) / CHECKPOINTS / "step-000002" / "state.json").read_text())
-    assert state["data"]["examples"] == 10 and state["plan"] and state["versions"]["torch"] == torch.__version__
+    assert state["data"]["examples"] == 10 and state["plans"][""] and state["versions"]["torch"] == torch.__version__

@@ -31,15 +31,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lopt_edge.config import load_config
 from lopt_edge.models import find_model
 from lopt_edge.plan.facts import ModelFacts, facts_from_config
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.methods import groups_of, step_plan
+from lopt_edge.plan.methods import course_of
 from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.predict import predict
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.step import StepKind, groups_of, step_plan
 from lopt_edge.plan.validate import validate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "context.csv"
@@ -60,16 +61,22 @@ def settings_of(name: str, n_layers: int, *, below: str) -> Knobs:
     return {"resident": resident, "streamed": streamed, "smallest": replace(streamed, gradients=below)}[name]
 
 
+def kind_of(method: str, facts: ModelFacts, *, num_segments: int) -> StepKind:
+    """The method's kind of step."""
+    config = load_config(None, {"method": method, "num_segments": num_segments}, placeholder="(none)")
+    return course_of(config, facts.n_layers).kinds[0]
+
+
 def predicted(facts: ModelFacts, options: argparse.Namespace, *, method: str, settings: str, tokens: int) -> dict[str, Any]:
     """Peaks by the timeline. Saved inputs go to disk where the host would take more than HOST_LIMIT."""
     below = "host" if options.device == "cuda" else "disk"
     knobs = settings_of(settings, facts.n_layers, below=below)
-    segments = make_segments(method, n_layers=facts.n_layers, num_segments=options.num_segments)
+    kind = kind_of(method, facts, num_segments=options.num_segments)
     itemsize = 4 if options.dtype == "float32" else 2
     shape = LayerShape(facts, itemsize, options.lora_r, facts.linear_names, options.device)
 
     def run(knobs: Knobs) -> Any:
-        plan = validate(arrange(step_plan(method, segments, n_micro_batches=1), knobs))
+        plan = validate(arrange(step_plan(method, kind, n_micro_batches=1), knobs))
         return predict(plan, Sizes(shape, knobs), [MicroBatchSize(1, tokens, tokens - 1)])
 
     found = run(knobs)
@@ -119,24 +126,22 @@ def child(given: dict[str, Any]) -> None:
     source = find_model(given["model"])
     facts, method = source.facts, given["method"]
     knobs = settings_of(given["settings"], facts.n_layers, below="host" if device.type == "cuda" else "disk")
-    segments = make_segments(method, n_layers=facts.n_layers, num_segments=given["num_segments"])
-    plan = validate(arrange(step_plan(method, segments, n_micro_batches=1), knobs))
+    kind = kind_of(method, facts, num_segments=given["num_segments"])
+    plan = validate(arrange(step_plan(method, kind, n_micro_batches=1), knobs))
     Path(given["page_dir"]).mkdir(parents=True, exist_ok=True)
     page_file = PageFile(Path(given["page_dir"]), n_bytes=1 << 20, name="context")
     mover = Mover(device, page_file=page_file)
     folder, _ = four_bit_folder(source)
     model = load_model(folder, facts, device=device, dtype=dtype, placement=plan.placement, mover=mover)
-    groups = {group: segment.index for segment in segments for group in groups_of(segment)}
+    groups = [group for segment in kind.segments for group in groups_of(segment)]
     trained = [target for unit, target in groups if unit == "layer"]
     attach_adapters(model, trained, targets=facts.linear_names, r=given["lora_r"], alpha=2 * given["lora_r"])
-    heads = {
-        s.index: ReconstructHead(facts.hidden_size, seed=s.index).to(device) for s in segments if s.loss == "reconstruct"
-    }
+    heads = {s.index: ReconstructHead(facts.hidden_size, seed=s.index).to(device) for s in kind.segments if s.has_head}
     parameters = {
         (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
         for unit, target in groups
     }
-    optimizer = SegmentOptimizer(parameters, segments=groups, mover=mover)
+    optimizer = SegmentOptimizer(parameters, mover=mover)
     executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=10.0)
     release_free_memory()
     ids = torch.randint(0, facts.vocab_size, (1, given["tokens"]), generator=torch.Generator().manual_seed(0)).tolist()
@@ -144,7 +149,7 @@ def child(given: dict[str, Any]) -> None:
     seconds = 0.0
     for step in (1, 2):
         started = time.perf_counter()
-        executor.run(plan, [batch], step=step, learning_rates={s.index: 1e-4 for s in segments})
+        executor.run(plan, [batch], step=step, learning_rates={s.index: 1e-4 for s in kind.segments})
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started

@@ -134,9 +134,9 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     from lopt_edge.plan.budget import Budget
     from lopt_edge.plan.choose import target_modules
     from lopt_edge.plan.knobs import default_knobs
-    from lopt_edge.plan.methods import step_plan
+    from lopt_edge.plan.methods import course_of
     from lopt_edge.plan.passes import arrange
-    from lopt_edge.plan.segments import make_segments
+    from lopt_edge.plan.step import step_plan
     from lopt_edge.plan.validate import validate
     from lopt_edge.preparation import Inputs, build_executor
     from lopt_edge.run.allocator import settle_host_allocator
@@ -153,19 +153,19 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         folder, _ = four_bit_folder(source, cache_dir=str(options.cache_dir))
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.compute_dtype, device)
-        segments = make_segments(config.method, n_layers=source.facts.n_layers, num_segments=config.num_segments)
+        course = course_of(config, source.facts.n_layers)
         knobs = default_knobs(source.facts, device.type)
         knobs = replace(knobs, activations=(options.activations,) * source.facts.n_layers)
         unread: Any = None  # there is no tokenizer and no data set: the batches are made below
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
-            segments=segments, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
+            course=course, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
             knobs=knobs, budget=Budget(), workload=unread, run_plan=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)
-    plan = validate(arrange(step_plan(config.method, segments, n_micro_batches=1), knobs))
-    rates = {segment.index: options.lr for segment in segments if segment.loss != "none"}
+    plan = validate(arrange(step_plan(config.method, course.kinds[0], n_micro_batches=1), knobs))
+    rates = {segment.index: options.lr for segment in plan.segments}
 
     def step(number: int, ids: list[list[int]]) -> float:
         targets = [[*row[1:], IGNORED] for row in ids]

@@ -248,7 +248,7 @@ def _plan_texts() -> list[str]:
         from lopt_edge.plan.ops import Kind, Op, Plan
         from lopt_edge.plan.segments import Segment
 
-        head = (Segment(0, 0, 1, "reconstruct"), Segment(1, 2, 3, "task"))
+        head = (Segment(0, 0, 1, "reconstruct"), Segment(1, 2, 3, "task", through=(2,)))
         ops = (Op(Kind.EMBED, micro_batch=0), Op(Kind.FETCH, 0, unit="layer"), Op(Kind.WAIT, 0, unit="layer"),
                Op(Kind.FORWARD, 0, 0), Op(Kind.SPILL, 0, 0, tier="disk"), Op(Kind.WAIT, 0, 0, item="input"),
                Op(Kind.LOSS, 0, 0), Op(Kind.BACKWARD, 0, 0), Op(Kind.STEP, 0, unit="layer"))  # fmt: skip
@@ -259,7 +259,8 @@ def _plan_texts() -> list[str]:
 
 PLAN_TOKENS = (b"EMBED", b"FORWARD", b"LOSS", b"BACKWARD", b"STEP", b"WAIT", b"input", b"pages", b"states", b"layer",
                b"aux", b"mb=0", b"mb=9999999", b"keep=none", b"keep=graph", b"to=disk", b"pass=1", b"adapters=ema",
-               b"adapters=train", b"segment 0", b"unit ", b"plan 3", b"\xd9\xa1", b"\x0b", b"\x1c", b"\xc2\x85",
+               b"adapters=train", b"segment 0", b"unit ", b"plan 4", b"through=0-3,7", b"absent=1",
+               b"kind=local", b"READ boundary 2 mb=0", b"\xd9\xa1", b"\x0b", b"\x1c", b"\xc2\x85",
                b"\xe2\x80\xa8", b"\n", b" ", b"-1", b"007", b"\x00")  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
 
 from lopt_edge.plan.facts import ModelFacts, facts_from_config
-from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Kind, Op, Plan
 from lopt_edge.plan.programs import HEADS, case_key
 from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import step_plan
 from lopt_edge.run.batches import Batch
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import EAGER_ONLY, POST_NORM, Model

@@ -1,4 +1,4 @@
-"""From settings to what the planner asks: segments, target modules, the knobs that the user fixed, and what may vary.
+"""From settings to what the planner asks: the method's course, target modules, the knobs the user fixed, what may vary.
 
 What contradicts itself or cannot be with this model or device is refused here, all mistakes together; a memory setting
 without effect is said. Which of the free combinations is taken is decided in search.py. No torch.
@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from lopt_edge.config import Config
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.facts import ModelFacts
 from lopt_edge.plan.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.methods import CUT_METHODS, course_of
 from lopt_edge.plan.search import Candidate, Space, three_digits
-from lopt_edge.plan.segments import Segment, make_segments
 
 MOST_SEGMENTS = 8
 Asked = TypeVar("Asked")
@@ -54,14 +55,13 @@ def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
     return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
 
 
-def against_facts(config: Config, facts: ModelFacts) -> tuple[tuple[Segment, ...], tuple[str, ...], int]:
-    """Segments, target modules and longest sequence for this model; all that does not fit it is told together."""
+def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str, ...], int]:
+    """The method's course, target modules and longest sequence for this model; all misfits are told together."""
     errors: list[InputError] = []
-    segments: tuple[Segment, ...] = ()
+    course: Course | None = None
     targets: tuple[str, ...] = ()
     try:
-        segments = make_segments(config.method, n_layers=facts.n_layers, num_segments=config.num_segments,
-                                 boundary_layers=config.boundary_layers)  # fmt: skip
+        course = course_of(config, facts.n_layers)
     except InputError as error:
         errors.append(error)
     try:
@@ -73,7 +73,8 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[tuple[Segment, ...
         errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
                                  fix=f"use at most {limit}"))  # fmt: skip
     raise_collected(errors)
-    return segments, targets, min(config.max_seq_len, limit)
+    assert course is not None
+    return course, targets, min(config.max_seq_len, limit)
 
 
 def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
     the fastest is taken.
     """
     numbers = [config.num_segments]
-    if config.choose_segments and config.method != "e2e" and not config.boundary_layers:
+    if config.choose_segments and config.method in CUT_METHODS and not config.boundary_layers:
         numbers += range(config.num_segments + 1, min(MOST_SEGMENTS, facts.n_layers) + 1)
     n_sequences = config.batch_size * config.grad_accum
     splits = [config.batch_size]
@@ -160,7 +161,7 @@ def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
     """What the planner chose of the settings that it was let to choose."""
     if asked.choose_micro_batch:
         yield f"micro-batches chosen: {settled.grad_accum} of {settled.batch_size}"
-    if asked.choose_segments and settled.method != "e2e":
+    if asked.choose_segments and settled.method in CUT_METHODS:
         yield f"segments chosen: {settled.num_segments}"
 
 

@@ -1,16 +1,17 @@
 """Where a step may be left and taken up again: between two micro-batches.
 
-Before a micro-batch's EMBED nothing of an earlier one is alive but its part of the gradients and losses (the caller makes
-sure). What ops before the cut began and ops after it count on are movements: streamed weights on their way or in their
-buffer, and gradients on another tier. `movements_before` gives the ops which bring a fresh executor there. The plan that
-goes on may be another one than that which was left (another budget), as long as its micro-batches are the same.
+Before a micro-batch's EMBED (or its READ of a boundary) nothing of an earlier one is alive but its part of the gradients
+and losses (the caller makes sure). What ops before the cut began and ops after it count on are movements: streamed weights
+on their way or in their buffer, and gradients on another tier. `movements_before` gives the ops which bring a fresh
+executor there. The plan that goes on may be another one than that which was left (another budget), as long as its
+micro-batches are the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lopt_edge.plan.ops import Kind, Op, Plan
+from lopt_edge.plan.ops import ENTERS, Kind, Op, Plan
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Movements:
 
 
 def cut_before(plan: Plan, micro_batch: int) -> int:
-    """The position of the EMBED of that micro-batch. Raises ValueError if the plan has none."""
+    """The position where that micro-batch begins. Raises ValueError if the plan has none."""
     for position, op in enumerate(plan.ops):
-        if op.kind is Kind.EMBED and op.micro_batch == micro_batch:
+        if op.kind in ENTERS and op.item != "teacher" and op.micro_batch == micro_batch:
             return position
     raise ValueError(f"the plan has no micro-batch {micro_batch}")
 

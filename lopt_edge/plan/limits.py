@@ -15,11 +15,13 @@ from typing import Any
 
 from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.cards import CARDS, Card
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.knobs import TOKEN_TILES, Knobs
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.search import QUARTERS, Bounds, Candidate, Search, last_layers
-from lopt_edge.plan.segments import make_segments
+from lopt_edge.plan.segments import cut_depth
 from lopt_edge.plan.sizes import MicroBatchSize
+from lopt_edge.plan.step import StepKind
 from lopt_edge.plan.workload import Workload
 
 SHORTEST, LONGEST = 16, 1 << 22  # tokens
@@ -136,8 +138,8 @@ def nearest_that_fit(search: Search, budget: Budget) -> Iterator[str]:
         if _fits(replace(workload, batches=(single,) * (n_each * n_batches)), knobs, budget):
             yield f"--batch-size 1 --grad-accum {n_each * n_batches}"
     if workload.method == "e2e" and workload.shape.facts.n_layers > 1:
-        segments = make_segments("lopt", n_layers=workload.shape.facts.n_layers, num_segments=2)
-        if _fits(replace(workload, method="lopt", segments=segments), knobs, budget):
+        halves = cut_depth("reconstruct", n_layers=workload.shape.facts.n_layers, num_segments=2)
+        if _fits(replace(workload, course=Course("lopt", (StepKind("", halves),))), knobs, budget):
             yield "--method lopt"
     small = replace(workload, shape=replace(workload.shape, rank=min(SMALL_RANK, workload.shape.rank)))
     if small != workload and _fits(small, knobs, budget):

@@ -1,15 +1,18 @@
 """The op list: one optimizer step as a flat tuple of small frozen ops, with a text form, a parser and a hash.
 
-A plan's text is its whole content: `parse_plan(plan.text()) == plan`. It opens with a header (method, depth, number of
-micro-batches, buffers for streamed layers, tokens of a loss' tile, the segments, where each unit's weights lie), then one
-op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods and
-passes do) or runs (run/executor.py does).
+A plan's text is its whole content: `parse_plan(plan.text()) == plan`. It opens with a header (method, kind of step, depth,
+number of micro-batches, buffers for streamed layers, tokens of a loss' tile, the segments, where each unit's weights lie),
+then one op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods
+and passes do) or runs (run/executor.py does).
 
     EMBED mb=0                    hidden states from token ids
     FORWARD 3 mb=0 keep=input     run layer 3; keep nothing | its input | its autograd graph | its graph, movable
     LOSS 0 mb=0                   the loss of segment 0: its gradient with respect to the segment's output
     BACKWARD 3 mb=0               gradient through layer 3 (from its graph, or recomputed from its saved input)
     STEP layer 3                  clip and update one parameter group (a layer's adapters, or a segment's aux head)
+    READ boundary 4 mb=0          hidden states from the cache, as they enter layer 4: instead of EMBED and layers 0 - 3
+    READ teacher 0 mb=0           a teacher's last hidden states, from their cache
+    WRITE boundary 4 mb=0         the hidden states that enter layer 4 go to the cache (and go on as it holds them)
 
 Movements between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run:
 
@@ -30,10 +33,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from lopt_edge.plan.knobs import TOKEN_TILES
-from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.segments import LOSSES, Segment, parse_runs
 
 
 class Kind(StrEnum):
@@ -42,6 +46,8 @@ class Kind(StrEnum):
     LOSS = "LOSS"
     BACKWARD = "BACKWARD"
     STEP = "STEP"
+    READ = "READ"
+    WRITE = "WRITE"
     FETCH = "FETCH"
     WAIT = "WAIT"
     EVICT = "EVICT"
@@ -53,7 +59,8 @@ class Kind(StrEnum):
     STORE = "STORE"
 
 
-COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP)
+COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE)
+ENTERS = (Kind.EMBED, Kind.READ)  # a micro-batch
 
 
 class Keep(StrEnum):
@@ -70,9 +77,9 @@ class Op:
     """One step of the plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
     `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where
-    the kind leaves it open: `input`, `pages`, `states`, `gradients`. `tier` is where to. `micro_batch` is -1 for what
-    belongs to the whole step. `pass_index` tells apart several runs of one layer in a step; `adapters` names the adapter
-    set that the op computes with.
+    the kind leaves it open: `input`, `pages`, `states`, `gradients`, `boundary`, `teacher`. `tier` is where to.
+    `micro_batch` is -1 for what belongs to the whole step. `pass_index` tells apart several runs of one layer in a step;
+    `adapters` names the adapter set that the op computes with.
     """
 
     kind: Kind
@@ -105,7 +112,8 @@ class Op:
 class Plan:
     """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier.
 
-    `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time.
+    `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time. `kind`
+    names the kind of step where a run has several.
     """
 
     method: str
@@ -116,11 +124,12 @@ class Plan:
     ops: tuple[Op, ...]
     ring: int = 0
     tile: int = TOKEN_TILES[0]
+    kind: str = ""
 
     def text(self) -> str:
         counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
-        head = [f"plan 3 method={self.method} {counts}"]
-        head += [f"segment {s.index} layers={s.first}-{s.last} loss={s.loss}" for s in self.segments]
+        kind = f" kind={self.kind}" if self.kind else ""
+        head = [f"plan 4 method={self.method}{kind} {counts}", *(segment.text() for segment in self.segments)]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
         return "\n".join([*head, *(op.text() for op in self.ops)]) + "\n"
 
@@ -140,19 +149,30 @@ class Plan:
         return Kind.STEP in kinds and Kind.BACKWARD in kinds[kinds.index(Kind.STEP) :]
 
     def segment_of(self, layer: int) -> Segment:
-        return next(segment for segment in self.segments if layer in segment.layers)
+        return next(segment for segment in self.segments if segment.first <= layer <= segment.last)
+
+    @cached_property
+    def path(self) -> tuple[int, ...]:
+        """The layers that run forward, in order."""
+        return tuple(layer for segment in self.segments for layer in segment.layers)
 
 
 class PlanTextError(ValueError):
     """A plan text that does not parse; names the line."""
 
 
-_HEAD = re.compile(r"plan 3 method=([\w-]+) layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})")
-_SEGMENT = re.compile(r"segment (\d{1,6}) layers=(\d{1,6})-(\d{1,6}) loss=(task|reconstruct|none)")
+_HEAD = re.compile(
+    r"plan 4 method=([\w-]+)(?: kind=([\w-]+))? layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})"
+)
+_LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
+_SEGMENT = re.compile(
+    rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
+    rf"(?: through=({_LAYERS}))?(?: absent=({_LAYERS}))?"
+)
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
-    r"(?: (input|pages|states|gradients))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
+    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
+    r"(?: (input|pages|states|gradients|boundary|teacher))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
     r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )
 
@@ -162,22 +182,32 @@ def parse_plan(text: str) -> Plan:
     lines = text.splitlines()
     head = _HEAD.fullmatch(lines[0]) if lines else None
     if head is None:
-        raise PlanTextError("line 1: not a plan of version 3")
+        raise PlanTextError("line 1: not a plan of version 4")
     segments: list[Segment] = []
     placement: list[tuple[str, str]] = []
     ops: list[Op] = []
     for number, line in enumerate(lines[1:], start=2):
         if match := _SEGMENT.fullmatch(line):
-            loss: Any = match[4]
-            segments.append(Segment(int(match[1]), int(match[2]), int(match[3]), loss))
+            segments.append(_parsed_segment(match, number))
         elif match := _UNIT.fullmatch(line):
             placement.append((match[1], match[2]))
         elif (match := _OP.fullmatch(line)) and (match[1] == "FORWARD") == bool(match[6]):
             ops.append(_parsed_op(match))
         else:
             raise PlanTextError(f"line {number}: not an op: {line[:80]!r}")
-    n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[1:])
-    return Plan(head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile)
+    n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:])
+    return Plan(
+        head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or ""
+    )
+
+
+def _parsed_segment(match: re.Match[str], number: int) -> Segment:
+    loss: Any = match[4]
+    try:
+        through, absent = parse_runs(match[5] or ""), parse_runs(match[6] or "")
+    except ValueError as error:
+        raise PlanTextError(f"line {number}: {error}") from None
+    return Segment(int(match[1]), int(match[2]), int(match[3]), loss, through, absent)
 
 
 def _parsed_op(match: re.Match[str]) -> Op:

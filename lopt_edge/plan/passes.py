@@ -14,8 +14,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from lopt_edge.plan.knobs import Knobs, placement_of
-from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import COMPUTE, Keep, Kind, Op, Plan
+from lopt_edge.plan.step import groups_of
 
 LAYER_COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
 
@@ -65,7 +65,7 @@ class _Insertions:
 def choose_activations(plan: Plan, knobs: Knobs) -> Plan:
     """What each FORWARD keeps. A segment's last layer keeps its graph in any case: its backward follows at once."""
     kept = {"keep": Keep.GRAPH, "recompute": Keep.INPUT, "page": Keep.PAGES}
-    last = {segment.last for segment in plan.segments}
+    last = {segment.trained[-1] for segment in plan.segments if segment.trains}
 
     def choose(op: Op) -> Op:
         if op.kind is not Kind.FORWARD or op.keep is Keep.NONE or op.target in last:
@@ -130,16 +130,17 @@ def place_steps(plan: Plan, knobs: Knobs) -> Plan:
     if knobs.apply == "step":
         return plan
     final = plan.n_micro_batches - 1
+    with_gradients = {group for segment in plan.segments for group in groups_of(segment)}
     ops: list[Op] = []
     for op in plan.ops:
-        if op.kind is Kind.STEP:
+        if op.kind is Kind.STEP and op.group in with_gradients:
             continue
         ops.append(op)
         if op.micro_batch != final:
             continue
         if knobs.apply == "segment" and op.kind is Kind.BACKWARD:
             segment = plan.segment_of(op.target)
-            if op.target == segment.first:
+            if op.target == segment.trained[0]:
                 ops += [Op(Kind.STEP, target, unit=unit) for unit, target in groups_of(segment)]
         elif knobs.apply == "layer" and (group := _group_of(plan, op)):
             ops.append(Op(Kind.STEP, group[1], unit=group[0]))
@@ -150,7 +151,7 @@ def _group_of(plan: Plan, op: Op) -> tuple[str, int] | None:
     """The parameter group whose gradients this op makes."""
     if op.kind is Kind.BACKWARD:
         return "layer", op.target
-    if op.kind is Kind.LOSS and plan.segments[op.target].loss == "reconstruct":
+    if op.kind is Kind.LOSS and plan.segments[op.target].has_head:
         return "aux", op.target
     return None
 

@@ -44,14 +44,15 @@ class Prediction:
     steady: dict[str, int]
     journal_bytes: int = 0
     gap_bytes: int = 0  # on disk
+    others: tuple[int, int] = (0, 0)  # host and disk bytes of the run's other kinds of step, at most
 
     @property
     def host_bytes(self) -> int:
-        return self.timeline.host_bytes
+        return max(self.timeline.host_bytes, self.others[0])
 
     @property
     def disk_bytes(self) -> int:
-        return self.timeline.disk_bytes + self.gap_bytes
+        return max(self.timeline.disk_bytes + self.gap_bytes, self.others[1])
 
     @property
     def _in_evaluation(self) -> bool:
@@ -93,6 +94,12 @@ class Prediction:
             for tier, need, limit in tiers
             if limit is not None and need > limit
         ]
+
+
+def largest(found: Sequence[Prediction]) -> Prediction:
+    """Of the kinds of step of a run the one that takes the most device memory, with the others' tiers below."""
+    most = max(found, key=lambda one: one.device_bytes)
+    return replace(most, others=(max(one.host_bytes for one in found), max(one.disk_bytes for one in found)))
 
 
 def slack_bytes(device_type: str, moving_bytes: int) -> int:

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 from lopt_edge.plan.budget import Budget
 from lopt_edge.plan.facts import ModelFacts
 from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, Tier, default_knobs
-from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import Keep
 from lopt_edge.plan.predict import Prediction, slack_bytes
 from lopt_edge.plan.seconds import Costs, StepSeconds
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.step import StepKind, groups_of
 from lopt_edge.plan.workload import Workload
 
 T = TypeVar("T")
@@ -240,6 +240,11 @@ def _moves_more(knobs: Knobs, best: Knobs) -> bool:
     return all(here == there or there in ("device", "resident", "keep") for here, there in pairs)
 
 
+def _run(kind: StepKind) -> tuple[Segment, ...]:
+    """The segments that run: those before a boundary that is read do not."""
+    return tuple(segment for segment in kind.segments if segment.last >= (kind.reads or 0))
+
+
 def _moved_bytes(costs: Costs, knobs: Knobs, batch: MicroBatchSize, layer: int, segment: Segment) -> tuple[int, str]:
     """(bytes, tier) of what a layer's forward sends down for its backward."""
     if knobs.activations[layer] == "page":
@@ -255,6 +260,16 @@ class Bounds:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self._parts: dict[Any, Any] = {}
+
+    @property
+    def _segments(self) -> tuple[Segment, ...]:
+        """Of the first kind of step: what lives from step to step is the same in all of them."""
+        return self.workload.kinds[0].segments
+
+    @property
+    def _training(self) -> list[Segment]:
+        """Of all kinds."""
+        return [segment for kind in self.workload.kinds for segment in kind.segments if segment.trains]
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._parts:
@@ -277,35 +292,44 @@ class Bounds:
         return Costs(self.workload.sizes(knobs), self.workload.batches, self.workload.profile)
 
     def _computed(self, costs: Costs, knobs: Knobs) -> float:
+        found = [self._computed_in(costs, knobs, kind) for kind in self.workload.kinds]
+        return sum(share * seconds for share, seconds in zip(self.workload.course.shares, found, strict=True))
+
+    def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
+        """Of one kind of step; the passes that a fresh boundary adds are left out."""
         total = 0.0
         for batch in self.workload.timed(knobs):
-            total += costs.embed(batch)
-            for segment in self.workload.segments:
-                trains = segment.loss != "none"
-                layer = costs.layer(batch, trains=trains)
+            total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
+            for segment in _run(kind):
+                layer = costs.layer(batch, trains=segment.loss != "none")
                 total += len(segment.layers) * layer.forward
-                if trains:
-                    again = sum(knobs.activations[i] == "recompute" for i in segment.layers if i != segment.last)
-                    total += len(segment.layers) * layer.backward + again * layer.again
-                    total += costs.loss(batch, task=segment.loss == "task")
-        groups = (group for segment in self.workload.segments for group in groups_of(segment))
-        return total + sum(costs.update(group) for group in groups)
+                if segment.trains:
+                    again = sum(knobs.activations[i] == "recompute" for i in segment.trained[:-1])
+                    total += len(segment.trained) * layer.backward + again * layer.again
+                    total += costs.loss(batch, task=segment.reads_out)
+        groups = (group for segment in kind.segments for group in groups_of(segment))
+        return total + sum(costs.update(group) for group in (*groups, *kind.resting))
 
     def _moved(self, costs: Costs, knobs: Knobs) -> tuple[float, float]:
         """Seconds of the channels up and down at least: weights less what a ring may hold, pages, saved inputs."""
-        sizes, profile, segments = costs.sizes, costs.profile, self.workload.segments
+        found = [self._moved_in(costs, knobs, kind) for kind in self.workload.kinds]
+        shares = self.workload.course.shares
+        up, down = (sum(share * each[way] for share, each in zip(shares, found, strict=True)) for way in (0, 1))
+        return up, down
+
+    def _moved_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> tuple[float, float]:
+        sizes, profile, segments = costs.sizes, costs.profile, _run(kind)
         up = down = 0.0
         for batch in self.workload.timed(knobs):
             fetches = [
                 sizes.layer_bytes / profile.up(knobs.weights[layer])
                 for segment in segments
-                for layer in segment.layers
-                for _ in range(1 if segment.loss == "none" else 2)
+                for layer in (*segment.layers, *segment.trained)
                 if knobs.weights[layer] != "resident"
             ]
             up += sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * (len(segments) + 1))])
             for segment in segments:
-                for layer in segment.layers[:-1] if segment.loss != "none" else ():
+                for layer in segment.trained[:-1]:
                     n_bytes, tier = _moved_bytes(costs, knobs, batch, layer, segment)
                     up, down = up + n_bytes / profile.up(tier), down + n_bytes / profile.down(tier)
         return up, down
@@ -317,7 +341,7 @@ class Bounds:
         sizes = self.workload.sizes(knobs)
         moving = knobs.gradients != "device" and knobs.apply != "layer"
         key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch)
-        steady = self._once(key, lambda: sum(sizes.steady(self.workload.segments, gradients_move=moving).values()))
+        steady = self._once(key, lambda: sum(sizes.steady(self._segments, gradients_move=moving).values()))
         key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile)
         turning = self._once(key, lambda: self._turning(sizes, knobs))
         slack = slack_bytes(sizes.shape.device_type, turning)
@@ -331,7 +355,7 @@ class Bounds:
 
     def _below_bytes(self, knobs: Knobs, tier: str) -> int:
         """What lies there through the step, and what a segment has there where it turns round."""
-        sizes, segments = self.workload.sizes(knobs), self.workload.segments
+        sizes, segments = self.workload.sizes(knobs), self._segments
         key: tuple[Any, ...] = (tier, knobs.weights, knobs.states, "disk" in knobs.tiers)
         steady = self._once(key, lambda: sizes.persistent_below(segments)[tier])
         key = (f"{tier} turning", knobs.activations, knobs.saved_inputs, knobs.pages)
@@ -339,29 +363,26 @@ class Bounds:
 
     def _turning_below(self, costs: Costs, knobs: Knobs, wanted: str) -> int:
         batch, most = self.workload.batches[0], 0
-        for segment in self.workload.segments:
-            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.layers[:-1])
-            held = sum(n_bytes for n_bytes, tier in moved if tier == wanted)
-            most = max(most, held if segment.loss != "none" else 0)
+        for segment in self._training:
+            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.trained[:-1])
+            most = max(most, sum(n_bytes for n_bytes, tier in moved if tier == wanted))
         return most
 
     def _turning(self, sizes: Sizes, knobs: Knobs) -> int:
         """The most of a segment's loss, its last layer's backward and the first recomputed one before it."""
         batch, most = self.workload.batches[0], 0
         hidden = sizes.hidden_bytes(batch)
-        for segment in self.workload.segments:
-            if segment.loss == "none":
-                continue
-            held = 0
-            for layer in segment.layers[:-1]:
+        for segment in self._training:
+            held, last = 0, segment.trained[-1]
+            for layer in segment.trained[:-1]:
                 if knobs.activations[layer] == "keep":
                     held += sizes.graph(batch, layer, segment).rest
                 elif knobs.activations[layer] == "recompute" and knobs.saved_inputs == "device":
                     held += hidden
-            last = held + sizes.graph(batch, segment.last, segment).rest
-            most = max(most, last + sizes.backward_within(batch, segment.last, segment, kept=Keep.GRAPH, fresh=0))
-            most = max(most, last + sizes.loss_within(batch, task=segment.loss == "task"))
-            if "recompute" in knobs.activations[segment.last - 1 : segment.last] and segment.last > segment.first:
-                again = sizes.backward_within(batch, segment.last - 1, segment, kept=Keep.INPUT, fresh=0)
+            with_graph = held + sizes.graph(batch, last, segment).rest
+            most = max(most, with_graph + sizes.backward_within(batch, last, segment, kept=Keep.GRAPH, fresh=0))
+            most = max(most, with_graph + sizes.loss_within(batch, task=segment.reads_out))
+            if len(segment.trained) > 1 and knobs.activations[before := segment.trained[-2]] == "recompute":
+                again = sizes.backward_within(batch, before, segment, kept=Keep.INPUT, fresh=0)
                 most = max(most, held + again)
         return most

@@ -128,6 +128,10 @@ class Costs:
             found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
         return found + rates.overhead
 
+    def cache(self, batch: MicroBatchSize, *, reads: bool) -> float:
+        n_bytes = self.sizes.cache_bytes(batch.n_rows)
+        return n_bytes / (self.profile.disk_read if reads else self.profile.disk_write) + self.rates.overhead
+
     def update(self, group: tuple[str, int]) -> float:
         n_bytes = self.sizes.group_elements(group) * UPDATE_BYTES[self.sizes.knobs.optimizer]
         return n_bytes / self.rates.bandwidth + self.rates.overhead / 4
@@ -204,7 +208,9 @@ class _Clock:
         if op.kind is Kind.EMBED:
             return costs.embed(batch)
         if op.kind is Kind.LOSS:
-            return costs.loss(batch, task=plan.segments[op.target].loss == "task")
+            return costs.loss(batch, task=plan.segments[op.target].reads_out)
+        if op.kind in (Kind.READ, Kind.WRITE):
+            return costs.cache(batch, reads=op.kind is Kind.READ)
         layer = costs.layer(batch, trains=plan.segment_of(op.target).loss != "none")
         if op.kind is Kind.FORWARD:
             self.kept[op.micro_batch, op.target] = op.keep

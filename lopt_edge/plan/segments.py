@@ -1,21 +1,33 @@
-"""Segments: the depth cut into contiguous ranges of layers, each with one loss.
+"""Segments: the depth cut into ranges of layers, each with one loss.
 
-LoPT (arXiv 2605.04913): k contiguous blocks of num_layers // k layers, the remainder to the first ones; every block but
-the last learns by reconstructing its own input, the last one learns the task. `frozen` gives the early blocks no loss at
-all (the honest control); `e2e` is one segment. The rule: segments cover every layer once, in order. What a segment's
-loss computes is `run/losses.py`'s matter.
+A segment is an ordered range of layers whose backward ends at its own beginning. What trains it is its `loss`:
+
+    task          the task loss, at the end of the depth
+    reconstruct   LoPT's local loss: an aux head reconstructs the segment's input from its output
+    next-token    a local loss: the task loss read out at the segment's end, through the frozen norm and lm_head
+    align         a local loss: the negative cosine to a teacher's last hidden state
+    rest          nothing in this kind of step; its adapters run, and train in another kind
+    none          nothing at all: it has no adapters of its own to train
+
+Some methods change what happens to single layers: a `through` layer runs forward only and hands an incoming gradient on
+unchanged (LCSB), an `absent` one is not run (SegProp). The rule: the segments of a step name every layer once, in order.
+What a loss computes is `run/losses.py`'s matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, get_args
 
 from lopt_edge.errors import InputError
 
-SegmentLoss = Literal["task", "reconstruct", "none"]
-Method = Literal["lopt", "e2e", "frozen"]
+SegmentLoss = Literal["task", "reconstruct", "next-token", "align", "rest", "none"]
+LOSSES: tuple[str, ...] = get_args(SegmentLoss)
+FORWARD_ONLY = ("rest", "none")
+READ_OUT = ("task", "next-token")  # through the norm and the lm_head
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,23 +38,76 @@ class Segment:
     first: int
     last: int
     loss: SegmentLoss
+    through: tuple[int, ...] = ()
+    absent: tuple[int, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Those that run forward."""
+        return tuple(layer for layer in range(self.first, self.last + 1) if layer not in self.absent)
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """Those that have a backward in this kind of step."""
+        return () if self.loss in FORWARD_ONLY else tuple(layer for layer in self.layers if layer not in self.through)
 
     @property
-    def layers(self) -> range:
-        return range(self.first, self.last + 1)
+    def trains(self) -> bool:
+        return self.loss not in FORWARD_ONLY
+
+    @property
+    def is_local(self) -> bool:
+        return self.trains and self.loss != "task"
+
+    @property
+    def reads_out(self) -> bool:
+        """Whether its loss goes through the norm and the lm_head."""
+        return self.loss in READ_OUT
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its loss has parameters of its own."""
+        return self.loss == "reconstruct"
+
+    def text(self) -> str:
+        """As in a plan (ops.py parses it)."""
+        words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
+        words += [
+            f"{name}={_runs(layers)}" for name, layers in (("through", self.through), ("absent", self.absent)) if layers
+        ]
+        return " ".join(words)
 
 
-def make_segments(
-    method: Method, *, n_layers: int, num_segments: int, boundary_layers: Sequence[int] | None = None
+def _runs(layers: tuple[int, ...]) -> str:
+    """`0-3,7`."""
+    starts = [i for i in range(len(layers)) if not i or layers[i] != layers[i - 1] + 1]
+    ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]
+    return ",".join(f"{layers[a]}-{layers[b]}" if b > a else f"{layers[a]}" for a, b in zip(starts, ends, strict=True))
+
+
+def parse_runs(text: str) -> tuple[int, ...]:
+    """The layers of `0-3,7`. Raises ValueError for more than any model has."""
+    found: list[int] = []
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        run = range(int(first), int(last or first) + 1)
+        if len(found) + len(run) > MOST_LAYERS:
+            raise ValueError(f"more than {MOST_LAYERS:,} layers")
+        found += run
+    return tuple(found)
+
+
+def cut_depth(
+    early: SegmentLoss, *, n_layers: int, num_segments: int, boundary_layers: Sequence[int] | None = None
 ) -> tuple[Segment, ...]:
-    """The segments of a run. `boundary_layers`: each begins the next segment; they replace `num_segments`."""
-    if method == "e2e":
-        starts = [0]
-    elif boundary_layers:
-        starts = [0, *_checked_boundaries(boundary_layers, n_layers)]
-    else:
-        starts = _even_starts(n_layers, num_segments)
-    early: SegmentLoss = "reconstruct" if method == "lopt" else "none"
+    """LoPT's cut: the last segment learns the task, every earlier one has the loss `early`.
+
+    k contiguous blocks of num_layers // k layers, the remainder to the first ones. `boundary_layers`: each begins the next
+    segment; they replace `num_segments`. Raises InputError.
+    """
+    starts = (
+        [0, *_checked_boundaries(boundary_layers, n_layers)] if boundary_layers else _even_starts(n_layers, num_segments)
+    )
     ends = [*starts[1:], n_layers]
     return tuple(
         Segment(i, first, end - 1, "task" if end == n_layers else early)

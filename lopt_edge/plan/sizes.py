@@ -25,14 +25,15 @@ from lopt_edge.plan.layer_bytes import (
     graph_bytes,
     loss_within,
 )
-from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.module_bytes import BLOCK_FEATURES
 from lopt_edge.plan.ops import Keep, Kind, Plan
 from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import groups_of
 from quant.sizes import packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
 MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
+CACHE_ITEMSIZE = 2  # bfloat16: a boundary cache (run/boundary_cache.py)
 ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/weights.py), groups of the flat adapters (run/optim.py)
 GroupName = tuple[str, int]
 
@@ -70,12 +71,20 @@ def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data."""
+    """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data.
+
+    `groups` are the parameter groups of the run, where it has others than those of one step.
+    """
 
     shape: LayerShape
     knobs: Knobs
     vocabulary_itemsize: int = 2
     evaluates: bool = False
+    groups: tuple[GroupName, ...] = ()
+
+    def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
+        """All that are updated at some time."""
+        return self.groups or tuple(group for segment in segments for group in groups_of(segment))
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -171,7 +180,7 @@ class Sizes:
     def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
         """The same for any plan over these segments."""
         knobs = self.knobs
-        groups = [group for segment in segments for group in groups_of(segment)]
+        groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         n_resident = sum(place == "resident" for place in knobs.weights)
@@ -193,7 +202,7 @@ class Sizes:
     def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
         """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
         knobs = self.knobs
-        groups = [group for segment in segments for group in groups_of(segment)]
+        groups = self.groups_of(segments)
         found = {"host": sum(place == "host" for place in knobs.weights) * self.layer_bytes,
                  "disk": self.journal_bytes(segments)}  # fmt: skip
         if knobs.states == "disk":
@@ -208,7 +217,7 @@ class Sizes:
         """The values before the update on disk, in a file of their own: where states are paged and there are page files."""
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
-        return sum(on_disk(self.group_bytes(group)) for segment in segments for group in groups_of(segment))
+        return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -228,6 +237,15 @@ class Sizes:
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
         return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
+
+    def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
+        """A boundary that is read or written: the hidden states, one example as the cache holds it, and the frame."""
+        one = CACHE_ITEMSIZE * batch.n_tokens * self.shape.facts.hidden_size
+        return self.hidden_bytes(batch) + one + (self._embed(batch)[1] if reads else 0)
+
+    def cache_bytes(self, n_tokens: int) -> int:
+        """Of a boundary cache over so many tokens, on disk."""
+        return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
 
     @property
     def _stored(self) -> Vocabularies:
@@ -256,6 +274,7 @@ class Sizes:
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
         shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        first = layer == segment.trained[0] if segment.trains else layer == segment.first
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
-        return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), layer == segment.first,
+        return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
                         shape.window(kind, n_tokens))  # fmt: skip

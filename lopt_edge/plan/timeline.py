@@ -145,15 +145,18 @@ class _Replay:
     def within(self, op: Op) -> int:
         sizes = self.sizes
         if op.kind is Kind.STEP:
-            return sizes.step_within(op.group)
+            return sizes.step_within(op.group) + self.fresh_gradients(op.group)
         if op.micro_batch < 0:
             return 0
         batch = self.batches[op.micro_batch]
         if op.kind is Kind.EMBED:
             return sizes.embed_within(batch)
+        if op.kind in (Kind.READ, Kind.WRITE):
+            return sizes.cache_within(batch, reads=op.kind is Kind.READ)
         if op.kind is Kind.LOSS:
-            task = self.plan.segments[op.target].loss == "task"
-            return sizes.loss_within(batch, task=task) + (0 if task else self.fresh_gradients(("aux", op.target)))
+            segment = self.plan.segments[op.target]
+            fresh = self.fresh_gradients(("aux", op.target)) if segment.has_head else 0
+            return sizes.loss_within(batch, task=segment.reads_out) + fresh
         if op.kind not in (Kind.FORWARD, Kind.BACKWARD):
             return 0
         segment = self.plan.segment_of(op.target)
@@ -169,7 +172,7 @@ class _Replay:
         done = op.micro_batch == self.plan.n_micro_batches - 1
         if done and op.kind is Kind.BACKWARD:
             return self.sizes.group_bytes(("layer", op.target))
-        if done and op.kind is Kind.LOSS and self.plan.segments[op.target].loss == "reconstruct":
+        if done and op.kind is Kind.LOSS and self.plan.segments[op.target].has_head:
             return self.sizes.group_bytes(("aux", op.target))
         return 0
 
@@ -188,10 +191,21 @@ class _Replay:
         self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(batch), "activations")
         self.hold(("frame", -1, -1), self.sizes.frame_bytes(batch), "activations")
 
+    def _read(self, op: Op) -> None:
+        batch = self.batches[op.micro_batch]
+        if op.item == "teacher":
+            self.hold(("teacher", -1, -1), self.sizes.hidden_bytes(batch), "activations")
+        else:
+            self._embed(op)
+
+    def _write(self, op: Op) -> None:
+        """The hidden states go on as the cache holds them: new ones."""
+        self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
+
     def _forward(self, op: Op) -> None:
         segment, batch = self.plan.segment_of(op.target), self.batches[op.micro_batch]
         entering = self.storage(("hidden", -1, -1))
-        if op.target == segment.first and segment.loss == "reconstruct" and op.keep is not Keep.INPUT:
+        if op.target == segment.first and segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES):
             self.hold(("target", -1, -1), entering, "saved inputs")
         if op.keep is not Keep.NONE:
             self.kept[op.micro_batch, op.target] = op.keep
@@ -209,7 +223,7 @@ class _Replay:
         self.drop(("target", -1, -1))
         if op.target == len(self.plan.segments) - 1:
             self.drop(("hidden", -1, -1))
-        if self.plan.segments[op.target].loss == "reconstruct":
+        if self.plan.segments[op.target].has_head:
             self.take_gradients(("aux", op.target))
 
     def _backward(self, op: Op) -> None:
@@ -218,7 +232,7 @@ class _Replay:
             self.drop((name, op.micro_batch, op.target))
         for name in ("input", "pages"):
             self.forget_below((name, op.micro_batch, op.target))
-        if op.target == self.plan.segment_of(op.target).first:
+        if op.target == self.plan.segment_of(op.target).trained[0]:
             self.drop(("grad", -1, -1))
         self.take_gradients(("layer", op.target))
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lopt_edge.plan.methods import groups_of
 from lopt_edge.plan.ops import COMPUTE, Keep, Kind, Op, Plan
+from lopt_edge.plan.step import groups_of
 from lopt_edge.plan.validate_moves import Moves
 
 
@@ -32,16 +32,27 @@ class _Replay:
     clip_scope: str
     moves: Moves
     saved: dict[tuple[int, int], Keep] = field(default_factory=dict)  # (micro-batch, layer) -> what was kept
-    expected: dict[int, int] = field(default_factory=dict)  # micro-batch -> layer that runs forward next
+    entered: dict[tuple[int, int], int] = field(default_factory=dict)  # (micro-batch, pass) -> position in the path, next
+    teacher: bool = False  # its features are there for the micro-batch under way
     backward_from: dict[tuple[int, int], int] = field(default_factory=dict)  # (micro-batch, segment) -> next layer
     stepped: set[tuple[str, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        path, trained = self.plan.path, [s for s in self.plan.segments if s.trains]
+        self.ends = {path.index(s.last) + 1 for s in trained}  # positions where a pass over a micro-batch may end
+
+    def next_layer(self, op: Op) -> int | None:
+        """The layer that runs next in this op's micro-batch and pass."""
+        position = self.entered.get((op.micro_batch, op.pass_index), len(self.plan.path))
+        return self.plan.path[position] if position < len(self.plan.path) else None
 
 
 def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     """Return the plan, or raise PlanError. `clip_scope`: global | segment | none, what a clip norm covers."""
     replay = _Replay(plan, clip_scope, Moves(plan))
     checks = {
-        Kind.EMBED: _embed, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
+        Kind.EMBED: _enter, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
+        Kind.READ: _read, Kind.WRITE: _write,
     }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
@@ -62,29 +73,56 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
 
 
 def _check_cover(plan: Plan) -> None:
-    layers = [layer for segment in plan.segments for layer in segment.layers]
-    if layers != list(range(plan.n_layers)) or [s.index for s in plan.segments] != list(range(len(plan.segments))):
+    firsts, lasts = [s.first for s in plan.segments], [s.last for s in plan.segments]
+    whole = [*firsts, plan.n_layers] == [0, *(last + 1 for last in lasts)] and firsts == sorted(set(firsts))
+    if not whole or [s.index for s in plan.segments] != list(range(len(plan.segments))):
         raise PlanError("the segments do not cover the layers once, in order")
+    for segment in plan.segments:
+        named = [*segment.through, *segment.absent]
+        if len(set(named)) < len(named) or not all(segment.first <= layer <= segment.last for layer in named):
+            raise PlanError(f"segment {segment.index} names layers twice, or others than its own")
+        if segment.trains and not segment.trained:
+            raise PlanError(f"segment {segment.index} has a loss and no layer that trains")
 
 
-def _embed(replay: _Replay, op: Op) -> str:
+def _enter(replay: _Replay, op: Op) -> str:
+    """A micro-batch begins: at the embeddings, or at a boundary that is read."""
     if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
         return f"(2): there is no micro-batch {op.micro_batch}"
-    if op.micro_batch in replay.expected:
+    key, path = (op.micro_batch, op.pass_index), replay.plan.path
+    if key in replay.entered:
         return "(2): this micro-batch was already embedded"
-    if replay.saved or any(following != replay.plan.n_layers for following in replay.expected.values()):
+    if replay.saved or any(position not in replay.ends for position in replay.entered.values()):
         return "(5): the micro-batch before is not finished"
-    replay.expected[op.micro_batch] = 0
+    first = 0 if op.kind is Kind.EMBED else op.target
+    if first not in path:
+        return f"(2): layer {first} is not in the path"
+    replay.entered[key], replay.teacher = path.index(first), False
+    return ""
+
+
+def _read(replay: _Replay, op: Op) -> str:
+    if op.item == "boundary":
+        return _enter(replay, op)
+    if op.item != "teacher" or (op.micro_batch, op.pass_index) not in replay.entered:
+        return f"(2): {op.text()} belongs to no micro-batch under way"
+    replay.teacher = True
+    return ""
+
+
+def _write(replay: _Replay, op: Op) -> str:
+    if op.item != "boundary" or replay.next_layer(op) != op.target:
+        return f"(2): layer {op.target} is not the next one"
     return ""
 
 
 def _forward(replay: _Replay, op: Op) -> str:
-    if replay.expected.get(op.micro_batch) != op.target:
+    if replay.next_layer(op) != op.target:
         return f"(2): layer {op.target} runs out of order"
     segment = replay.plan.segment_of(op.target)
     if op.target == segment.first and any(micro_batch == op.micro_batch for micro_batch, _ in replay.saved):
         return "(5): the segment before still holds what it saved"
-    replay.expected[op.micro_batch] = op.target + 1
+    replay.entered[op.micro_batch, op.pass_index] += 1
     if op.keep is not Keep.NONE:
         replay.saved[op.micro_batch, op.target] = op.keep
     return ""
@@ -94,17 +132,20 @@ def _loss(replay: _Replay, op: Op) -> str:
     if not 0 <= op.target < len(replay.plan.segments):
         return f"(4): there is no segment {op.target}"
     segment = replay.plan.segments[op.target]
-    if segment.loss == "none":
+    if not segment.trains:
         return f"(4): segment {op.target} has no loss"
     if (op.micro_batch, op.target) in replay.backward_from:
         return f"(4): the loss of segment {op.target} was already taken"
-    if replay.expected.get(op.micro_batch) != segment.last + 1:
+    position = replay.entered.get((op.micro_batch, op.pass_index), 0)
+    if replay.plan.path[:position][-1:] != (segment.last,):
         return f"(4): the loss of segment {op.target} comes before its forward ended"
     kept_input = replay.saved.get((op.micro_batch, segment.first)) is Keep.INPUT
     here = replay.moves.is_here("input", op.micro_batch, segment.first)
     if segment.loss == "reconstruct" and kept_input and not here:
         return f"(2): the input of segment {op.target}, which its loss reconstructs, is not on the device"
-    replay.backward_from[op.micro_batch, op.target] = segment.last
+    if segment.loss == "align" and not replay.teacher:
+        return f"(2): the loss of segment {op.target} needs a teacher's features"
+    replay.backward_from[op.micro_batch, op.target] = segment.trained[-1]
     return ""
 
 
@@ -121,15 +162,20 @@ def _backward(replay: _Replay, op: Op) -> str:
         return f"(2): layer {op.target} kept neither its input nor its graph"
     if ("layer", op.target) in replay.stepped:
         return f"(7): layer {op.target} was already updated"
-    replay.backward_from[op.micro_batch, segment.index] = op.target - 1
+    below = segment.trained[: segment.trained.index(op.target)]
+    replay.backward_from[op.micro_batch, segment.index] = below[-1] if below else segment.first - 1
     return ""
 
 
 def _step(replay: _Replay, op: Op) -> str:
     segments = {group: s for s in replay.plan.segments for group in groups_of(s)}
-    if op.group not in segments or op.group in replay.stepped:
+    resting = op.unit == "layer" and any(op.target in s.through for s in replay.plan.segments)
+    if (op.group not in segments and not resting) or op.group in replay.stepped:
         return f"(7): {op.unit} {op.target} does not train, or was already updated"
-    trained = [s for s in replay.plan.segments if s.loss != "none"]
+    if resting:  # without a gradient
+        replay.stepped.add(op.group)
+        return ""
+    trained = [s for s in replay.plan.segments if s.trains]
     own = segments[op.group]
     last_needed = {"none": op.target if op.unit == "layer" else own.last + 1, "segment": own.first}
     for segment in trained if replay.clip_scope == "global" else [own]:

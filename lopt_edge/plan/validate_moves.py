@@ -40,14 +40,16 @@ class Moves:
             return self._unplaced(op) or self._needs(op)
         if op.kind is Kind.STEP:
             return self._step_needs(op)
+        if op.kind in (Kind.READ, Kind.WRITE):
+            return ""
         if op.kind in (Kind.FETCH, Kind.EVICT) and not op.item:
             return self._weights(op)
         return self._move(op)
 
     def _unplaced(self, op: Op) -> str:
-        task = op.kind is Kind.LOSS and 0 <= op.target < len(self.plan.segments)
-        task = task and self.plan.segments[op.target].loss == "task"
-        unit = {Kind.EMBED: "embed", Kind.LOSS: "head" if task else ""}.get(op.kind, f"layer {op.target}")
+        reads_out = op.kind is Kind.LOSS and 0 <= op.target < len(self.plan.segments)
+        reads_out = reads_out and self.plan.segments[op.target].reads_out
+        unit = {Kind.EMBED: "embed", Kind.LOSS: "head" if reads_out else ""}.get(op.kind, f"layer {op.target}")
         if unit and unit not in self.placement:
             return f"(1): unit {unit!r} is read but has no placement"
         if unit.startswith("layer") and self.placement[unit] != "resident" and not self.is_here("layer", -1, op.target):
@@ -82,7 +84,7 @@ class Moves:
                 self.at.pop((item, op.micro_batch, op.target), None)
         elif op.kind is Kind.STEP:
             self.at.pop((f"gradients {op.unit}", -1, op.target), None)
-        if op.kind is Kind.BACKWARD or (op.kind is Kind.LOSS and self.plan.segments[op.target].loss == "reconstruct"):
+        if op.kind is Kind.BACKWARD or (op.kind is Kind.LOSS and self.plan.segments[op.target].has_head):
             self.at[f"gradients {'layer' if op.kind is Kind.BACKWARD else 'aux'}", -1, op.target] = "here"
         return ""
 

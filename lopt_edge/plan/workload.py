@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Kind, Plan
 from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.predict import Prediction, predict
+from lopt_edge.plan.predict import Prediction, largest, predict
 from lopt_edge.plan.profile import DeviceProfile
 from lopt_edge.plan.seconds import StepSeconds, step_seconds
-from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.step import StepKind, step_plan
 from lopt_edge.plan.validate import validate
 
 MMAP_BYTES, LEAST_MMAP_BYTES = 4 << 20, 128 << 10  # thresholds of the host allocator
@@ -35,8 +35,7 @@ class Workload:
     `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA.
     """
 
-    method: str
-    segments: tuple[Segment, ...]
+    course: Course
     shape: LayerShape
     batches: tuple[MicroBatchSize, ...]
     profile: DeviceProfile
@@ -44,6 +43,14 @@ class Workload:
     vocabulary_itemsize: int = 2
     evaluation: MicroBatchSize | None = None
     clip_scope: str = "segment"
+
+    @property
+    def method(self) -> str:
+        return self.course.method
+
+    @property
+    def kinds(self) -> tuple[StepKind, ...]:
+        return self.course.kinds
 
     @property
     def n_tokens(self) -> int:
@@ -62,9 +69,9 @@ class Workload:
         """From which size on the host allocator shall give a tensor pages of its own (run/allocator.py says why)."""
         graphs = any(
             knobs.activations[layer] != "recompute"
-            for segment in self.segments
-            if segment.loss != "none"
-            for layer in segment.layers[:-1]
+            for kind in self.kinds
+            for segment in kind.segments
+            for layer in segment.trained[:-1]
         )
         if self.shape.device_type != "cpu" or not graphs:
             return MMAP_BYTES
@@ -72,33 +79,47 @@ class Workload:
         return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))
 
     def sizes(self, knobs: Knobs) -> Sizes:
-        return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None)
+        return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None,
+                     groups=self.course.groups)  # fmt: skip
 
-    def arranged(self, knobs: Knobs, n_micro_batches: int) -> Plan:
-        """Not validated: the search makes many."""
-        return arrange(step_plan(self.method, self.segments, n_micro_batches=n_micro_batches), knobs)
+    def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
+        """Of the first kind of step, unless another is named. Not validated: the search makes many."""
+        return arrange(step_plan(self.method, kind or self.kinds[0], n_micro_batches=n_micro_batches), knobs)
 
-    def plan(self, knobs: Knobs, *, n_micro_batches: int) -> Plan:
+    def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """As the executor runs it. Raises PlanError if a pass broke a rule."""
-        return validate(self.arranged(knobs, n_micro_batches), clip_scope=self.clip_scope)
+        return validate(self.arranged(knobs, n_micro_batches, kind), clip_scope=self.clip_scope)
 
     def _few(self, knobs: Knobs) -> tuple[tuple[MicroBatchSize, ...], tuple[MicroBatchSize, ...]]:
         """The micro-batches that are looked at, and the others. The second one differs only where gradients move."""
         n_few = 1 if knobs.gradients == "device" else N_MOVING
         return self.batches[:n_few], self.batches[n_few:]
 
-    def predict(self, knobs: Knobs, *, whole: bool = False) -> Prediction:
-        """Peaks of the largest step; `whole`: with a timeline over all its micro-batches."""
+    def predict(self, knobs: Knobs, *, whole: bool = False, kind: StepKind | None = None) -> Prediction:
+        """Peaks of the largest step of all kinds, or of one; `whole`: with a timeline over all its micro-batches."""
+        return largest([self._predict(knobs, each, whole=whole) for each in (self.kinds if kind is None else (kind,))])
+
+    def _predict(self, knobs: Knobs, kind: StepKind, *, whole: bool) -> Prediction:
         few, others = (self.batches, ()) if whole else self._few(knobs)
         sizes = self.sizes(knobs)
         beside = sum(sizes.batch_bytes(batch) for batch in others)
-        return predict(self.arranged(knobs, len(few)), sizes, few, library_bytes=self.library_bytes,
+        return predict(self.arranged(knobs, len(few), kind), sizes, few, library_bytes=self.library_bytes,
                        evaluation=self.evaluation, beside_bytes=beside)  # fmt: skip
 
     def seconds(self, knobs: Knobs) -> StepSeconds:
-        """Of the largest step."""
+        """Of the largest step, in the mean over the kinds of step."""
+        found = [self._seconds(knobs, kind) for kind in self.kinds]
+        if len(found) == 1:
+            return found[0]
+
+        def mean(name: str) -> float:
+            return sum(share * float(getattr(each, name)) for share, each in zip(self.course.shares, found, strict=True))
+
+        return StepSeconds(mean("seconds"), mean("compute_seconds"), round(mean("bytes_up")), round(mean("bytes_down")))
+
+    def _seconds(self, knobs: Knobs, kind: StepKind) -> StepSeconds:
         few, others = self._few(knobs)
-        plan = self.arranged(knobs, len(few))
+        plan = self.arranged(knobs, len(few), kind)
         found = step_seconds(plan, self.sizes(knobs), few, self.profile)
         if not others:
             return found

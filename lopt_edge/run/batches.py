@@ -20,7 +20,8 @@ from lopt_edge.plan.sizes import MicroBatchSize
 class Batch:
     """ids (B, T); `supervised_N` flat positions (into B x T) whose next token is a target, `targets_N` those targets.
 
-    `real_N` are the flat positions of non-padding tokens, or None when there is no padding.
+    `real_N` are the flat positions of non-padding tokens, or None when there is no padding. `examples` and `lengths` say
+    which example of the data each row is, and how long.
     """
 
     ids_BT: Tensor
@@ -28,6 +29,8 @@ class Batch:
     targets_N: Tensor
     real_N: Tensor | None
     n_tokens: int
+    lengths: tuple[int, ...] = ()
+    examples: tuple[int, ...] = ()
 
     @property
     def n_supervised(self) -> int:
@@ -47,7 +50,7 @@ class Totals:
     tokens: int
 
 
-def make_batch(micro_batch: MicroBatch, device: torch.device) -> Batch:
+def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Sequence[int] = ()) -> Batch:
     ids_BT = torch.tensor(micro_batch.input_ids, dtype=torch.int64)
     targets_flat = torch.tensor(micro_batch.targets, dtype=torch.int64).view(-1)
     supervised_N = (targets_flat != IGNORED).nonzero().squeeze(1)
@@ -62,6 +65,8 @@ def make_batch(micro_batch: MicroBatch, device: torch.device) -> Batch:
         targets_N=targets_flat[supervised_N].to(device),
         real_N=real_N,
         n_tokens=n_tokens,
+        lengths=micro_batch.lengths,
+        examples=tuple(examples),
     )
 
 

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from lopt_edge.plan.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.knobs import TOKEN_TILES
-from lopt_edge.plan.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import groups_of
 from lopt_edge.run.batches import Batch, Totals, window_totals
+from lopt_edge.run.feature_cache import FeatureCache, rounded
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
 from lopt_edge.run.losses import ReconstructHead, task_loss
@@ -76,6 +79,12 @@ class _Step:
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
 
+def _segments_of(plan: Plan) -> dict[GroupName, int]:
+    """The segment of each group that this step updates."""
+    found = {group: segment.index for segment in plan.segments for group in groups_of(segment)}
+    return found | {("layer", layer): segment.index for segment in plan.segments for layer in segment.through}
+
+
 class Executor:
     """Runs plans on a model. `heads` are the aux heads by segment index. `observe` is called before and after each op."""
 
@@ -91,13 +100,15 @@ class Executor:
     ) -> None:
         self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
         self.mover, self.observe = optimizer.mover, observe
+        self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: _Step | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
         self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
             Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
             Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
             Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
-            Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store,
+            Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store, Kind.READ: self._read,
+            Kind.WRITE: self._write,
         }  # fmt: skip
 
     def run(
@@ -136,7 +147,7 @@ class Executor:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
                       own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
                       early=plan.has_early_steps)  # fmt: skip
-        self.optimizer.begin_step(loss_scale=self.loss_scale)
+        self.optimizer.begin_step(segments=_segments_of(plan), loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
         first = 0 if start is None else cut_before(plan, start.micro_batch)
@@ -144,7 +155,7 @@ class Executor:
             if start is not None:
                 self._go_on(state, start, movements_before(plan, first))
             for position, op in enumerate(plan.ops[first:], start=first):
-                if op.kind is Kind.EMBED and between is not None and position > first:
+                if op.kind in ENTERS and op.item != "teacher" and between is not None and position > first:
                     self._pause(state, op, between)
                 clock.micro_batch = op.micro_batch
                 try:
@@ -208,12 +219,23 @@ class Executor:
             state.hidden_BTD = self.model.embed(ids_BT)
             state.frame = self.model.frame(state.hidden_BTD)
 
+    def _read(self, state: _Step, op: Op) -> None:
+        batch = state.batches[op.micro_batch]
+        state.hidden_BTD = self.caches[op.item].read(
+            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
+        )
+        state.frame = self.model.frame(state.hidden_BTD)
+
+    def _write(self, state: _Step, op: Op) -> None:
+        state.hidden_BTD = rounded(state.hidden_BTD)
+        self.caches[op.item].write(state.batches[op.micro_batch].examples, state.hidden_BTD)
+
     def _forward(self, state: _Step, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
         segment = state.plan.segment_of(op.target)
         if op.target == segment.first:
-            held_elsewhere = op.keep is Keep.INPUT or segment.loss != "reconstruct"
-            state.target_BTD = None if held_elsewhere else hidden_BTD
+            held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
+            state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
             state.hidden_BTD = None  # the graph holds what it needs
             graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.frame.tensors())
@@ -228,21 +250,21 @@ class Executor:
     def _run_with_graph(
         self, state: _Step, op: Op, graph: LayerGraph, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
     ) -> Tensor:
-        """A layer's output; `graph` leads back to its input (not in a segment's first layer, whose input is frozen)."""
-        first = op.target == state.plan.segment_of(op.target).first
+        """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
+        first = op.target == state.plan.segment_of(op.target).trained[0]
         with torch.enable_grad(), graph.recording():
             return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
 
     def _loss(self, state: _Step, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output."""
-        local = state.plan.segments[op.target].loss != "task"
-        if local:
+        has_head = state.plan.segments[op.target].has_head
+        if has_head:
             self._accept(state, ("aux", op.target))
-        state.grad_BTD = self._tiled_loss(state, op, local=local)
+        state.grad_BTD = self._tiled_loss(state, op, local=not state.plan.segments[op.target].reads_out)
         state.target_BTD = None
         if op.target == len(state.plan.segments) - 1:
             state.hidden_BTD = None  # nothing runs on it any more
-        if local:
+        if has_head:
             self._complete(state, op, ("aux", op.target))
 
     def _tiled_loss(self, state: _Step, op: Op, *, local: bool) -> Tensor:
@@ -261,19 +283,19 @@ class Executor:
 
     def _tile_loss(self, state: _Step, op: Op, leaf_ND: Tensor, tile_N: Tensor, targets: Tensor) -> Tensor:
         """The gradient of a tile. A function of its own, so that nothing of one tile lives on into the next."""
-        task = state.plan.segments[op.target].loss == "task"
+        segment = state.plan.segments[op.target]
         leaf_ND.requires_grad_()
         with torch.enable_grad():
-            if task:
+            if segment.reads_out:
                 loss = task_loss(self.model, leaf_ND, targets)
             else:
                 loss = self.heads[op.target](leaf_ND, targets.flatten(0, 1)[tile_N])
-            loss = loss * (1.0 / self._denominator(state, task=task))
-            factor = self.loss_scale * (1.0 if task else self._local_factor(state.plan))
+            loss = loss * (1.0 / self._denominator(state, segment))
+            factor = self.loss_scale * (self._local_factor(state.plan) if segment.is_local else 1.0)
             (loss if factor == 1.0 else loss * factor).backward()
         value = loss.item()
         if not math.isfinite(value):
-            which = "task" if task else "local"
+            which = "local" if segment.is_local else "task"
             raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
         state.losses[op.target] += value
         return leaf_ND.grad
@@ -283,14 +305,14 @@ class Executor:
         saved = state.inputs.get((op.micro_batch, first_layer))
         return state.target_BTD if saved is None else saved.here()
 
-    def _denominator(self, state: _Step, *, task: bool) -> int:
-        if task:
+    def _denominator(self, state: _Step, segment: Segment) -> int:
+        if segment.reads_out:
             return max(1, state.totals.supervised)
         return state.totals.tokens * self.model.facts.hidden_size
 
     def _local_factor(self, plan: Plan) -> float:
         """lambda over the number of local losses: they are averaged, then weighted."""
-        return self.local_weight / sum(segment.loss == "reconstruct" for segment in plan.segments)
+        return self.local_weight / sum(segment.is_local for segment in plan.segments)
 
     def _backward(self, state: _Step, op: Op) -> None:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
@@ -319,6 +341,8 @@ class Executor:
 
     def _update(self, state: _Step, op: Op) -> None:
         segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
+        if op.unit == "layer" and op.target in state.plan.segments[segment].through:
+            self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
         self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
 
     # movements: each begins here and ends in _wait -------------------------------------------------------------------
@@ -366,7 +390,7 @@ class Executor:
         segments = state.plan.segments
         return StepResult(
             loss=state.losses[segments[-1].index],
-            local_loss=tuple(state.losses[s.index] for s in segments if s.loss == "reconstruct"),
+            local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
             grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
         )

@@ -66,7 +66,7 @@ class Group:
     """One parameter group. `values` is flat; `gradient` and `moments` are parcels (None: not made yet)."""
 
     name: GroupName
-    segment: int
+    segment: int  # in the step under way
     parameters: list[nn.Parameter]
     values: Tensor
     gradient: Parcel | None = None
@@ -82,13 +82,12 @@ class Group:
 
 
 class SegmentOptimizer:
-    """One AdamW over all groups. `groups` gives each group's parameters, `segments` its segment. `clip` 0: no clipping."""
+    """One AdamW over all groups. `groups` gives each group's parameters. `clip` 0: no clipping."""
 
     def __init__(
         self,
         groups: Mapping[GroupName, Sequence[nn.Parameter]],
         *,
-        segments: Mapping[GroupName, int],
         mover: Mover,
         weight_decay: float = 0.0,
         clip: float = 1.0,
@@ -106,13 +105,13 @@ class SegmentOptimizer:
         self._gradients: Tensor | None = None  # one block for all groups, where gradients lie on the device
         self._starts = starts
         for name, parameters in groups.items():
-            self.groups[name] = self._make_group(name, segments[name], list(parameters))
+            self.groups[name] = self._make_group(name, list(parameters))
         self.norms: dict[int, float] = {}
         self.judged = False
         self.loss_scale = 1.0
         self.journal_fault: LoptError | None = None  # of the step under way, which goes on to its end
 
-    def _make_group(self, name: GroupName, segment: int, parameters: list[nn.Parameter]) -> Group:
+    def _make_group(self, name: GroupName, parameters: list[nn.Parameter]) -> Group:
         """Move the parameters' values into the flat block."""
         start = position = self._starts[name]
         for parameter in parameters:
@@ -120,18 +119,20 @@ class SegmentOptimizer:
             view.copy_(parameter.data)
             parameter.data = view
             position += parameter.numel()
-        return Group(name, segment, parameters, self._values[start:position])
+        return Group(name, 0, parameters, self._values[start:position])
 
     # gradients -------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, *, loss_scale: float = 1.0) -> None:
-        """Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone."""
+    def begin_step(self, *, segments: Mapping[GroupName, int], loss_scale: float = 1.0) -> None:
+        """`segments`: of each group, for the clip norms of this step; a group without is not updated in it.
+
+        Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone."""
         if self.journal_fault is not None:
             fault, self.journal_fault = self.journal_fault, None
             raise RunError(f"the last step's undo copies could not be written: {fault}")
         self.norms, self.judged, self.loss_scale = {}, False, loss_scale
-        for group in self.groups.values():
-            group.square_norm, group.updated = None, False
+        for name, group in self.groups.items():
+            group.square_norm, group.updated, group.segment = None, False, segments.get(name, -1)
 
     def accept_gradients(self, name: GroupName, *, own_block: bool) -> None:
         """Make the group ready to add gradients to: zeros at first, later what is there already.

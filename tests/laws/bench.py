@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,9 @@ from torch import Tensor
 from lopt_edge.data import MicroBatch
 from lopt_edge.models import find_model
 from lopt_edge.plan.knobs import Knobs, default_knobs
-from lopt_edge.plan.methods import groups_of, step_plan
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.segments import make_segments
+from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.executor import Executor
@@ -27,6 +27,7 @@ from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.moves import Delay, Mover
 from lopt_edge.run.optim import SegmentOptimizer
 from lopt_edge.run.page_dir import PageFile
+from tests.plan.plans import make_course
 
 LOCAL_WEIGHT = 10.0
 
@@ -34,21 +35,25 @@ LOCAL_WEIGHT = 10.0
 @dataclass
 class Bench:
     model: Model
-    plan: Plan
+    plan: Plan  # of the kind of step that is looked at
+    plans: dict[str, Plan]
     heads: dict[int, ReconstructHead]
     executor: Executor
 
     def names(self) -> dict[str, torch.nn.Parameter]:
-        """Every trained parameter by a readable name."""
+        """Every parameter that gets a gradient by a readable name."""
         found = {}
         for segment in self.plan.segments:
-            if segment.loss == "none":
-                continue
-            for layer in segment.layers:
+            for layer in segment.trained:
                 found |= {f"layer {layer} {i}": p for i, p in enumerate(layer_parameters(self.model, layer))}
-        for index, head in self.heads.items():
-            found |= {f"head {index} {name}": p for name, p in head.named_parameters()}
+            if segment.has_head:
+                head = self.heads[segment.index]
+                found |= {f"head {segment.index} {name}": p for name, p in head.named_parameters()}
         return found
+
+    def of_kind(self, name: str) -> Bench:
+        """The same model and optimizer, with the plan of another kind of step."""
+        return replace(self, plan=self.plans[name])
 
     def gradients(self, batches: list[Batch], *, step: int = 1) -> dict[str, Tensor]:
         """Gradients of one step as the executor makes them (the plan without its STEPs)."""
@@ -82,36 +87,37 @@ def make_bench(
     knobs: Knobs | None = None,
     page_dir: Path | None = None,
     delay: Delay | None = None,
+    **options: Any,
 ) -> Bench:
-    """Without `knobs` everything lies on the device; with them, in `page_dir` and wherever they say."""
+    """`options` are the method's own. Without `knobs` everything lies on the device; with them, in `page_dir` and wherever
+    they say."""
     facts = find_model(str(folder)).facts
     knobs = knobs or default_knobs(facts, device)
     page_file = None if page_dir is None else PageFile(page_dir, n_bytes=1 << 16, name="law")
     mover = Mover(torch.device(device), page_file=page_file, delay=delay)
-    segments = make_segments(method, n_layers=facts.n_layers, num_segments=num_segments)
-    plan = arrange(step_plan(method, segments, n_micro_batches=n_micro_batches), knobs)
-    validate(plan, clip_scope=clip_scope if clip else "none")
+    course = make_course(method, n_layers=facts.n_layers, num_segments=num_segments, **options)
+    plans = {kind.name: arrange(step_plan(method, kind, n_micro_batches=n_micro_batches), knobs) for kind in course.kinds}
+    for plan in plans.values():
+        validate(plan, clip_scope=clip_scope if clip else "none")
+    plan = next(iter(plans.values()))
     model = load_model(folder, facts, device=torch.device(device), dtype=dtype, placement=plan.placement, mover=mover)
-    trained = [layer for s in segments if s.loss != "none" for layer in s.layers]
+    trained = course.adapted
     attach_adapters(model, trained, targets=targets or facts.linear_names, r=rank, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
     for layer in trained:
         for b in layer_parameters(model, layer)[1::2]:
             b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
     heads = {
-        s.index: ReconstructHead(facts.hidden_size, seed=7 + s.index).to(device)
-        for s in segments
-        if s.loss == "reconstruct"
+        index: ReconstructHead(facts.hidden_size, seed=7 + index).to(device)
+        for unit, index in course.groups
+        if unit == "aux"
     }
-    groups = {group: s.index for s in segments for group in groups_of(s)}
     parameters = {
         (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
-        for unit, target in groups
+        for unit, target in course.groups
     }
-    optimizer = SegmentOptimizer(
-        parameters, segments=groups, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer
-    )
-    return Bench(model, plan, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
+    optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)
+    return Bench(model, plan, plans, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
 
 
 def random_batch(

@@ -7,11 +7,25 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from lopt_edge.config import Config
+from lopt_edge.plan.course import Course
 from lopt_edge.plan.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs
-from lopt_edge.plan.methods import step_plan
+from lopt_edge.plan.methods import course_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.segments import make_segments
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import step_plan
+
+
+def make_course(method: Any, *, n_layers: int, **options: Any) -> Course:
+    """A method's course, with the settings that it reads."""
+    return course_of(Config(model="m", data="d", output="o", method=method, **options), n_layers)
+
+
+def make_segments(method: Any, *, n_layers: int, **options: Any) -> tuple[Segment, ...]:
+    """Those of the first kind of step."""
+    return make_course(method, n_layers=n_layers, **options).kinds[0].segments
+
 
 CLIP_SCOPES = {"step": ("global", "segment", "none"), "segment": ("segment", "none"), "layer": ("none",)}
 

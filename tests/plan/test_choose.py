@@ -27,10 +27,9 @@ from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.presets import find_preset
 from lopt_edge.plan.profile import default_cpu_profile
 from lopt_edge.plan.search import Search
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
-from tests.plan.plans import make_knobs
+from tests.plan.plans import make_course, make_knobs
 from tests.plan.test_sizes import N_LAYERS, make_facts
 
 FACTS = make_facts()
@@ -118,8 +117,8 @@ def test_target_modules():
 
 
 def test_a_run_against_its_model():
-    segments, targets, longest = against_facts(make_config(num_segments=2), FACTS)
-    assert (len(segments), targets) == (2, FACTS.linear_names)
+    course, targets, longest = against_facts(make_config(num_segments=2), FACTS)
+    assert (len(course.kinds[0].segments), targets) == (2, FACTS.linear_names)
     assert longest == min(2048, FACTS.max_positions), "a default is cut to the model's positions"
     with pytest.raises(InputErrors) as caught:
         against_facts(make_config(num_segments=9, lora_targets=("fc1",), max_seq_len=10**6), FACTS)
@@ -165,9 +164,9 @@ def small_facts() -> ModelFacts:
 @lru_cache(maxsize=8)
 def search_of(method: Any, gradients: str) -> Search:
     facts = small_facts()
-    segments = make_segments(method, n_layers=N_LAYERS, num_segments=1 if method == "e2e" else 2)
+    course = make_course(method, n_layers=N_LAYERS, num_segments=1 if method == "e2e" else 2)
     shape = LayerShape(facts, 4, 8, facts.linear_names)
-    workload = Workload(method, segments, shape, (MicroBatchSize(1, 700, 600),) * 2, default_cpu_profile(), 0)
+    workload = Workload(course, shape, (MicroBatchSize(1, 700, 600),) * 2, default_cpu_profile(), 0)
     config = make_config(**({} if gradients == "auto" else {"gradients": gradients}))
     return Search(workload, search_space(config, facts, "cpu"))
 

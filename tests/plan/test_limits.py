@@ -12,8 +12,8 @@ from lopt_edge.plan.budget import Budget, parse_bytes
 from lopt_edge.plan.cards import CARDS
 from lopt_edge.plan.limits import frugal, longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.search import Search
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
+from tests.plan.plans import make_course
 from tests.plan.workloads import make_search, make_workload
 
 MIB = 1 << 20
@@ -95,8 +95,7 @@ def applied(search: Search, budget: Budget, flags: str) -> tuple[Search, Budget]
             assert (text, values["--grad-accum"]) == ("1", str(n_all)), "as many sequences a step as before"
             workload = replace(workload, batches=(MicroBatchSize(1, first.n_tokens, first.n_tokens - 1),) * n_all)
         elif flag == "--method":
-            segments = make_segments("lopt", n_layers=workload.shape.facts.n_layers, num_segments=2)
-            workload = replace(workload, method="lopt", segments=segments)
+            workload = replace(workload, course=make_course("lopt", n_layers=workload.shape.facts.n_layers, num_segments=2))
         elif flag == "--lora-r":
             workload = replace(workload, shape=replace(workload.shape, rank=int(text)))
         elif flag == "--optimizer":

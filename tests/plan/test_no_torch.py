@@ -43,13 +43,13 @@ def test_a_plan_is_made_without_torch():
     done = run_blocked(
         "from lopt_edge.plan.facts import facts_from_config\n"
         "from lopt_edge.plan.knobs import Knobs, default_knobs\n"
-        "from lopt_edge.plan.methods import step_plan\n"
+        "from lopt_edge.plan.step import step_plan\n"
         "from lopt_edge.plan.passes import arrange\n"
-        "from lopt_edge.plan.segments import make_segments\n"
+        "from lopt_edge.plan.segments import cut_depth\n"
         "from lopt_edge.plan.validate import validate\n"
         "facts = facts_from_config({'model_type': 'llama', 'vocab_size': 99, 'hidden_size': 64, 'intermediate_size': 64,\n"
         "    'num_hidden_layers': 4, 'num_attention_heads': 4}, where='here')\n"
-        "segments = make_segments('lopt', n_layers=facts.n_layers, num_segments=2)\n"
+        "segments = cut_depth('reconstruct', n_layers=facts.n_layers, num_segments=2)\n"
         "plan = step_plan('lopt', segments, n_micro_batches=2)\n"
         "plain = arrange(plan, default_knobs(facts, 'cpu'))\n"
         "streamed = arrange(plan, Knobs(('disk',) * 4, ('page',) * 4, saved_inputs='disk', states='disk'))\n"
@@ -86,5 +86,5 @@ def test_the_plan_command_needs_no_torch(tmp_path):
     words += ["--device-memory", "4GB"]
     done = run_blocked(f"sys.argv = ['lopt-edge', *{words!r}]\nfrom lopt_edge.cli import main\nmain()\n")
     assert done.returncode == 0, done.stderr
-    assert "fits: device" in done.stdout and "plan 3 method=lopt" in done.stdout
+    assert "fits: device" in done.stdout and "plan 4 method=lopt" in done.stdout
     assert picture.exists()

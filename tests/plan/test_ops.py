@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan, PlanTextError, parse_plan
-from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.segments import LOSSES, Segment
+from lopt_edge.plan.step import step_plan
+from tests.plan.plans import make_segments
 
 PLACEMENT = (("embed", "disk"), *((f"layer {i}", "resident") for i in range(4)), ("head", "disk"))
 SMALL = make_segments("lopt", n_layers=4, num_segments=2)
@@ -18,7 +19,8 @@ PLAN = step_plan("lopt", SMALL, n_micro_batches=2, placement=PLACEMENT)
 
 NUMBER = st.integers(0, 999_999)
 WORD = st.text("abcXYZ019_", min_size=1, max_size=8)
-SEGMENTS = st.builds(Segment, NUMBER, NUMBER, NUMBER, st.sampled_from(["task", "reconstruct", "none"]))
+LAYERS = st.lists(st.integers(0, 5000), max_size=5, unique=True).map(tuple)
+SEGMENTS = st.builds(Segment, NUMBER, NUMBER, NUMBER, st.sampled_from(LOSSES), LAYERS, LAYERS)
 OPS = st.builds(
     Op,
     kind=st.sampled_from(Kind),
@@ -26,7 +28,7 @@ OPS = st.builds(
     micro_batch=st.integers(-1, 999_999),
     pass_index=st.integers(0, 999),
     adapters=st.just("train") | WORD,
-    item=st.sampled_from(["", "input", "pages", "states", "gradients"]),
+    item=st.sampled_from(["", "input", "pages", "states", "gradients", "boundary", "teacher"]),
     unit=st.sampled_from(["", "layer", "aux"]),
     tier=st.sampled_from(["", "device", "host", "disk"]),
 ) | st.builds(Op, st.just(Kind.FORWARD), NUMBER, NUMBER, st.sampled_from(Keep))
@@ -40,6 +42,7 @@ PLANS = st.builds(
     ops=st.lists(OPS, max_size=12).map(tuple),
     ring=NUMBER,
     tile=NUMBER,
+    kind=st.just("") | st.text("abz09_-", min_size=1, max_size=8),
 )
 
 
@@ -63,7 +66,7 @@ def test_the_text_of_a_small_plan():
     plan = step_plan("frozen", make_segments("frozen", n_layers=3, num_segments=3, boundary_layers=[1]), n_micro_batches=1,
                      placement=(("embed", "disk"), ("layer 0", "resident")))  # fmt: skip
     assert plan.text() == (
-        "plan 3 method=frozen layers=3 micro_batches=1 ring=0 tile=1024\n"
+        "plan 4 method=frozen layers=3 micro_batches=1 ring=0 tile=1024\n"
         "segment 0 layers=0-0 loss=none\n"
         "segment 1 layers=1-2 loss=task\n"
         "unit embed disk\n"
@@ -90,7 +93,7 @@ def test_the_text_of_every_movement():
         Op(Kind.STORE, 0, item="gradients", unit="aux", tier="host"),
     )  # fmt: skip
     plan = replace(PLAN, ops=ops, ring=2, tile=256)
-    assert plan.text().splitlines()[0] == "plan 3 method=lopt layers=4 micro_batches=2 ring=2 tile=256"
+    assert plan.text().splitlines()[0] == "plan 4 method=lopt layers=4 micro_batches=2 ring=2 tile=256"
     assert plan.text().splitlines()[9:] == [
         "FETCH layer 3", "WAIT layer 3", "EVICT layer 3", "SPILL 3 mb=0 to=disk", "WAIT input 3 mb=0", "RESTORE 3 mb=0",
         "EVICT input 3 mb=0", "PAGE_OUT 3 mb=0 to=host", "WAIT pages 3 mb=0", "PAGE_IN 3 mb=0", "LOAD states layer 3",
@@ -111,7 +114,7 @@ def test_the_sequential_order_of_lopt():
 
 def test_the_hash_is_pinned():
     """A checkpoint names it: a change of the text form is a change of version."""
-    assert PLAN.hash() == "6d60d8f15d277cd3"
+    assert PLAN.hash() == "dfcb5ac59c7f78ad"
     changed = replace(PLAN, ops=(*PLAN.ops[:-1], replace(PLAN.ops[-1], target=0)))
     assert changed.hash() != PLAN.hash()
 
@@ -128,8 +131,8 @@ def test_an_error_shows_the_ops_around_it():
     ("line", "text"),
     [
         (1, "plan 2 method=lopt layers=4 micro_batches=1 ring=0"),
-        (1, "plan 4 method=lopt layers=4 micro_batches=1 ring=0 tile=1024"),
-        (1, "plan 3 method=lopt layers=4 micro_batches=1 ring=0"),
+        (1, "plan 3 method=lopt layers=4 micro_batches=1 ring=0 tile=1024"),
+        (1, "plan 4 method=lopt layers=4 micro_batches=1 ring=0"),
         (1, ""),
         (2, "segment 0 layers=0-1 loss=guess"),
         (7, "unit layer"),

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from lopt_edge.plan.budget import Budget
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.search import Bounds, Search, exhaustive, three_digits
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
-from tests.plan.plans import Case, cases
+from tests.plan.plans import Case, cases, make_course
 from tests.plan.workloads import make_search, make_workload, search_of
 
 METHODS = st.sampled_from(["lopt", "e2e", "frozen"])
@@ -193,9 +192,9 @@ def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: st
     n_layers = len(case.knobs.weights)
     n_tokens = tuple(sorted(lengths, reverse=True))[: case.n_micro_batches]
     workload = make_workload(case.method, machine, n_layers=n_layers, n_tokens=n_tokens)
-    segments = make_segments(case.method, n_layers=n_layers, num_segments=case.num_segments)
+    course = make_course(case.method, n_layers=n_layers, num_segments=case.num_segments)
     evaluation = MicroBatchSize(1, 400, 300) if evaluates else None
-    check_bounds(Bounds(replace(workload, segments=segments, evaluation=evaluation)), case.knobs)
+    check_bounds(Bounds(replace(workload, course=course, evaluation=evaluation)), case.knobs)
 
 
 # what the user fixed ---------------------------------------------------------------------------------------------------
@@ -236,8 +235,8 @@ def every_choice(search: Search) -> Iterator[Knobs]:
     whatever is said, and a layer without loss keeps nothing: there is one choice for these."""
     workload, on_cpu = search.workload, search.workload.shape.device_type == "cpu"
     n_layers, below = workload.shape.facts.n_layers, "disk" if on_cpu else "host"
-    settled = {segment.last for segment in workload.segments}
-    settled |= {layer for segment in workload.segments if segment.loss == "none" for layer in segment.layers}
+    settled = {segment.last for segment in workload.kinds[0].segments}
+    settled |= {layer for segment in workload.kinds[0].segments if segment.loss == "none" for layer in segment.layers}
     free = [("keep",) if layer in settled else ("keep", "recompute", "page") for layer in range(n_layers)]
     others = (
         ("device", below),

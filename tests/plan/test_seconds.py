@@ -15,10 +15,9 @@ from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.ops import Kind
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile
 from lopt_edge.plan.seconds import FEW_ROWS, Costs, StepSeconds, step_seconds
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.workload import Workload
-from tests.plan.plans import Case, cases, make_knobs
+from tests.plan.plans import Case, cases, make_course, make_knobs
 from tests.plan.workloads import make_facts, make_workload
 
 RATES = ("unpack_rate", "memory_bandwidth", "copy_up_pinned", "copy_down_pinned", "disk_read", "disk_write",
@@ -41,9 +40,9 @@ def endless(*, overhead: float = 0.0, **finite: Any) -> DeviceProfile:
 
 def take(profile: DeviceProfile, *, method: Any = "lopt", n_batches: int = 1, rank: int = 1, **knobs: Any) -> StepSeconds:
     """Two layers; with `lopt` each is a segment. The adapter has the least rank there is."""
-    segments = make_segments(method, n_layers=2, num_segments=2)
+    course = make_course(method, n_layers=2, num_segments=2)
     shape = LayerShape(FACTS, 4, rank, ("q_proj",))
-    workload = Workload(method, segments, shape, (BATCH,) * n_batches, profile, 0)
+    workload = Workload(course, shape, (BATCH,) * n_batches, profile, 0)
     made = make_knobs(2, **knobs)
     return step_seconds(workload.arranged(made, n_batches), workload.sizes(made), workload.batches, profile)
 

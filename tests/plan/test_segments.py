@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.segments import make_segments
+from lopt_edge.plan.segments import cut_depth
+from tests.plan.plans import make_segments
 
 METHODS = st.sampled_from(["lopt", "e2e", "frozen"])
 
@@ -34,7 +35,7 @@ def test_any_number_of_segments(method, n_layers, data):
 @given(method=METHODS, n_layers=st.integers(2, 60), data=st.data())
 def test_boundaries_by_hand(method, n_layers, data):
     boundaries = sorted(data.draw(st.sets(st.integers(1, n_layers - 1), min_size=1)))
-    segments = make_segments(method, n_layers=n_layers, num_segments=999, boundary_layers=boundaries)
+    segments = make_segments(method, n_layers=n_layers, num_segments=999, boundary_layers=tuple(boundaries))
     check_cover(segments, n_layers, method)
     assert [segment.first for segment in segments[1:]] == ([] if method == "e2e" else boundaries)
 
@@ -51,7 +52,7 @@ def test_the_default_split_of_known_depths():
 @pytest.mark.parametrize("num_segments", [0, -1, 5, 1000])
 def test_an_impossible_number_is_told(num_segments):
     with pytest.raises(InputError, match=rf"num_segments {num_segments} .*4 layers") as caught:
-        make_segments("lopt", n_layers=4, num_segments=num_segments)
+        cut_depth("reconstruct", n_layers=4, num_segments=num_segments)
     assert "choose 1 to 4" in str(caught.value)
 
 
@@ -59,6 +60,6 @@ def test_an_impossible_number_is_told(num_segments):
 @pytest.mark.parametrize("method", ["lopt", "frozen"])
 def test_boundaries_out_of_range_or_order_are_told(method, boundaries):
     with pytest.raises(InputError, match="between 1 and 3") as caught:
-        make_segments(method, n_layers=4, num_segments=2, boundary_layers=boundaries)
+        make_segments(method, n_layers=4, num_segments=2, boundary_layers=tuple(boundaries))
     assert "boundary_layers" in str(caught.value)
     assert str(boundaries) in str(caught.value)

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from lopt_edge.plan.facts import ModelFacts, facts_from_config
 from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.sizes import DISK_GRAIN, MicroBatchSize, Sizes, on_disk
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.moments import make_moments
 from tests.laws.bench import random_batch
 from tests.models import tiny_config
-from tests.plan.plans import make_knobs
+from tests.plan.plans import make_knobs, make_segments
 
 N_LAYERS = 4
 TWO = make_segments("lopt", n_layers=N_LAYERS, num_segments=2)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopt_edge.plan.methods import step_plan
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
-from lopt_edge.plan.segments import Segment, make_segments
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import PlanError, validate
-from tests.plan.plans import Case, cases, make_knobs
+from tests.plan.plans import Case, cases, make_knobs, make_segments
 
 Ops = list[Op]
 

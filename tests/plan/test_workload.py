@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopt_edge.plan.seconds import step_seconds
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import LEAST_MMAP_BYTES, MMAP_BYTES, Workload
-from tests.plan.plans import Case, cases, make_knobs
+from tests.plan.plans import Case, cases, make_course, make_knobs
 from tests.plan.workloads import make_workload
 
 LENGTHS = st.lists(st.integers(16, 1500), min_size=5, max_size=5)
@@ -25,8 +24,8 @@ def workload_of(case: Case, machine: str, lengths: list[int], n: int, *, equal: 
     n_tokens = n_tokens[:1] * len(n_tokens) if equal else n_tokens
     n_layers = len(case.knobs.weights)
     made = make_workload(case.method, machine, n_layers=n_layers, n_tokens=n_tokens)
-    segments = make_segments(case.method, n_layers=n_layers, num_segments=case.num_segments)
-    return replace(made, segments=segments, evaluation=MicroBatchSize(1, 500, 400) if evaluates else None)
+    course = make_course(case.method, n_layers=n_layers, num_segments=case.num_segments)
+    return replace(made, course=course, evaluation=MicroBatchSize(1, 500, 400) if evaluates else None)
 
 
 @settings(max_examples=60, deadline=None)

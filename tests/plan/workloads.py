@@ -12,9 +12,9 @@ from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.presets import find_preset
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, profile_of_card
 from lopt_edge.plan.search import Search, Space
-from lopt_edge.plan.segments import make_segments
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
+from tests.plan.plans import make_course
 
 SLOW_DISK, SLOW_LINK = 10, 8  # times slower than the profile says
 FREE = {"optimizer": "adamw", "apply": "step"}  # what a run fixes by default
@@ -53,12 +53,12 @@ def make_workload(
 ) -> Workload:
     """One micro-batch for each entry of `n_tokens`."""
     facts, profile = make_facts(preset, n_layers), make_profile(machine)
-    segments = make_segments(method, n_layers=n_layers, num_segments=min(2, n_layers))
+    course = make_course(method, n_layers=n_layers, num_segments=min(2, n_layers))
     on_cpu = profile.device_type == "cpu"
     shape = LayerShape(facts, 4 if on_cpu else 2, rank, facts.linear_names, profile.device_type)
     batches = tuple(MicroBatchSize(n_sequences, n, n_sequences * (n - 1)) for n in n_tokens)
     library = profile.library_bytes if on_cpu else profile.context_bytes
-    return Workload(method, segments, shape, batches, profile, library, **changes)
+    return Workload(course, shape, batches, profile, library, **changes)
 
 
 def make_search(workload: Workload, **fixed: Any) -> Search:

@@ -31,7 +31,7 @@ def make_parameters() -> dict[GroupName, list[torch.nn.Parameter]]:
 
 
 def make_optimizer(mover: Mover | None = None, **settings: object) -> SegmentOptimizer:
-    return SegmentOptimizer(make_parameters(), segments=SEGMENTS, mover=mover or Mover(CPU), **settings)
+    return SegmentOptimizer(make_parameters(), mover=mover or Mover(CPU), **settings)
 
 
 def make_gradients(*, seed: int, scale: float = 1.0) -> Gradients:
@@ -48,7 +48,7 @@ def add_gradients(optimizer: SegmentOptimizer, gradients: Gradients, *, own_bloc
 
 
 def update(optimizer: SegmentOptimizer, gradients: Gradients, *, loss_scale: float = 1.0) -> None:
-    optimizer.begin_step(loss_scale=loss_scale)
+    optimizer.begin_step(segments=SEGMENTS, loss_scale=loss_scale)
     add_gradients(optimizer, gradients)
     for name in optimizer.groups:
         optimizer.complete_gradients(name)
@@ -163,7 +163,7 @@ def test_early_updates_equal_late_ones():
     for seed in range(2):
         gradients = make_gradients(seed=seed)
         update(late, gradients)
-        early.begin_step()
+        early.begin_step(segments=SEGMENTS)
         for name, group in early.groups.items():
             add_gradients(early, {name: gradients[name]})
             early.complete_gradients(name)
@@ -177,7 +177,7 @@ def test_a_bad_gradient_stops_an_early_update():
     optimizer = make_optimizer(clip=0.0)
     before, gradients = values(optimizer), make_gradients(seed=0)
     gradients["layer", 1][0][0, 0] = math.nan
-    optimizer.begin_step()
+    optimizer.begin_step(segments=SEGMENTS)
     add_gradients(optimizer, {("layer", 0): gradients["layer", 0]})
     optimizer.complete_gradients(("layer", 0))
     optimizer.step(("layer", 0), lr=1e-2, early=True)
@@ -199,7 +199,7 @@ def wide_optimizer(optimizer: str, *, n_elements: int = 1000) -> SegmentOptimize
     """One group over several blocks, the last one short."""
     generator = torch.Generator().manual_seed(1)
     groups = {("layer", 0): [torch.nn.Parameter(torch.randn(n_elements, generator=generator))]}
-    return SegmentOptimizer(groups, segments={("layer", 0): 0}, mover=Mover(CPU), clip=0.0, optimizer=optimizer)
+    return SegmentOptimizer(groups, mover=Mover(CPU), clip=0.0, optimizer=optimizer)
 
 
 def test_eight_bit_moments_follow_fp32():
@@ -212,7 +212,7 @@ def test_eight_bit_moments_follow_fp32():
     for seed in range(20):
         noise = torch.randn(n_elements, generator=torch.Generator().manual_seed(seed))
         for optimizer in (exact, small):
-            optimizer.begin_step()
+            optimizer.begin_step(segments=SEGMENTS)
             add_gradients(optimizer, {name: [(noise + 0.5) * sizes]})
             optimizer.complete_gradients(name)
             optimizer.step(name, lr=rate)
@@ -236,7 +236,7 @@ def mover(tmp_path: Path) -> Iterator[Mover]:
 
 def paged_update(optimizer: SegmentOptimizer, micro_batches: list[Gradients], *, tier: str = "disk") -> None:
     """Gradients and states of every group go down after each use and come up for the next."""
-    optimizer.begin_step()
+    optimizer.begin_step(segments=SEGMENTS)
     for gradients in micro_batches:
         for name in optimizer.groups:
             if optimizer.groups[name].gradient is not None:
@@ -273,7 +273,7 @@ def test_states_and_gradients_come_back_bitwise(mover, kind, tier):
     here, paged = make_optimizer(clip=0.5, optimizer=kind), make_optimizer(mover, clip=0.5, optimizer=kind)
     for step in range(3):
         micro_batches = [make_gradients(seed=2 * step), make_gradients(seed=2 * step + 1)]
-        here.begin_step()
+        here.begin_step(segments=SEGMENTS)
         for gradients in micro_batches:
             add_gradients(here, gradients)
         for name in here.groups:
@@ -307,7 +307,7 @@ def test_host_memory_does_not_grow_with_the_steps():
 
 
 def complete_paged(optimizer: SegmentOptimizer, gradients: Gradients) -> list[Group]:
-    optimizer.begin_step()
+    optimizer.begin_step(segments=SEGMENTS)
     add_gradients(optimizer, gradients, own_block=True)
     for name in optimizer.groups:
         optimizer.complete_gradients(name)
@@ -351,7 +351,7 @@ def test_a_finished_step_is_not_rolled_back_by_the_next_ones_fault(mover):
     optimizer = make_optimizer(mover)
     paged_update(optimizer, [make_gradients(seed=0)])
     before = values(optimizer)
-    optimizer.begin_step()
+    optimizer.begin_step(segments=SEGMENTS)
     assert optimizer.roll_back()
     assert_same(values(optimizer), before)
 
@@ -396,7 +396,7 @@ def test_a_journal_that_fails_between_two_updates_is_told_after_the_step(mover, 
     update(reference, make_gradients(seed=0))
     assert_same(values(optimizer), values(reference))
     with pytest.raises(RunError, match="undo copies could not be written: no journal today"):
-        optimizer.begin_step()
+        optimizer.begin_step(segments=SEGMENTS)
     assert_same(values(optimizer), values(reference))
 
 

@@ -1,0 +1,45 @@
+"""Methods: how far a gradient reaches. Each file opens with its paper, its definition, and where we deviate.
+
+A method turns a model's depth and its own options into a course (plan/course.py): segments with losses, in one or several
+kinds of step. The op list, paging, memory, checkpoints are the same for all of them. `OPTIONS` says which options belong to
+which methods: any other combination is refused (config.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from lopt_edge.plan.course import cached
+from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, top_layers
+
+if TYPE_CHECKING:
+    from lopt_edge.config import Config
+    from lopt_edge.plan.course import Course
+
+Make = Callable[["Config", int], "Course"]
+METHODS: Mapping[str, Make] = {
+    "lopt": lopt.course,
+    "e2e": e2e.course,
+    "frozen": frozen.course,
+    "top-layers": top_layers.course,
+    "lcsb": lcsb.course,
+}
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "boundary_update": ("lopt",),
+    "local_every": ("lopt",),
+    "local_loss": ("lopt",),
+    "open_every": ("lopt",),
+    "train_layers": ("top-layers",),
+    "selection": ("lcsb",),
+    "select_ratio": ("lcsb",),
+    "unselected": ("lcsb",),
+}
+CUT_METHODS = ("lopt", "frozen")  # whose depth num_segments or boundary_layers cut
+CACHED = ("frozen", "top-layers", "lopt")  # that may have early segments which never train
+
+
+def course_of(config: Config, n_layers: int) -> Course:
+    """The course of a run with these settings. Raises InputError for what this depth does not allow."""
+    found = METHODS[config.method](config, n_layers)
+    return found if config.boundary_cache is None else cached(found, epochs=config.epochs)

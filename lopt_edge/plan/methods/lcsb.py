@@ -1,0 +1,55 @@
+"""LCSB (arXiv 2602.13073): the forward is exact; in the backward only a subset of the layers computes gradients.
+
+A layer is h_i = h_(i-1) + r_i(h_(i-1)). For the subset S of this step, from the end of the depth:
+
+    i in S:      dA_i, dB_i and g_(i-1) = (d h_i / d h_(i-1))^T g_i, exactly
+    i not in S:  g_(i-1) = g_i       (the residual path alone; no fetch, no saved input, no recomputation)
+
+so gradients below an unselected layer are approximations. Two selections (`--selection`), both of a share `--select-ratio`
+of the layers: `cyclic`, where with G = 1 / ratio groups step t takes the layers i with i mod G = t mod G; `uniform`, a draw
+for each step that is a function of the seed and the step. Each group has a plan of its own.
+
+What happens to unselected layers (`--unselected`): `move`, the paper's, updates them with a zero gradient, so that AdamW's
+momentum and decay go on; `rest` leaves them and their moments as they are.
+
+Where we deviate: nothing is propagated below the lowest selected layer, since nobody reads it. The paper's code is not
+public: groups are strided through the depth here (a contiguous block would leave whole regions without exact neighbours).
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lopt_edge.plan.course import Course, Phase
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import StepKind
+
+if TYPE_CHECKING:
+    from lopt_edge.config import Config
+
+
+def course(config: Config, n_layers: int) -> Course:
+    if config.selection == "uniform":
+        n_selected = max(1, round(config.select_ratio * n_layers))
+        drawn = partial(_drawn, config, n_layers, n_selected)
+        # the planner's stand-in: evenly spread from the first layer on, where the gradient goes furthest
+        widest = tuple(sorted({i * n_layers // n_selected for i in range(n_selected)}))
+        every = tuple(("layer", layer) for layer in range(n_layers))
+        return Course("lcsb", (_kind(config, n_layers, widest, "uniform"),), drawn=drawn, also=every)
+    n_groups = min(n_layers, max(1, round(1 / config.select_ratio)))
+    groups = [tuple(range(group, n_layers, n_groups)) for group in range(n_groups)]
+    kinds = tuple(_kind(config, n_layers, group, f"group-{i}") for i, group in enumerate(groups))
+    return Course("lcsb", kinds, (Phase(1.0, tuple(kind.name for kind in kinds)),))
+
+
+def _kind(config: Config, n_layers: int, selected: tuple[int, ...], name: str) -> StepKind:
+    through = tuple(layer for layer in range(n_layers) if layer not in selected)
+    resting = tuple(("layer", layer) for layer in through) if config.unselected == "move" else ()
+    return StepKind(name, (Segment(0, 0, n_layers - 1, "task", through=through),), resting=resting)
+
+
+def _drawn(config: Config, n_layers: int, n_selected: int, step: int) -> StepKind:
+    pick = random.Random(f"lcsb {config.seed} {step}")
+    return _kind(config, n_layers, tuple(sorted(pick.sample(range(n_layers), n_selected))), "uniform")

@@ -1,0 +1,30 @@
+"""Top layers: only the last N layers train (`--train-layers N`), the others have no adapters. A control, as `frozen`.
+
+With m = n - N:   h_m = f_m .. f_1 (h_0), detached;   L(f_n .. f_(m+1) (h_m)) trains layers m+1 .. n.
+
+It is `frozen` with the boundary counted from the end. N = n is `e2e`. No paper: it is what practitioners do by hand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.course import Course
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import StepKind
+
+if TYPE_CHECKING:
+    from lopt_edge.config import Config
+
+
+def course(config: Config, n_layers: int) -> Course:
+    wanted = config.train_layers
+    if wanted is None:
+        raise InputError("is needed by method top-layers", where="train_layers", fix=f"choose 1 to {n_layers}")
+    if wanted > n_layers:
+        raise InputError(f"{wanted} is more than the model's {n_layers} layers", where="train_layers",
+                         fix=f"choose 1 to {n_layers}")  # fmt: skip
+    first = n_layers - wanted
+    early = (Segment(0, 0, first - 1, "none"),) if first else ()
+    return Course("top-layers", (StepKind("", (*early, Segment(len(early), first, n_layers - 1, "task"))),))

@@ -1,0 +1,100 @@
+"""Writes the op list of one optimizer step of one kind: the same few rules for every method.
+
+Each segment runs forward, takes its loss and runs backward before the next segment starts, so that one segment's saved
+inputs are gone before the next one's exist. All STEPs come last, after every micro-batch, so a boundary is that of before
+the update ("stale"). With `fresh` boundaries each training segment has a pass of its own over all micro-batches and is
+updated at its end; the next pass runs the updated segment forward again.
+
+The last trained layer of a segment keeps its graph: its backward comes right after its forward, so recomputing it would be
+work for nothing. A layer without backward keeps nothing. A step that `reads` a boundary begins with it instead of the
+layers before; one that `writes` it stores it where those layers end. Where tensors lie is not decided here (passes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lopt_edge.plan.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.segments import Segment
+
+GroupName = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """One kind of optimizer step.
+
+    `resting` are parameter groups that are updated without a gradient (their momentum moves them). `reads`, `writes`: the
+    layer before which the cached boundary lies, None for none. `teacher`: the step reads a teacher's features.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    resting: tuple[GroupName, ...] = ()
+    fresh: bool = False
+    reads: int | None = None
+    writes: int | None = None
+    teacher: bool = False
+
+
+def groups_of(segment: Segment) -> list[GroupName]:
+    """The parameter groups that get gradients in a segment: one a layer, and the aux head of a local loss."""
+    return [("layer", layer) for layer in segment.trained] + [("aux", segment.index)] * segment.has_head
+
+
+def step_plan(
+    method: str,
+    kind: StepKind | tuple[Segment, ...],
+    *,
+    n_micro_batches: int,
+    placement: tuple[tuple[str, str], ...] = (),
+) -> Plan:
+    """The plan of one optimizer step over `n_micro_batches` micro-batches, all on the device."""
+    kind = kind if isinstance(kind, StepKind) else StepKind("", kind)
+    segments = kind.segments
+    ops: list[Op] = []
+    for pass_index, trains in enumerate(_passes(kind)):
+        for micro_batch in range(n_micro_batches):
+            ops += _micro_batch(kind, trains, micro_batch, pass_index)
+        if kind.fresh:
+            ops += [
+                Op(Kind.STEP, target, unit=unit) for s in segments if s.index in trains for unit, target in groups_of(s)
+            ]
+    if not kind.fresh:
+        ops += [Op(Kind.STEP, target, unit=unit) for segment in segments for unit, target in groups_of(segment)]
+    ops += [Op(Kind.STEP, target, unit=unit) for unit, target in kind.resting]
+    return Plan(method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops), kind=kind.name)
+
+
+def _passes(kind: StepKind) -> list[tuple[int, ...]]:
+    """The indices of the segments that train in each pass."""
+    training = tuple(segment.index for segment in kind.segments if segment.trains)
+    return [(index,) for index in training] if kind.fresh else [training]
+
+
+def _micro_batch(kind: StepKind, trains: tuple[int, ...], micro_batch: int, pass_index: int) -> Iterator[Op]:
+    if kind.reads is None:
+        yield Op(Kind.EMBED, micro_batch=micro_batch, pass_index=pass_index)
+    else:
+        yield Op(Kind.READ, kind.reads, micro_batch, item="boundary", pass_index=pass_index)
+    if kind.teacher:
+        yield Op(Kind.READ, 0, micro_batch, item="teacher", pass_index=pass_index)
+    for segment in kind.segments:
+        if segment.first == kind.writes:
+            yield Op(Kind.WRITE, segment.first, micro_batch, item="boundary", pass_index=pass_index)
+        if segment.index > max(trains):
+            return
+        if segment.last >= (kind.reads or 0):
+            yield from _segment_ops(segment, micro_batch, pass_index, trains=segment.index in trains)
+
+
+def _segment_ops(segment: Segment, micro_batch: int, pass_index: int, *, trains: bool) -> Iterator[Op]:
+    trained = segment.trained if trains else ()
+    for layer in segment.layers:
+        keep = Keep.NONE if layer not in trained else Keep.GRAPH if layer == trained[-1] else Keep.INPUT
+        yield Op(Kind.FORWARD, layer, micro_batch, keep, pass_index)
+    if trained:
+        yield Op(Kind.LOSS, segment.index, micro_batch, pass_index=pass_index)
+        for layer in reversed(trained):
+            yield Op(Kind.BACKWARD, layer, micro_batch, pass_index=pass_index)

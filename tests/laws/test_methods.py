@@ -1,0 +1,226 @@
+"""Each method's law: its gradients equal those of a direct construction of its definition in one autograd graph, bitwise.
+
+The reference knows segments and losses only: it runs the layers in order, detaches at each boundary, hands the gradient on
+unchanged where a layer is passed through, sums the losses and calls backward once. What an option changes in the course of
+a run (which kind each step is, which groups rest) is shown on the plans and on whole steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lopt_edge.plan.ops import Kind
+from lopt_edge.run.batches import Batch, window_totals
+from lopt_edge.run.feature_cache import FeatureCache, rounded
+from lopt_edge.run.losses import task_loss
+from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
+from tests.plan.plans import make_course
+
+BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
+DEPTH = 6
+
+
+class _PassThrough(torch.autograd.Function):
+    """The layer's output; the gradient goes to its input as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+        return leaving.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def reference_loss(bench: Bench, batch: Batch) -> torch.Tensor:
+    model, segments, totals = bench.model, bench.plan.segments, window_totals([batch])
+    n_local = sum(segment.is_local for segment in segments)
+    model.clock.micro_batch = 0
+    hidden, total = model.embed(batch.ids_BT), torch.zeros(())
+    frame = model.frame(hidden)
+    for segment in segments:
+        entered = hidden = hidden.detach()
+        for layer in segment.layers:
+            if layer in segment.trained:
+                hidden = model.run_layer(layer, hidden, frame)
+            else:
+                with torch.no_grad():
+                    leaving = model.run_layer(layer, hidden, frame)
+                hidden = _PassThrough.apply(hidden, leaving) if segment.trains else leaving
+        if not segment.trains:
+            continue
+        flat = hidden.flatten(0, 1)
+        if segment.has_head:
+            rows = torch.arange(len(flat)) if batch.real_N is None else batch.real_N
+            loss = bench.heads[segment.index](flat[rows], entered.flatten(0, 1)[rows])
+            loss = loss * (1.0 / (totals.tokens * flat.shape[1]))
+        else:
+            loss = task_loss(model, flat[batch.supervised_N], batch.targets_N) * (1.0 / totals.supervised)
+        total = total + (loss * (LOCAL_WEIGHT / n_local) if segment.is_local else loss)
+    return total
+
+
+CASES = {
+    "lopt, next-token": ("lopt", {"num_segments": 3, "local_loss": "next-token"}),
+    "lopt, some steps": ("lopt", {"local_every": 2}),
+    "lopt, opened": ("lopt", {"open_every": 3}),
+    "lopt, opened and some": ("lopt", {"open_every": 4, "local_every": 2}),
+    "lopt, never but opened": ("lopt", {"open_every": 2, "local_every": 0}),
+    "lopt, never": ("lopt", {"local_every": 0}),
+    "top-layers": ("top-layers", {"train_layers": 2}),
+    "top-layers, all": ("top-layers", {"train_layers": DEPTH}),
+    "lcsb": ("lcsb", {}),
+    "lcsb, a third, resting": ("lcsb", {"select_ratio": 0.34, "unselected": "rest"}),
+    "lcsb, uniform": ("lcsb", {"selection": "uniform"}),
+    "lcsb, all": ("lcsb", {"select_ratio": 1.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(four_bit):
+    return four_bit("llama", num_hidden_layers=DEPTH)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_step_equals_one_graph_bitwise(folder, name):
+    method, options = CASES[name]
+    bench = make_bench(folder, method=method, **options)
+    for kind in bench.plans:
+        here = bench.of_kind(kind)
+        for batch in BATCHES:
+            ours = here.gradients([batch])
+            reference_loss(here, batch).backward()
+            theirs = here.take_gradients()
+            assert ours.keys() == theirs.keys() and ours
+            for parameter, gradient in ours.items():
+                assert gradient.abs().max() > 0, f"{parameter} is zero: the test would prove nothing"
+                assert torch.equal(gradient, theirs[parameter]), (kind, parameter)
+
+
+def test_a_whole_selection_is_end_to_end(folder):
+    """LCSB with all layers and an open step: e2e's gradients, bitwise."""
+    wanted = make_bench(folder, method="e2e").gradients([BATCHES[0]])
+    all_selected = make_bench(folder, method="lcsb", select_ratio=1.0).gradients([BATCHES[0]])
+    opened = make_bench(folder, method="lopt", open_every=2).of_kind("open").gradients([BATCHES[0]])
+    for found in (all_selected, opened):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("num_segments", [2, 3])
+def test_a_fresh_boundary_is_that_of_the_updated_segment(folder, num_segments):
+    """When a segment is updated, those before it have been: its gradients are those of one graph with their new values."""
+    bench = make_bench(folder, num_segments=num_segments, boundary_update="fresh", n_micro_batches=1)
+    names = bench.names()
+    seen: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
+
+    def observe(op, after):
+        if op.kind is Kind.STEP and not after:
+            segment = op.target if op.unit == "aux" else bench.plan.segment_of(op.target).index
+            values = {name: p.detach().clone() for name, p in names.items()}
+            gradients = {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
+            seen.setdefault(segment, (values, gradients))
+
+    bench.executor.observe = observe
+    rates = dict.fromkeys(range(num_segments), 1e-2)
+    bench.executor.run(bench.plan, [BATCHES[0]], step=1, learning_rates=rates)
+    bench.executor.observe = None
+    assert sorted(seen) == list(range(num_segments))
+    for segment, (values, ours) in seen.items():
+        for name, parameter in names.items():
+            parameter.data.copy_(values[name])
+        reference_loss(bench, BATCHES[0]).backward()
+        theirs = bench.take_gradients()
+        assert ours
+        for name, gradient in ours.items():
+            assert torch.equal(gradient, theirs[name]), (segment, name)
+    changed = [name for name in names if not torch.equal(seen[0][0][name], seen[num_segments - 1][0][name])]
+    assert changed, "the early segments were updated before the last one's gradients"
+
+
+@pytest.mark.parametrize("unselected", ["move", "rest"])
+def test_unselected_layers_move_by_momentum_or_rest(folder, unselected):
+    bench = make_bench(folder, method="lcsb", unselected=unselected)
+    for step, kind in enumerate(bench.plans, start=1):  # one step of each: all have moments
+        bench.executor.run(bench.plans[kind], [BATCHES[0]], step=step, learning_rates={0: 1e-2})
+    other = bench.of_kind("group-1").names()
+    before = {name: p.detach().clone() for name, p in other.items()}
+    updates = {group: state.steps for group, state in bench.executor.optimizer.groups.items()}
+    bench.executor.run(bench.plans["group-0"], [BATCHES[0]], step=3, learning_rates={0: 1e-2})
+    moved = [not torch.equal(before[name], p.detach()) for name, p in other.items()]
+    assert all(moved) if unselected == "move" else not any(moved)
+    for (unit, layer), state in bench.executor.optimizer.groups.items():
+        is_updated = layer % 2 == 0 or unselected == "move"
+        assert state.steps == updates[unit, layer] + is_updated
+
+
+def test_a_moving_layer_is_updated_as_torch_does_with_a_zero_gradient(folder):
+    bench = make_bench(folder, method="lcsb", clip=0.0)
+    group = bench.executor.optimizer.groups["layer", 1]
+    bench.executor.run(bench.plans["group-1"], [BATCHES[0]], step=1, learning_rates={0: 1e-2})
+    twin = torch.nn.Parameter(group.values.detach().clone())
+    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    first, second = bench.executor.optimizer.moments_copy(("layer", 1)).clone().view(2, -1)
+    adamw.state[twin] = {"step": torch.tensor(1.0), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
+    twin.grad = torch.zeros_like(twin)
+    adamw.step()
+    bench.executor.run(bench.plans["group-0"], [BATCHES[0]], step=2, learning_rates={0: 1e-2})
+    torch.testing.assert_close(group.values, twin.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_which_step_is_of_which_kind():
+    def kinds(method: str, n_steps: int = 8, **options: Any) -> str:
+        course = make_course(method, n_layers=DEPTH, **options)
+        return " ".join(course.kind(step, n_steps).name[:6] or "-" for step in range(1, n_steps + 1))
+
+    assert kinds("lopt") == "- - - - - - - -"
+    assert kinds("lopt", local_every=4) == "local rest rest rest local rest rest rest"
+    assert kinds("lopt", open_every=3) == "open local local open local local open local"
+    assert kinds("lopt", open_every=4, local_every=2) == "open local rest local open local rest local"
+    assert kinds("lcsb", select_ratio=0.34, n_steps=4) == "group- group- group- group-"
+    course = make_course("lcsb", n_layers=DEPTH, select_ratio=0.34)
+    assert [course.kind(step, 9).segments[0].trained for step in (1, 2, 3, 4)] == [(0, 3), (1, 4), (2, 5), (0, 3)]
+
+
+def test_a_uniform_draw_is_a_function_of_seed_and_step():
+    def draws(seed: int) -> list[tuple[int, ...]]:
+        course = make_course("lcsb", n_layers=DEPTH, selection="uniform", seed=seed)
+        return [course.kind(step, 40).segments[0].trained for step in range(1, 41)]
+
+    assert draws(0) == draws(0) != draws(1)
+    assert all(len(drawn) == 3 for drawn in draws(0))
+    assert {layer for drawn in draws(0) for layer in drawn} == set(range(DEPTH))
+
+
+@pytest.mark.parametrize(("method", "options"), [("frozen", {"num_segments": 3}), ("top-layers", {"train_layers": 2}),
+                                                 ("lopt", {"local_every": 0})])  # fmt: skip
+def test_a_step_that_reads_the_boundary_equals_the_one_that_wrote_it(folder, tmp_path, method, options):
+    """And both equal one graph whose boundary is rounded to bfloat16."""
+    bench = make_bench(folder, method=method, boundary_cache="unused", **options)
+    batch = replace(BATCHES[0], examples=(1, 0))
+    width = bench.model.facts.hidden_size
+    cache = FeatureCache(tmp_path, identity={}, lengths=(7, 11), width=width)
+    bench.executor.caches = {"boundary": cache}
+    filled = bench.of_kind("fill").gradients([batch])
+    read = bench.of_kind("read").gradients([batch])
+    assert cache.has([0, 1]) and filled.keys() == read.keys()
+    last = bench.plan.segments[-1]
+    hidden = bench.model.embed(batch.ids_BT)
+    frame = bench.model.frame(hidden)
+    with torch.no_grad():
+        for layer in range(last.first):
+            hidden = bench.model.run_layer(layer, hidden, frame)
+    hidden = rounded(hidden)
+    for layer in last.layers:
+        hidden = bench.model.run_layer(layer, hidden, frame)
+    loss = task_loss(bench.model, hidden.flatten(0, 1)[batch.supervised_N], batch.targets_N)
+    (loss * (1.0 / len(batch.targets_N))).backward()
+    theirs = bench.of_kind("read").take_gradients()
+    for name, gradient in read.items():
+        assert torch.equal(gradient, filled[name]) and torch.equal(gradient, theirs[name]), name
+    kinds = [op.kind for op in bench.of_kind("read").plan.ops]
+    assert Kind.EMBED not in kinds and kinds.count(Kind.FORWARD) == len(last.layers)
