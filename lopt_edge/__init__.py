@@ -1,7 +1,7 @@
 """lopt-edge: low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.
 
-Public names: `Config`, `load_config`, `plan_run`, `finetune`, `generate`, `export`, `InputError`, `RunError`. They
-resolve on first use, so that importing the package (or planning) never loads torch.
+Public names: `Config`, `load_config`, `plan_run`, `finetune`, `compare`, `generate`, `export`, `InputError`, `RunError`.
+They resolve on first use, so that importing the package (or planning) never loads torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lopt_edge.comparison import compare
     from lopt_edge.config import Config, load_config
     from lopt_edge.errors import InputError, RunError
     from lopt_edge.generation import generate
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from lopt_edge.planning import plan_run
     from lopt_edge.training import finetune
 
-__all__ = ["Config", "InputError", "RunError", "export", "finetune", "generate", "load_config", "plan_run"]
+__all__ = ["Config", "InputError", "RunError", "compare", "export", "finetune", "generate", "load_config", "plan_run"]
 
 _HOMES = {
     "Config": "config",
     "InputError": "errors",
     "RunError": "errors",
+    "compare": "comparison",
     "export": "merging",
     "finetune": "training",
     "generate": "generation",

@@ -199,6 +199,37 @@ def _print_result(result: Any) -> None:
     out.print(f"adapter: {result.output}", markup=False)
 
 
+@app.command("compare")
+def compare_command(
+    config_file: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="settings that all variants share")],
+    methods: Annotated[str, typer.Option("--methods", help="e.g. e2e,lopt,lopt:k=4:lr_local=0.1x,frozen")],
+    seeds: Annotated[str, typer.Option("--seeds", help="one run of each variant per seed")] = "0,1,2",
+    output: Annotated[str | None, typer.Option("--output", help="folder of runs, tables (default: the config's)")] = None,
+    lr_grid: Annotated[
+        str, typer.Option("--lr-grid", help="tune each variant's lr on the first seed, e.g. 1e-4,3e-4,1e-3")
+    ] = "",
+    test_data: Annotated[str | None, typer.Option("--test-data", help="the final figures are of this file")] = None,
+    exact_match: Annotated[int, typer.Option("--exact-match", help="compare greedy completions of the first N rows")] = 0,
+    only: Annotated[str, typer.Option("--only", help="run what is missing of these variants only")] = "",
+    jobs: Annotated[int, typer.Option("--jobs", help="how many runs at once (their seconds are then not comparable)")] = 1,
+) -> None:
+    """Compare methods on the same data, seeds and tokens: tables and plots. What is there already is not run again."""
+    from lopt_edge.comparison import compare
+
+    def say(text: str) -> None:
+        err.print(text, markup=False, soft_wrap=True)
+
+    with _stoppable():
+        found = compare(config_file, methods, seeds=seeds, output=output, lr_grid=lr_grid, test_data=test_data,
+                        exact_match=exact_match, only=only, jobs=jobs, say=say)  # fmt: skip
+    print(found.markdown, end="")
+    say(f"tables and plots: {found.study.output / 'compare.html'}")
+    for problem in found.problems:
+        say(f"failed: {problem}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
 @app.command()
 def quantize(
     source: Annotated[str, typer.Argument(help="model folder or hub id")],
