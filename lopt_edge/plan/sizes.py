@@ -239,9 +239,13 @@ class Sizes:
         return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
-        """A boundary that is read or written: the hidden states, one example as the cache holds it, and the frame."""
-        one = CACHE_ITEMSIZE * batch.n_tokens * self.shape.facts.hidden_size
-        return self.hidden_bytes(batch) + one + (self._embed(batch)[1] if reads else 0)
+        """A boundary: read, one example as the cache holds it and in the compute dtype; written, all rounded at once."""
+        hidden = self.hidden_bytes(batch)
+        if not reads:
+            return hidden + self.cache_bytes(batch.n_rows)
+        cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
+        one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
+        return hidden + max(one, self._embed(batch)[1])
 
     def cache_bytes(self, n_tokens: int) -> int:
         """Of a boundary cache over so many tokens, on disk."""

@@ -72,6 +72,18 @@ def test_plain_peft_gives_our_logits(models, tmp_path, method, dtype):
     assert len(carried) == len(load_file(output / ADAPTER_NAME)), "peft makes no other adapter, and misses none"
 
 
+@pytest.mark.parametrize("settings", [{"method": "lcsb"}, {"method": "top-layers", "train_layers": 3}, {"open_every": 2},
+                                      {"local_every": 0}, {"boundary_update": "fresh"}])  # fmt: skip
+def test_the_adapter_of_every_method_loads(models, tmp_path, settings):
+    config = make_config(models["float32"], tmp_path, max_steps=3, **settings)
+    finetune(config)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised(config)), config.output).train()
+    with torch.no_grad():
+        reference = theirs(IDS, use_cache=False).logits.float()
+    assert difference(ours(config, Path(config.output)), reference) <= 1e-4
+    assert difference(ours(config, None), reference) > 1e-3
+
+
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
 def test_other_families_and_chosen_targets(tmp_path, family):
     """Fused projections, biases, tied embeddings; adapters on some modules only, alpha / r that is no integer."""

@@ -122,8 +122,14 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
         {"eval_fraction": 0.3, "eval_every": 1, "keep_best": True},
         {"schedule": "linear", "weight_decay": 0.1, "batch_size": 3, "grad_accum": 3},
         {"sample_prompt": "What is 3?", "seed": 9},
+        {"method": "lcsb"},
+        {"method": "lcsb", "selection": "uniform", "unselected": "rest"},
+        {"method": "top-layers", "train_layers": 3},
+        {"local_every": 2, "open_every": 3},
+        {"boundary_update": "fresh"},
+        {"local_loss": "next-token", "num_segments": 3},
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=lambda settings: "-".join(map(str, list(settings.items())[-1])),
 )
 def test_every_kind_of_state_is_kept(runs, tmp_path, stop_in, settings):
     """Two stops: in the second window's first micro-batch, and in the fourth one's last."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lopt_edge.plan.ops import Kind
-from tests.laws.timeline_bench import Comparison, Setting, compare, odd_setting, random_setting
+from tests.laws.timeline_bench import Comparison, Setting, compare, method_setting, odd_setting, random_setting
 from tests.models import FAMILIES
 
 PLAIN = (0, 1, 2, 16, 23, 34, 35, 58, 188, 221, 222, 232, 244, 251, 258, 281, 283, 357, 388)
@@ -40,6 +40,20 @@ MOVING = ("optimizer", "gradients", "saved inputs")
 NUMBERS = 64  # bytes of scalars that nobody predicts
 
 
+METHODS = (
+    (1, "lcsb", "group-1", {}),
+    (2, "lcsb", "group-0", {"unselected": "rest", "select_ratio": 0.34}),
+    (16, "lcsb", "uniform", {"selection": "uniform"}),
+    (23, "lopt", "rest", {"local_every": 2}),
+    (34, "lopt", "open", {"open_every": 3}),
+    (35, "lopt", None, {"local_loss": "next-token"}),
+    (58, "lopt", None, {"boundary_update": "fresh"}),
+    (188, "top-layers", None, {"train_layers": 1}),
+    (221, "frozen", "fill", {"boundary_cache": "x"}),
+    (222, "frozen", "read", {"boundary_cache": "x"}),
+)
+
+
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
     return [*plain, *dropped, *(odd_setting(n) for n in ODD)]
@@ -52,6 +66,11 @@ def named(settings: list[Setting]) -> list[object]:
 @pytest.mark.parametrize("setting", named(chosen()))
 def test_predicted_bytes_are_the_tracked_ones(tmp_path, setting):
     check(setting, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "method", "kind", "options"), METHODS)
+def test_predicted_bytes_of_other_methods_are_the_tracked_ones(tmp_path, number, method, kind, options):
+    check(method_setting(number, method, kind, **options), tmp_path)
 
 
 @pytest.mark.long

@@ -23,6 +23,7 @@ from lopt_edge.plan.sizes import Sizes
 from lopt_edge.plan.timeline import Timeline, timeline
 from lopt_edge.report import MeasuredOp, MemoryMeter
 from lopt_edge.run.batches import Batch
+from lopt_edge.run.feature_cache import FeatureCache
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.models import FAMILIES, make_folder
 
@@ -45,6 +46,8 @@ class Setting:
     rank: int = 4
     dropout: float = 0.0
     stored: torch.dtype = torch.float32  # of the vocabulary
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own
+    kind: str | None = None  # of step that is watched, where a run has several
 
 
 def random_setting(number: int, *, dropout: bool = False) -> Setting:
@@ -83,6 +86,15 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
         dropout=0.1 if dropout else 0.0,
         stored=pick.choice([torch.float32, torch.bfloat16]),
     )  # fmt: skip
+
+
+def method_setting(number: int, method: str, kind: str | None = None, **options: Any) -> Setting:
+    """Random settings of that number with a method and its options."""
+    found = random_setting(number)
+    if options.get("boundary_update") == "fresh" and found.knobs.apply == "layer":
+        found = replace(found, knobs=replace(found.knobs, apply="segment"))
+    cut = method in ("lopt", "frozen")
+    return replace(found, method=method, num_segments=2 if cut else 1, options=options, kind=kind)
 
 
 def odd_setting(number: int) -> Setting:
@@ -167,24 +179,42 @@ def compare(setting: Setting, root: Path) -> Comparison:
     bench = make_bench(
         folder / "q", method=setting.method, num_segments=setting.num_segments, n_micro_batches=len(setting.lengths),
         dtype=setting.dtype, knobs=setting.knobs, page_dir=folder, targets=setting.targets, rank=setting.rank,
-        dropout=setting.dropout, clip=0.0 if setting.knobs.apply == "layer" else 1.0,
+        dropout=setting.dropout, clip=0.0 if setting.knobs.apply == "layer" else 1.0, **setting.options,
     )  # fmt: skip
     vocabulary = setting.changes.get("vocab_size", 320)
     batches = [random_batch(lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
-    rates = {segment.index: 1e-3 for segment in bench.plan.segments}
-    bench.executor.run(bench.plan, batches, step=1, learning_rates=rates)
+    batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
+    lengths = [length for batch in batches for length in batch.lengths]
+    cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
+    bench.executor.caches = {"boundary": cache}
+    rates = dict.fromkeys(range(9), 1e-3)
+    for step, plan in enumerate(bench.plans.values(), start=1):  # all moments are there, and what a step reads
+        bench.executor.run(plan, batches, step=step, learning_rates=rates)
+    bench = bench if setting.kind is None else bench.of_kind(setting.kind)
     meter = MemoryMeter(bench.executor)
     with meter.watching(batches):
-        bench.executor.run(bench.plan, batches, step=2, learning_rates=rates)
+        bench.executor.run(bench.plan, batches, step=9, learning_rates=rates)
     meter.stop()
     bench.executor.mover.close()
     return Comparison(setting, meter.rows, predicted(setting, bench.model.facts, bench, batches))
 
 
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _numbered(batches: list[Batch], index: int) -> tuple[int, ...]:
+    """The examples of a micro-batch, counted through the window."""
+    first = sum(len(batch.lengths) for batch in batches[:index])
+    return tuple(range(first, first + len(batches[index].lengths)))
+
+
 def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[Batch]) -> Timeline:
     targets = setting.targets or facts.linear_names
     shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
-    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize)
+    groups = tuple(bench.executor.optimizer.groups)
+    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups)
     return timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])
 
 
