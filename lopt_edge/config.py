@@ -31,7 +31,7 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb"] = Field(
+    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop"] = Field(
         "lopt", description="how far the task gradient reaches"
     )
     num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
@@ -48,6 +48,11 @@ class Config(BaseModel):
     selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
     select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
     unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
+    stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
+    tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
+    stage_patience: int | None = Field(
+        None, ge=1, description="segprop: a stage ends after N evaluations in a row without a lower held-out loss"
+    )
     boundary_cache: str | None = Field(
         None, description="folder that keeps the boundary of each example, where early segments never train"
     )
@@ -192,6 +197,11 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     elif config.boundary_cache and config.init_adapter and config.lora_dropout:
         yield ("boundary_cache", "cannot be with init_adapter and lora_dropout: dropout changes the boundary each time",
                "add --lora-dropout 0")  # fmt: skip
+    if config.method == "segprop" and config.keep_best:
+        yield "keep_best", "cannot be with segprop: its stages train other networks than the whole model", "leave it out"
+    if config.stage_patience and not (config.eval_every and (config.eval_data or config.eval_fraction)):
+        yield ("stage_patience", "needs evaluations: eval_every, and eval_data or eval_fraction",
+               "add --eval-every and --eval-fraction")  # fmt: skip
     if config.method == "top-layers" and config.train_layers is None:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
     if config.method != "lopt":

@@ -97,10 +97,6 @@ class Inputs:
             skipped = first % per_epoch if epoch == first // per_epoch else 0
             yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
 
-    def kind(self, step: int) -> StepKind:
-        """Which kind of step `step` (from 1) is."""
-        return self.course.kind(step, self.n_steps)
-
     def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
 

@@ -56,6 +56,10 @@ class RunState:
     best: dict[str, float] | None = None  # with keep_best: the evaluation of the saved adapter
     samples: dict[str, str] = field(default_factory=dict)
     level: LossLevel = field(default_factory=LossLevel)
+    stage_ends: list[int] = field(default_factory=list)  # last steps of the stages that ended early
+    stage: int = 0  # of which the next two are: its lowest held-out loss, and for how many evaluations that stands
+    stage_loss: float | None = None
+    stage_waits: int = 0
     skip: list[int] = field(default_factory=list)  # steps known to end in numbers that are not finite
     skipped: int = 0
     skipped_in_row: int = 0

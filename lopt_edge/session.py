@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
-from lopt_edge.caching import boundary_cache
+from lopt_edge.caching import boundary_caches
 from lopt_edge.checkpoint import name_of
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.errors import Interrupted, RunError
@@ -28,7 +28,6 @@ from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import folder_bytes, four_bit_folder
 from lopt_edge.not_finite import dump_not_finite
 from lopt_edge.plan.budget import Budget, format_bytes
-from lopt_edge.plan.course import FILL, READ
 from lopt_edge.plan.knobs import placement_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.step import StepKind
@@ -43,11 +42,12 @@ from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import load_adapters
 from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
 from lopt_edge.run.op_faults import memory_faults
-from lopt_edge.run.optim import NotFinite, learning_rate
+from lopt_edge.run.optim import NotFinite
 from lopt_edge.run_state import RunState
 from lopt_edge.saving import Saver
 from lopt_edge.signals import Interrupts
 from lopt_edge.snapshot import restore, restore_best
+from lopt_edge.step_kinds import StepKinds
 
 SAMPLE = Sampling(max_new_tokens=48)
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
@@ -91,8 +91,7 @@ class Session:
         tiers = open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
                            need_disk_bytes=self.predicted["disk_bytes"],
                            journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
-        with boundary_cache(inputs) as cache, tiers as mover:
-            self.mover, self.cache = mover, cache
+        with boundary_caches(inputs) as self.caches, tiers as self.mover:
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
                 self._load()
@@ -107,7 +106,7 @@ class Session:
                 self.executor.let_go()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
                 release_free_memory()
                 self._save_adapter_and_tokenizer()
-            self.peaks_below = peaks_below(mover)
+            self.peaks_below = peaks_below(self.mover)
 
     def _load(self) -> None:
         inputs, start = self.inputs, self.start
@@ -115,7 +114,7 @@ class Session:
                                 placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
         adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
         self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
-        self.executor.caches = {} if self.cache is None else {"boundary": self.cache}
+        self.kinds = StepKinds(inputs, self.state, self.executor, self.caches)
         if start is not None:
             self._go_on_from(start)
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
@@ -225,8 +224,8 @@ class Session:
         return state.evaluated < state.steps and bool(state.steps >= self.n_steps or (every and state.steps % every == 0))
 
     def _step(self, step: int, window: Window) -> None:
-        started, kind = time.perf_counter(), self._kind(step, window)
-        rates = self._rates(step, kind)
+        started, kind = time.perf_counter(), self.kinds.of(step, window)
+        rates = self.kinds.rates(step, kind)
         if step in self.state.skip:
             self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
@@ -248,21 +247,16 @@ class Session:
         except NotFinite as error:
             if not error.values_intact:
                 raise
-            self._not_finite(step, window, batches, plan, error)
+            self._not_finite(step, window, batches, plan, rates, error)
             return
         self._record(step, kind, result, rates, time.perf_counter() - started)
 
-    def _kind(self, step: int, window: Window) -> StepKind:
-        """Of the step; with a boundary cache, as its examples are there or not."""
-        if self.cache is None:
-            return self.inputs.kind(step)
-        there = all(self.cache.has(indices) for indices in window)
-        return self.inputs.course.named[READ if there else FILL]
-
-    def _not_finite(self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, error: NotFinite) -> None:
+    def _not_finite(
+        self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, rates: Mapping[int, float], error: NotFinite
+    ) -> None:
         """Nothing was updated: say where it began, then go on without this batch, or stop."""
         file, op = dump_not_finite(self.inputs, self.executor, step=step, window=window, batches=batches, plan=plan,
-                                   rates=self._rates(step, self._kind(step, window)), error=error)  # fmt: skip
+                                   rates=rates, error=error)  # fmt: skip
         self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
         if self.config.on_nan == "stop":
@@ -321,21 +315,6 @@ class Session:
         )  # fmt: skip
         self.progress.note(f"memory report: {files[0]} and {files[1]}")
 
-    def _rates(self, step: int, kind: StepKind) -> dict[int, float]:
-        """By segment: the task's rate where the gradient is the task's."""
-        config = self.config
-        return {
-            segment.index: learning_rate(
-                step,
-                n_steps=self.n_steps,
-                peak=config.lr if segment.loss == "task" else config.local_lr,
-                schedule=config.schedule,
-                warmup_ratio=config.warmup_ratio,
-            )
-            for segment in kind.segments
-            if segment.trains
-        }
-
     def _record(self, step: int, kind: StepKind, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:
         state = self.state
         self._finish(step)
@@ -391,8 +370,9 @@ class Session:
             for name, batches in (("eval_loss", self.held_out), ("retention_loss", self.retention)):
                 if batches:
                     found[name] = self.executor.evaluate(
-                        batches, token_tile=self.inputs.knobs.token_tile, between=self.interrupts.check
-                    )
+                        batches, token_tile=self.inputs.knobs.token_tile, layers=self.kinds.layers(step),
+                        between=self.interrupts.check,
+                    )  # fmt: skip
         for name, loss in found.items():
             if not math.isfinite(loss):
                 raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
@@ -402,6 +382,9 @@ class Session:
         if found:
             self.log.write({"step": step, **found})
             self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        if (over := self.kinds.stage_over(step, found.get("eval_loss"))) is not None:
+            self.progress.note(over)
+            self.events.write({"event": "stage ended", "step": step, "reason": over})
         state.evaluated, state.best = step, found if self.config.keep_best and better else state.best
         return found
 

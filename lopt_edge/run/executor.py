@@ -397,15 +397,23 @@ class Executor:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Sequence[Batch], *, token_tile: int = TOKEN_TILES[0], between: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[Batch],
+        *,
+        token_tile: int = TOKEN_TILES[0],
+        layers: Sequence[int] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> float:
-        """Mean task loss per supervised token, forward only, in tiles of so many tokens. `between`: before each batch."""
+        """Mean task loss per supervised token, forward only, in tiles of so many tokens. `between`: before each batch.
+
+        `layers`: those that run, where it is not all of them.
+        """
         total, n_supervised = 0.0, 0
         for batch in batches:
             between()
             hidden_BTD = self.model.embed(batch.ids_BT)
             frame = self.model.frame(hidden_BTD)
-            hidden_BTD = self.model.run_all(hidden_BTD, frame)
+            hidden_BTD = self.model.run_all(hidden_BTD, frame, layers=layers)
             selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
             for start in range(0, len(selected_ND), token_tile):
                 tile = slice(start, start + token_tile)

@@ -39,30 +39,12 @@ class FeatureCache:
         self.folder, self.lengths, self.width = folder, tuple(lengths), width
         self.starts = (0, *accumulate(self.lengths))
         self.known: set[int] = set()  # written or verified by this process
-        self._claim(dict(identity) | {"width": width, "examples": len(self.lengths), "tokens": self.starts[-1]})
+        claim(folder, dict(identity) | {"width": width, "examples": len(self.lengths), "tokens": self.starts[-1]})
         try:
             self._rows, self._marks = (os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                                        for name in (ROWS_NAME, MARKS_NAME))  # fmt: skip
         except OSError as error:
             raise self._failure(error) from None
-
-    def _claim(self, identity: dict[str, Any]) -> None:
-        path = self.folder / IDENTITY_NAME
-        if not path.exists():
-            strangers = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
-            if strangers:
-                raise InputError(f"holds {strangers[0]!r}, but no cache", where=str(self.folder), fix="name a new folder")
-            write_json(path, identity)
-            return
-        try:
-            found = read_json(path)
-        except FolderError as error:
-            raise InputError(str(error), where=str(path), fix="remove the cache, or name another folder") from None
-        if found != json.loads(json.dumps(identity)):
-            values = found if isinstance(found, dict) else {}
-            others = [name for name in identity if values.get(name) != identity[name]] or ["its form"]
-            raise InputError(f"is a cache of another run: {', '.join(others)} differ", where=str(self.folder),
-                             fix="remove it, or name another folder")  # fmt: skip
 
     @property
     def n_bytes(self) -> int:
@@ -135,6 +117,26 @@ class FeatureCache:
     def close(self) -> None:
         for descriptor in (self._rows, self._marks):
             os.close(descriptor)
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder a cache of this identity. Raises InputError if it is one of another, or holds something else."""
+    path = folder / IDENTITY_NAME
+    if not path.exists():
+        strangers = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        if strangers:
+            raise InputError(f"holds {strangers[0]!r}, but no cache", where=str(folder), fix="name a new folder")
+        write_json(path, dict(identity))
+        return
+    try:
+        found = read_json(path)
+    except FolderError as error:
+        raise InputError(str(error), where=str(path), fix="remove the cache, or name another folder") from None
+    if found != json.loads(json.dumps(dict(identity))):
+        values = found if isinstance(found, dict) else {}
+        others = [name for name in identity if values.get(name) != identity[name]] or ["its form"]
+        raise InputError(f"is a cache of another run: {', '.join(others)} differ", where=str(folder),
+                         fix="remove it, or name another folder")  # fmt: skip
 
 
 def rounded(hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: B sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,11 @@ class Model:
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def run_all(self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None) -> Tensor:
-        """All layers in order, forward only (evaluation, generation); streamed ones come and go."""
-        layers = range(self.facts.n_layers)
+    def run_all(
+        self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """All layers in order (or these), forward only (evaluation, generation); streamed ones come and go."""
+        layers = range(self.facts.n_layers) if layers is None else layers
         for layer in self.weights.stream(layers) if self.weights is not None else layers:
             hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
         return hidden_BTD

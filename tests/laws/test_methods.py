@@ -77,6 +77,8 @@ CASES = {
     "lcsb, a third, resting": ("lcsb", {"select_ratio": 0.34, "unselected": "rest"}),
     "lcsb, uniform": ("lcsb", {"selection": "uniform"}),
     "lcsb, all": ("lcsb", {"select_ratio": 1.0}),
+    "segprop": ("segprop", {"stages": 2, "tail_layers": 2}),
+    "segprop, single layers": ("segprop", {"stages": 5, "tail_layers": 1}),
 }
 
 
@@ -184,6 +186,25 @@ def test_which_step_is_of_which_kind():
     assert kinds("lcsb", select_ratio=0.34, n_steps=4) == "group- group- group- group-"
     course = make_course("lcsb", n_layers=DEPTH, select_ratio=0.34)
     assert [course.kind(step, 9).segments[0].trained for step in (1, 2, 3, 4)] == [(0, 3), (1, 4), (2, 5), (0, 3)]
+
+
+def test_the_stages_of_segprop():
+    """Each trains its segment and the tail, runs the finished ones, and leaves the later ones out; all share the steps."""
+    course = make_course("segprop", n_layers=6, stages=2, tail_layers=2)
+    first, second = course.kinds
+    assert [(s.layers, s.trained) for s in first.segments] == [((0, 1, 4, 5), (0, 1, 4, 5))]
+    assert [(s.layers, s.trained) for s in second.segments] == [((0, 1), ()), ((2, 3, 4, 5), (2, 3, 4, 5))]
+    assert [course.kind(step, 10) for step in range(1, 11)] == [first] * 5 + [second] * 5
+    assert [course.phase(step, 10) for step in (1, 5, 6, 10)] == [(0, 1, 5), (0, 1, 5), (1, 6, 10), (1, 6, 10)]
+    assert course.adapted == tuple(range(6))
+
+
+def test_a_stage_that_ends_early_leaves_its_steps_to_the_later_ones():
+    course = make_course("segprop", n_layers=6, stages=4, tail_layers=2)
+    assert [course.phase(step, 16)[0] for step in range(1, 17)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert [course.phase(step, 16, ended=[2])[0] for step in range(1, 17)] == [0] * 2 + [1] * 5 + [2] * 5 + [3] * 4
+    assert [course.phase(step, 16, ended=[2, 4])[0] for step in range(1, 17)] == [0] * 2 + [1] * 2 + [2] * 6 + [3] * 6
+    assert course.phase(3, 16, ended=[2, 4]) == (1, 3, 4)
 
 
 def test_a_uniform_draw_is_a_function_of_seed_and_step():

@@ -127,6 +127,8 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
         {"method": "top-layers", "train_layers": 3},
         {"local_every": 2, "open_every": 3},
         {"boundary_update": "fresh"},
+        {"method": "segprop", "tail_layers": 1, "stages": 3},
+        {"method": "segprop", "tail_layers": 2, "stages": 2, "eval_fraction": 0.3, "eval_every": 1, "stage_patience": 1},
         {"local_loss": "next-token", "num_segments": 3},
     ],
     ids=lambda settings: "-".join(map(str, list(settings.items())[-1])),

@@ -48,6 +48,8 @@ METHODS = (
     (34, "lopt", "open", {"open_every": 3}),
     (35, "lopt", None, {"local_loss": "next-token"}),
     (58, "lopt", None, {"boundary_update": "fresh"}),
+    (244, "segprop", "stage-1", {"stages": 1, "tail_layers": 1}),
+    (251, "segprop", "stage-2", {"stages": 2, "tail_layers": 1}),
     (188, "top-layers", None, {"train_layers": 1}),
     (221, "frozen", "fill", {"boundary_cache": "x"}),
     (222, "frozen", "read", {"boundary_cache": "x"}),

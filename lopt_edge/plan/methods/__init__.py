@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.course import cached
-from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, top_layers
+from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, segprop, top_layers
 
 if TYPE_CHECKING:
     from lopt_edge.config import Config
@@ -24,6 +24,7 @@ METHODS: Mapping[str, Make] = {
     "frozen": frozen.course,
     "top-layers": top_layers.course,
     "lcsb": lcsb.course,
+    "segprop": segprop.course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "boundary_update": ("lopt",),
@@ -34,9 +35,12 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "selection": ("lcsb",),
     "select_ratio": ("lcsb",),
     "unselected": ("lcsb",),
+    "stages": ("segprop",),
+    "tail_layers": ("segprop",),
+    "stage_patience": ("segprop",),
 }
 CUT_METHODS = ("lopt", "frozen")  # whose depth num_segments or boundary_layers cut
-CACHED = ("frozen", "top-layers", "lopt")  # that may have early segments which never train
+CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
 
 
 def course_of(config: Config, n_layers: int) -> Course:

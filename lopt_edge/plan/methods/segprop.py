@@ -1,0 +1,55 @@
+"""SegProp (ICLR 2026 submission 12239, TMLR 7218): stage by stage, one segment trains together with the final layers.
+
+The last T layers are the tail ("global head": with the frozen norm and lm_head it carries the task loss in every stage);
+the layers before it are the body, cut into S segments B_1 .. B_S. Stage s trains B_s and the tail on
+
+    task( tail( B_s( stop( B_(s-1) .. B_1 (h_0) ) ) ) )
+
+B_1 .. B_(s-1) are finished: they run with the adapters that they have learned and change no more, so with
+`--boundary-cache` their output is computed once for each example of a stage.
+
+The reading that is implemented: a stage's network ends where it has come to. B_(s+1) .. B_S are not run at all in stage s
+(the paper grows the network; the other reading, in which they run frozen and gradients cross them, would cost what `e2e`
+costs). So the last stage is the first that runs the whole depth, and the tail learns at every depth in turn. Only the
+tail's optimizer states go on from stage to stage.
+
+All stages together take as many steps, so as many tokens, as any other method. Each has an equal share of them and a
+learning-rate schedule of its own. With `--stage-patience N` a stage ends after N evaluations in a row without a lower
+held-out loss (of the stage's own network); the steps that are left are shared by the later stages. Evaluations between
+stages measure the stage's network; the one at the end measures the whole model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.course import Course, Phase
+from lopt_edge.plan.segments import Segment
+from lopt_edge.plan.step import StepKind
+
+if TYPE_CHECKING:
+    from lopt_edge.config import Config
+
+TAIL_SHARE = 8  # of the depth is the tail, unless said otherwise: one part in so many
+
+
+def course(config: Config, n_layers: int) -> Course:
+    n_tail = config.tail_layers or max(1, n_layers // TAIL_SHARE)
+    n_body = n_layers - n_tail
+    if n_body < 1:
+        raise InputError(f"{n_tail} leave no layer before them: the model has {n_layers}", where="tail_layers",
+                         fix=f"choose at most {n_layers - 1}")  # fmt: skip
+    if config.stages > n_body:
+        raise InputError(f"{config.stages} are more than the {n_body} layers before the tail", where="stages",
+                         fix=f"choose at most {n_body}")  # fmt: skip
+    kinds = tuple(_stage(stage, n_body, n_layers, config.stages) for stage in range(config.stages))
+    phases = tuple(Phase((i + 1) / len(kinds), (kind.name,)) for i, kind in enumerate(kinds))
+    return Course("segprop", kinds, phases, restarts=True)
+
+
+def _stage(stage: int, n_body: int, n_layers: int, n_stages: int) -> StepKind:
+    first, end = stage * n_body // n_stages, (stage + 1) * n_body // n_stages
+    prefix = (Segment(0, 0, first - 1, "rest"),) if first else ()
+    own = Segment(len(prefix), first, n_layers - 1, "task", absent=tuple(range(end, n_body)))
+    return StepKind(f"stage-{stage + 1}", (*prefix, own))
