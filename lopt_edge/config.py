@@ -31,7 +31,7 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop"] = Field(
+    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local"] = Field(
         "lopt", description="how far the task gradient reaches"
     )
     num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
@@ -41,13 +41,19 @@ class Config(BaseModel):
     boundary_update: Literal["stale", "fresh"] = Field(
         "stale", description="lopt: update all segments together, or the early ones first and run them again"
     )
-    local_loss: Literal["reconstruct", "next-token"] = Field("reconstruct", description="lopt: the early segments' loss")
+    local_loss: Literal["reconstruct", "next-token", "align"] = Field(
+        "reconstruct", description="lopt: the early segments' loss"
+    )
     local_every: int = Field(1, ge=0, description="lopt: train the early segments on every N-th step; 0: never")
     open_every: int = Field(0, ge=0, description="lopt: every N-th step is end to end, across the boundary; 0: none")
     train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
     selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
     select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
     unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
+    teacher: str | None = Field(None, description="let, lopt's align: another model to align to (default: the base itself)")
+    align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
+    align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
+    align_layer: int = Field(2, ge=0, description="let: whose output is aligned (from 0)")
     stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
     tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
     stage_patience: int | None = Field(
@@ -199,6 +205,8 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
                "add --lora-dropout 0")  # fmt: skip
     if config.method == "segprop" and config.keep_best:
         yield "keep_best", "cannot be with segprop: its stages train other networks than the whole model", "leave it out"
+    if config.teacher and config.method == "lopt" and config.local_loss != "align":
+        yield "teacher", f"belongs to local_loss align, this is {config.local_loss}", "add --local-loss align"
     if config.stage_patience and not (config.eval_every and (config.eval_data or config.eval_fraction)):
         yield ("stage_patience", "needs evaluations: eval_every, and eval_data or eval_fraction",
                "add --eval-every and --eval-fraction")  # fmt: skip
@@ -245,6 +253,7 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append(f"boundary_layers has no effect: {uncut}")
     if config.method != "lopt":
         names = [name for name in ("lr_local", "local_weight") if name in given]
+        names = names[1:] if config.method == "let-local" and "lr_local" in names else names
         found += [f"{name} has no effect: method {config.method} has no local loss" for name in names]
     elif not config.local_every:
         local = ("lr_local", "local_weight", "local_loss", "boundary_update")

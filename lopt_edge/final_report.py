@@ -13,6 +13,7 @@ from lopt_edge.artifacts import RUN_NAME, model_card, write_json, write_text
 from lopt_edge.resuming import versions
 from lopt_edge.run.meter import peak_device_bytes, peak_rss_bytes
 from lopt_edge.session import Session
+from lopt_edge.teaching import remove_features
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def report(session: Session) -> RunResult:
     session.first_steps.write(session.output, session.inputs.run_plan)
     run = _run_facts(session, result)
     write_text(session.output / "README.md", model_card(run))
+    remove_features(session.output)
     write_json(session.output / RUN_NAME, run)  # the last file: a folder with it is a finished run's
     return result
 

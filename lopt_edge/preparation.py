@@ -51,6 +51,7 @@ from lopt_edge.run.load import Model
 from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer
+from lopt_edge.teaching import check_teacher, find_teacher
 from quant.linear import DropoutClock
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Inputs:
     asked: Config | None = None  # the settings as given: `config` has what was settled
     order: tuple[int, int] = (1, 1)  # batch_size and grad_accum of the windows; `config` may split their micro-batches
     model: str = ""  # fingerprint
+    teacher: ModelFolder | None = None  # where it is another model than the base
 
     @property
     def n_steps(self) -> int:
@@ -142,6 +144,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     if start is not None:
         resumed += check_same(start, model=fingerprint, train=train, device_type=device.type, dtype=dtype_name,
                               threads=torch.get_num_threads())  # fmt: skip
+    teacher = find_teacher(config, tokenizer)
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
 
@@ -174,9 +177,10 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     inputs = Inputs(
         config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
         stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
-        given, order, fingerprint,
+        given, order, fingerprint, teacher,
     )  # fmt: skip
     check_boundary_cache(inputs)
+    check_teacher(inputs)
     return inputs, start
 
 

@@ -38,6 +38,7 @@ from lopt_edge.resuming import Start
 from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.run.batches import Batch
 from lopt_edge.run.executor import Cut, StepResult
+from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import load_adapters
 from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
@@ -48,6 +49,7 @@ from lopt_edge.saving import Saver
 from lopt_edge.signals import Interrupts
 from lopt_edge.snapshot import restore, restore_best
 from lopt_edge.step_kinds import StepKinds
+from lopt_edge.teaching import fill_features, teacher_features
 
 SAMPLE = Sampling(max_new_tokens=48)
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
@@ -91,7 +93,7 @@ class Session:
         tiers = open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
                            need_disk_bytes=self.predicted["disk_bytes"],
                            journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
-        with boundary_caches(inputs) as self.caches, tiers as self.mover:
+        with boundary_caches(inputs) as self.caches, teacher_features(inputs) as self.features, tiers as self.mover:
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
                 self._load()
@@ -112,8 +114,11 @@ class Session:
         inputs, start = self.inputs, self.start
         self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
                                 placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
+        if self.features is not None:
+            self._learn_from_teacher(self.features)
         adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
         self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
+        self.executor.caches = {} if self.features is None else {"teacher": self.features}
         self.kinds = StepKinds(inputs, self.state, self.executor, self.caches)
         if start is not None:
             self._go_on_from(start)
@@ -123,6 +128,15 @@ class Session:
         self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
         self.retention = inputs.batches(inputs.retention) if inputs.retention else []
         release_free_memory()
+
+    def _learn_from_teacher(self, features: FeatureCache) -> None:
+        with self.clock.phase("teacher"), self.interrupts.deferred():
+            n_examples = fill_features(self.inputs, features, self.model, mover=self.mover, between=self.interrupts.check)
+        if n_examples:
+            size = format_bytes(features.held_bytes)
+            self.progress.note(
+                f"the teacher's features of {n_examples} examples were computed: {size} of disk until the end"
+            )
 
     def _go_on_from(self, start: Start) -> None:
         folder, state = start.checkpoint.folder, self.state
@@ -243,7 +257,8 @@ class Session:
 
         try:
             with self.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
-                result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
+                result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between,
+                                           align_weight=self.kinds.align_weight(step))  # fmt: skip
         except NotFinite as error:
             if not error.values_intact:
                 raise

@@ -40,17 +40,26 @@ class StepKinds:
         if course.restarts:  # each stage has a schedule of its own
             _, first, last = course.phase(step, n_steps, ended=self.state.stage_ends)
             step, n_steps = step - first + 1, last - first + 1
-        return {
-            segment.index: learning_rate(
-                step,
-                n_steps=n_steps,
-                peak=config.local_lr if segment.is_local else config.lr,
-                schedule=config.schedule,
-                warmup_ratio=config.warmup_ratio,
-            )
-            for segment in kind.segments
-            if segment.trains
-        }
+        rates = {}
+        for segment in kind.segments:
+            if segment.trains:
+                fades = segment.is_local and config.method == "let-local"  # linearly, until its phase is over
+                rates[segment.index] = learning_rate(
+                    step,
+                    n_steps=course.phase(step, n_steps)[2] if fades else n_steps,
+                    peak=config.local_lr if segment.is_local else config.lr,
+                    schedule="linear" if fades else config.schedule,
+                    warmup_ratio=config.warmup_ratio,
+                )
+        return rates
+
+    def align_weight(self, step: int) -> float:
+        """Of an alignment beside the task (LET): falls linearly to 0 at the end of the first phase."""
+        course = self.inputs.course
+        if not course.phases:
+            return 0.0
+        index, _, last = course.phase(step, self.inputs.n_steps)
+        return 0.0 if index else self.inputs.config.align_weight * (1 - (step - 1) / last)
 
     def layers(self, step: int) -> tuple[int, ...] | None:
         """Those that an evaluation after this step runs, where it is not all of them: a stage's network."""

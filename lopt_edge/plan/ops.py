@@ -12,6 +12,7 @@ and passes do) or runs (run/executor.py does).
     STEP layer 3                  clip and update one parameter group (a layer's adapters, or a segment's aux head)
     READ boundary 4 mb=0          hidden states from the cache, as they enter layer 4: instead of EMBED and layers 0 - 3
     READ teacher 0 mb=0           a teacher's last hidden states, from their cache
+    ALIGN 2 mb=0                  layer 2's output is drawn to the teacher's: a gradient that waits for BACKWARD 2
     WRITE boundary 4 mb=0         the hidden states that enter layer 4 go to the cache (and go on as it holds them)
 
 Movements between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run:
@@ -48,6 +49,7 @@ class Kind(StrEnum):
     STEP = "STEP"
     READ = "READ"
     WRITE = "WRITE"
+    ALIGN = "ALIGN"
     FETCH = "FETCH"
     WAIT = "WAIT"
     EVICT = "EVICT"
@@ -59,7 +61,7 @@ class Kind(StrEnum):
     STORE = "STORE"
 
 
-COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE)
+COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE, Kind.ALIGN)
 ENTERS = (Kind.EMBED, Kind.READ)  # a micro-batch
 
 
@@ -171,7 +173,7 @@ _SEGMENT = re.compile(
 )
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
+    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
     r"(?: (input|pages|states|gradients|boundary|teacher))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
     r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )

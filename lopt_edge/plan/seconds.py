@@ -128,6 +128,10 @@ class Costs:
             found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
         return found + rates.overhead
 
+    def align(self, batch: MicroBatchSize) -> float:
+        n_bytes = 4 * batch.n_rows * self.sizes.shape.facts.hidden_size
+        return 8 * n_bytes / self.rates.bandwidth + self.rates.overhead
+
     def cache(self, batch: MicroBatchSize, *, reads: bool) -> float:
         n_bytes = self.sizes.cache_bytes(batch.n_rows)
         return n_bytes / (self.profile.disk_read if reads else self.profile.disk_write) + self.rates.overhead
@@ -208,7 +212,10 @@ class _Clock:
         if op.kind is Kind.EMBED:
             return costs.embed(batch)
         if op.kind is Kind.LOSS:
-            return costs.loss(batch, task=plan.segments[op.target].reads_out)
+            segment = plan.segments[op.target]
+            return costs.align(batch) if segment.loss == "align" else costs.loss(batch, task=segment.reads_out)
+        if op.kind is Kind.ALIGN:
+            return costs.align(batch)
         if op.kind in (Kind.READ, Kind.WRITE):
             return costs.cache(batch, reads=op.kind is Kind.READ)
         layer = costs.layer(batch, trains=plan.segment_of(op.target).loss != "none")

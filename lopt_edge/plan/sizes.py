@@ -247,6 +247,13 @@ class Sizes:
         one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
         return hidden + max(one, self._embed(batch)[1])
 
+    def align_within(self, batch: MicroBatchSize) -> int:
+        """The gradient, and of a tile: both sides, in fp32 where they are not, and their product or its gradient."""
+        shape, arange = self.shape, 0 if batch.padded else 8 * batch.n_rows
+        n_tile = min(self.knobs.token_tile, batch.n_real_most)
+        each = 2 * shape.itemsize + 4 + (0 if shape.itemsize == 4 else 8 + shape.itemsize)
+        return self.hidden_bytes(batch) + arange + n_tile * (shape.facts.hidden_size * each + 24)
+
     def cache_bytes(self, n_tokens: int) -> int:
         """Of a boundary cache over so many tokens, on disk."""
         return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size

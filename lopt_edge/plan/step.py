@@ -26,7 +26,8 @@ class StepKind:
     """One kind of optimizer step.
 
     `resting` are parameter groups that are updated without a gradient (their momentum moves them). `reads`, `writes`: the
-    layer before which the cached boundary lies, None for none. `teacher`: the step reads a teacher's features.
+    layer before which the cached boundary lies, None for none. `teacher`: the step reads a teacher's features; `align`: the
+    layer whose output is drawn to them beside the segment's own loss.
     """
 
     name: str
@@ -36,6 +37,7 @@ class StepKind:
     reads: int | None = None
     writes: int | None = None
     teacher: bool = False
+    align: int | None = None
 
 
 def groups_of(segment: Segment) -> list[GroupName]:
@@ -86,14 +88,16 @@ def _micro_batch(kind: StepKind, trains: tuple[int, ...], micro_batch: int, pass
         if segment.index > max(trains):
             return
         if segment.last >= (kind.reads or 0):
-            yield from _segment_ops(segment, micro_batch, pass_index, trains=segment.index in trains)
+            yield from _segment_ops(segment, micro_batch, pass_index, trains=segment.index in trains, align=kind.align)
 
 
-def _segment_ops(segment: Segment, micro_batch: int, pass_index: int, *, trains: bool) -> Iterator[Op]:
+def _segment_ops(segment: Segment, micro_batch: int, pass_index: int, *, trains: bool, align: int | None) -> Iterator[Op]:
     trained = segment.trained if trains else ()
     for layer in segment.layers:
         keep = Keep.NONE if layer not in trained else Keep.GRAPH if layer == trained[-1] else Keep.INPUT
         yield Op(Kind.FORWARD, layer, micro_batch, keep, pass_index)
+        if layer == align and layer in trained:
+            yield Op(Kind.ALIGN, layer, micro_batch, pass_index=pass_index)
     if trained:
         yield Op(Kind.LOSS, segment.index, micro_batch, pass_index=pass_index)
         for layer in reversed(trained):

@@ -151,11 +151,15 @@ class _Replay:
         batch = self.batches[op.micro_batch]
         if op.kind is Kind.EMBED:
             return sizes.embed_within(batch)
+        if op.kind is Kind.ALIGN:
+            return sizes.align_within(batch)
         if op.kind in (Kind.READ, Kind.WRITE):
             return sizes.cache_within(batch, reads=op.kind is Kind.READ)
         if op.kind is Kind.LOSS:
             segment = self.plan.segments[op.target]
             fresh = self.fresh_gradients(("aux", op.target)) if segment.has_head else 0
+            if segment.loss == "align":
+                return sizes.align_within(batch)
             return sizes.loss_within(batch, task=segment.reads_out) + fresh
         if op.kind not in (Kind.FORWARD, Kind.BACKWARD):
             return 0
@@ -202,6 +206,12 @@ class _Replay:
         """The hidden states go on as the cache holds them: new ones."""
         self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
 
+    def _align(self, op: Op) -> None:
+        self.hold(
+            ("aligned", op.micro_batch, op.target), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations"
+        )
+        self.drop(("teacher", -1, -1))
+
     def _forward(self, op: Op) -> None:
         segment, batch = self.plan.segment_of(op.target), self.batches[op.micro_batch]
         entering = self.storage(("hidden", -1, -1))
@@ -223,12 +233,13 @@ class _Replay:
         self.drop(("target", -1, -1))
         if op.target == len(self.plan.segments) - 1:
             self.drop(("hidden", -1, -1))
+            self.drop(("teacher", -1, -1))
         if self.plan.segments[op.target].has_head:
             self.take_gradients(("aux", op.target))
 
     def _backward(self, op: Op) -> None:
         self.kept.pop((op.micro_batch, op.target))
-        for name in ("input", "graph", "graph input"):
+        for name in ("input", "graph", "graph input", "aligned"):
             self.drop((name, op.micro_batch, op.target))
         for name in ("input", "pages"):
             self.forget_below((name, op.micro_batch, op.target))

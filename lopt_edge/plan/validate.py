@@ -52,7 +52,7 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     replay = _Replay(plan, clip_scope, Moves(plan))
     checks = {
         Kind.EMBED: _enter, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
-        Kind.READ: _read, Kind.WRITE: _write,
+        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align,
     }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
@@ -113,6 +113,16 @@ def _read(replay: _Replay, op: Op) -> str:
 def _write(replay: _Replay, op: Op) -> str:
     if op.item != "boundary" or replay.next_layer(op) != op.target:
         return f"(2): layer {op.target} is not the next one"
+    return ""
+
+
+def _align(replay: _Replay, op: Op) -> str:
+    """Right after the layer's forward; its gradient must find a backward of that layer."""
+    position = replay.entered.get((op.micro_batch, op.pass_index), 0)
+    if not replay.teacher or replay.plan.path[:position][-1:] != (op.target,):
+        return f"(2): {op.text()} needs a teacher's features and layer {op.target}'s output"
+    if (op.micro_batch, op.target) not in replay.saved:
+        return f"(2): layer {op.target} keeps nothing for a backward"
     return ""
 
 

@@ -13,7 +13,6 @@ State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +32,7 @@ from lopt_edge.run.losses import ReconstructHead, task_loss
 from lopt_edge.run.moves import Parcel
 from lopt_edge.run.op_faults import op_error
 from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
+from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, aligned
 
 FLOAT16_SCALE = 2.0**16
 
@@ -74,6 +74,9 @@ class _Step:
     frame: Frame | None = None
     target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
+    align_weight: float = 0.0
+    teacher_BTD: Tensor | None = None
+    aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
     cleaned: bool = False
     inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
@@ -98,7 +101,8 @@ class Executor:
         loss_scale: float | None = None,
         observe: Callable[[Op, bool], None] | None = None,
     ) -> None:
-        self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
+        self.model, self.optimizer = model, optimizer
+        self.losses = SegmentLosses(model, heads, local_weight=local_weight)
         self.mover, self.observe = optimizer.mover, observe
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: _Step | None = None  # of the step under way, for those who observe
@@ -108,7 +112,7 @@ class Executor:
             Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
             Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
             Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store, Kind.READ: self._read,
-            Kind.WRITE: self._write,
+            Kind.WRITE: self._write, Kind.ALIGN: self._align,
         }  # fmt: skip
 
     def run(
@@ -118,17 +122,19 @@ class Executor:
         *,
         step: int,
         learning_rates: Mapping[int, float],
+        align_weight: float = 0.0,
         start: Cut | None = None,
         between: Callable[[Cut], None] | None = None,
     ) -> StepResult:
         """One optimizer step. Raises RunError that shows the plan around the op that failed.
 
-        `start`: go on from there. `between` is called before each micro-batch but the first; what it raises ends the step
-        there, and the adapters are those of the last step.
+        `align_weight` is that of ALIGN ops. `start`: go on from there. `between` is called before each micro-batch but the
+        first; what it raises ends the step there, and the adapters are those of the last step.
         """
         while True:
             try:
-                return self._run_once(plan, batches, step=step, learning_rates=learning_rates, start=start, between=between)
+                return self._run_once(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight,
+                                      start=start, between=between)  # fmt: skip
             except NotFinite as error:
                 if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
                     raise
@@ -141,12 +147,13 @@ class Executor:
         *,
         step: int,
         learning_rates: Mapping[int, float],
+        align_weight: float,
         start: Cut | None,
         between: Callable[[Cut], None] | None,
     ) -> StepResult:
         state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
                       own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
-                      early=plan.has_early_steps)  # fmt: skip
+                      early=plan.has_early_steps, align_weight=align_weight)  # fmt: skip
         self.optimizer.begin_step(segments=_segments_of(plan), loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
@@ -221,14 +228,23 @@ class Executor:
 
     def _read(self, state: _Step, op: Op) -> None:
         batch = state.batches[op.micro_batch]
-        state.hidden_BTD = self.caches[op.item].read(
+        found_BTD = self.caches[op.item].read(
             batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
         )
-        state.frame = self.model.frame(state.hidden_BTD)
+        if op.item == "teacher":
+            state.teacher_BTD = found_BTD
+            return
+        state.hidden_BTD, state.frame = found_BTD, self.model.frame(found_BTD)
 
     def _write(self, state: _Step, op: Op) -> None:
         state.hidden_BTD = rounded(state.hidden_BTD)
         self.caches[op.item].write(state.batches[op.micro_batch].examples, state.hidden_BTD)
+
+    def _align(self, state: _Step, op: Op) -> None:
+        segment = state.plan.segment_of(op.target)
+        scale = state.align_weight * self.loss_scale / state.totals.tokens
+        state.aligned[op.micro_batch, op.target], _ = aligned(self._output(state, op, segment, None), scale=scale)
+        state.teacher_BTD = None
 
     def _forward(self, state: _Step, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
@@ -257,62 +273,31 @@ class Executor:
 
     def _loss(self, state: _Step, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output."""
-        has_head = state.plan.segments[op.target].has_head
-        if has_head:
+        segment = state.plan.segments[op.target]
+        if segment.has_head:
             self._accept(state, ("aux", op.target))
-        state.grad_BTD = self._tiled_loss(state, op, local=not state.plan.segments[op.target].reads_out)
+        state.grad_BTD, value = self._gradient(state, op, segment)
+        state.losses[op.target] += value
         state.target_BTD = None
         if op.target == len(state.plan.segments) - 1:
-            state.hidden_BTD = None  # nothing runs on it any more
-        if has_head:
+            state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
+        if segment.has_head:
             self._complete(state, op, ("aux", op.target))
 
-    def _tiled_loss(self, state: _Step, op: Op, *, local: bool) -> Tensor:
-        """In tiles of tokens; the gradient (B, T, D)."""
-        batch, segment = state.batches[op.micro_batch], state.plan.segments[op.target]
-        rows_N = batch.real_N if local else batch.supervised_N
-        flat_ND = state.hidden_BTD.flatten(0, 1)
-        grad_ND = torch.zeros_like(flat_ND)
-        target_BTD = self._target(state, op, segment.first) if local else None
-        positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
-        for start in range(0, len(positions), state.plan.tile):
-            tile_N = positions[start : start + state.plan.tile]
-            targets = target_BTD if local else batch.targets_N[start : start + state.plan.tile]
-            grad_ND[tile_N] = self._tile_loss(state, op, flat_ND[tile_N], tile_N, targets)
-        return grad_ND.view_as(state.hidden_BTD)
+    def _gradient(self, state: _Step, op: Op, segment: Segment) -> tuple[Tensor, float]:
+        """A function of its own: nothing that it holds lives on."""
+        target_BTD = self._target(state, op, segment.first) if segment.has_head else None
+        return self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
 
-    def _tile_loss(self, state: _Step, op: Op, leaf_ND: Tensor, tile_N: Tensor, targets: Tensor) -> Tensor:
-        """The gradient of a tile. A function of its own, so that nothing of one tile lives on into the next."""
-        segment = state.plan.segments[op.target]
-        leaf_ND.requires_grad_()
-        with torch.enable_grad():
-            if segment.reads_out:
-                loss = task_loss(self.model, leaf_ND, targets)
-            else:
-                loss = self.heads[op.target](leaf_ND, targets.flatten(0, 1)[tile_N])
-            loss = loss * (1.0 / self._denominator(state, segment))
-            factor = self.loss_scale * (self._local_factor(state.plan) if segment.is_local else 1.0)
-            (loss if factor == 1.0 else loss * factor).backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            which = "local" if segment.is_local else "task"
-            raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
-        state.losses[op.target] += value
-        return leaf_ND.grad
+    def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
+        n_local = sum(other.is_local for other in state.plan.segments)
+        return SegmentOutput(segment, n_local, state.batches[op.micro_batch], state.totals, state.hidden_BTD, target_BTD,
+                             state.teacher_BTD, state.plan.tile)  # fmt: skip
 
     def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
         """What a local loss reconstructs: the segment's input."""
         saved = state.inputs.get((op.micro_batch, first_layer))
         return state.target_BTD if saved is None else saved.here()
-
-    def _denominator(self, state: _Step, segment: Segment) -> int:
-        if segment.reads_out:
-            return max(1, state.totals.supervised)
-        return state.totals.tokens * self.model.facts.hidden_size
-
-    def _local_factor(self, plan: Plan) -> float:
-        """lambda over the number of local losses: they are averaged, then weighted."""
-        return self.local_weight / sum(segment.is_local for segment in plan.segments)
 
     def _backward(self, state: _Step, op: Op) -> None:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
@@ -325,6 +310,8 @@ class Executor:
             del hidden_BTD
         try:
             self._accept(state, group)
+            if key in state.aligned:
+                state.grad_BTD = state.aligned.pop(key).add_(state.grad_BTD)
             graph.feed(state.grad_BTD)
             state.grad_BTD = None
             state.grad_BTD = graph.backward()

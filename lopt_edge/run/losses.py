@@ -10,6 +10,8 @@ softmax of FlashAttention, arXiv 2205.14135, with the lm_head's rows as values):
 so the lm_head is read once and multiplied twice, as plain cross-entropy does. A soft cap c (Gemma 2) turns the logit l
 into c tanh(l / c) and multiplies the gradient by 1 - tanh^2; a logit factor (Granite) scales both.
 
+Alignment (LET, arXiv 2602.05393): minus the cosine between a token's hidden state and a teacher's, summed over the tokens.
+
 Reconstruction loss (LoPT, arXiv 2605.04913): aux head LayerNorm(d) -> Linear(d, d // 4) -> GELU -> Linear(d // 4, d) in
 fp32, xavier-uniform with gain 0.1, zero bias; squared error against the block's detached input.
 
@@ -122,6 +124,19 @@ def online_cross_entropy(
     target_rows_ND = lm_head.rows(targets_N).float()
     grad_ND = sum_ND.div_(normaliser_N).sub_(target_rows_ND.mul_(target_slope_N)).mul_(form.factor)
     return loss, grad_ND.to(normed_ND.dtype)
+
+
+def alignment(hidden_ND: Tensor, teacher_ND: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Minus the summed cosines (fp32 scalar), times `scale`, and the gradient with respect to `hidden_ND` (its dtype).
+
+    By hand, with c = cos(h, t):  d(-c) / dh = -t / (|h| |t|) + c h / |h|^2. LET (arXiv 2602.05393).
+    """
+    h_ND, t_ND = hidden_ND.float(), teacher_ND.float()
+    h_N, t_N = (side.norm(dim=1, keepdim=True).clamp_min(1e-12) for side in (h_ND, t_ND))
+    cosine_N = (h_ND * t_ND).sum(1, keepdim=True).div_(h_N * t_N)
+    grad_ND = t_ND * (-scale / (h_N * t_N))
+    grad_ND.addcmul_(h_ND, cosine_N * scale / h_N.square())
+    return -scale * cosine_N.sum(), grad_ND.to(hidden_ND.dtype)
 
 
 class ReconstructHead(nn.Module):

@@ -55,11 +55,11 @@ class Bench:
         """The same model and optimizer, with the plan of another kind of step."""
         return replace(self, plan=self.plans[name])
 
-    def gradients(self, batches: list[Batch], *, step: int = 1) -> dict[str, Tensor]:
+    def gradients(self, batches: list[Batch], *, step: int = 1, align_weight: float = 0.0) -> dict[str, Tensor]:
         """Gradients of one step as the executor makes them (the plan without its STEPs)."""
         ops = tuple(op for op in self.plan.ops if op.kind != "STEP" and op.item != "states")
         plan = replace(self.plan, n_micro_batches=len(batches), ops=ops)
-        self.result = self.executor.run(plan, batches, step=step, learning_rates={})
+        self.result = self.executor.run(plan, batches, step=step, learning_rates={}, align_weight=align_weight)
         return self.take_gradients()
 
     def take_gradients(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Kind
 from lopt_edge.run.batches import Batch, window_totals
 from lopt_edge.run.feature_cache import FeatureCache, rounded
@@ -21,7 +22,7 @@ from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
 from tests.plan.plans import make_course
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
-DEPTH = 6
+DEPTH, ALIGN_WEIGHT = 6, 0.3
 
 
 class _PassThrough(torch.autograd.Function):
@@ -36,7 +37,8 @@ class _PassThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def reference_loss(bench: Bench, batch: Batch) -> torch.Tensor:
+def reference_loss(bench: Bench, batch: Batch, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """`teacher`: features (B, T, D) that an alignment aims at."""
     model, segments, totals = bench.model, bench.plan.segments, window_totals([batch])
     n_local = sum(segment.is_local for segment in segments)
     model.clock.micro_batch = 0
@@ -47,6 +49,8 @@ def reference_loss(bench: Bench, batch: Batch) -> torch.Tensor:
         for layer in segment.layers:
             if layer in segment.trained:
                 hidden = model.run_layer(layer, hidden, frame)
+                if any(op.kind is Kind.ALIGN and op.target == layer for op in bench.plan.ops):
+                    total = total + ALIGN_WEIGHT * minus_cosine(hidden, teacher, batch) * (1.0 / totals.tokens)
             else:
                 with torch.no_grad():
                     leaving = model.run_layer(layer, hidden, frame)
@@ -58,10 +62,17 @@ def reference_loss(bench: Bench, batch: Batch) -> torch.Tensor:
             rows = torch.arange(len(flat)) if batch.real_N is None else batch.real_N
             loss = bench.heads[segment.index](flat[rows], entered.flatten(0, 1)[rows])
             loss = loss * (1.0 / (totals.tokens * flat.shape[1]))
+        elif segment.loss == "align":
+            loss = minus_cosine(hidden, teacher, batch) * (1.0 / totals.tokens)
         else:
             loss = task_loss(model, flat[batch.supervised_N], batch.targets_N) * (1.0 / totals.supervised)
         total = total + (loss * (LOCAL_WEIGHT / n_local) if segment.is_local else loss)
     return total
+
+
+def minus_cosine(hidden: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
+    rows = torch.arange(hidden[..., 0].numel()) if batch.real_N is None else batch.real_N
+    return -torch.cosine_similarity(hidden.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows], dim=1).sum()
 
 
 CASES = {
@@ -245,3 +256,43 @@ def test_a_step_that_reads_the_boundary_equals_the_one_that_wrote_it(folder, tmp
         assert torch.equal(gradient, filled[name]) and torch.equal(gradient, theirs[name]), name
     kinds = [op.kind for op in bench.of_kind("read").plan.ops]
     assert Kind.EMBED not in kinds and kinds.count(Kind.FORWARD) == len(last.layers)
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("let", {"align_layer": 1}), ("let", {"align_layer": DEPTH - 1}), ("let-local", {"num_segments": 3}),
+    ("lopt", {"local_loss": "align"}),
+])  # fmt: skip
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_alignments_equal_one_graph(folder, tmp_path, method, options, activations):
+    """Their own gradient is by hand, so equal up to rounding; whatever it does not reach is equal bitwise."""
+    knobs = Knobs(("resident",) * DEPTH, (activations,) * DEPTH)
+    bench = make_bench(folder, method=method, knobs=knobs, **options)
+    batch, width = replace(BATCHES[0], examples=(0, 1)), bench.model.facts.hidden_size
+    cache = FeatureCache(tmp_path, identity={}, lengths=(11, 7), width=width)
+    features = torch.randn(2, 11, width, generator=torch.Generator().manual_seed(4))
+    cache.write((0, 1), features)
+    bench.executor.caches = {"teacher": cache}
+    ours = bench.gradients([batch], align_weight=ALIGN_WEIGHT)
+    reference_loss(bench, batch, rounded(features)).backward()
+    theirs = bench.take_gradients()
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, theirs[name], rtol=2e-4, atol=1e-6)
+    if method == "let":  # without the alignment the gradients are others, but not those of the layers above
+        plain = make_bench(folder, method="e2e").gradients([batch])
+        moved = {int(name.split()[1]) for name in ours if not torch.equal(ours[name], plain[name])}
+        assert moved == set(range(options["align_layer"] + 1))
+    else:
+        segments = bench.plan.segments
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours if int(name.split()[1]) >= segments[-1].first)
+
+
+def test_the_plain_steps_of_let_have_no_teacher(folder):
+    bench = make_bench(folder, method="let", align_until=0.5)
+    assert list(bench.plans) == ["align", "plain"]
+    gradients = bench.of_kind("plain").gradients([BATCHES[0]])
+    wanted = make_bench(folder, method="e2e").gradients([BATCHES[0]])
+    assert all(torch.equal(gradients[name], wanted[name]) for name in wanted)
+    local = make_bench(folder, method="let-local", align_until=0.5).of_kind("plain")
+    assert {op.target for op in local.plan.ops if op.kind is Kind.STEP} == {3, 4, 5}

@@ -73,7 +73,8 @@ def test_plain_peft_gives_our_logits(models, tmp_path, method, dtype):
 
 
 @pytest.mark.parametrize("settings", [{"method": "lcsb"}, {"method": "top-layers", "train_layers": 3}, {"open_every": 2},
-                                      {"method": "segprop", "stages": 2},
+                                      {"method": "segprop", "stages": 2}, {"method": "let"},
+                                      {"method": "let-local"}, {"local_loss": "align"},
                                       {"local_every": 0}, {"boundary_update": "fresh"}])  # fmt: skip
 def test_the_adapter_of_every_method_loads(models, tmp_path, settings):
     config = make_config(models["float32"], tmp_path, max_steps=3, **settings)

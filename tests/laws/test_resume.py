@@ -128,6 +128,8 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
         {"local_every": 2, "open_every": 3},
         {"boundary_update": "fresh"},
         {"method": "segprop", "tail_layers": 1, "stages": 3},
+        {"method": "let", "align_layer": 1},
+        {"method": "let-local", "align_until": 0.75},
         {"method": "segprop", "tail_layers": 2, "stages": 2, "eval_fraction": 0.3, "eval_every": 1, "stage_patience": 1},
         {"local_loss": "next-token", "num_segments": 3},
     ],

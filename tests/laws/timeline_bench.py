@@ -186,7 +186,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
     lengths = [length for batch in batches for length in batch.lengths]
     cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
-    bench.executor.caches = {"boundary": cache}
+    teacher = FeatureCache(_new(folder / "teacher"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
+    teacher.write(range(len(lengths)), torch.ones(len(lengths), max(lengths), bench.model.facts.hidden_size))
+    bench.executor.caches = {"boundary": cache, "teacher": teacher}
     rates = dict.fromkeys(range(9), 1e-3)
     for step, plan in enumerate(bench.plans.values(), start=1):  # all moments are there, and what a step reads
         bench.executor.run(plan, batches, step=step, learning_rates=rates)

@@ -126,7 +126,7 @@ def test_a_fault_in_a_backward_leaves_no_page_and_no_buffer_behind(four_bit, tmp
 
 def overflow_in_segment_1(bench: Bench) -> None:
     """The loss scale is too large for the task's gradients, the local loss's (with next to no weight) bear it."""
-    bench.executor.loss_scale, bench.executor.local_weight = 2.0**130, 1e-12
+    bench.executor.loss_scale, bench.executor.losses.local_weight = 2.0**130, 1e-12
 
 
 @pytest.mark.parametrize("states", ["device", "disk"])
@@ -148,7 +148,10 @@ def test_an_overflow_before_the_first_early_update_is_run_again(four_bit, tmp_pa
     updated = []
     for scale in (1.0, 2.0**130):
         bench = bench_with(four_bit(), tmp_path, {"apply": "segment"})
-        bench.executor.loss_scale, bench.executor.local_weight = scale, 1e12  # the first segment's gradients bear least
+        bench.executor.loss_scale, bench.executor.losses.local_weight = (
+            scale,
+            1e12,
+        )  # the first segment's gradients bear least
         run(bench)
         updated.append(values(bench))
         assert bench.executor.loss_scale < 2.0**128

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.course import cached
-from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, segprop, top_layers
+from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, segprop, top_layers
 
 if TYPE_CHECKING:
     from lopt_edge.config import Config
@@ -25,6 +25,8 @@ METHODS: Mapping[str, Make] = {
     "top-layers": top_layers.course,
     "lcsb": lcsb.course,
     "segprop": segprop.course,
+    "let": let.course,
+    "let-local": let.local_course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "boundary_update": ("lopt",),
@@ -35,11 +37,15 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "selection": ("lcsb",),
     "select_ratio": ("lcsb",),
     "unselected": ("lcsb",),
+    "teacher": ("let", "let-local", "lopt"),
+    "align_until": ("let", "let-local"),
+    "align_weight": ("let",),
+    "align_layer": ("let",),
     "stages": ("segprop",),
     "tail_layers": ("segprop",),
     "stage_patience": ("segprop",),
 }
-CUT_METHODS = ("lopt", "frozen")  # whose depth num_segments or boundary_layers cut
+CUT_METHODS = ("lopt", "frozen", "let-local")  # whose depth num_segments or boundary_layers cut
 CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
 
 

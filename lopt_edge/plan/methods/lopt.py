@@ -14,7 +14,8 @@ Options, none of them the paper's own:
 - `local_every N`: early blocks train on every N-th step and only run forward, saving nothing, on the others; 0: never, so
   their adapters stay as they are (fresh ones are zero, which makes it `frozen`).
 - `local_loss`: `reconstruct`, the paper's; `next-token` reads out through the frozen norm and lm_head (the paper reports
-  it as harmful) with next-token_j = mean over supervised tokens of the cross-entropy at y_j.
+  it as harmful) with next-token_j = mean over supervised tokens of the cross-entropy at y_j; `align` is the negative
+  cosine to a teacher's last hidden state (methods/let.py says which), with a constant weight.
 - `open_every N`: on every N-th step the boundary opens: an end-to-end step, in which the early layers get the task's
   gradient, at the task's learning rate; AdamW's moments are one set for both. At 1/N of its cost.
 Where we deviate from the released code otherwise (padding, embeddings, dtypes, clipping): shared/design.md.
@@ -39,10 +40,11 @@ LOCAL, REST, OPEN = "local", "rest", "open"  # kinds of step
 def course(config: Config, n_layers: int) -> Course:
     early = config.local_loss if config.local_every else "rest" if config.open_every else "none"
     segments = cut_depth(early, n_layers=n_layers, num_segments=config.num_segments, boundary_layers=config.boundary_layers)
+    teacher = config.local_loss == "align" and any(segment.is_local for segment in segments)
     fresh = config.boundary_update == "fresh" and len(segments) > 1 and bool(config.local_every)
     kinds = {
         OPEN: StepKind(OPEN, (Segment(0, 0, n_layers - 1, "task"),)),
-        LOCAL: StepKind(LOCAL, segments, fresh=fresh),
+        LOCAL: StepKind(LOCAL, segments, fresh=fresh, teacher=teacher),
         REST: StepKind(REST, tuple(replace(s, loss="rest") if s.is_local else s for s in segments)),
     }
     cycle = _cycle(config.local_every, config.open_every)
