@@ -23,8 +23,11 @@ from lopt_edge.run.load import Model
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_adapter
 
 RUN_NAME = "run.json"
-METRICS_NAME, EVENTS_NAME = "metrics.jsonl", "events.jsonl"
+METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
+
+
+LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, SETTINGS_NAME, LOCK_NAME}
 
 
 def check_output(folder: Path, *, resuming: bool = False) -> None:
@@ -52,7 +55,7 @@ def check_output(folder: Path, *, resuming: bool = False) -> None:
 
 def _check_empty(folder: Path, held: set[str]) -> None:
     """Logs alone are what a run leaves that was stopped before it saved anything; a new run replaces them."""
-    left = {name for name in held if not name.endswith(".partial")} - {METRICS_NAME, EVENTS_NAME, SETTINGS_NAME, LOCK_NAME}
+    left = {name for name in held if not name.endswith(".partial")} - LOGS
     if "checkpoints" in left and not any((folder / "checkpoints").glob("step-*")):
         left -= {"checkpoints"}
     if not left:

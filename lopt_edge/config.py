@@ -38,6 +38,9 @@ class Config(BaseModel):
     boundary_layers: tuple[int, ...] | None = Field(
         None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
     )
+    boundary: Literal["auto"] | None = Field(
+        None, description="lopt: auto places the boundaries by short runs on your data"
+    )
     boundary_update: Literal["stale", "fresh"] = Field(
         "stale", description="lopt: update all segments together, or the early ones first and run them again"
     )
@@ -214,6 +217,10 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
     if config.method != "lopt":
         return
+    if config.boundary and (config.boundary_layers or "num_segments" in given):
+        yield "boundary", "auto chooses the boundaries, which are given too", "leave out boundary_layers and num_segments"
+    if config.boundary and config.boundary_cache:
+        yield "boundary", "auto needs early segments that train", "leave out boundary_cache"
     if config.open_every == 1:
         yield "open_every", "1 opens the boundary on every step: that is end to end", "use --method e2e, or 2 and more"
     if config.boundary_update == "fresh" and config.clip and config.clip_scope == "global":

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lopt_edge.artifacts import EVENTS_NAME, SETTINGS_NAME, JsonLines, check_output, write_text
+from lopt_edge.artifacts import BOUNDARY_NAME, EVENTS_NAME, SETTINGS_NAME, JsonLines, check_output, write_json, write_text
+from lopt_edge.boundary_probe import Probe, as_json, choose_boundary
 from lopt_edge.checkpoint import CHECKPOINTS, clean, latest, names, set_aside
-from lopt_edge.config import Config
+from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, OutOfMemory, RunError
 from lopt_edge.final_report import RunResult, report
 from lopt_edge.output_lock import output_lock
@@ -47,6 +48,9 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
         if resumes:  # else the folder is not touched before all checks passed
             held.enter_context(output_lock(output, warn=progress.warn))
         settle_host_allocator()
+        probes: list[Probe] = []
+        if config.boundary is not None:
+            config, probes = _with_boundary(config, progress, interrupts)
         with clock.phase("read"):
             inputs, start = read_inputs(config)
         _tell(inputs, start, progress)
@@ -58,10 +62,30 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
             held.enter_context(output_lock(output, warn=progress.warn))
             check_output(output, resuming=config.resume is not None)  # again: another run may have been quicker
         _make_ready(config, output, start, progress)
+        if probes:
+            write_json(output / BOUNDARY_NAME, as_json(probes))
         if start is not None:
             clock.go_on_from(start.state.seconds)
         with _events(output, resumed=start is not None) as events, _advice_when_stopped(output):
             return _sessions(inputs, start, Surroundings(progress, clock, interrupts, events))
+
+
+def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -> tuple[Config, list[Probe]]:
+    """The settings with boundaries in the place of `auto`: those of the run under way, or those that a probe finds."""
+    settings = Path(config.output) / SETTINGS_NAME
+    if config.resume is not None and settings.exists():
+        before = load_config(settings)
+        return config.model_copy(update={"boundary": None, "boundary_layers": before.boundary_layers}), []
+    if config.dry_run:
+        progress.warn("boundary auto: a dry run probes nothing; the plan is that of the midpoint")
+        return config.model_copy(update={"boundary": None}), []
+    check_output(Path(config.output))
+
+    def run(short: Config) -> None:
+        interrupts.check()
+        finetune(short)
+
+    return choose_boundary(config, run, progress)
 
 
 def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:

@@ -29,6 +29,7 @@ METHODS: Mapping[str, Make] = {
     "let-local": let.local_course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "boundary": ("lopt",),
     "boundary_update": ("lopt",),
     "local_every": ("lopt",),
     "local_loss": ("lopt",),
