@@ -56,7 +56,7 @@ class Config(BaseModel):
     teacher: str | None = Field(None, description="let, lopt's align: another model to align to (default: the base itself)")
     align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
     align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
-    align_layer: int = Field(2, ge=0, description="let: whose output is aligned (from 0)")
+    align_layer: int | None = Field(None, ge=0, description="let: whose output is aligned, from 0 (default: the third)")
     stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
     tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
     stage_patience: int | None = Field(

@@ -42,3 +42,20 @@ def _quick_collections() -> None:
     that has run 1,000 tests a collection took over a second, and half of the suite's time went into it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of `lopt-edge WORD ...` in this process; a traceback fails the test."""
+    from lopt_edge import cli
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lopt-edge", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lopt_edge import cli
 from lopt_edge.config import Config
 from tests.models import make_folder
 from tests.runs import make_model
@@ -23,17 +22,8 @@ ROW = {"messages": [{"role": "user", "content": "f(x)"}, {"role": "assistant", "
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lopt-edge", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
+def run(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    return command
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import pytest
 
 import lopt_edge.comparison as comparison
-from lopt_edge import cli
 from lopt_edge.compare_cells import Job, environment, failure_of, run_jobs
 from lopt_edge.compare_figures import FIGURES, Spread, outcome_of
 from lopt_edge.compare_study import Study
@@ -86,19 +85,11 @@ max_seq_len: 128
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
-) -> Callable[..., tuple[int, str, str]]:
+def run(command: Callable[..., tuple[int, str, str]], root: Path) -> Callable[..., tuple[int, str, str]]:
     """(exit code, stdout, stderr) of `lopt-edge compare`."""
 
     def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lopt-edge", "compare", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(end.value.code or 0), captured.out, captured.err
+        return command("compare", *words)
 
     return call
 

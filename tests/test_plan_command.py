@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 import pytest
 
 import lopt_edge.planning
-from lopt_edge import cli
 from lopt_edge.plan.ops import parse_plan
 from tests.plan.test_no_torch import BLOCKED
 from tests.plan.test_run_plan import KEYS
@@ -37,20 +36,14 @@ print(done.stdout[-300:], done.stderr[-300:])
 
 @pytest.fixture
 def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """(exit code, stdout, stderr) of `lopt-edge plan` in an empty folder, on a machine that was never measured."""
     monkeypatch.setattr(lopt_edge.planning, "profile_path", lambda: tmp_path / "no-profile.json")
     monkeypatch.chdir(tmp_path)
 
     def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lopt-edge", "plan", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(end.value.code or 0), captured.out, captured.err
+        return command("plan", *words)
 
     return call
 

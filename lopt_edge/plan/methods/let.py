@@ -1,6 +1,7 @@
 """LET (arXiv 2602.05393): end to end, and early in the run an early layer learns to point where a teacher's last one does.
 
-With h the output of layer `align_layer`, T the teacher's last hidden state (after its final norm), step t of S_stop:
+With h the output of layer `align_layer` (default: the third), T the teacher's last hidden state (after its final norm), and
+step t of S_stop:
 
     L = task + w(t) * align;   align = - mean over tokens of cos(h, interp(T));   w(t) = 0.1 * (1 - (t - 1) / S_stop)
 
@@ -34,11 +35,12 @@ ALIGN, PLAIN = "align", "plain"  # kinds of step
 
 
 def course(config: Config, n_layers: int) -> Course:
-    if config.align_layer >= n_layers:
-        raise InputError(f"layer {config.align_layer} is beyond the last one, {n_layers - 1}", where="align_layer",
+    align = min(2, n_layers - 1) if config.align_layer is None else config.align_layer
+    if align >= n_layers:
+        raise InputError(f"layer {align} is beyond the last one, {n_layers - 1}", where="align_layer",
                          fix=f"choose 0 to {n_layers - 1}")  # fmt: skip
     whole = (Segment(0, 0, n_layers - 1, "task"),)
-    kinds = StepKind(ALIGN, whole, teacher=True, align=config.align_layer), StepKind(PLAIN, whole)
+    kinds = StepKind(ALIGN, whole, teacher=True, align=align), StepKind(PLAIN, whole)
     return _until(config, "let", kinds)
 
 
