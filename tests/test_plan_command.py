@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -193,17 +192,11 @@ def test_mistakes_end_in_one_message(run, words, expected):
 @pytest.mark.parametrize("words", [MODEL, (str(ROOT / "examples/8b-on-8gb-laptop.yaml"), "--model", "llama-3.1-8b", "--gpu",
                                            "rtx 4060 laptop")])  # fmt: skip
 def test_an_8b_plan_takes_a_second_and_80_mib_and_no_torch(words):
-    """Wall time of the best of two. A launcher stands between: a child's count of memory begins with its parent's."""
+    """Seconds of the processor, which other work on the machine does not change. A launcher stands between: a child's
+    count of memory begins with its parent's."""
     code = BLOCKED + "from lopt_edge.cli import main; main()"
-    wall = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", LAUNCH, code, "plan", *words], capture_output=True, text=True, check=True
-        )
-        wall.append(time.perf_counter() - begin)
-        returncode, n_bytes, seconds = done.stdout.split()[:3]
-        assert returncode == "0", done.stdout
-        assert int(n_bytes) < MOST_BYTES
-        assert float(seconds) < MOST_SECONDS, "of the processor"
-    assert min(wall) < MOST_SECONDS
+    done = subprocess.run([sys.executable, "-c", LAUNCH, code, "plan", *words], capture_output=True, text=True, check=True)
+    returncode, n_bytes, seconds = done.stdout.split()[:3]
+    assert returncode == "0", done.stdout
+    assert int(n_bytes) < MOST_BYTES
+    assert float(seconds) < MOST_SECONDS
