@@ -181,6 +181,8 @@ app.command("resume")(resume_command)
 
 
 def _print_result(result: Any) -> None:
+    from lopt_edge.replacement_report import sentences
+
     table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -194,6 +196,8 @@ def _print_result(result: Any) -> None:
     if result.peak_device_bytes != result.peak_rss_bytes:
         table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
     out.print(table)
+    for sentence in sentences(result.replacement, after):
+        out.print(sentence, markup=False)
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)
@@ -354,16 +358,18 @@ def _stream(text: str) -> None:
 @app.command("export")
 def export_command(
     adapter: Annotated[str, typer.Argument(help="output folder of a finetune run")],
-    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged bfloat16 model")],
+    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged model")],
     onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
+    dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
     cache_dir: CacheOption = None,
 ) -> None:
-    """Merge an adapter into a bfloat16 model folder, and say how far that changes the logits."""
+    """Merge an adapter into a plain model folder (layers that were replaced are written out), and say how far that changes
+    the logits."""
     from lopt_edge.merging import export
 
     with _stoppable():
-        result = export(adapter, merged=merged, onto=onto, cache_dir=cache_dir)
-    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in bfloat16, merged onto the {result.onto} weights",
+        result = export(adapter, merged=merged, onto=onto, dtype=dtype, cache_dir=cache_dir)
+    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights",
               markup=False)  # fmt: skip
     out.print(f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
               f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}")  # fmt: skip

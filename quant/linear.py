@@ -118,7 +118,9 @@ class PackedLinear(nn.Module):
         return unpack_into(self.weight, self.buffer.view(self.weight.shape, dtype, self.weight.device))
 
 
-def add_lora(layer: PackedLinear, flat: Tensor, a: Tensor | None, b: Tensor | None, key: int | None, *, into: Tensor) -> None:
+def add_lora(
+    layer: PackedLinear, flat: Tensor, a: Tensor | None, b: Tensor | None, key: int | None, *, into: Tensor
+) -> None:
     """Add the LoRA branch of `flat` (N, in) to `into` (N, out)."""
     if a is None or b is None:
         return
@@ -130,7 +132,7 @@ def lora_gradients(
     layer: PackedLinear, flat: Tensor, a: Tensor, b: Tensor, g: Tensor, *, key: int | None, dx: Tensor | None,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(dA, dB) from the gradient g (N, out) of the output, those that are `needed`; the branch's share of dx is added to it."""
+    """(dA, dB), those that are `needed`, from the gradient g (N, out) of the output; the branch's share is added to dx."""
     mask = da = db = None
     if key is not None:
         mask = dropout_mask(flat, rate=layer.dropout_rate, key=key)

@@ -45,7 +45,7 @@ class Mixture:
 
 
 class Rows:
-    """Several matrices of one shape, read together in blocks of rows, which lie in the shared buffer until the next read."""
+    """Several matrices of one shape, read together in blocks of rows, which are void after the next read."""
 
     def __init__(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> None:
         self.linears, self.dtype = linears, dtype
@@ -54,7 +54,9 @@ class Rows:
         packed = [weight for weight in self.weights if isinstance(weight, PackedWeight)]
         cut = all(n_in % weight.block_elements == 0 for weight in packed)  # else matrices are unpacked whole
         self.at_once = rows_at_once(n_out, n_in) if cut else n_out
-        self.scales = [unpack_scales(weight) if cut and isinstance(weight, PackedWeight) else None for weight in self.weights]
+        self.scales = [
+            unpack_scales(weight) if cut and isinstance(weight, PackedWeight) else None for weight in self.weights
+        ]
 
     def blocks(self) -> Iterator[slice]:
         n_out = self.weights[0].shape[0]

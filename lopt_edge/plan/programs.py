@@ -87,8 +87,9 @@ def _product(text: str) -> Product:
 class Replay:
     """Runs programs on one heap. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
 
-    `lora` are the layer's linear layers that keep their input (those with LoRA), and "mlp" where one of the MLP's is among them. `from_mlp`: no gradient
-    goes back beyond the MLP. `window`: of attention in tiles of queries.
+    `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
+    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention in tiles
+    of queries.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.knobs import Knobs, placement_of
 from lopt_edge.run.load import Model
 from lopt_edge.run.lora import layer_parameters
 from lopt_edge.run.optim import NotFinite
@@ -33,6 +35,12 @@ FORMAT = 1
 Coefficients = Mapping[int, Mapping[str, tuple[float, float]]]  # by layer and linear layer
 
 
+def loading_placement(knobs: Knobs, replaced: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Where units' weights lie when a model is loaded: those of layers that will be replaced stay on disk."""
+    names = {f"layer {layer}" for layer in replaced}
+    return tuple((unit, "disk" if unit in names else place) for unit, place in placement_of(knobs))
+
+
 def fit_layers(model: Model, layers: Iterable[int]) -> dict[int, dict[str, float]]:
     """Replace layers by least squares; returns which share of each matrix the mixture leaves unexplained."""
     coefficients: dict[int, dict[str, tuple[float, float]]] = {}
@@ -42,6 +50,7 @@ def fit_layers(model: Model, layers: Iterable[int]) -> dict[int, dict[str, float
         for linear in model.facts.linears:
             a, b, unexplained = fit(*(_linear(model, each, linear.name) for each in (layer, layer - 1, layer + 1)))
             coefficients[layer][linear.name], left[layer][linear.name] = (a, b), unexplained
+        _linear(model, layer, model.facts.linears[0].name).buffer.flat.clear()  # it grew for three matrices
     replace_layers(model, coefficients)
     return left
 
@@ -95,13 +104,16 @@ def replaced_values(model: Model) -> dict[str, Any] | None:
     return {"format": FORMAT, "layers": layers} if layers else None
 
 
-def has_replaced(folder: Path) -> bool:
-    return (folder / REPLACED_NAME).exists()
+def check_plain_adapter(folder: Path) -> None:
+    """Refuse an adapter that belongs to a model with replaced layers. Raises InputError."""
+    if (folder / REPLACED_NAME).exists():
+        raise InputError("its adapter belongs to a model with replaced layers (method repl)", where=str(folder),
+                         fix="make a model of it (lopt-edge export) and train that")  # fmt: skip
 
 
 def apply_replaced(model: Model, folder: Path) -> tuple[int, ...]:
     """Replace the layers that a folder names, if it does; returns them. Raises InputError for a misfit."""
-    if not has_replaced(folder):
+    if not (folder / REPLACED_NAME).exists():
         return ()
     where = str(folder / REPLACED_NAME)
     try:
@@ -117,12 +129,14 @@ def _parsed(values: Any, model: Model, where: str) -> dict[int, dict[str, tuple[
     try:
         if values["format"] != FORMAT:
             raise InputError(f"has format {str(values['format'])[:20]!r}, this program reads {FORMAT}", where=where)
-        found = {int(layer): {name: _pair(by_linear[name]) for name in names} for layer, by_linear in values["layers"].items()}
+        found = {
+            int(layer): {name: _pair(by_linear[name]) for name in names} for layer, by_linear in values["layers"].items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError("does not fit this model", where=where, fix="use the model that it was trained on") from None
     order = sorted(found)
-    apart = all(right - left > 1 for left, right in zip(order, order[1:], strict=False))
-    if not (order and apart and 0 < order[0] and order[-1] < last):
+    apart = all(right - left > 1 for left, right in pairwise(order))
+    if not (order and apart and order[0] > 0 and order[-1] < last):
         raise InputError(f"names layers {order} of {last + 1}, which cannot be replaced", where=where,
                          fix="use the model that it was trained on")  # fmt: skip
     return {layer: found[layer] for layer in order}
