@@ -39,4 +39,6 @@ def sentences(found: Mapping[str, Any], after: Mapping[str, float]) -> Iterator[
         text = f"{NAMES[name]}: intact model {intact:.4f}, layers replaced {intact + jump:.4f} ({jump:+.4f})"
         text += f", after training {after[name]:.4f}" if name in after else ""
         closed = found["closed"].get(name)
-        yield text if closed is None else f"{text}: training closed {closed:.0%} of the jump"
+        if closed is not None:
+            text += f": training closed {closed:.0%} of the jump" if closed > 0 else ": training closed none of the jump"
+        yield text

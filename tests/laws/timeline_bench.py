@@ -184,7 +184,8 @@ def compare(setting: Setting, root: Path) -> Comparison:
 def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[Batch]) -> Timeline:
     targets = setting.targets or facts.linear_names
     shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
-    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize)
+    replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
+    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, replaced=replaced)
     return timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])
 
 
