@@ -38,7 +38,12 @@ def sentences(found: Mapping[str, Any], after: Mapping[str, float]) -> Iterator[
         intact = found["intact"][name]
         text = f"{NAMES[name]}: intact model {intact:.4f}, layers replaced {intact + jump:.4f} ({jump:+.4f})"
         text += f", after training {after[name]:.4f}" if name in after else ""
-        closed = found["closed"].get(name)
-        if closed is not None:
-            text += f": training closed {closed:.0%} of the jump" if closed > 0 else ": training closed none of the jump"
-        yield text
+        yield f"{text}{_verdict(found['closed'].get(name))}"
+
+
+def _verdict(closed: float | None) -> str:
+    if closed is None:
+        return ""
+    if closed > 1:
+        return f": training closed all of the jump ({closed:.0%}: it ended below the intact model, which was not trained)"
+    return f": training closed {closed:.0%} of the jump" if closed > 0 else ": training closed none of the jump"

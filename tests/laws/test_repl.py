@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lopt_edge import export, finetune, session
-from lopt_edge.cli import main
+from lopt_edge import cli, export, finetune, session
 from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.generation import load_speaker
 from lopt_edge.plan.knobs import Knobs
@@ -275,12 +274,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused(run, tmp_path, capsys, name):
+def test_bad_input_is_refused(run, tmp_path, monkeypatch, capsys, name):
     settings, message = BAD[name]
     flags = {"model": run.model, "data": run.data, "output": str(tmp_path / "out"), **settings}
     words = [f"--{key.replace('_', '-')}={value.replace('{run}', run.output)}" for key, value in flags.items()]
+    monkeypatch.setattr("sys.argv", ["lopt-edge", "finetune", *words])
     with pytest.raises(SystemExit) as caught:
-        main(["finetune", *words])
+        cli.main()
     assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
