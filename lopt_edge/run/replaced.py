@@ -29,6 +29,7 @@ from lopt_edge.run.optim import NotFinite
 from quant.headers import FolderError, read_json
 from quant.linear import PackedLinear
 from quant.mixed import Mixture, fit
+from quant.untrusted import check_folder
 
 REPLACED_NAME = "replaced_layers.json"
 FORMAT = 1
@@ -117,6 +118,7 @@ def apply_replaced(model: Model, folder: Path) -> tuple[int, ...]:
         return ()
     where = str(folder / REPLACED_NAME)
     try:
+        check_folder(folder)
         found = _parsed(read_json(folder / REPLACED_NAME), model, where)
     except FolderError as error:
         raise InputError(str(error), where=where, fix="use the output folder of a finetune run") from None
@@ -132,7 +134,7 @@ def _parsed(values: Any, model: Model, where: str) -> dict[int, dict[str, tuple[
         found = {
             int(layer): {name: _pair(by_linear[name]) for name in names} for layer, by_linear in values["layers"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InputError("does not fit this model", where=where, fix="use the model that it was trained on") from None
     order = sorted(found)
     apart = all(right - left > 1 for left, right in pairwise(order))

@@ -286,16 +286,22 @@ def test_bad_input_is_refused(run, tmp_path, monkeypatch, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda found: {**found, "format": 2}, lambda found: {"format": 1, "layers": {"0": found["layers"]["1"]}},
-     lambda found: {"format": 1, "layers": {"1": {}}}, lambda found: [], lambda found: {"format": 1, "layers": {}},
-     lambda found: json.loads(json.dumps(found).replace("[", "[NaN, "))],
-    ids=["format", "first layer", "no linears", "list", "no layers", "three numbers"],
-)  # fmt: skip
-def test_damaged_coefficients_are_refused(run, tmp_path, change):
+DAMAGED = {
+    "format": lambda one: {"format": 2, "layers": {"1": one}},
+    "first layer": lambda one: {"format": 1, "layers": {"0": one}},
+    "adjacent": lambda one: {"format": 1, "layers": {"1": one, "2": one}},
+    "no linears": lambda one: {"format": 1, "layers": {"1": {}}},
+    "no layers": lambda one: {"format": 1, "layers": {}},
+    "a list": lambda one: [],
+    "three numbers": lambda one: {"format": 1, "layers": {"1": {name: [0.1, 0.2, 0.3] for name in one}}},
+    "not finite": lambda one: {"format": 1, "layers": {"1": {name: [float("nan"), 0.2] for name in one}}},
+    "too large": lambda one: {"format": 1, "layers": {"1": {name: [10**400, 0.2] for name in one}}},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_coefficients_are_refused(run, tmp_path, name):
     found = json.loads((Path(run.output) / REPLACED_NAME).read_text())
-    (tmp_path / REPLACED_NAME).write_text(json.dumps(change(found)))
-    loaded = our_model(run)
+    (tmp_path / REPLACED_NAME).write_text(json.dumps(DAMAGED[name](found["layers"]["1"])))
     with pytest.raises(InputError, match=REPLACED_NAME):
-        apply_replaced(loaded, tmp_path)
+        apply_replaced(our_model(run), tmp_path)
