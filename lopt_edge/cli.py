@@ -25,6 +25,7 @@ from rich.text import Text
 
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, LoptError
+from lopt_edge.replacement_report import sentences
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -64,9 +65,8 @@ def _config_parameters() -> list[inspect.Parameter]:
         if field.annotation is bool:
             option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
         else:
-            option = Annotated[
-                str | None, typer.Option(flag, help=text, metavar=_metavar(field.annotation), show_default=False)
-            ]
+            metavar = _metavar(field.annotation)
+            option = Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
     return parameters
 
@@ -181,8 +181,6 @@ app.command("resume")(resume_command)
 
 
 def _print_result(result: Any) -> None:
-    from lopt_edge.replacement_report import sentences
-
     table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -363,8 +361,7 @@ def export_command(
     dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
     cache_dir: CacheOption = None,
 ) -> None:
-    """Merge an adapter into a plain model folder (layers that were replaced are written out), and say how far that changes
-    the logits."""
+    """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
     from lopt_edge.merging import export
 
     with _stoppable():
