@@ -58,8 +58,7 @@ def _config_parameters() -> list[inspect.Parameter]:
     """One option per field of Config; None means not given."""
     parameters = []
     for name, field in Config.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = field.default
+        flag, default = f"--{name.replace('_', '-')}", field.default
         shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
         text = (field.description or "") + shown
         if field.annotation is bool:
