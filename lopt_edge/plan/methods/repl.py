@@ -17,14 +17,14 @@ layer i are kept; its packed weights are neither held nor saved. `--replace-laye
 third one of the middle half. The first and the last layer, and two adjacent ones, cannot be replaced.
 
 Where we deviate: the papers train from scratch and the neighbours too, so a replaced block can grow with them; here the
-neighbours are frozen and the layer had learned something that is lost. So least squares at the start, coefficients for each
-module, and the adapter as a residual. What that is worth must be measured, and each run does: the intact model's held-out
-loss, the jump, and what training closed of it. In pretrained models the weights
-of neighbours are all but uncorrelated, and the best a and b are near 0: the replaced layer starts out as nearly no layer.
-On examples/tiny-llama (layers 2 and 5 of 8) least squares leaves 96% to 100% of each matrix' norm unexplained. Held-out loss
-there, seed 0: examples/study/broad.yaml intact 4.803, replaced 4.992, trained 4.164 (e2e 4.083); narrow.yaml 7.199, 6.990,
-1.389 (e2e 1.305), where the untrained model knows so little that losing two layers did no harm. Retention loss is worse by
-0.25 (broad) and 0.12 (narrow) than e2e's. So it is a way to save 4-bit bytes at a price, no gain.
+neighbours are frozen and the layer had learned something that is lost. So least squares at the start, coefficients for
+each module, and the adapter as a residual. What that is worth must be measured, and each run does: the intact model's
+held-out loss, the jump, and what training closed of it. In pretrained models the weights of neighbours are all but
+uncorrelated, and the best a and b are near 0: the replaced layer starts out as nearly no layer. On examples/tiny-llama
+(layers 2 and 5 of 8) least squares leaves 96% to 100% of each matrix' norm unexplained. Held-out loss there, seed 0:
+examples/study/broad.yaml intact 4.803, replaced 4.992, trained 4.164 (e2e 4.083); narrow.yaml 7.199, 6.990, 1.389 (e2e
+1.305), where the untrained model knows so little that losing two layers did no harm. Retention loss is worse by 0.25
+(broad) and 0.12 (narrow) than e2e's. So it is a way to save 4-bit bytes at a price, no gain.
 
 Resident weights only: a streamed replaced layer would need both neighbours in buffers at once, and saves no bytes there.
 """
