@@ -21,6 +21,7 @@ from lopt_edge.output_lock import LOCK_NAME
 from lopt_edge.plan.budget import format_bytes
 from lopt_edge.run.load import Model
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_adapter
+from lopt_edge.run.replaced import REPLACED_NAME, replaced_values
 
 RUN_NAME = "run.json"
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
@@ -125,13 +126,18 @@ class AdapterShape:
 
 
 def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool = False) -> None:
-    """Write adapter_model.safetensors and adapter_config.json. Raises NotFinite, RunError.
+    """Write adapter_model.safetensors, adapter_config.json, and replaced_layers.json where layers are replaced.
+
+    Raises NotFinite, RunError.
 
     `plain`: without peft, whose import takes some 50 MiB; a test holds that peft reads the same config.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        replaced = replaced_values(model)
         write_adapter(model, folder / ADAPTER_NAME)
+        if replaced is not None:
+            write_json(folder / REPLACED_NAME, replaced)
         if plain:
             write_json(folder / ADAPTER_CONFIG_NAME, {"peft_type": "LORA", **shape.config()})
         else:
@@ -207,13 +213,25 @@ Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]
 
 {table}
 
-```python
+{_loading(run)}
+The full settings, the plan and the measurements are in `{RUN_NAME}`, the loss of each step in `{METRICS_NAME}`.
+"""
+
+
+def _loading(run: Mapping[str, Any]) -> str:
+    if layers := run.get("replacement", {}).get("layers"):
+        return f"""Layers {", ".join(map(str, layers))} of the base were replaced by mixtures of the layers beside them
+(`{REPLACED_NAME}`), so **the adapter alone, loaded with peft onto the base, does not give this model**. `lopt-edge generate
+--adapter` reads both; a plain transformers folder is made by
+
+```sh
+lopt-edge export path/to/this/folder --merged merged
+```"""
+    return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{run["base"]}")  # in 4 bits, as in training: {run["quantised_folder"]}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-The full settings, the plan and the measurements are in `{RUN_NAME}`, the loss of each step in `{METRICS_NAME}`.
-"""
+```"""

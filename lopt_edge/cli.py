@@ -25,6 +25,7 @@ from rich.text import Text
 
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, LoptError
+from lopt_edge.replacement_report import sentences
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -57,16 +58,14 @@ def _config_parameters() -> list[inspect.Parameter]:
     """One option per field of Config; None means not given."""
     parameters = []
     for name, field in Config.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = field.default
+        flag, default = f"--{name.replace('_', '-')}", field.default
         shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
         text = (field.description or "") + shown
         if field.annotation is bool:
             option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
         else:
-            option = Annotated[
-                str | None, typer.Option(flag, help=text, metavar=_metavar(field.annotation), show_default=False)
-            ]
+            metavar = _metavar(field.annotation)
+            option = Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
     return parameters
 
@@ -194,6 +193,8 @@ def _print_result(result: Any) -> None:
     if result.peak_device_bytes != result.peak_rss_bytes:
         table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
     out.print(table)
+    for sentence in sentences(result.replacement, after):
+        out.print(sentence, markup=False)
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)
@@ -354,16 +355,17 @@ def _stream(text: str) -> None:
 @app.command("export")
 def export_command(
     adapter: Annotated[str, typer.Argument(help="output folder of a finetune run")],
-    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged bfloat16 model")],
+    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged model")],
     onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
+    dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
     cache_dir: CacheOption = None,
 ) -> None:
-    """Merge an adapter into a bfloat16 model folder, and say how far that changes the logits."""
+    """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
     from lopt_edge.merging import export
 
     with _stoppable():
-        result = export(adapter, merged=merged, onto=onto, cache_dir=cache_dir)
-    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in bfloat16, merged onto the {result.onto} weights",
+        result = export(adapter, merged=merged, onto=onto, dtype=dtype, cache_dir=cache_dir)
+    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights",
               markup=False)  # fmt: skip
     out.print(f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
               f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}")  # fmt: skip

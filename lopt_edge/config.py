@@ -31,7 +31,7 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local"] = Field(
+    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "repl"] = Field(
         "lopt", description="how far the task gradient reaches"
     )
     num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
@@ -61,6 +61,9 @@ class Config(BaseModel):
     tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
     stage_patience: int | None = Field(
         None, ge=1, description="segprop: a stage ends after N evaluations in a row without a lower held-out loss"
+    )
+    replace_layers: tuple[int, ...] | None = Field(
+        None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
     )
     boundary_cache: str | None = Field(
         None, description="folder that keeps the boundary of each example, where early segments never train"
@@ -138,14 +141,14 @@ class Config(BaseModel):
             raise ValueError("must not be true or false")
         return value
 
-    @field_validator("boundary_layers", "lora_targets", mode="before")
+    @field_validator("boundary_layers", "replace_layers", "lora_targets", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(",") if part.strip())
         return value
 
-    @field_validator("boundary_layers", "lora_targets")
+    @field_validator("boundary_layers", "replace_layers", "lora_targets")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value is not None and not value:
@@ -215,6 +218,8 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
                "add --eval-every and --eval-fraction")  # fmt: skip
     if config.method == "top-layers" and config.train_layers is None:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
+    if config.method == "repl":
+        yield from _repl_errors(config)
     if config.method != "lopt":
         return
     if config.boundary and (config.boundary_layers or "num_segments" in given):
@@ -226,6 +231,15 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.boundary_update == "fresh" and config.clip and config.clip_scope == "global":
         yield ("boundary_update", "fresh needs clip_scope segment: an early segment is updated before the norm of the "
                "others is known", "use --clip-scope segment or --clip 0")  # fmt: skip
+
+
+def _repl_errors(config: Config) -> Iterator[tuple[str, str, str]]:
+    if "disk" in config.weights or "host" in config.weights:
+        yield ("weights", "must be resident with method repl: a replaced layer reads both layers beside it",
+               "leave weights out, or use another method")  # fmt: skip
+    if config.init_adapter:
+        yield ("init_adapter", "cannot be with method repl: adapters of the intact model do not fit the replaced layers",
+               "leave it out, or merge it first (lopt-edge export) and train the merged model")  # fmt: skip
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:

@@ -5,11 +5,12 @@ Everything that was printed is in these files.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.artifacts import RUN_NAME, model_card, write_json, write_text
+from lopt_edge.replacement_report import replacement
 from lopt_edge.resuming import versions
 from lopt_edge.run.meter import peak_device_bytes, peak_rss_bytes
 from lopt_edge.session import Session
@@ -28,6 +29,7 @@ class RunResult:
     peak_rss_bytes: int
     peak_device_bytes: int
     seconds: dict[str, float]
+    replacement: dict[str, Any] = field(default_factory=dict)  # method repl: replacement_report.py
 
 
 def report(session: Session) -> RunResult:
@@ -44,6 +46,7 @@ def report(session: Session) -> RunResult:
         peak_rss_bytes=peak_rss,
         peak_device_bytes=peak_device,
         seconds={name: round(value, 3) for name, value in session.clock.seconds.items()},
+        replacement=replacement(state, session.inputs.course.replaced),
     )
     session.first_steps.write(session.output, session.inputs.run_plan)
     run = _run_facts(session, result)
@@ -75,6 +78,7 @@ def _run_facts(session: Session, result: RunResult) -> dict[str, Any]:
         "totals": {"steps": session.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
                    "skipped_steps": state.skipped},
         "evaluation": result.evaluation,
+        **({"replacement": result.replacement} if result.replacement else {}),
         "predicted": session.predicted,
         "best_eval_loss": state.best["eval_loss"] if state.best else None,
         "samples": result.samples,

@@ -22,6 +22,7 @@ from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.lora import load_adapters
 from lopt_edge.run.losses import logits
+from lopt_edge.run.replaced import apply_replaced
 from quant.headers import FolderError, read_json
 from quant.untrusted import check_folder
 
@@ -152,6 +153,7 @@ def load_speaker(
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     loaded = load_model(folder, source.facts, device=chosen, dtype=dtype)
     if adapter is not None:
+        apply_replaced(loaded, Path(adapter))
         load_adapters(loaded, Path(adapter))
     return Speaker(loaded, tokenizer, load_template(tokenizer, chat_template)[0])
 

@@ -1,15 +1,17 @@
-"""Export: the adapter merged into a bfloat16 transformers folder, tensor by tensor, shard by shard.
+"""Export: the adapter merged into a plain transformers folder, tensor by tensor, shard by shard.
 
-Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16. W is either the original full-precision weight
+Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16 (or kept: `dtype`). In a layer that the run replaced
+(method repl) W = a W1 + b W2 of the layers beside it. W is either the original full-precision weight
 (`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
 the function changes; how far is measured and returned: both models read the same text, the merged one layer by layer from
-the written folder. The rule: beside the packed model and its adapter, memory holds one full matrix while writing and one
-full layer while measuring. The folder appears under its name only when complete.
+the written folder. The rule: beside the packed model and its adapter, memory holds one full matrix (two in
+a replaced layer) while writing and one full layer while measuring. The folder appears under its name only when complete.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,12 @@ from lopt_edge.plan.facts import packs
 from lopt_edge.run.load import Model, fill_parameters, load_model, make_skeleton
 from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, load_adapters
 from lopt_edge.run.losses import logits
+from lopt_edge.run.replaced import apply_replaced
 from quant.files import copy_small_files, is_packed, read_packed, read_tensor
 from quant.folders import new_folder
 from quant.headers import FolderError, TensorEntry, read_json
 from quant.linear import PackedLinear
+from quant.mixed import Mixture
 from quant.nf4 import unpack_into
 from quant.shards import write_sharded
 
@@ -36,6 +40,7 @@ PROBE_TEXT = (
     "The committee met on Tuesday to decide how the river should be crossed. Two engineers had drawn a bridge of stone; a "
     "third, younger, wanted steel. def area(width, height): return width * height. In 1931 the price of bread doubled."
 )
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}  # of the merged weights, with their names in files
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,17 @@ class Merged:
     same_top_token: float  # share of tokens
 
 
-def export(adapter: str | Path, *, merged: str | Path, onto: str = "original", cache_dir: str | None = None) -> Merged:
-    """Merge the adapter of a finetune output folder into a bfloat16 model folder `merged` (new).
+def export(
+    adapter: str | Path, *, merged: str | Path, onto: str = "original", dtype: str = "bfloat16",
+    cache_dir: str | None = None,
+) -> Merged:  # fmt: skip
+    """Merge the adapter of a finetune output folder into a model folder `merged` (new).
 
-    Raises InputError for a folder that is no adapter, an unknown `onto`, or a target that exists.
+    Raises InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
     """
     adapter, target = Path(adapter), Path(merged)
+    if dtype not in DTYPES:
+        raise InputError(f"{dtype!r} is unknown", where="dtype", fix=f"choose {' or '.join(DTYPES)}")
     if onto not in ("original", "dequantized"):
         raise InputError(f"{onto!r} is unknown", where="onto", fix="choose original or dequantized")
     if target.exists():
@@ -65,11 +75,12 @@ def export(adapter: str | Path, *, merged: str | Path, onto: str = "original", c
         raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
+    apply_replaced(model, adapter)
     load_adapters(model, adapter)
     try:
         with new_folder(target) as partial:
-            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial)
-            _write_config(source.path, partial)
+            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial, dtype)
+            _write_config(source.path, partial, dtype)
             copy_small_files(adapter, partial)
             copy_small_files(source.path, partial)
             divergence = _divergence(model, partial, load_tokenizer(partial))
@@ -92,12 +103,13 @@ def _base_of(adapter: Path) -> ModelFolder:
     return find_model(base, revision=revision if isinstance(revision, str) else None)
 
 
-def _write_weights(model: Model, base: Path, target: Path) -> int:
+def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
     """All shards and their index; returns the bytes of the tensors."""
     entries = tensor_entries(base)
     names = [name for name in sorted(entries) if not _is_quantisation_part(name, entries)]
-    layout = [(name, "BF16", _full_shape(name, entries, model)) for name in names]
-    return write_sharded(target, layout, _merged_tensors(names, entries, model))
+    layout = [(name, DTYPES[dtype], _full_shape(name, entries, model)) for name in names]
+    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in _merged_tensors(names, entries, model))
+    return write_sharded(target, layout, tensors)
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
@@ -122,22 +134,37 @@ def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> tup
 def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Model) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         module = _module_of(name, model)
-        if module is not None and is_packed(entries, name):
-            weight = read_packed(entries, name)
-            tensor = unpack_into(weight, torch.empty(weight.shape))
+        if module is not None and isinstance(module.synthesis, Mixture):
+            tensor = _synthesised(name, entries, module.synthesis)
         else:
-            tensor = read_tensor(entries[name])
+            tensor = _read(name, entries)
         if module is not None and module.lora_a is not None and module.lora_b is not None:
             tensor = tensor.float()
             tensor += (module.lora_a.detach() @ module.lora_b.detach()).t() * module.scale
-        yield name, tensor.to(torch.bfloat16)
+        yield name, tensor
 
 
-def _write_config(source: Path, target: Path) -> None:
+def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
+    """As stored, or in fp32 out of 4 bits."""
+    if not is_packed(entries, name):
+        return read_tensor(entries[name])
+    weight = read_packed(entries, name)
+    return unpack_into(weight, torch.empty(weight.shape))
+
+
+def _synthesised(name: str, entries: dict[str, TensorEntry], mixture: Mixture) -> Tensor:
+    """The weight of a replaced layer, fp32, from those of the layers beside it."""
+    head, layer, rest = re.split(r"(?<=\.layers\.)(\d+)", name, maxsplit=1)
+    before, after = (_read(f"{head}{int(layer) + step}{rest}", entries).float() for step in (-1, 1))
+    a, b = mixture.mix.tolist()
+    return before.mul(a).add_(after, alpha=b)
+
+
+def _write_config(source: Path, target: Path, dtype: str) -> None:
     config = read_json(source / "config.json")
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
 @torch.no_grad()

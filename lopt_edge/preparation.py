@@ -48,9 +48,10 @@ from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model
-from lopt_edge.run.lora import attach_adapters, check_adapter_folder, layer_parameters, load_adapters
+from lopt_edge.run.lora import attach_adapters, check_adapter_folder, load_adapters
 from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.optim import SegmentOptimizer
+from lopt_edge.run.replaced import check_plain_adapter, group_parameters
 from lopt_edge.teaching import check_teacher, find_teacher
 from quant.linear import DropoutClock
 
@@ -138,6 +139,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
+        check_plain_adapter(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
@@ -272,7 +274,7 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
         if unit == "aux"
     }
     parameters = {
-        (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
+        (unit, target): group_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
         for unit, target in inputs.course.groups
     }
     optimizer = SegmentOptimizer(

@@ -18,6 +18,8 @@ LEVEL_SHARE = 0.05  # of a new loss in its running level: about the last 20 step
 LEVEL_STEPS = 20  # before a rise is called one
 FAR_DEVIATIONS, FAR_SHARE = 6.0, 0.5  # a loss is far above its level if it is beyond both
 
+LATER = ("intact", "unexplained")  # fields that checkpoints of earlier versions lack
+
 
 @dataclass
 class LossLevel:
@@ -61,6 +63,8 @@ class RunState:
     stage_loss: float | None = None
     stage_waits: int = 0
     skip: list[int] = field(default_factory=list)  # steps known to end in numbers that are not finite
+    intact: dict[str, float] = field(default_factory=dict)  # method repl: evaluation before layers were replaced
+    unexplained: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer and linear layer: shares of a norm
     skipped: int = 0
     skipped_in_row: int = 0
     log_bytes: int = 0
@@ -76,7 +80,7 @@ class RunState:
     def from_dict(cls, values: Any, *, where: str) -> RunState:
         """Raises InputError for what no run wrote."""
         try:
-            known = {item.name: values[item.name] for item in fields(cls)}
+            known = {item.name: values[item.name] for item in fields(cls) if item.name in values or item.name not in LATER}
             state = cls(**{**known, "level": LossLevel(**known["level"])})
             numbers = (state.steps, state.sequences, state.log_bytes, state.tokens, state.skipped)
             sound = all(type(number) is int and number >= 0 for number in numbers) and isinstance(state.losses, Mapping)

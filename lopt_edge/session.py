@@ -28,7 +28,6 @@ from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import folder_bytes, four_bit_folder
 from lopt_edge.not_finite import dump_not_finite
 from lopt_edge.plan.budget import Budget, format_bytes
-from lopt_edge.plan.knobs import placement_of
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.step import StepKind
 from lopt_edge.preparation import Inputs, build_executor
@@ -37,6 +36,7 @@ from lopt_edge.report import MemoryMeter, write_report
 from lopt_edge.resuming import Start
 from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.run.batches import Batch
+from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.executor import Cut, StepResult
 from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.load import load_model
@@ -44,6 +44,7 @@ from lopt_edge.run.lora import load_adapters
 from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
 from lopt_edge.run.op_faults import memory_faults
 from lopt_edge.run.optim import NotFinite
+from lopt_edge.run.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run_state import RunState
 from lopt_edge.saving import Saver
 from lopt_edge.signals import Interrupts
@@ -112,8 +113,15 @@ class Session:
 
     def _load(self) -> None:
         inputs, start = self.inputs, self.start
+        replaced = inputs.course.replaced
         self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
-                                placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
+                                placement=loading_placement(inputs.knobs, replaced), mover=self.mover)  # fmt: skip
+        self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
+        self.retention = inputs.batches(inputs.retention) if inputs.retention else []
+        if start is not None:
+            apply_replaced(self.model, start.checkpoint.folder)
+        elif replaced:
+            self._replace(replaced)
         if self.features is not None:
             self._learn_from_teacher(self.features)
         adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
@@ -125,8 +133,6 @@ class Session:
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
                            seconds=self.clock.seconds)  # fmt: skip
         self.first_steps = FirstSteps(self.executor, evaluated=self.state.evaluated < 0)
-        self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
-        self.retention = inputs.batches(inputs.retention) if inputs.retention else []
         release_free_memory()
 
     def _learn_from_teacher(self, features: FeatureCache) -> None:
@@ -137,6 +143,16 @@ class Session:
             self.progress.note(
                 f"the teacher's features of {n_examples} examples were computed: {size} of disk until the end"
             )
+
+    def _replace(self, layers: tuple[int, ...]) -> None:
+        """Method repl, at its beginning: what the intact model loses, then the fit."""
+        with self.clock.phase("evaluate"), memory_faults("evaluation"):
+            self.state.intact = self._losses()
+        left = fit_layers(self.model, layers)
+        self.state.unexplained = {str(layer): by_linear for layer, by_linear in left.items()}
+        shares = [share for by_linear in left.values() for share in by_linear.values()]
+        self.progress.note(f"replaced layers {', '.join(map(str, layers))}: mixtures of the layers beside them leave "
+                           f"{min(shares):.1%} to {max(shares):.1%} of each matrix unexplained")  # fmt: skip
 
     def _go_on_from(self, start: Start) -> None:
         folder, state = start.checkpoint.folder, self.state
@@ -172,6 +188,7 @@ class Session:
                 if state.best is not None:  # what is reported and sampled is what was saved
                     state.after = state.best
                     load_adapters(self.model, self.output)
+                    apply_replaced(self.model, self.output)
                 self._sample("after")
         except Interrupted as stop:
             raise Interrupted(stop.signal_number, self._save_at_stop()) from None
@@ -379,15 +396,9 @@ class Session:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
-        found: dict[str, float] = {}
         state = self.state
         with self.clock.phase("evaluate"), memory_faults("evaluation"):
-            for name, batches in (("eval_loss", self.held_out), ("retention_loss", self.retention)):
-                if batches:
-                    found[name] = self.executor.evaluate(
-                        batches, token_tile=self.inputs.knobs.token_tile, layers=self.kinds.layers(step),
-                        between=self.interrupts.check,
-                    )  # fmt: skip
+            found = self._losses(layers=self.kinds.layers(step))
         for name, loss in found.items():
             if not math.isfinite(loss):
                 raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
@@ -402,6 +413,16 @@ class Session:
             self.events.write({"event": "stage ended", "step": step, "reason": over})
         state.evaluated, state.best = step, found if self.config.keep_best and better else state.best
         return found
+
+    def _losses(self, *, layers: Sequence[int] | None = None) -> dict[str, float]:
+        """Of the model as it stands (or of these layers), on the held-out and the retention data."""
+        tile, check = self.inputs.knobs.token_tile, self.interrupts.check
+        named = (("eval_loss", self.held_out), ("retention_loss", self.retention))
+        return {
+            name: held_out_loss(self.model, batches, token_tile=tile, layers=layers, between=check)
+            for name, batches in named
+            if batches
+        }
 
     def _sample(self, when: str) -> None:
         prompt = self.config.sample_prompt

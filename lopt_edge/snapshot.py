@@ -2,7 +2,8 @@
 
     adapter_model.safetensors, adapter_config.json   the adapter, as peft loads it: any checkpoint can be tried out
     training.safetensors                             by group: moments, aux heads' values, gradients inside a window
-    best_adapter.safetensors                         with keep_best: the best adapter so far
+    replaced_layers.json                             with method repl: the mixing coefficients (run/replaced.py)
+    best_adapter.safetensors                         with keep_best: the best adapter so far, and best_replaced_layers.json
     config.yaml, state.json                          settings as given; position, counts, fingerprints, versions
 
 Tensors are written and read one group at a time, from whatever tier they lie on to whatever tier the plan has them on, so
@@ -29,11 +30,13 @@ from lopt_edge.errors import InputError
 from lopt_edge.run.executor import Cut, Executor
 from lopt_edge.run.lora import ADAPTER_NAME
 from lopt_edge.run.optim import GroupName, NotFinite
+from lopt_edge.run.replaced import REPLACED_NAME
 from lopt_edge.run_state import RunState
 from quant.files import read_tensor, tensor_bytes
 from quant.headers import FolderError, SafetensorsWriter, TensorEntry, read_header
 
 TENSORS_NAME, BEST_NAME = "training.safetensors", "best_adapter.safetensors"
+BEST_REPLACED_NAME = f"best_{REPLACED_NAME}"
 DTYPE_NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 HEADER_SHARE, FILES_BYTES = 1.05, 1 << 18  # headers and JSON files, for the check of free space
 
@@ -64,6 +67,8 @@ def write_snapshot(folder: Path, executor: Executor, snapshot: Snapshot, *, cut:
             del tensor
     if snapshot.best is not None:
         shutil.copyfile(snapshot.best, folder / BEST_NAME)
+        if (replaced := snapshot.best.with_name(REPLACED_NAME)).exists():
+            shutil.copyfile(replaced, folder / BEST_REPLACED_NAME)
     write_text(folder / SETTINGS_NAME, snapshot.settings)
     groups = {_key(name): group.steps for name, group in executor.optimizer.groups.items()}
     python_random = random.getstate()
@@ -165,7 +170,9 @@ def restore_best(folder: Path, output: Path, shape: AdapterShape) -> None:
     if not (folder / BEST_NAME).exists():
         return
     output.mkdir(parents=True, exist_ok=True)
-    beside = output / f"{ADAPTER_NAME}.partial"
-    shutil.copyfile(folder / BEST_NAME, beside)
-    beside.replace(output / ADAPTER_NAME)
+    for kept, name in ((BEST_NAME, ADAPTER_NAME), (BEST_REPLACED_NAME, REPLACED_NAME)):
+        if (folder / kept).exists():
+            beside = output / f"{name}.partial"
+            shutil.copyfile(folder / kept, beside)
+            beside.replace(output / name)
     write_json(output / "adapter_config.json", {"peft_type": "LORA", **shape.config()})

@@ -8,7 +8,8 @@ a tile of tokens would need all three whole matrices unpacked, or unpacked again
 The graph keeps x alone. The backward runs the blocks again and computes all gradients by hand; when a layer is recomputed
 only for its backward (`value_needed = False`) the forward computes nothing. y and dx are sums over blocks, taken in fp32:
 equal to the plain product up to the rounding of J-wise partial sums, and always the same for the same input.
-With dropout on the LoRA inputs the plain layers are used instead, whole intermediate and all.
+With dropout on the LoRA inputs, or where a weight is made of other layers' (quant/mixed.py), the plain layers are used
+instead, whole intermediate and all.
 
 Shapes: N tokens, D hidden, J features of a block, R rank.
 """
@@ -38,7 +39,7 @@ class PackedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linears = (self.gate_proj, self.up_proj, self.down_proj)
-        if any(linear.dropout_key() is not None for linear in linears):
+        if any(linear.dropout_key() is not None or linear.synthesis is not None for linear in linears):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         adapters = [matrix for linear in linears for matrix in (linear.lora_a, linear.lora_b)]
         return _GatedMLPFunction.apply(x, self, *adapters)

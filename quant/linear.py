@@ -10,12 +10,13 @@ backward does not unpack at all. x A is recomputed (rank r: cheap). Without adap
 layer, whose output nobody reads (its backward needs its input alone).
 Dropout acts on the LoRA branch's input. Its mask is a function of a key that the caller sets, so that a recomputation
 draws the same mask; the backward draws it again instead of keeping it.
+A layer may have no weight of its own, but one made of other layers' (`synthesis`, quant/mixed.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,12 @@ def dropout_mask(like: Tensor, *, rate: float, key: int) -> Tensor:
     return torch.empty_like(like).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
 
+class Synthesis(Protocol):
+    """Makes a layer's output without a weight of its own."""
+
+    def apply(self, layer: PackedLinear, x: Tensor) -> Tensor: ...
+
+
 class PackedLinear(nn.Module):
     """Linear layer over a packed weight; `lora_a` (in, r) and `lora_b` (r, out) are fp32 or absent.
 
@@ -78,6 +85,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.buffer = in_features, out_features, buffer
         self.weight: PackedWeight | Tensor | None = None  # a plain matrix where a 4-bit folder left it unpacked
+        self.synthesis: Synthesis | None = None  # instead of a weight
         self.bias: Tensor | None = None
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
@@ -92,6 +100,8 @@ class PackedLinear(nn.Module):
         self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.synthesis is not None:
+            return self.synthesis.apply(self, x)
         return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, self.dropout_key())
 
     def dropout_key(self) -> int | None:
@@ -108,6 +118,39 @@ class PackedLinear(nn.Module):
         return unpack_into(self.weight, self.buffer.view(self.weight.shape, dtype, self.weight.device))
 
 
+def add_lora(
+    layer: PackedLinear, flat: Tensor, a: Tensor | None, b: Tensor | None, key: int | None, *, into: Tensor
+) -> None:
+    """Add the LoRA branch of `flat` (N, in) to `into` (N, out)."""
+    if a is None or b is None:
+        return
+    dropped = flat if key is None else flat * dropout_mask(flat, rate=layer.dropout_rate, key=key)
+    into.addmm_(dropped @ a.to(flat.dtype), b.to(flat.dtype), alpha=layer.scale)
+
+
+def lora_gradients(
+    layer: PackedLinear, flat: Tensor, a: Tensor, b: Tensor, g: Tensor, *, key: int | None, dx: Tensor | None,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """(dA, dB), those that are `needed`, from the gradient g (N, out) of the output; the branch's share is added to dx."""
+    mask = da = db = None
+    if key is not None:
+        mask = dropout_mask(flat, rate=layer.dropout_rate, key=key)
+        flat = flat * mask
+    a_cast = a.to(g.dtype)
+    g_b = g @ b.to(g.dtype).t()  # (tokens, r)
+    if needed[0]:
+        da = (flat.t() @ g_b).to(a.dtype).mul_(layer.scale)
+    if needed[1]:
+        db = ((flat @ a_cast).t() @ g).to(b.dtype).mul_(layer.scale)
+    if dx is not None:
+        if mask is None:
+            dx.addmm_(g_b, a_cast.t(), alpha=layer.scale)
+        else:
+            dx.addcmul_(g_b @ a_cast.t(), mask, value=layer.scale)
+    return da, db
+
+
 class _PackedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, layer: PackedLinear, key: int | None) -> Tensor:
@@ -120,9 +163,7 @@ class _PackedLinearFunction(torch.autograd.Function):
             y = flat @ layer.unpacked(x.dtype).t()
         else:
             y = torch.addmm(layer.bias, flat, layer.unpacked(x.dtype).t())
-        if a is not None and b is not None:
-            dropped = flat if key is None else flat * dropout_mask(flat, rate=layer.dropout_rate, key=key)
-            y.addmm_(dropped @ a.to(x.dtype), b.to(x.dtype), alpha=layer.scale)
+        add_lora(layer, flat, a, b, key, into=y)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -133,19 +174,6 @@ class _PackedLinearFunction(torch.autograd.Function):
         da = db = None
         if ctx.saved_tensors:
             x, a, b = ctx.saved_tensors
-            flat, mask = x.reshape(-1, x.shape[-1]), None
-            if ctx.key is not None:
-                mask = dropout_mask(flat, rate=layer.dropout_rate, key=ctx.key)
-                flat = flat * mask
-            a_cast = a.to(g.dtype)
-            g_b = g @ b.to(g.dtype).t()  # (tokens, r)
-            if need_a:
-                da = (flat.t() @ g_b).to(a.dtype).mul_(layer.scale)
-            if need_b:
-                db = ((flat @ a_cast).t() @ g).to(b.dtype).mul_(layer.scale)
-            if dx is not None:
-                if mask is None:
-                    dx.addmm_(g_b, a_cast.t(), alpha=layer.scale)
-                else:
-                    dx.addcmul_(g_b @ a_cast.t(), mask, value=layer.scale)
+            flat = x.reshape(-1, x.shape[-1])
+            da, db = lora_gradients(layer, flat, a, b, g, key=ctx.key, dx=dx, needed=(need_a, need_b))
         return None if dx is None else dx.view(ctx.input_shape), da, db, None, None

@@ -15,6 +15,7 @@ BLOCK_ELEMENTS = 64
 NESTED_BLOCK_ELEMENTS = 256
 CODE_MAP_BYTES = 16 * 4
 NESTED_MAP_BYTES = 256 * 4
+MIXED_ELEMENTS = 1 << 20  # of each matrix, unpacked at a time where matrices are mixed
 
 # Bytes per element of the dtypes that occur in safetensors files, by their safetensors names.
 DTYPE_BYTES = {
@@ -52,3 +53,11 @@ def packed_sizes(shape: tuple[int, ...]) -> PackedSizes:
         nested_absmax_bytes=4 * ceil(n_blocks / NESTED_BLOCK_ELEMENTS),
         maps_bytes=CODE_MAP_BYTES + NESTED_MAP_BYTES,
     )
+
+
+def rows_at_once(out_features: int, in_features: int) -> int:
+    """Rows of a matrix that are unpacked at a time where it is mixed with another one (quant/mixed.py).
+
+    Rows can be cut out only where no quantisation block crosses them.
+    """
+    return out_features if in_features % BLOCK_ELEMENTS else min(out_features, max(1, MIXED_ELEMENTS // in_features))

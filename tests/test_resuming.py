@@ -52,7 +52,7 @@ OTHERS: dict[str, Any] = {
     "clip_scope": "global", "lora_r": 2, "lora_alpha": 2.0, "lora_dropout": 0.5, "lora_targets": ("q_proj",), "seed": 99,
     "keep_best": True, "optimizer": "adamw8bit", "token_tile": 256,
     "boundary_update": "fresh", "local_loss": "next-token", "local_every": 2, "open_every": 2, "train_layers": 1,
-    "selection": "uniform", "select_ratio": 0.25, "unselected": "rest", "boundary_cache": "x",
+    "selection": "uniform", "select_ratio": 0.25, "unselected": "rest", "boundary_cache": "x", "replace_layers": (1,),
     "teacher": "x", "align_until": 0.25, "align_weight": 0.5, "align_layer": 1, "stages": 2, "tail_layers": 1,
     "stage_patience": 1,
 }  # fmt: skip

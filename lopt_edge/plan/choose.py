@@ -101,7 +101,9 @@ def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
     found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
     found |= {} if config.token_tile is None else {"token_tile": config.token_tile}
-    if config.weights != "auto":
+    if config.method == "repl":
+        found["weights"] = ("resident",) * n_layers  # config.py refuses others
+    elif config.weights != "auto":
         found["weights"] = per_layer(config.weights, WEIGHTS, n_layers=n_layers, where="weights")
     if config.activations != "auto":
         found["activations"] = per_layer(config.activations, ACTIVATIONS, n_layers=n_layers, where="activations")

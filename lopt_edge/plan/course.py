@@ -95,6 +95,11 @@ class Course:
         return tuple(target for unit, target in self.groups if unit == "layer")
 
     @cached_property
+    def replaced(self) -> tuple[int, ...]:
+        """The layers without weights of their own."""
+        return tuple(sorted({layer for kind in self.kinds for segment in kind.segments for layer in segment.replaced}))
+
+    @cached_property
     def shares(self) -> tuple[float, ...]:
         """Of the kinds, in the steps of a long run that begins with an empty cache."""
         found = dict.fromkeys(self.named, 0.0)

@@ -21,7 +21,10 @@ VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}  # run.losses
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the programs are functions of. `itemsize` is the compute dtype's, `targets` are the linear layers with LoRA."""
+    """What the programs are functions of. `itemsize` is the compute dtype's, `targets` are the linear layers with LoRA.
+
+    `mixed`: its weights are mixtures of others' (quant/mixed.py).
+    """
 
     facts: ModelFacts
     itemsize: int
@@ -29,11 +32,16 @@ class LayerShape:
     targets: tuple[str, ...]
     device_type: str = "cpu"
     dropout: bool = False
+    mixed: bool = False
 
     @property
     def attention_kernel(self) -> str:
         """torch's scaled_dot_product_attention, or run/query_tiles.py."""
         return "query tiles" if self.facts.model_type in EAGER_ONLY else "sdpa"
+
+    def saves(self, short_name: str) -> bool:
+        """Whether a linear layer keeps its input for the backward."""
+        return self.mixed or short_name in self.targets
 
     @property
     def blocked(self) -> bool:
@@ -41,7 +49,7 @@ class LayerShape:
         names = {linear.short_name for linear in self.facts.linears}
         cut = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
-        return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped
+        return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped and not self.mixed
 
     def dimensions(self, *, n_sequences: int, n_tokens: int, n_tile: int = 0) -> Dimensions:
         """The programs' letters."""

@@ -1,6 +1,6 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
-Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py,
+Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
 quant/gated_mlp.py, run/query_tiles.py, run/vocabulary.py), on a `Heap` that remembers the most; whoever changes one changes
 the other (tests/plan/test_module_bytes.py and tests/run/test_query_tiles.py compare them). What a call leaves behind (its
 result) is taken inside as well and let go at the end: the program around it takes it (layer_bytes.py). On CUDA
@@ -16,7 +16,7 @@ from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 from lopt_edge.plan.facts import LinearFacts
-from quant.sizes import BLOCK_ELEMENTS
+from quant.sizes import BLOCK_ELEMENTS, rows_at_once
 
 if TYPE_CHECKING:
     from lopt_edge.plan.layer_bytes import LayerShape, Vocabularies
@@ -81,6 +81,22 @@ def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
         unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
 
 
+def unpack_for_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Before y is there; where weights are mixed, with y."""
+    if shape.mixed:
+        mixed_forward(heap, shape, linear, n_rows)
+    else:
+        unpack_matrix(heap, shape, linear)
+
+
+def unpack_for_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Before dx is there; where weights are mixed, with dx."""
+    if shape.mixed:
+        mixed_backward(heap, shape, linear, n_rows)
+    else:
+        unpack_matrix(heap, shape, linear)
+
+
 def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
     """Once y is there: dropped input, x A, A and B in the compute dtype."""
     c, r = shape.itemsize, shape.rank
@@ -109,6 +125,44 @@ def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: in
         heap.take(n_out * r * 4)  # dB
         if shape.dropout and need_x:
             heap.take(n_rows * n_in * c)
+
+
+# quant/mixed.py --------------------------------------------------------------------------------------------------------
+
+
+def mixed_elements(linear: LinearFacts) -> int:
+    """Of one matrix' block."""
+    return rows_at_once(linear.out_features, linear.in_features) * linear.in_features
+
+
+def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
+    """Rows: both matrices' scales, which stay; where no rows can be cut out they are made at each read instead."""
+    if linear.in_features % BLOCK_ELEMENTS == 0:
+        for _ in range(2):
+            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.device_type == "cpu")
+
+
+def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
+    if linear.in_features % BLOCK_ELEMENTS:
+        unpack_matrix(heap, shape, linear)
+    else:
+        unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.device_type == "cpu")
+
+
+def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    with heap.call():
+        _mixed_rows(heap, shape, linear)
+        heap.take(n_rows * linear.out_features * shape.itemsize)
+        _mixed_read(heap, shape, linear)
+
+
+def mixed_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """dx, and a block's gradient."""
+    with heap.call():
+        _mixed_rows(heap, shape, linear)
+        heap.take(n_rows * linear.in_features * shape.itemsize)
+        _mixed_read(heap, shape, linear)
+        heap.touch(mixed_elements(linear) * (shape.itemsize + 4 * (shape.itemsize != 4)))
 
 
 # run/query_tiles.py ----------------------------------------------------------------------------------------------------
@@ -262,12 +316,12 @@ class _Plain:
         return self.n_rows * self.shape.facts.intermediate_size * self.shape.itemsize
 
     def trains(self, linear: LinearFacts) -> bool:
-        return self.x_trains or linear.short_name in self.shape.targets
+        return self.x_trains or self.shape.saves(linear.short_name)
 
     def forward(self, heap: Heap, linear: LinearFacts) -> None:
         """The result included."""
         with heap.call():
-            unpack_matrix(heap, self.shape, linear)
+            unpack_for_forward(heap, self.shape, linear, self.n_rows)
         with heap.call():
             heap.take(self.n_rows * linear.out_features * self.shape.itemsize)
             if linear.short_name in self.shape.targets:
@@ -277,7 +331,7 @@ class _Plain:
         """The result included."""
         with heap.call():
             if need_x:
-                unpack_matrix(heap, self.shape, linear)
+                unpack_for_backward(heap, self.shape, linear, self.n_rows)
                 heap.take(self.n_rows * linear.in_features * self.shape.itemsize)
             if linear.short_name in self.shape.targets:
                 lora_backward(heap, self.shape, linear, self.n_rows, need_x=need_x)
@@ -287,7 +341,7 @@ def plain_mlp_forward(heap: Heap, shape: LayerShape, n_rows: int, *, graph: bool
     """Returns the bytes that stay for the backward; less by x where that is not saved (the program counts it)."""
     run, (gate, up, down) = _Plain(shape, n_rows, x_trains), mlp_linears(shape)
     gate_kept, up_kept = (graph and run.trains(linear) for linear in (gate, up))
-    down_kept, x_kept = graph and down.short_name in shape.targets, bool({"gate_proj", "up_proj"} & set(shape.targets))
+    down_kept, x_kept = graph and shape.saves("down_proj"), shape.saves("gate_proj") or shape.saves("up_proj")
     with heap.call():
         run.forward(heap, gate)
         heap.take(2 * run.inner)  # gate(x) and its activation
@@ -310,7 +364,7 @@ def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: 
         run.backward(heap, down, need_x=gate_trains or up_trains)
         heap.free(given)
         heap.take(inner * (gate_trains or up_trains))  # the product's gradient
-        heap.free(held * (down.short_name in shape.targets))
+        heap.free(held * shape.saves("down_proj"))
         heap.take(inner * (gate_trains + up_trains))  # those of both factors
         heap.free(inner * (gate_trains or up_trains), held * (gate_trains + up_trains))
         if up_trains:

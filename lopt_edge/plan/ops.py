@@ -153,6 +153,10 @@ class Plan:
     def segment_of(self, layer: int) -> Segment:
         return next(segment for segment in self.segments if segment.first <= layer <= segment.last)
 
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The layers whose weights this one computes with."""
+        return next((s.reads(layer) for s in self.segments if s.first <= layer <= s.last), (layer,))
+
     @cached_property
     def path(self) -> tuple[int, ...]:
         """The layers that run forward, in order."""
@@ -169,7 +173,7 @@ _HEAD = re.compile(
 _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
-    rf"(?: through=({_LAYERS}))?(?: absent=({_LAYERS}))?"
+    rf"(?: through=({_LAYERS}))?(?: absent=({_LAYERS}))?(?: replaced=({_LAYERS}))?"
 )
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
@@ -206,10 +210,10 @@ def parse_plan(text: str) -> Plan:
 def _parsed_segment(match: re.Match[str], number: int) -> Segment:
     loss: Any = match[4]
     try:
-        through, absent = parse_runs(match[5] or ""), parse_runs(match[6] or "")
+        through, absent, replaced = (parse_runs(match[place] or "") for place in (5, 6, 7))
     except ValueError as error:
         raise PlanTextError(f"line {number}: {error}") from None
-    return Segment(int(match[1]), int(match[2]), int(match[3]), loss, through, absent)
+    return Segment(int(match[1]), int(match[2]), int(match[3]), loss, through, absent, replaced)
 
 
 def _parsed_op(match: re.Match[str]) -> Op:

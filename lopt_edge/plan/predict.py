@@ -137,7 +137,7 @@ def predict(
     if evaluation is not None:
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.frame_bytes(evaluation) + sizes.batch_bytes(evaluation)
         layers = [sizes.forward_within(evaluation, layer, segment) for segment in plan.segments for layer in segment.layers]
-        evaluated = steady + passing + max(*layers, sizes.loss_within(evaluation, task=True))
+        evaluated = steady + passing + max(*layers, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
     slack = slack_bytes(device_type, max(moving, evaluated - steady))
     slack += _slack_of_movements(plan, sizes, found) if device_type == "cpu" else 0
     library = LIBRARY_BYTES[device_type] if library_bytes is None else library_bytes

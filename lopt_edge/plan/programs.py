@@ -87,8 +87,9 @@ def _product(text: str) -> Product:
 class Replay:
     """Runs programs on one heap. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
 
-    `lora` are the layer's linear layers with LoRA, and "mlp" where one of the MLP's is among them. `from_mlp`: no gradient
-    goes back beyond the MLP. `window`: of attention in tiles of queries.
+    `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
+    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention in tiles
+    of queries.
     """
 
     def __init__(
@@ -103,13 +104,15 @@ class Replay:
         self.shape, self.dimensions, self.stored, self.from_mlp, self.heap = shape, dimensions, stored, from_mlp, Heap()
         self.window = window
         in_mlp = {linear.short_name for linear in shape.facts.linears if linear.name.startswith("mlp.")}
-        self.lora = frozenset(shape.targets) | ({"mlp"} if in_mlp & set(shape.targets) else set())
+        self.lora = frozenset(linear.short_name for linear in shape.facts.linears if shape.saves(linear.short_name))
+        self.lora |= {"mlp"} if in_mlp & self.lora else set()
+        self.is_backward = False
         self.alive: dict[str, int] = {}
         self.result = ""  # name of the output
 
     def run(self, case: str, op: str, *, graph: bool = False, value: bool = True, paged: bool = False) -> None:
         """`graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph stays to the end."""
-        number, tokens = 0, program(case, op)
+        number, tokens, self.is_backward = 0, program(case, op), op.startswith("backward")
         for position, token in enumerate(tokens):
             skipped = token.value and not value
             if token.kind == "+":
@@ -168,8 +171,9 @@ class Replay:
     def _linear(self, name: str, of: str) -> None:
         linear = next(linear for linear in self.shape.facts.linears if linear.short_name == of)
         if name == "unpack":
-            module_bytes.unpack_matrix(self.heap, self.shape, linear)
-        elif of not in self.lora:
+            unpack = module_bytes.unpack_for_backward if self.is_backward else module_bytes.unpack_for_forward
+            unpack(self.heap, self.shape, linear, self._rows)
+        elif of not in self.shape.targets:
             return
         elif name == "lora":
             module_bytes.lora_forward(self.heap, self.shape, linear, self._rows)

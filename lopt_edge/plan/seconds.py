@@ -12,7 +12,7 @@ does not know: a disk that slows down under load, a GPU shared with a desktop, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lopt_edge.plan.layer_bytes import LayerShape
@@ -39,7 +39,10 @@ class LayerSeconds:
 
 
 def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> LayerSeconds:
-    """A blocked MLP multiplies five times in its backward (two products again, three for gradients), other weights once."""
+    """A blocked MLP multiplies five times in its backward (two products again, three for gradients), other weights once.
+
+    A mixture of two weights unpacks both, and multiplies twice in the backward.
+    """
     facts, rows = shape.facts, batch.n_rows
     outside = sum(x.in_features * x.out_features for x in facts.linears if not x.name.startswith("mlp."))
     in_mlp = sum(x.in_features * x.out_features for x in facts.linears if x.name.startswith("mlp."))
@@ -47,11 +50,11 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     product = 2 * (rows + FEW_ROWS) / rates.product_flops
     attention = 2 * batch.n_sequences * batch.n_tokens**2 * facts.n_heads * facts.head_dim / rates.attention_flops
     hidden = rows * facts.hidden_size * shape.itemsize / rates.bandwidth
-    unpack, overhead = 1 / rates.unpack_rate, rates.overhead
+    unpack, overhead, mixed = 1 / rates.unpack_rate, rates.overhead, 2 if shape.mixed else 1
     again_mlp = 0.0 if shape.blocked else 2 / 3
-    unpack += shape.itemsize / rates.bandwidth  # a product reads what was unpacked
+    unpack = mixed * (unpack + shape.itemsize / rates.bandwidth)  # a product reads what was unpacked
     forward = product * (outside + in_mlp + adapters) + attention + unpack * (outside + in_mlp)
-    backward = product * (outside + in_mlp * (5 / 3 if shape.blocked else 1) + 4 * adapters)
+    backward = product * (mixed * outside + in_mlp * (5 / 3 if shape.blocked else mixed) + 4 * adapters)
     backward += ATTENTION_BACKWARD * attention + unpack * (outside + in_mlp)
     again = product * (outside + again_mlp * in_mlp + adapters / 2) + attention + unpack * (outside + again_mlp * in_mlp)
     return LayerSeconds(
@@ -104,8 +107,8 @@ class Costs:
         self.rates = _Rates(profile.flops(itemsize), attention or profile.attention_flops, profile.memory_bandwidth,
                             profile.unpack_rate, profile.op_overhead_seconds)  # fmt: skip
 
-    def layer(self, batch: MicroBatchSize, *, trains: bool = True) -> LayerSeconds:
-        shape = self.sizes.shape
+    def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        shape = replace(self.sizes.shape, mixed=mixed)
         if not trains:
             shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
         return _layer_seconds(shape, self.rates, batch)
@@ -218,7 +221,8 @@ class _Clock:
             return costs.align(batch)
         if op.kind in (Kind.READ, Kind.WRITE):
             return costs.cache(batch, reads=op.kind is Kind.READ)
-        layer = costs.layer(batch, trains=plan.segment_of(op.target).loss != "none")
+        segment = plan.segment_of(op.target)
+        layer = costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
         if op.kind is Kind.FORWARD:
             self.kept[op.micro_batch, op.target] = op.keep
             return layer.forward

@@ -10,7 +10,8 @@ A segment is an ordered range of layers whose backward ends at its own beginning
     none          nothing at all: it has no adapters of its own to train
 
 Some methods change what happens to single layers: a `through` layer runs forward only and hands an incoming gradient on
-unchanged (LCSB), an `absent` one is not run (SegProp). The rule: the segments of a step name every layer once, in order.
+unchanged (LCSB), an `absent` one is not run (SegProp), a `replaced` one has no weights of its own and reads those of the
+layers beside it (RepL). The rule: the segments of a step name every layer once, in order.
 What a loss computes is `run/losses.py`'s matter.
 """
 
@@ -40,6 +41,7 @@ class Segment:
     loss: SegmentLoss
     through: tuple[int, ...] = ()
     absent: tuple[int, ...] = ()
+    replaced: tuple[int, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -69,12 +71,15 @@ class Segment:
         """Whether its loss has parameters of its own."""
         return self.loss == "reconstruct"
 
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The layers whose weights a layer computes with."""
+        return (layer - 1, layer + 1) if layer in self.replaced else (layer,)
+
     def text(self) -> str:
         """As in a plan (ops.py parses it)."""
         words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
-        words += [
-            f"{name}={_runs(layers)}" for name, layers in (("through", self.through), ("absent", self.absent)) if layers
-        ]
+        exceptions = (("through", self.through), ("absent", self.absent), ("replaced", self.replaced))
+        words += [f"{name}={_runs(layers)}" for name, layers in exceptions if layers]
         return " ".join(words)
 
 

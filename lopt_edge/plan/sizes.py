@@ -25,7 +25,7 @@ from lopt_edge.plan.layer_bytes import (
     graph_bytes,
     loss_within,
 )
-from lopt_edge.plan.module_bytes import BLOCK_FEATURES
+from lopt_edge.plan.module_bytes import BLOCK_FEATURES, mixed_elements
 from lopt_edge.plan.ops import Keep, Kind, Plan
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
@@ -73,7 +73,8 @@ def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
 class Sizes:
     """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data.
 
-    `groups` are the parameter groups of the run, where it has others than those of one step.
+    `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
+    weights of their own, but mixing coefficients.
     """
 
     shape: LayerShape
@@ -81,6 +82,7 @@ class Sizes:
     vocabulary_itemsize: int = 2
     evaluates: bool = False
     groups: tuple[GroupName, ...] = ()
+    replaced: tuple[int, ...] = ()
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """All that are updated at some time."""
@@ -116,6 +118,8 @@ class Sizes:
         """
         facts, shape = self.shape.facts, self.shape
         found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        if self.replaced:
+            found += [2 * mixed_elements(linear) for linear in facts.linears]
         if not shape.blocked:
             found += [linear.in_features * linear.out_features for linear in facts.linears]
         frozen = any(segment.loss == "none" for segment in segments)
@@ -142,7 +146,9 @@ class Sizes:
         )
 
     def group_elements(self, group: GroupName) -> int:
-        return self._layer_elements if group[0] == "layer" else self._aux_elements
+        if group[0] == "layer":
+            return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
+        return self._aux_elements
 
     @cached_property
     def _layer_elements(self) -> int:
@@ -183,8 +189,9 @@ class Sizes:
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
-        n_resident = sum(place == "resident" for place in knobs.weights)
-        n_streamed = len(knobs.weights) - n_resident
+        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
+        n_resident = sum(place == "resident" for place in places)
+        n_streamed = len(places) - n_resident
         slots = min(knobs.ring, n_streamed)
         found = {
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
@@ -203,7 +210,8 @@ class Sizes:
         """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
-        found = {"host": sum(place == "host" for place in knobs.weights) * self.layer_bytes,
+        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
+        found = {"host": sum(place == "host" for place in places) * self.layer_bytes,
                  "disk": self.journal_bytes(segments)}  # fmt: skip
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
@@ -218,6 +226,11 @@ class Sizes:
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
         return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
+
+    @property
+    def intact_bytes(self) -> int:
+        """While the model is still intact: buffers through which the weights of layers that will be replaced come."""
+        return min(2, len(self.replaced)) * self.layer_bytes
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -285,6 +298,7 @@ class Sizes:
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
         shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = replace(shape, mixed=True) if layer in self.replaced else shape
         first = layer == segment.trained[0] if segment.trains else layer == segment.first
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
         return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,

@@ -81,6 +81,10 @@ def _check_cover(plan: Plan) -> None:
         named = [*segment.through, *segment.absent]
         if len(set(named)) < len(named) or not all(segment.first <= layer <= segment.last for layer in named):
             raise PlanError(f"segment {segment.index} names layers twice, or others than its own")
+        known = set(range(plan.n_layers)) - {layer for s in plan.segments for layer in (*s.absent, *s.replaced)}
+        for layer in segment.replaced:
+            if not segment.first <= layer <= segment.last or not known >= set(segment.reads(layer)):
+                raise PlanError(f"segment {segment.index} replaces layer {layer}, which has no two neighbours with weights")
         if segment.trains and not segment.trained:
             raise PlanError(f"segment {segment.index} has a loss and no layer that trains")
 

@@ -52,8 +52,10 @@ class Moves:
         unit = {Kind.EMBED: "embed", Kind.LOSS: "head" if reads_out else ""}.get(op.kind, f"layer {op.target}")
         if unit and unit not in self.placement:
             return f"(1): unit {unit!r} is read but has no placement"
-        if unit.startswith("layer") and self.placement[unit] != "resident" and not self.is_here("layer", -1, op.target):
-            return f"(1): {unit} is not on the device"
+        for layer in self.plan.reads(op.target) if unit.startswith("layer") else ():
+            place = self.placement.get(f"layer {layer}")
+            if place != "resident" and not self.is_here("layer", -1, layer):
+                return f"(1): layer {layer} is not on the device"
         return ""
 
     def _needs(self, op: Op) -> str:

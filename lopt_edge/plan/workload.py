@@ -80,7 +80,7 @@ class Workload:
 
     def sizes(self, knobs: Knobs) -> Sizes:
         return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None,
-                     groups=self.course.groups)  # fmt: skip
+                     groups=self.course.groups, replaced=self.course.replaced)  # fmt: skip
 
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """Of the first kind of step, unless another is named. Not validated: the search makes many."""

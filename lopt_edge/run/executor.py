@@ -25,10 +25,11 @@ from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
 from lopt_edge.run.batches import Batch, Totals, window_totals
+from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.feature_cache import FeatureCache, rounded
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
-from lopt_edge.run.losses import ReconstructHead, task_loss
+from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.moves import Parcel
 from lopt_edge.run.op_faults import op_error
 from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
@@ -382,7 +383,6 @@ class Executor:
             totals=state.totals,
         )
 
-    @torch.no_grad()
     def evaluate(
         self,
         batches: Sequence[Batch],
@@ -391,19 +391,5 @@ class Executor:
         layers: Sequence[int] | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> float:
-        """Mean task loss per supervised token, forward only, in tiles of so many tokens. `between`: before each batch.
-
-        `layers`: those that run, where it is not all of them.
-        """
-        total, n_supervised = 0.0, 0
-        for batch in batches:
-            between()
-            hidden_BTD = self.model.embed(batch.ids_BT)
-            frame = self.model.frame(hidden_BTD)
-            hidden_BTD = self.model.run_all(hidden_BTD, frame, layers=layers)
-            selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
-            for start in range(0, len(selected_ND), token_tile):
-                tile = slice(start, start + token_tile)
-                total += task_loss(self.model, selected_ND[tile], batch.targets_N[tile]).item()
-            n_supervised += batch.n_supervised
-        return total / max(1, n_supervised)
+        """run/evaluation.py's, of this model."""
+        return held_out_loss(self.model, batches, token_tile=token_tile, layers=layers, between=between)

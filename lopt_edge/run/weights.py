@@ -69,13 +69,12 @@ class Weights:
         maps: Mapping[int, Mapping[str, Tensor]],
         mover: Mover,
     ) -> None:
-        self.layouts, self.placement, self.maps, self.mover = layouts, placement, maps, mover
+        self.layouts, self.placement, self.maps, self.mover = dict(layouts), dict(placement), maps, mover
         self.resident: dict[int, Tensor] = {}
         self.host: dict[int, Tensor] = {}
         self._free: list[Tensor] = []
         self._taken: dict[int, tuple[Tensor, Future[None] | None, Any]] = {}
-        streamed = [layouts[layer].n_bytes for layer, place in placement.items() if place != "resident"]
-        self.slot_bytes = max(streamed, default=0)
+        self.slot_bytes = self._slot_bytes()
         self.n_slots = 0
 
     def load(self) -> None:
@@ -165,6 +164,18 @@ class Weights:
                     self.evict(layer)
         finally:
             self.evict_all()
+
+    def forget(self, layers: Iterable[int]) -> None:
+        """These layers' weights are not needed any more; nothing is on its way."""
+        self.let_go()
+        for layer in layers:
+            for held in (self.placement, self.layouts, self.resident, self.host):
+                held.pop(layer, None)
+        self.slot_bytes = self._slot_bytes()
+
+    def _slot_bytes(self) -> int:
+        streamed = [self.layouts[layer].n_bytes for layer, place in self.placement.items() if place != "resident"]
+        return max(streamed, default=0)
 
     def let_go(self) -> None:
         """The ring's buffers go; they are made anew when a layer is fetched."""

@@ -27,6 +27,7 @@ from lopt_edge.run.losses import ReconstructHead
 from lopt_edge.run.moves import Delay, Mover
 from lopt_edge.run.optim import SegmentOptimizer
 from lopt_edge.run.page_dir import PageFile
+from lopt_edge.run.replaced import fit_layers, group_parameters, loading_placement, mixtures
 from tests.plan.plans import make_course
 
 LOCAL_WEIGHT = 10.0
@@ -45,7 +46,7 @@ class Bench:
         found = {}
         for segment in self.plan.segments:
             for layer in segment.trained:
-                found |= {f"layer {layer} {i}": p for i, p in enumerate(layer_parameters(self.model, layer))}
+                found |= {f"layer {layer} {i}": p for i, p in enumerate(group_parameters(self.model, layer))}
             if segment.has_head:
                 head = self.heads[segment.index]
                 found |= {f"head {segment.index} {name}": p for name, p in head.named_parameters()}
@@ -100,7 +101,12 @@ def make_bench(
     for plan in plans.values():
         validate(plan, clip_scope=clip_scope if clip else "none")
     plan = next(iter(plans.values()))
-    model = load_model(folder, facts, device=torch.device(device), dtype=dtype, placement=plan.placement, mover=mover)
+    placement = loading_placement(knobs, course.replaced)
+    model = load_model(folder, facts, device=torch.device(device), dtype=dtype, placement=placement, mover=mover)
+    fit_layers(model, course.replaced)
+    for layer in course.replaced:  # weights drawn at random explain nothing of each other: what is fitted is next to 0
+        for index, (_, mixture) in enumerate(mixtures(model, layer)):
+            mixture.mix.data.copy_(torch.tensor([0.9 - 0.1 * index, 0.3 * (-1) ** index]))
     trained = course.adapted
     attach_adapters(model, trained, targets=targets or facts.linear_names, r=rank, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
@@ -113,7 +119,7 @@ def make_bench(
         if unit == "aux"
     }
     parameters = {
-        (unit, target): layer_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
+        (unit, target): group_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
         for unit, target in course.groups
     }
     optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)

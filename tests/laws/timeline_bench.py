@@ -216,7 +216,8 @@ def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[B
     targets = setting.targets or facts.linear_names
     shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
     groups = tuple(bench.executor.optimizer.groups)
-    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups)
+    replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
+    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)
     return timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])
 
 

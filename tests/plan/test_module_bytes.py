@@ -23,13 +23,16 @@ from lopt_edge.run.moves import Mover
 from lopt_edge.run.tracker import MemoryTracker
 from lopt_edge.run.vocabulary import Vocabulary
 from quant import gated_mlp, nf4
+from quant import mixed as mixed_module
 from quant.gated_mlp import PackedGatedMLP
 from quant.headers import read_header
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.mixed import Mixture
 from quant.nf4 import PackedWeight, pack, unpack_part, unpack_scales
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANK = 4
+SCALARS = 64  # bytes: single numbers, which nobody predicts
 MLP = ("gate_proj", "up_proj", "down_proj")
 SOME_MLP = [MLP, ("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj"), ("gate_proj", "up_proj"), ()]
 
@@ -140,6 +143,29 @@ def backward_bytes(module: nn.Module, x: Tensor, g: Tensor, *, need_x: bool) -> 
     wanted = [*([x] if need_x else []), *module.parameters()]
     y = module(x)
     return measured(lambda: torch.autograd.grad(y, wanted, g, retain_graph=True), x, g, y, *tensors(module))
+
+
+# quant/mixed.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_in", "n_out"), [(128, 192), (1024, 1500), (96, 64)])  # a block, two, and one that is not cut
+def test_a_mixture_takes_blocks_of_rows(n_in, n_out, dtype):
+    shape, facts = make_shape(dtype, targets=()), LinearFacts("x", n_in, n_out, bias=False)
+    buffer = UnpackBuffer()
+    before, after, mixed = (make_linear(facts, shape, buffer) for _ in range(3))
+    mixed.weight, mixed.synthesis = None, Mixture(before, after, nn.Parameter(torch.tensor([0.5, 0.2])))
+    x, g = torch.randn(7, n_in, dtype=dtype), torch.randn(7, n_out, dtype=dtype)
+    forward, backward = Heap(), Heap()
+    module_bytes.mixed_forward(forward, shape, facts, 7)
+    module_bytes.mixed_backward(backward, shape, facts, 7)
+    with torch.no_grad():
+        mixed(x)  # makes the buffer
+        given = [x, g, *tensors(before, after)]
+        assert measured(lambda: mixed_module._product(mixed, x), *given)[0] == forward.peak
+        peak, _ = measured(lambda: mixed_module._gradients(mixed, x, g), *given)
+    assert 0 <= peak - backward.peak <= SCALARS
+    assert buffer.flat[torch.device("cpu"), dtype].numel() == 2 * module_bytes.mixed_elements(facts)
 
 
 # quant/gated_mlp.py ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.course import cached
-from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, segprop, top_layers
+from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, repl, segprop, top_layers
 
 if TYPE_CHECKING:
     from lopt_edge.config import Config
@@ -27,6 +27,7 @@ METHODS: Mapping[str, Make] = {
     "segprop": segprop.course,
     "let": let.course,
     "let-local": let.local_course,
+    "repl": repl.course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "boundary": ("lopt",),
@@ -45,6 +46,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "stages": ("segprop",),
     "tail_layers": ("segprop",),
     "stage_patience": ("segprop",),
+    "replace_layers": ("repl",),
 }
 CUT_METHODS = ("lopt", "frozen", "let-local")  # whose depth num_segments or boundary_layers cut
 CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
