@@ -188,7 +188,7 @@ class Sizes:
         slots = min(knobs.ring, n_streamed)
         found = {
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
-            "adapters": flat - aux,
+            "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
             "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
@@ -198,6 +198,10 @@ class Sizes:
         if knobs.states == "device":
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
+
+    def averages_bytes(self, segments: Sequence[Segment]) -> int:
+        """fp32 averages of the adapters of tails' layers."""
+        return sum(self.group_bytes(("layer", layer)) for layer in {layer for s in segments for layer in s.tail})
 
     def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
         """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
@@ -274,7 +278,7 @@ class Sizes:
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
         shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
-        first = layer == segment.trained[0] if segment.trains else layer == segment.first
+        first = layer == (segment.reached[0] if segment.has_loss else segment.first)
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
         return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
                         shape.window(kind, n_tokens))  # fmt: skip

@@ -19,6 +19,7 @@ from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import validate
+from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model, load_model
@@ -117,7 +118,10 @@ def make_bench(
         for unit, target in course.groups
     }
     optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)
-    return Bench(model, plan, plans, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
+    averages = Averages(model, course.averaged, momentum=options.get("ema_momentum", 0.99)) if course.averaged else None
+    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT, averages=averages,
+                        cascade_weight=options.get("cascade_weight", 0.999))  # fmt: skip
+    return Bench(model, plan, plans, heads, executor)
 
 
 def random_batch(

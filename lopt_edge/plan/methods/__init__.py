@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.course import cached
-from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, top_layers
+from lopt_edge.plan.methods import e2e, frozen, lcsb, lopt, mlaan, top_layers
 
 if TYPE_CHECKING:
     from lopt_edge.config import Config
@@ -24,6 +24,7 @@ METHODS: Mapping[str, Make] = {
     "frozen": frozen.course,
     "top-layers": top_layers.course,
     "lcsb": lcsb.course,
+    "mlaan": mlaan.course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "boundary_update": ("lopt",),
@@ -34,8 +35,12 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "selection": ("lcsb",),
     "select_ratio": ("lcsb",),
     "unselected": ("lcsb",),
+    "leap_layers": ("mlaan",),
+    "ema_momentum": ("mlaan",),
+    "cascade_weight": ("mlaan",),
 }
-CUT_METHODS = ("lopt", "frozen")  # whose depth num_segments or boundary_layers cut
+DEFAULTS: Mapping[str, Mapping[str, int]] = {"mlaan": {"num_segments": mlaan.NUM_SEGMENTS}}  # other than for all methods
+CUT_METHODS = ("lopt", "frozen", "mlaan")  # whose depth num_segments or boundary_layers cut
 CACHED = ("frozen", "top-layers", "lopt")  # that may have early segments which never train
 
 
