@@ -57,8 +57,8 @@ class Bench:
         return replace(self, plan=self.plans[name])
 
     def gradients(self, batches: list[Batch], *, step: int = 1) -> dict[str, Tensor]:
-        """Gradients of one step as the executor makes them (the plan without its STEPs)."""
-        ops = tuple(op for op in self.plan.ops if op.kind != "STEP" and op.item != "states")
+        """Gradients of one step as the executor makes them (the plan without what its gradients change)."""
+        ops = tuple(op for op in self.plan.ops if op.kind not in ("STEP", "AVERAGE") and op.item != "states")
         plan = replace(self.plan, n_micro_batches=len(batches), ops=ops)
         self.result = self.executor.run(plan, batches, step=step, learning_rates={})
         return self.take_gradients()
