@@ -112,14 +112,15 @@ class Sizes:
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
 
-        With dropout the MLP is plain in training, in blocks without LoRA and in evaluation.
+        With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
         facts, shape = self.shape.facts, self.shape
         found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
         if not shape.blocked:
             found += [linear.in_features * linear.out_features for linear in facts.linears]
         frozen = any(segment.loss == "none" for segment in segments)
-        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or self.evaluates)):
+        dropless = self.evaluates or any(segment.tail for segment in segments)
+        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
             found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
         return max(found) * shape.itemsize
 
@@ -278,6 +279,7 @@ class Sizes:
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
         shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
         return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
