@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from lopt_edge import finetune
 from lopt_edge.config import Config, load_config
@@ -31,7 +33,7 @@ from lopt_edge.run.losses import task_loss
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.laws.test_timeline import check
 from tests.laws.timeline_bench import Setting
-from tests.plan.plans import make_course, make_knobs
+from tests.plan.plans import cases, make_course, make_knobs
 from tests.plan.workloads import make_workload
 from tests.runs import make_config, make_model
 
@@ -292,14 +294,21 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, changes, dropout):
     check(Setting("llama", torch.float32, lengths, make_knobs(DEPTH, **changes), "mlaan", 3, dropout=dropout), tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{}, PAGED, {"weights": "disk", "prefetch": 2}, {"activations": "keep"}])
-@pytest.mark.parametrize("num_segments", [3, 8])
-def test_the_searchs_bounds_are_bounds(changes, num_segments):
-    course = make_course("mlaan", n_layers=8, num_segments=num_segments)
-    workload = replace(make_workload("e2e", "cpu", n_layers=8, n_tokens=(700,) * 2), course=course)
-    bounds, knobs = Bounds(workload), make_knobs(8, **changes)
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(3, 8), st.integers(1, 4), st.sampled_from(["cpu", "rtx4090"]))
+def test_any_knobs_give_a_plan_that_obeys_the_rules_and_the_searchs_bounds(case, num_segments, n_leaps, machine):
+    knobs, n_layers = replace(case.knobs, apply="step"), len(case.knobs.weights)
+    assume(n_layers >= num_segments)
+    course = make_course("mlaan", n_layers=n_layers, num_segments=num_segments, leap_layers=n_leaps)
+    plan = arrange(step_plan("mlaan", course.kinds[0], n_micro_batches=case.n_micro_batches), knobs)
+    assert parse_plan(validate(plan, clip_scope=case.clip_scope).text()) == plan
+    made = make_workload("e2e", machine, n_layers=n_layers, n_tokens=(700,) * case.n_micro_batches)
+    workload = replace(made, course=course)
+    bounds = Bounds(workload)
     assert bounds.seconds(knobs) <= workload.seconds(knobs).seconds * (1 + 1e-9)
-    assert bounds.device_bytes(knobs) <= workload.predict(knobs).device_bytes
+    found = workload.predict(knobs)
+    assert bounds.device_bytes(knobs) <= found.device_bytes
+    assert bounds.host_bytes(knobs) <= found.host_bytes and bounds.disk_bytes(knobs) <= found.disk_bytes
 
 
 # whole runs ------------------------------------------------------------------------------------------------------------
@@ -329,7 +338,7 @@ def test_the_adapter_loads_in_peft(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("options", "says"),
     [
         ({"method": "e2e", "leap_layers": 3}, "belongs to method mlaan"),
         ({"method": "lopt", "ema_momentum": 0.5}, "belongs to method mlaan"),
@@ -341,9 +350,9 @@ def test_the_adapter_loads_in_peft(model, tmp_path):
         ({"method": "mlaan", "boundary_cache": "b"}, "early segments that never train"),
     ],
 )
-def test_bad_options_are_refused(settings, says):
+def test_bad_options_are_refused(options, says):
     with pytest.raises((InputError, InputErrors), match=says) as caught:
-        load_config(None, {"model": "m", "data": "d", "output": "o", **settings})
+        load_config(None, {"model": "m", "data": "d", "output": "o", **options})
     assert caught.value.exit_code == 2
 
 
