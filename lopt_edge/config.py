@@ -48,7 +48,7 @@ class Config(BaseModel):
     selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
     select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
     unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
-    leap_layers: int = Field(2, ge=1, description="mlaan: later layers between a window and its loss, at most")
+    leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
     ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
     cascade_weight: float = Field(0.999, gt=0, le=1, description="mlaan: share of a loss that reaches the segment before")
     boundary_cache: str | None = Field(

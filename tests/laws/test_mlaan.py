@@ -208,7 +208,7 @@ def test_a_step_is_cut_between_micro_batches_only(folder):
 
 
 def plan_of(n_layers: int = 8, *, n_micro_batches: int = 1, knobs: dict[str, Any] | None = None, **options: Any) -> Plan:
-    course = make_course("mlaan", n_layers=n_layers, **options)
+    course = make_course("mlaan", n_layers=n_layers, **{"leap_layers": 2, **options})
     plan = step_plan("mlaan", course.kinds[0], n_micro_batches=n_micro_batches)
     return arrange(plan, make_knobs(n_layers, **(knobs or {})))
 

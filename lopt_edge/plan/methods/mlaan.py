@@ -31,11 +31,12 @@ through the same tail, not straight into a classifier; all averages move, the re
 only; a = 0.99 by default (fine-tuning takes hundreds of steps, not hundred thousands); dropout is off in the tail; the
 averages are kept in fp32 and stay out of the adapter folder. `clip_scope segment` clips a segment's summed gradient.
 
-Measured on the small example (8 layers, examples/study, lr 3e-3, one seed; held-out / retention loss): narrow 1.553 / 4.891
-against e2e's 1.305 / 4.365 and frozen's 1.636 / 4.070; broad 4.128 / 3.698 against 4.083 / 3.598 and 4.109 / 3.594. So it
-learns more than `frozen` where there is much to learn, and forgets more than either. On narrow: `ema_momentum 0` (the later
-layers as they are) 1.470 / 4.782, one leap layer 1.729 / 5.287, `cascade_weight 0.5` 1.564 / 4.951, `lr_local 1e-3` 1.667 /
-4.604: in runs this short the average only lags.
+Measured on the small example (8 layers, examples/study, lr 3e-3, one seed; held-out / retention loss): narrow 1.387 / 4.599
+against e2e's 1.305 / 4.365 and frozen's 1.636 / 4.070; broad 4.106 / 3.636 against 4.083 / 3.598 and 4.109 / 3.594. So it
+learns more than `frozen` where there is much to learn, never more than e2e, and forgets more than either. With two leap
+layers narrow is 1.553 / 4.891 and broad 4.128 / 3.698, with one 1.729 / 5.287 and 4.149 / 3.787: the tail decides. From two
+on narrow: `ema_momentum 0` (the later layers as they are) 1.470 / 4.782, so in runs this short the average only lags;
+`cascade_weight 0.5` 1.564 / 4.951, `lr_local 1e-3` 1.667 / 4.604.
 """
 
 from __future__ import annotations
