@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.methods import CACHED, CUT_METHODS, OPTIONS
+from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, OPTIONS
 from lopt_edge.yaml_file import read_yaml
 
 
@@ -31,10 +31,10 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "repl"] = Field(
+    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "mlaan", "repl"] = Field(
         "lopt", description="how far the task gradient reaches"
     )
-    num_segments: int = Field(2, ge=1, description="number of segments of equal depth")
+    num_segments: int = Field(2, ge=1, description="number of segments of equal depth (mlaan: 4 by default)")
     boundary_layers: tuple[int, ...] | None = Field(
         None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
     )
@@ -65,6 +65,9 @@ class Config(BaseModel):
     replace_layers: tuple[int, ...] | None = Field(
         None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
     )
+    leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
+    ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
+    cascade_weight: float = Field(0.999, gt=0, le=1, description="mlaan: share of a loss that reaches the segment before")
     boundary_cache: str | None = Field(
         None, description="folder that keeps the boundary of each example, where early segments never train"
     )
@@ -133,6 +136,13 @@ class Config(BaseModel):
     memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
     force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("method"), str) or values.get("boundary_layers"):
+            return values
+        return {**DEFAULTS.get(values["method"], {}), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -220,6 +230,8 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
     if config.method == "repl":
         yield from _repl_errors(config)
+    if config.method == "mlaan" and config.apply != "step":
+        yield "apply", "mlaan needs step: a segment that was updated would run again in the next window", "leave apply out"
     if config.method != "lopt":
         return
     if config.boundary and (config.boundary_layers or "num_segments" in given):
@@ -272,7 +284,9 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append("choose_micro_batch has no effect: a step has one sequence")
     if config.boundary_layers and uncut:
         found.append(f"boundary_layers has no effect: {uncut}")
-    if config.method != "lopt":
+    if config.method == "mlaan":
+        found += ["local_weight has no effect: cascade_weight weighs mlaan's losses"] * ("local_weight" in given)
+    elif config.method != "lopt":
         names = [name for name in ("lr_local", "local_weight") if name in given]
         names = names[1:] if config.method == "let-local" and "lr_local" in names else names
         found += [f"{name} has no effect: method {config.method} has no local loss" for name in names]

@@ -44,6 +44,7 @@ from lopt_edge.plan.step import StepKind
 from lopt_edge.plan.workload import Workload
 from lopt_edge.prediction import planned_budget, workload_of
 from lopt_edge.resuming import Start, check_same, find_start, model_fingerprint
+from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.executor import Executor
@@ -281,7 +282,9 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
         parameters, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
         clip_scope=config.clip_scope, optimizer=config.optimizer,
     )  # fmt: skip
-    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight)
+    averages = Averages(model, inputs.course.averaged, momentum=config.ema_momentum) if inputs.course.averaged else None
+    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight, averages=averages,
+                        cascade_weight=config.cascade_weight)  # fmt: skip
     layers = tuple(sorted({*trained, *carried}))
     shape = AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers, facts.n_layers,
                          inputs.source.name, inputs.source.commit)  # fmt: skip

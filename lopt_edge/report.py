@@ -105,6 +105,8 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
     for vocabulary in (model.embedding, model.lm_head):
         yield from (("head", tensor) for tensor in vocabulary.tensors())
     yield from optimizer.tensors()
+    if executor.averages is not None:
+        yield from (("adapters", tensor) for tensor in executor.averages.flat.values())
     state = executor.state
     if state is not None:
         found = [*state.inputs.values()]

@@ -1,7 +1,8 @@
 """What a run puts into a checkpoint and takes from it: adapters, aux heads, optimizer, gradients, random states, settings.
 
     adapter_model.safetensors, adapter_config.json   the adapter, as peft loads it: any checkpoint can be tried out
-    training.safetensors                             by group: moments, aux heads' values, gradients inside a window
+    training.safetensors                             by group: moments, aux heads' values, gradients inside a window;
+                                                     averages of adapters
     replaced_layers.json                             with method repl: the mixing coefficients (run/replaced.py)
     best_adapter.safetensors                         with keep_best: the best adapter so far, and best_replaced_layers.json
     config.yaml, state.json                          settings as given; position, counts, fingerprints, versions
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -95,6 +96,8 @@ def _parts(executor: Executor, cut: Cut | None) -> Iterator[_Part]:
                         partial(optimizer.moments_copy, name))  # fmt: skip
         if cut is not None and group.gradient is not None:
             yield _Part(f"{_key(name)}.gradient", torch.float32, flat, partial(cut.gradient, name))
+    for layer, average in _averages(executor).items():
+        yield _Part(f"average.{layer}", torch.float32, tuple(average.shape), average.cpu)
     yield _Part("random.cpu", torch.uint8, tuple(torch.get_rng_state().shape), torch.get_rng_state)
     if device.type == "cuda":
         shape = tuple(torch.cuda.get_rng_state(device).shape)
@@ -111,7 +114,12 @@ def snapshot_bytes(executor: Executor) -> int:
     for group in optimizer.groups.values():
         dtype, shape = optimizer.moments.form(group.n_elements)
         total += prod(shape) * dtype.itemsize + 2 * group.values.nbytes  # moments; values, gradient
+    total += sum(average.nbytes for average in _averages(executor).values())
     return round(HEADER_SHARE * total)
+
+
+def _averages(executor: Executor) -> Mapping[int, Tensor]:
+    return {} if executor.averages is None else executor.averages.flat
 
 
 # taking up again -------------------------------------------------------------------------------------------------------
@@ -138,6 +146,8 @@ def restore(executor: Executor, folder: Path, values: dict[str, Any], *, tier: s
                     raise InputError(f"{key}.moments has dtype {moments.dtype}", where=where)
             executor.optimizer.put_state(name, moments=moments, steps=int(values["updates"][key]), tier=tier)
             del moments
+        for layer, average in _averages(executor).items():
+            average.copy_(_read(entries, f"average.{layer}", tuple(average.shape), where))
         torch.set_rng_state(read_tensor(entries["random.cpu"]))
         if executor.model.device.type == "cuda" and "random.cuda" in entries:
             torch.cuda.set_rng_state(read_tensor(entries["random.cuda"]), executor.model.device)

@@ -100,6 +100,11 @@ class Course:
         return tuple(sorted({layer for kind in self.kinds for segment in kind.segments for layer in segment.replaced}))
 
     @cached_property
+    def averaged(self) -> tuple[int, ...]:
+        """The layers of which an average of the adapters is kept."""
+        return tuple(sorted({layer for kind in self.kinds for segment in kind.segments for layer in segment.tail}))
+
+    @cached_property
     def shares(self) -> tuple[float, ...]:
         """Of the kinds, in the steps of a long run that begins with an empty cache."""
         found = dict.fromkeys(self.named, 0.0)

@@ -14,6 +14,12 @@ and passes do) or runs (run/executor.py does).
     READ teacher 0 mb=0           a teacher's last hidden states, from their cache
     ALIGN 2 mb=0                  layer 2's output is drawn to the teacher's: a gradient that waits for BACKWARD 2
     WRITE boundary 4 mb=0         the hidden states that enter layer 4 go to the cache (and go on as it holds them)
+    HOLD 4 mb=0 pass=1            the hidden states that enter layer 4 are held for the next pass ...
+    READ held 4 mb=0 pass=2       ... which begins with them: instead of EMBED and layers 0 - 3
+    AVERAGE layer 7               the average of a layer's adapters takes in their values of after the step
+
+`pass` tells the windows of a micro-batch apart (it is the segment whose loss is taken), `adapters=ema` layers that run
+with averaged adapters: `FORWARD 7 mb=0 keep=input pass=1 adapters=ema`.
 
 Movements between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run:
 
@@ -50,6 +56,8 @@ class Kind(StrEnum):
     READ = "READ"
     WRITE = "WRITE"
     ALIGN = "ALIGN"
+    HOLD = "HOLD"
+    AVERAGE = "AVERAGE"
     FETCH = "FETCH"
     WAIT = "WAIT"
     EVICT = "EVICT"
@@ -61,7 +69,7 @@ class Kind(StrEnum):
     STORE = "STORE"
 
 
-COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE, Kind.ALIGN)
+COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD)
 ENTERS = (Kind.EMBED, Kind.READ)  # a micro-batch
 
 
@@ -79,7 +87,7 @@ class Op:
     """One step of the plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
     `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where
-    the kind leaves it open: `input`, `pages`, `states`, `gradients`, `boundary`, `teacher`. `tier` is where to.
+    the kind leaves it open: `input`, `pages`, `states`, `gradients`, `boundary`, `teacher`, `held`. `tier` is where to.
     `micro_batch` is -1 for what belongs to the whole step. `pass_index` tells apart several runs of one layer in a step;
     `adapters` names the adapter set that the op computes with.
     """
@@ -158,6 +166,37 @@ class Plan:
         return next((s.reads(layer) for s in self.segments if s.first <= layer <= s.last), (layer,))
 
     @cached_property
+    def overlaps(self) -> bool:
+        """Whether each loss has a pass of its own over each micro-batch: the window of its segment."""
+        return any(segment.overlaps for segment in self.segments)
+
+    def scope(self, op: Op) -> Segment:
+        """The segment whose loss this op on a layer serves."""
+        return self.segments[op.pass_index] if self.overlaps else self.segment_of(op.target)
+
+    def is_last_run(self, op: Op) -> bool:
+        """Whether nothing runs forward from the hidden states after this LOSS."""
+        return self.overlaps or op.target == len(self.segments) - 1
+
+    @cached_property
+    def _last_pass(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for op in self.ops:
+            if op.kind is Kind.BACKWARD and op.adapters == "train":
+                found[op.target] = max(op.pass_index, found.get(op.target, 0))
+        return found
+
+    def completes(self, op: Op) -> bool:
+        """Whether a layer's gradients of the step are complete after this BACKWARD."""
+        in_last = op.micro_batch == self.n_micro_batches - 1
+        return in_last and op.adapters == "train" and op.pass_index == self._last_pass[op.target]
+
+    @cached_property
+    def averaged(self) -> tuple[int, ...]:
+        """The layers that run with averaged adapters somewhere."""
+        return tuple(sorted({layer for segment in self.segments for layer in segment.tail}))
+
+    @cached_property
     def path(self) -> tuple[int, ...]:
         """The layers that run forward, in order."""
         return tuple(layer for segment in self.segments for layer in segment.layers)
@@ -174,11 +213,12 @@ _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
     rf"(?: through=({_LAYERS}))?(?: absent=({_LAYERS}))?(?: replaced=({_LAYERS}))?"
+    rf"(?: reach=(\d{{1,6}}))?(?: tail=({_LAYERS}))?"
 )
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|STORE)"
-    r"(?: (input|pages|states|gradients|boundary|teacher))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
+    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|HOLD|AVERAGE|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|"
+    r"STORE)(?: (input|pages|states|gradients|boundary|teacher|held))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
     r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )
 
@@ -210,10 +250,11 @@ def parse_plan(text: str) -> Plan:
 def _parsed_segment(match: re.Match[str], number: int) -> Segment:
     loss: Any = match[4]
     try:
-        through, absent, replaced = (parse_runs(match[place] or "") for place in (5, 6, 7))
+        through, absent, replaced, tail = (parse_runs(match[place] or "") for place in (5, 6, 7, 9))
     except ValueError as error:
         raise PlanTextError(f"line {number}: {error}") from None
-    return Segment(int(match[1]), int(match[2]), int(match[3]), loss, through, absent, replaced)
+    reach = int(match[8]) if match[8] else None
+    return Segment(int(match[1]), int(match[2]), int(match[3]), loss, through, absent, replaced, reach, tail)
 
 
 def _parsed_op(match: re.Match[str]) -> Op:

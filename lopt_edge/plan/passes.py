@@ -65,10 +65,9 @@ class _Insertions:
 def choose_activations(plan: Plan, knobs: Knobs) -> Plan:
     """What each FORWARD keeps. A segment's last layer keeps its graph in any case: its backward follows at once."""
     kept = {"keep": Keep.GRAPH, "recompute": Keep.INPUT, "page": Keep.PAGES}
-    last = {segment.trained[-1] for segment in plan.segments if segment.trains}
 
     def choose(op: Op) -> Op:
-        if op.kind is not Kind.FORWARD or op.keep is Keep.NONE or op.target in last:
+        if op.kind is not Kind.FORWARD or op.keep is Keep.NONE or op.target == plan.scope(op).turned[-1]:
             return op
         return replace(op, keep=kept[knobs.activations[op.target]])
 
@@ -79,10 +78,9 @@ def move_pages(plan: Plan, knobs: Knobs) -> Plan:
     """PAGE_OUT after a movable graph was made, PAGE_IN before its BACKWARD."""
     found = _Insertions(plan)
     for forward, backward, op in _pairs(plan, Keep.PAGES):
-        layer, micro_batch = op.target, op.micro_batch
-        wait = Op(Kind.WAIT, layer, micro_batch, item="pages")
-        _move_down(found, forward, Op(Kind.PAGE_OUT, layer, micro_batch, tier=knobs.pages), wait, knobs)
-        _move_up(found, backward, Op(Kind.PAGE_IN, layer, micro_batch), wait, knobs, earliest=found.later(forward, 2))
+        wait = _of(op, Kind.WAIT, item="pages")
+        _move_down(found, forward, _of(op, Kind.PAGE_OUT, tier=knobs.pages), wait, knobs)
+        _move_up(found, backward, _of(op, Kind.PAGE_IN), wait, knobs, earliest=found.later(forward, 2))
     return found.result()
 
 
@@ -93,14 +91,13 @@ def move_saved_inputs(plan: Plan, knobs: Knobs) -> Plan:
     found = _Insertions(plan)
     losses = {(op.target, op.micro_batch): i for i, op in enumerate(plan.ops) if op.kind is Kind.LOSS}
     for forward, backward, op in _pairs(plan, Keep.INPUT):
-        layer, micro_batch = op.target, op.micro_batch
-        restore, wait = Op(Kind.RESTORE, layer, micro_batch), Op(Kind.WAIT, layer, micro_batch, item="input")
-        _move_down(found, forward, Op(Kind.SPILL, layer, micro_batch, tier=knobs.saved_inputs), wait, knobs)
-        segment, earliest = plan.segment_of(op.target), found.later(forward, 2)
+        restore, wait = _of(op, Kind.RESTORE), _of(op, Kind.WAIT, item="input")
+        _move_down(found, forward, _of(op, Kind.SPILL, tier=knobs.saved_inputs), wait, knobs)
+        segment, earliest = plan.scope(op), found.later(forward, 2)
         if segment.loss == "reconstruct" and op.target == segment.first:
             loss = losses[segment.index, op.micro_batch]
             _move_up(found, loss, restore, wait, knobs, earliest=found.later(forward, 1 + min(1, knobs.prefetch)))
-            found.after(loss, Op(Kind.EVICT, layer, micro_batch, item="input"))
+            found.after(loss, _of(op, Kind.EVICT, item="input"))
             earliest = found.later(loss, 1)
         _move_up(found, backward, restore, wait, knobs, earliest=earliest)
     return found.result()
@@ -108,10 +105,15 @@ def move_saved_inputs(plan: Plan, knobs: Knobs) -> Plan:
 
 def _pairs(plan: Plan, keep: Keep) -> Iterator[tuple[int, int, Op]]:
     """(position of FORWARD, position of its BACKWARD, the FORWARD) for every layer that keeps this."""
-    ends = {(op.target, op.micro_batch): i for i, op in enumerate(plan.ops) if op.kind is Kind.BACKWARD}
+    ends = {(op.target, op.micro_batch, op.pass_index): i for i, op in enumerate(plan.ops) if op.kind is Kind.BACKWARD}
     for position, op in enumerate(plan.ops):
         if op.kind is Kind.FORWARD and op.keep is keep:
-            yield position, ends[op.target, op.micro_batch], op
+            yield position, ends[op.target, op.micro_batch, op.pass_index], op
+
+
+def _of(forward: Op, kind: Kind, *, item: str = "", tier: str = "") -> Op:
+    """A movement of what a FORWARD kept."""
+    return Op(kind, forward.target, forward.micro_batch, pass_index=forward.pass_index, item=item, tier=tier)
 
 
 def _move_down(found: _Insertions, position: int, move: Op, wait: Op, knobs: Knobs) -> None:
@@ -150,7 +152,7 @@ def place_steps(plan: Plan, knobs: Knobs) -> Plan:
 def _group_of(plan: Plan, op: Op) -> tuple[str, int] | None:
     """The parameter group whose gradients this op makes."""
     if op.kind is Kind.BACKWARD:
-        return "layer", op.target
+        return ("layer", op.target) if op.adapters == "train" else None
     if op.kind is Kind.LOSS and plan.segments[op.target].has_head:
         return "aux", op.target
     return None

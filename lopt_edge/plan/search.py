@@ -269,7 +269,7 @@ class Bounds:
     @property
     def _training(self) -> list[Segment]:
         """Of all kinds."""
-        return [segment for kind in self.workload.kinds for segment in kind.segments if segment.trains]
+        return [segment for kind in self.workload.kinds for segment in kind.segments if segment.has_loss]
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._parts:
@@ -302,10 +302,10 @@ class Bounds:
             total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
             for segment in _run(kind):
                 layer = costs.layer(batch, trains=segment.loss != "none")
-                total += len(segment.layers) * layer.forward
-                if segment.trains:
-                    again = sum(knobs.activations[i] == "recompute" for i in segment.trained[:-1])
-                    total += len(segment.trained) * layer.backward + again * layer.again
+                total += len(segment.window) * layer.forward
+                if segment.has_loss:
+                    again = sum(knobs.activations[i] == "recompute" for i in segment.turned[:-1])
+                    total += len(segment.turned) * layer.backward + again * layer.again
                     total += costs.loss(batch, task=segment.reads_out)
         groups = (group for segment in kind.segments for group in groups_of(segment))
         return total + sum(costs.update(group) for group in (*groups, *kind.resting))
@@ -324,12 +324,13 @@ class Bounds:
             fetches = [
                 sizes.layer_bytes / profile.up(knobs.weights[layer])
                 for segment in segments
-                for layer in (*segment.layers, *segment.trained)
+                for layer in (*segment.window, *segment.turned)
                 if knobs.weights[layer] != "resident"
             ]
-            up += sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * (len(segments) + 1))])
+            turns = 2 * len(segments) if any(segment.overlaps for segment in segments) else len(segments) + 1
+            up += sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * turns)])
             for segment in segments:
-                for layer in segment.trained[:-1]:
+                for layer in segment.turned[:-1]:
                     n_bytes, tier = _moved_bytes(costs, knobs, batch, layer, segment)
                     up, down = up + n_bytes / profile.up(tier), down + n_bytes / profile.down(tier)
         return up, down
@@ -364,7 +365,7 @@ class Bounds:
     def _turning_below(self, costs: Costs, knobs: Knobs, wanted: str) -> int:
         batch, most = self.workload.batches[0], 0
         for segment in self._training:
-            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.trained[:-1])
+            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.turned[:-1])
             most = max(most, sum(n_bytes for n_bytes, tier in moved if tier == wanted))
         return most
 
@@ -373,8 +374,8 @@ class Bounds:
         batch, most = self.workload.batches[0], 0
         hidden = sizes.hidden_bytes(batch)
         for segment in self._training:
-            held, last = 0, segment.trained[-1]
-            for layer in segment.trained[:-1]:
+            held, last = 0, segment.turned[-1]
+            for layer in segment.turned[:-1]:
                 if knobs.activations[layer] == "keep":
                     held += sizes.graph(batch, layer, segment).rest
                 elif knobs.activations[layer] == "recompute" and knobs.saved_inputs == "device":
@@ -382,7 +383,7 @@ class Bounds:
             with_graph = held + sizes.graph(batch, last, segment).rest
             most = max(most, with_graph + sizes.backward_within(batch, last, segment, kept=Keep.GRAPH, fresh=0))
             most = max(most, with_graph + sizes.loss_within(batch, task=segment.reads_out))
-            if len(segment.trained) > 1 and knobs.activations[before := segment.trained[-2]] == "recompute":
+            if len(segment.turned) > 1 and knobs.activations[before := segment.turned[-2]] == "recompute":
                 again = sizes.backward_within(batch, before, segment, kept=Keep.INPUT, fresh=0)
                 most = max(most, held + again)
         return most

@@ -143,6 +143,10 @@ class Costs:
         n_bytes = self.sizes.group_elements(group) * UPDATE_BYTES[self.sizes.knobs.optimizer]
         return n_bytes / self.rates.bandwidth + self.rates.overhead / 4
 
+    def average(self, layer: int) -> float:
+        """Two reads and a write of each number."""
+        return 12 * self.sizes.group_elements(("layer", layer)) / self.rates.bandwidth + self.rates.overhead / 4
+
     def page_bytes(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
         graph = self.sizes.graph(batch, layer, segment)
         return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
@@ -155,7 +159,7 @@ class Costs:
         batch = self.batches[op.micro_batch]
         if op.kind in (Kind.SPILL, Kind.RESTORE):
             return self.sizes.hidden_bytes(batch)
-        return self.page_bytes(batch, op.target, plan.segment_of(op.target))
+        return self.page_bytes(batch, op.target, plan.scope(op))
 
 
 _ITEMS = {Kind.SPILL: "input", Kind.RESTORE: "input", Kind.PAGE_OUT: "pages", Kind.PAGE_IN: "pages"}
@@ -211,6 +215,10 @@ class _Clock:
         costs = self.costs
         if op.kind is Kind.STEP:
             return costs.update(op.group)
+        if op.kind is Kind.AVERAGE:
+            return costs.average(op.target)
+        if op.kind is Kind.HOLD or op.item == "held":
+            return 0.0
         batch = costs.batches[op.micro_batch]
         if op.kind is Kind.EMBED:
             return costs.embed(batch)

@@ -5,14 +5,17 @@ A segment is an ordered range of layers whose backward ends at its own beginning
     task          the task loss, at the end of the depth
     reconstruct   LoPT's local loss: an aux head reconstructs the segment's input from its output
     next-token    a local loss: the task loss read out at the segment's end, through the frozen norm and lm_head
+    following     none of its own: the next segment's loss, whose gradient reaches it
     align         a local loss: the negative cosine to a teacher's last hidden state
     rest          nothing in this kind of step; its adapters run, and train in another kind
     none          nothing at all: it has no adapters of its own to train
 
 Some methods change what happens to single layers: a `through` layer runs forward only and hands an incoming gradient on
 unchanged (LCSB), an `absent` one is not run (SegProp), a `replaced` one has no weights of its own and reads those of the
-layers beside it (RepL). The rule: the segments of a step name every layer once, in order.
-What a loss computes is `run/losses.py`'s matter.
+layers beside it (RepL). MLAAN widens what a loss sees: its gradient may `reach` back over the segment before, and between
+the segment's end and the head a `tail` of later layers may run, with averaged adapters, through which the gradient passes.
+Such a segment's loss has a pass of its own over each micro-batch, its `window`. The rule: the segments of a step name every
+layer once, in order. What a loss computes is `run/losses.py`'s matter.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Literal, get_args
 
 from lopt_edge.errors import InputError
 
-SegmentLoss = Literal["task", "reconstruct", "next-token", "align", "rest", "none"]
+SegmentLoss = Literal["task", "reconstruct", "next-token", "following", "align", "rest", "none"]
 LOSSES: tuple[str, ...] = get_args(SegmentLoss)
 FORWARD_ONLY = ("rest", "none")
 READ_OUT = ("task", "next-token")  # through the norm and the lm_head
@@ -33,7 +36,10 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers `first` .. `last` (both included) and the loss that trains them."""
+    """Layers `first` .. `last` (both included) and the loss that trains them.
+
+    `reach` is the layer where the loss' gradient ends (None: at `first`); `tail` are later layers before its head.
+    """
 
     index: int
     first: int
@@ -42,6 +48,8 @@ class Segment:
     through: tuple[int, ...] = ()
     absent: tuple[int, ...] = ()
     replaced: tuple[int, ...] = ()
+    reach: int | None = None
+    tail: tuple[int, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -58,8 +66,38 @@ class Segment:
         return self.loss not in FORWARD_ONLY
 
     @property
+    def has_loss(self) -> bool:
+        """Whether a loss is taken at its end."""
+        return self.trains and self.loss != "following"
+
+    @property
     def is_local(self) -> bool:
-        return self.trains and self.loss != "task"
+        return self.has_loss and self.loss != "task"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether its loss sees more than itself, so that it needs a pass of its own."""
+        return self.reach is not None or bool(self.tail)
+
+    @property
+    def begin(self) -> int:
+        """The layer where its loss' gradient ends."""
+        return self.first if self.reach is None else self.reach
+
+    @cached_property
+    def reached(self) -> tuple[int, ...]:
+        """The layers whose adapters get gradients of its loss."""
+        return (*range(self.begin, self.first), *self.trained) if self.has_loss else ()
+
+    @cached_property
+    def turned(self) -> tuple[int, ...]:
+        """Those that its gradient passes, the tail's too: each keeps something from its forward for its backward."""
+        return (*self.reached, *self.tail)
+
+    @cached_property
+    def window(self) -> tuple[int, ...]:
+        """The layers that run forward for its sake. None where its loss is the next segment's, whose window holds them."""
+        return () if self.loss == "following" else (*range(self.begin, self.first), *self.layers, *self.tail)
 
     @property
     def reads_out(self) -> bool:
@@ -80,6 +118,8 @@ class Segment:
         words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
         exceptions = (("through", self.through), ("absent", self.absent), ("replaced", self.replaced))
         words += [f"{name}={_runs(layers)}" for name, layers in exceptions if layers]
+        words += [] if self.reach is None else [f"reach={self.reach}"]
+        words += [f"tail={_runs(self.tail)}"] if self.tail else []
         return " ".join(words)
 
 

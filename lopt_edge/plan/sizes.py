@@ -114,7 +114,7 @@ class Sizes:
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
 
-        With dropout the MLP is plain in training, in blocks without LoRA and in evaluation.
+        With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
         facts, shape = self.shape.facts, self.shape
         found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
@@ -123,7 +123,8 @@ class Sizes:
         if not shape.blocked:
             found += [linear.in_features * linear.out_features for linear in facts.linears]
         frozen = any(segment.loss == "none" for segment in segments)
-        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or self.evaluates)):
+        dropless = self.evaluates or any(segment.tail for segment in segments)
+        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
             found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
         return max(found) * shape.itemsize
 
@@ -195,7 +196,7 @@ class Sizes:
         slots = min(knobs.ring, n_streamed)
         found = {
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
-            "adapters": flat - aux,
+            "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
             "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
@@ -205,6 +206,10 @@ class Sizes:
         if knobs.states == "device":
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
+
+    def averages_bytes(self, segments: Sequence[Segment]) -> int:
+        """fp32 averages of the adapters of tails' layers."""
+        return sum(self.group_bytes(("layer", layer)) for layer in {layer for s in segments for layer in s.tail})
 
     def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
         """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
@@ -299,7 +304,8 @@ class Sizes:
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
         shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
-        first = layer == segment.trained[0] if segment.trains else layer == segment.first
+        shape = replace(shape, dropout=False) if layer in segment.tail else shape
+        first = layer == (segment.reached[0] if segment.has_loss else segment.first)
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
         return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
                         shape.window(kind, n_tokens))  # fmt: skip

@@ -5,6 +5,10 @@ inputs are gone before the next one's exist. All STEPs come last, after every mi
 the update ("stale"). With `fresh` boundaries each training segment has a pass of its own over all micro-batches and is
 updated at its end; the next pass runs the updated segment forward again.
 
+Where segments overlap (a loss whose gradient reaches the segment before, or a tail) each loss has a pass of its own over
+the micro-batch: it enters where its gradient ends, from what the pass before held there, so that no layer runs without
+need. Its layers keep what they need until the tail has run, the tail's last one its graph. Averages come after all STEPs.
+
 The last trained layer of a segment keeps its graph: its backward comes right after its forward, so recomputing it would be
 work for nothing. A layer without backward keeps nothing. A step that `reads` a boundary begins with it instead of the
 layers before; one that `writes` it stores it where those layers end. Where tensors lie is not decided here (passes.py).
@@ -13,12 +17,14 @@ layers before; one that `writes` it stores it where those layers end. Where tens
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan
 from lopt_edge.plan.segments import Segment
 
 GroupName = tuple[str, int]
+AVERAGED = "ema"  # the adapter set of a tail
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ def step_plan(
     kind = kind if isinstance(kind, StepKind) else StepKind("", kind)
     segments = kind.segments
     ops: list[Op] = []
-    for pass_index, trains in enumerate(_passes(kind)):
+    if overlaps := any(segment.overlaps for segment in segments):
+        ops += [op for micro_batch in range(n_micro_batches) for op in _windows(segments, micro_batch)]
+    for pass_index, trains in enumerate(() if overlaps else _passes(kind)):
         for micro_batch in range(n_micro_batches):
             ops += _micro_batch(kind, trains, micro_batch, pass_index)
         if kind.fresh:
@@ -66,7 +74,9 @@ def step_plan(
     if not kind.fresh:
         ops += [Op(Kind.STEP, target, unit=unit) for segment in segments for unit, target in groups_of(segment)]
     ops += [Op(Kind.STEP, target, unit=unit) for unit, target in kind.resting]
-    return Plan(method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops), kind=kind.name)
+    plan = Plan(method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops), kind=kind.name)
+    averages = tuple(Op(Kind.AVERAGE, layer, unit="layer") for layer in plan.averaged)
+    return replace(plan, ops=(*plan.ops, *averages))
 
 
 def _passes(kind: StepKind) -> list[tuple[int, ...]]:
@@ -89,6 +99,35 @@ def _micro_batch(kind: StepKind, trains: tuple[int, ...], micro_batch: int, pass
             return
         if segment.last >= (kind.reads or 0):
             yield from _segment_ops(segment, micro_batch, pass_index, trains=segment.index in trains, align=kind.align)
+
+
+def _windows(segments: tuple[Segment, ...], micro_batch: int) -> Iterator[Op]:
+    """The passes of one micro-batch, each holding what the next one enters with."""
+    taken = [segment for segment in segments if segment.has_loss]
+    followers = dict(pairwise(segment.index for segment in taken))
+    for segment in taken:
+        held = segments[followers[segment.index]].begin if segment.index in followers else None
+        if segment is taken[0]:
+            yield Op(Kind.EMBED, micro_batch=micro_batch, pass_index=segment.index)
+        else:
+            yield Op(Kind.READ, segment.begin, micro_batch, item="held", pass_index=segment.index)
+        yield from _window_ops(segment, micro_batch, held)
+
+
+def _window_ops(segment: Segment, micro_batch: int, held: int | None) -> Iterator[Op]:
+    index = segment.index
+    for layer in segment.window:
+        if layer == held:
+            yield Op(Kind.HOLD, layer, micro_batch, pass_index=index)
+        keep = Keep.GRAPH if layer == segment.turned[-1] else Keep.INPUT
+        yield Op(Kind.FORWARD, layer, micro_batch, keep, index, _adapters(segment, layer))
+    yield Op(Kind.LOSS, index, micro_batch, pass_index=index)
+    for layer in reversed(segment.turned):
+        yield Op(Kind.BACKWARD, layer, micro_batch, pass_index=index, adapters=_adapters(segment, layer))
+
+
+def _adapters(segment: Segment, layer: int) -> str:
+    return AVERAGED if layer in segment.tail else "train"
 
 
 def _segment_ops(segment: Segment, micro_batch: int, pass_index: int, *, trains: bool, align: int | None) -> Iterator[Op]:

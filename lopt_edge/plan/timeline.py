@@ -153,6 +153,8 @@ class _Replay:
             return sizes.embed_within(batch)
         if op.kind is Kind.ALIGN:
             return sizes.align_within(batch)
+        if op.kind is Kind.HOLD or op.item == "held":
+            return 0
         if op.kind in (Kind.READ, Kind.WRITE):
             return sizes.cache_within(batch, reads=op.kind is Kind.READ)
         if op.kind is Kind.LOSS:
@@ -163,9 +165,10 @@ class _Replay:
             return sizes.loss_within(batch, task=segment.reads_out) + fresh
         if op.kind not in (Kind.FORWARD, Kind.BACKWARD):
             return 0
-        segment = self.plan.segment_of(op.target)
+        segment = self.plan.scope(op)
         if op.kind is Kind.BACKWARD:
-            kept, fresh = self.kept[op.micro_batch, op.target], self.fresh_gradients(("layer", op.target))
+            kept = self.kept[op.micro_batch, op.target]
+            fresh = self.fresh_gradients(("layer", op.target)) if op.adapters == "train" else 0
             return sizes.backward_within(batch, op.target, segment, kept=kept, fresh=fresh)
         if op.keep in (Keep.GRAPH, Keep.PAGES):
             return sizes.graph(batch, op.target, segment).within
@@ -173,9 +176,9 @@ class _Replay:
 
     def within_end(self, op: Op) -> int:
         """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
-        done = op.micro_batch == self.plan.n_micro_batches - 1
-        if done and op.kind is Kind.BACKWARD:
+        if op.kind is Kind.BACKWARD and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
+        done = op.micro_batch == self.plan.n_micro_batches - 1
         if done and op.kind is Kind.LOSS and self.plan.segments[op.target].has_head:
             return self.sizes.group_bytes(("aux", op.target))
         return 0
@@ -197,7 +200,10 @@ class _Replay:
 
     def _read(self, op: Op) -> None:
         batch = self.batches[op.micro_batch]
-        if op.item == "teacher":
+        if op.item == "held":
+            self.hold(("hidden", -1, -1), self.storage(("held", -1, -1)), "activations")
+            self.drop(("held", -1, -1))
+        elif op.item == "teacher":
             self.hold(("teacher", -1, -1), self.sizes.hidden_bytes(batch), "activations")
         else:
             self._embed(op)
@@ -207,13 +213,18 @@ class _Replay:
         self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
 
     def _align(self, op: Op) -> None:
-        self.hold(
-            ("aligned", op.micro_batch, op.target), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations"
-        )
+        n_bytes = self.sizes.hidden_bytes(self.batches[op.micro_batch])
+        self.hold(("aligned", op.micro_batch, op.target), n_bytes, "activations")
         self.drop(("teacher", -1, -1))
 
+    def _hold(self, op: Op) -> None:
+        self.hold(("held", -1, -1), self.storage(("hidden", -1, -1)), "activations")
+
+    def _average(self, op: Op) -> None:
+        """In place."""
+
     def _forward(self, op: Op) -> None:
-        segment, batch = self.plan.segment_of(op.target), self.batches[op.micro_batch]
+        segment, batch = self.plan.scope(op), self.batches[op.micro_batch]
         entering = self.storage(("hidden", -1, -1))
         if op.target == segment.first and segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES):
             self.hold(("target", -1, -1), entering, "saved inputs")
@@ -231,7 +242,7 @@ class _Replay:
     def _loss(self, op: Op) -> None:
         self.hold(("grad", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
         self.drop(("target", -1, -1))
-        if op.target == len(self.plan.segments) - 1:
+        if self.plan.is_last_run(op):
             self.drop(("hidden", -1, -1))
             self.drop(("teacher", -1, -1))
         if self.plan.segments[op.target].has_head:
@@ -243,9 +254,10 @@ class _Replay:
             self.drop((name, op.micro_batch, op.target))
         for name in ("input", "pages"):
             self.forget_below((name, op.micro_batch, op.target))
-        if op.target == self.plan.segment_of(op.target).trained[0]:
+        if op.target == self.plan.scope(op).reached[0]:
             self.drop(("grad", -1, -1))
-        self.take_gradients(("layer", op.target))
+        if op.adapters == "train":
+            self.take_gradients(("layer", op.target))
 
     def take_gradients(self, group: tuple[str, int]) -> None:
         key = (f"gradients {group[0]}", -1, group[1])
@@ -277,7 +289,7 @@ class _Replay:
 
     def _page_bytes(self, op: Op) -> int:
         batch = self.batches[op.micro_batch]
-        graph = self.sizes.graph(batch, op.target, self.plan.segment_of(op.target))
+        graph = self.sizes.graph(batch, op.target, self.plan.scope(op))
         return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
 
     def _page_out(self, op: Op) -> None:

@@ -9,6 +9,7 @@
  (6) what was fetched is evicted, what was saved is consumed, what was begun is waited for
  (7) each parameter group has exactly one STEP, after its last backward and after every gradient that its clip needs, with
      its gradients and optimizer states on the device
+ (8) layers of a tail, and no others, compute with averaged adapters; each average is taken once, after every STEP
 
 It replays the list with small states instead of tensors; it knows no bytes. Movements are in `validate_moves.py`.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lopt_edge.plan.ops import COMPUTE, Keep, Kind, Op, Plan
+from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
 from lopt_edge.plan.validate_moves import Moves
 
@@ -36,15 +38,26 @@ class _Replay:
     teacher: bool = False  # its features are there for the micro-batch under way
     backward_from: dict[tuple[int, int], int] = field(default_factory=dict)  # (micro-batch, segment) -> next layer
     stepped: set[tuple[str, int]] = field(default_factory=set)
+    held: tuple[int, int] | None = None  # (micro-batch, layer): the hidden states that the next pass enters with
+    averaged: set[int] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        path, trained = self.plan.path, [s for s in self.plan.segments if s.trains]
-        self.ends = {path.index(s.last) + 1 for s in trained}  # positions where a pass over a micro-batch may end
+    def path(self, pass_index: int) -> tuple[int, ...]:
+        """The layers that run forward in a pass over a micro-batch."""
+        return self.plan.segments[pass_index].window if self.plan.overlaps else self.plan.path
+
+    def is_finished(self, pass_index: int, position: int) -> bool:
+        """Whether a pass may end there."""
+        path = self.path(pass_index)
+        if self.plan.overlaps:
+            return position == len(path)
+        return position > 0 and path[position - 1] in {s.last for s in self.plan.segments if s.trains}
 
     def next_layer(self, op: Op) -> int | None:
         """The layer that runs next in this op's micro-batch and pass."""
-        position = self.entered.get((op.micro_batch, op.pass_index), len(self.plan.path))
-        return self.plan.path[position] if position < len(self.plan.path) else None
+        if (position := self.entered.get((op.micro_batch, op.pass_index))) is None:
+            return None
+        path = self.path(op.pass_index)
+        return path[position] if position < len(path) else None
 
 
 def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
@@ -52,13 +65,15 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     replay = _Replay(plan, clip_scope, Moves(plan))
     checks = {
         Kind.EMBED: _enter, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
-        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align,
+        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align, Kind.HOLD: _hold,
     }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
         problem = replay.moves.problem_before(op)
         if not problem and op.kind in COMPUTE:
             problem = checks[op.kind](replay, op) or replay.moves.note_compute(op)
+        elif not problem and op.kind is Kind.AVERAGE:
+            problem = _average(replay, op)
         if problem:
             raise PlanError(f"rule {problem}\n{plan.around(position)}")
     if replay.saved:
@@ -67,6 +82,10 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     missing = [group for s in plan.segments for group in groups_of(s) if group not in replay.stepped]
     if missing:
         raise PlanError(f"rule (7): group {missing[0][0]} {missing[0][1]} has no STEP")
+    if replay.held is not None:
+        raise PlanError(f"rule (6): the hidden states held before layer {replay.held[1]} are never read")
+    if replay.averaged != set(plan.averaged):
+        raise PlanError("rule (8): an average of a tail's layer is never taken")
     if left := replay.moves.left():
         raise PlanError(f"rule (6): {left}")
     return plan
@@ -87,19 +106,36 @@ def _check_cover(plan: Plan) -> None:
                 raise PlanError(f"segment {segment.index} replaces layer {layer}, which has no two neighbours with weights")
         if segment.trains and not segment.trained:
             raise PlanError(f"segment {segment.index} has a loss and no layer that trains")
+        _check_window(plan, segment)
+
+
+def _check_window(plan: Plan, segment: Segment) -> None:
+    before = plan.segments[segment.index - 1] if segment.index else None
+    if segment.reach is not None and (before is None or segment.reach != before.first or not before.trains):
+        raise PlanError(f"segment {segment.index} must reach back to the first layer of a training segment before it")
+    tail = segment.tail
+    if tail and not (segment.last < tail[0] and tail[-1] < plan.n_layers and list(tail) == sorted(set(tail))):
+        raise PlanError(f"the tail of segment {segment.index} must be of later layers, in order")
+    following = plan.segments[segment.index + 1] if segment.index + 1 < len(plan.segments) else None
+    if segment.loss == "following" and (following is None or following.reach is None or not following.has_loss):
+        raise PlanError(f"no loss reaches segment {segment.index}")
+    if plan.overlaps and (segment.through or segment.absent or not segment.trains):
+        raise PlanError(f"segment {segment.index} leaves layers out, beside segments that overlap")
 
 
 def _enter(replay: _Replay, op: Op) -> str:
     """A micro-batch begins: at the embeddings, or at a boundary that is read."""
     if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
         return f"(2): there is no micro-batch {op.micro_batch}"
-    key, path = (op.micro_batch, op.pass_index), replay.plan.path
+    if replay.plan.overlaps and (op.pass_index >= len(replay.plan.segments) or not replay.path(op.pass_index)):
+        return f"(4): pass {op.pass_index} has no loss"
+    key, path = (op.micro_batch, op.pass_index), replay.path(op.pass_index)
     if key in replay.entered:
         return "(2): this micro-batch was already embedded"
-    if replay.saved or any(position not in replay.ends for position in replay.entered.values()):
+    if replay.saved or not all(replay.is_finished(each, position) for (_, each), position in replay.entered.items()):
         return "(5): the micro-batch before is not finished"
     first = 0 if op.kind is Kind.EMBED else op.target
-    if first not in path:
+    if first not in path or (replay.plan.overlaps and first != path[0]):
         return f"(2): layer {first} is not in the path"
     replay.entered[key], replay.teacher = path.index(first), False
     return ""
@@ -107,6 +143,11 @@ def _enter(replay: _Replay, op: Op) -> str:
 
 def _read(replay: _Replay, op: Op) -> str:
     if op.item == "boundary":
+        return _enter(replay, op)
+    if op.item == "held":
+        if replay.held != (op.micro_batch, op.target):
+            return f"(2): nothing was held before layer {op.target}"
+        replay.held = None
         return _enter(replay, op)
     if op.item != "teacher" or (op.micro_batch, op.pass_index) not in replay.entered:
         return f"(2): {op.text()} belongs to no micro-batch under way"
@@ -130,11 +171,36 @@ def _align(replay: _Replay, op: Op) -> str:
     return ""
 
 
+def _hold(replay: _Replay, op: Op) -> str:
+    if replay.held is not None:
+        return f"(6): hidden states are held already, before layer {replay.held[1]}"
+    if replay.next_layer(op) != op.target:
+        return f"(2): layer {op.target} is not the next one"
+    replay.held = op.micro_batch, op.target
+    return ""
+
+
+def _average(replay: _Replay, op: Op) -> str:
+    if op.target not in replay.plan.averaged or op.target in replay.averaged:
+        return f"(8): layer {op.target} has no average, or it was already taken"
+    if any(group not in replay.stepped for s in replay.plan.segments for group in groups_of(s)):
+        return "(8): not every group was updated before"
+    replay.averaged.add(op.target)
+    return ""
+
+
+def _wrong_adapters(plan: Plan, op: Op) -> str:
+    averaged = plan.overlaps and op.target in plan.scope(op).tail
+    return f"(8): layer {op.target} computes with other adapters" if (op.adapters == "ema") != averaged else ""
+
+
 def _forward(replay: _Replay, op: Op) -> str:
     if replay.next_layer(op) != op.target:
         return f"(2): layer {op.target} runs out of order"
-    segment = replay.plan.segment_of(op.target)
-    if op.target == segment.first and any(micro_batch == op.micro_batch for micro_batch, _ in replay.saved):
+    if wrong := _wrong_adapters(replay.plan, op):
+        return wrong
+    segment = replay.plan.scope(op)
+    if op.target == segment.begin and any(micro_batch == op.micro_batch for micro_batch, _ in replay.saved):
         return "(5): the segment before still holds what it saved"
     replay.entered[op.micro_batch, op.pass_index] += 1
     if op.keep is not Keep.NONE:
@@ -146,12 +212,13 @@ def _loss(replay: _Replay, op: Op) -> str:
     if not 0 <= op.target < len(replay.plan.segments):
         return f"(4): there is no segment {op.target}"
     segment = replay.plan.segments[op.target]
-    if not segment.trains:
-        return f"(4): segment {op.target} has no loss"
+    if not segment.has_loss or (replay.plan.overlaps and op.pass_index != op.target):
+        return f"(4): segment {op.target} has no loss here"
     if (op.micro_batch, op.target) in replay.backward_from:
         return f"(4): the loss of segment {op.target} was already taken"
     position = replay.entered.get((op.micro_batch, op.pass_index), 0)
-    if replay.plan.path[:position][-1:] != (segment.last,):
+    at_end = segment.tail[-1] if segment.tail else segment.last
+    if replay.path(op.pass_index)[:position][-1:] != (at_end,):
         return f"(4): the loss of segment {op.target} comes before its forward ended"
     kept_input = replay.saved.get((op.micro_batch, segment.first)) is Keep.INPUT
     here = replay.moves.is_here("input", op.micro_batch, segment.first)
@@ -159,14 +226,17 @@ def _loss(replay: _Replay, op: Op) -> str:
         return f"(2): the input of segment {op.target}, which its loss reconstructs, is not on the device"
     if segment.loss == "align" and not replay.teacher:
         return f"(2): the loss of segment {op.target} needs a teacher's features"
-    replay.backward_from[op.micro_batch, op.target] = segment.trained[-1]
+    replay.backward_from[op.micro_batch, op.target] = segment.turned[-1]
     return ""
 
 
 def _backward(replay: _Replay, op: Op) -> str:
     segment = next((s for s in replay.plan.segments if op.target in s.layers), None)
-    if segment is None:
+    if segment is None or (replay.plan.overlaps and op.pass_index >= len(replay.plan.segments)):
         return f"(2): there is no layer {op.target}"
+    segment = replay.plan.scope(op)
+    if wrong := _wrong_adapters(replay.plan, op):
+        return wrong
     following = replay.backward_from.get((op.micro_batch, segment.index))
     if following is None:
         return f"(4): no LOSS {segment.index} came before"
@@ -176,8 +246,8 @@ def _backward(replay: _Replay, op: Op) -> str:
         return f"(2): layer {op.target} kept neither its input nor its graph"
     if ("layer", op.target) in replay.stepped:
         return f"(7): layer {op.target} was already updated"
-    below = segment.trained[: segment.trained.index(op.target)]
-    replay.backward_from[op.micro_batch, segment.index] = below[-1] if below else segment.first - 1
+    below = segment.turned[: segment.turned.index(op.target)]
+    replay.backward_from[op.micro_batch, segment.index] = below[-1] if below else segment.begin - 1
     return ""
 
 
@@ -189,15 +259,16 @@ def _step(replay: _Replay, op: Op) -> str:
     if resting:  # without a gradient
         replay.stepped.add(op.group)
         return ""
-    trained = [s for s in replay.plan.segments if s.trains]
     own = segments[op.group]
+    every = [s for s in replay.plan.segments if s.has_loss]
+    whose = [s for s in every if s.index == own.index or not set(s.reached).isdisjoint(own.trained)]
     last_needed = {"none": op.target if op.unit == "layer" else own.last + 1, "segment": own.first}
-    for segment in trained if replay.clip_scope == "global" else [own]:
-        down_to = last_needed.get(replay.clip_scope, segment.first)
+    for segment in every if replay.clip_scope == "global" else whose:
+        down_to = last_needed.get(replay.clip_scope, segment.begin)
         for micro_batch in range(replay.plan.n_micro_batches):
             progress = replay.backward_from.get((micro_batch, segment.index))
             aux_ready = op.unit == "aux" and replay.clip_scope == "none" and progress is not None
-            if not aux_ready and (progress is None or progress >= max(down_to, segment.first)):
+            if not aux_ready and (progress is None or progress >= max(down_to, segment.begin)):
                 return f"(7): the gradients of segment {segment.index} are not complete"
     replay.stepped.add(op.group)
     return ""

@@ -17,6 +17,10 @@ _ITEMS = {Kind.SPILL: "input", Kind.RESTORE: "input", Kind.PAGE_OUT: "pages", Ki
 _NEEDS_TIER = (Kind.SPILL, Kind.PAGE_OUT, Kind.STORE)
 
 
+def _trains(op: Op) -> bool:
+    return op.kind is Kind.BACKWARD and op.adapters == "train"
+
+
 class Moves:
     """`problem_before` judges an op by where things are; `note_compute` records what an op makes and frees."""
 
@@ -40,7 +44,7 @@ class Moves:
             return self._unplaced(op) or self._needs(op)
         if op.kind is Kind.STEP:
             return self._step_needs(op)
-        if op.kind in (Kind.READ, Kind.WRITE, Kind.ALIGN):
+        if op.kind in (Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD, Kind.AVERAGE):
             return ""
         if op.kind in (Kind.FETCH, Kind.EVICT) and not op.item:
             return self._weights(op)
@@ -59,7 +63,7 @@ class Moves:
         return ""
 
     def _needs(self, op: Op) -> str:
-        group = "layer" if op.kind is Kind.BACKWARD else "aux" if op.kind is Kind.LOSS else ""
+        group = "layer" if _trains(op) else "aux" if op.kind is Kind.LOSS else ""
         if group and self.at.get((f"gradients {group}", -1, op.target), "here") != "here":
             return f"(7): the gradients of {group} {op.target} so far are not on the device"
         if op.kind is not Kind.BACKWARD:
@@ -86,7 +90,7 @@ class Moves:
                 self.at.pop((item, op.micro_batch, op.target), None)
         elif op.kind is Kind.STEP:
             self.at.pop((f"gradients {op.unit}", -1, op.target), None)
-        if op.kind is Kind.BACKWARD or (op.kind is Kind.LOSS and self.plan.segments[op.target].has_head):
+        if _trains(op) or (op.kind is Kind.LOSS and self.plan.segments[op.target].has_head):
             self.at[f"gradients {'layer' if op.kind is Kind.BACKWARD else 'aux'}", -1, op.target] = "here"
         return ""
 

@@ -71,7 +71,7 @@ class Workload:
             knobs.activations[layer] != "recompute"
             for kind in self.kinds
             for segment in kind.segments
-            for layer in segment.trained[:-1]
+            for layer in segment.turned[:-1]
         )
         if self.shape.device_type != "cpu" or not graphs:
             return MMAP_BYTES

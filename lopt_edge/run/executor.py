@@ -14,6 +14,7 @@ State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
+from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, Totals, window_totals
 from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.feature_cache import FeatureCache, rounded
@@ -73,6 +75,7 @@ class _Step:
     early: bool  # some STEP comes before the last BACKWARD
     hidden_BTD: Tensor | None = None
     frame: Frame | None = None
+    held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
     target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
     align_weight: float = 0.0
@@ -99,11 +102,14 @@ class Executor:
         heads: Mapping[int, ReconstructHead],
         optimizer: SegmentOptimizer,
         local_weight: float,
+        averages: Averages | None = None,
+        cascade_weight: float = 1.0,
         loss_scale: float | None = None,
         observe: Callable[[Op, bool], None] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.losses = SegmentLosses(model, heads, local_weight=local_weight)
+        self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
         self.mover, self.observe = optimizer.mover, observe
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: _Step | None = None  # of the step under way, for those who observe
@@ -113,7 +119,7 @@ class Executor:
             Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
             Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
             Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store, Kind.READ: self._read,
-            Kind.WRITE: self._write, Kind.ALIGN: self._align,
+            Kind.WRITE: self._write, Kind.ALIGN: self._align, Kind.HOLD: self._hold, Kind.AVERAGE: self._average,
         }  # fmt: skip
 
     def run(
@@ -181,7 +187,8 @@ class Executor:
 
     def _pause(self, state: _Step, op: Op, between: Callable[[Cut], None]) -> None:
         """Let the caller look at the step where nothing of a micro-batch is alive; not after early updates."""
-        if op.micro_batch and not (state.inputs or state.graphs or self.optimizer.any_updated):
+        begins = state.plan.ops[cut_before(state.plan, op.micro_batch)].pass_index == op.pass_index
+        if op.micro_batch and begins and not (state.inputs or state.graphs or self.optimizer.any_updated):
             between(Cut(op.micro_batch, dict(state.losses), self.optimizer.gradient_copy))
 
     def _go_on(self, state: _Step, start: Cut, movements: Movements) -> None:
@@ -227,7 +234,13 @@ class Executor:
             state.hidden_BTD = self.model.embed(ids_BT)
             state.frame = self.model.frame(state.hidden_BTD)
 
+    def _hold(self, state: _Step, op: Op) -> None:
+        state.held_BTD = state.hidden_BTD
+
     def _read(self, state: _Step, op: Op) -> None:
+        if op.item == "held":
+            state.hidden_BTD, state.held_BTD = state.held_BTD, None
+            return
         batch = state.batches[op.micro_batch]
         found_BTD = self.caches[op.item].read(
             batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
@@ -249,7 +262,7 @@ class Executor:
 
     def _forward(self, state: _Step, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
-        segment = state.plan.segment_of(op.target)
+        segment = state.plan.scope(op)
         if op.target == segment.first:
             held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
             state.target_BTD = hidden_BTD if held_here else None
@@ -261,16 +274,20 @@ class Executor:
             return
         if op.keep is Keep.INPUT:
             state.inputs[key] = Parcel(hidden_BTD)
-        with torch.no_grad():
+        with torch.no_grad(), self._adapters(op):
             state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
 
     def _run_with_graph(
         self, state: _Step, op: Op, graph: LayerGraph, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
     ) -> Tensor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
-        first = op.target == state.plan.segment_of(op.target).trained[0]
-        with torch.enable_grad(), graph.recording():
+        first = op.target == state.plan.scope(op).reached[0]
+        with torch.enable_grad(), graph.recording(), self._adapters(op):
             return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
+
+    def _adapters(self, op: Op) -> AbstractContextManager[None]:
+        """The adapter set that the op computes with, in its layer."""
+        return nullcontext() if op.adapters == "train" or self.averages is None else self.averages.used(op.target)
 
     def _loss(self, state: _Step, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output."""
@@ -280,10 +297,10 @@ class Executor:
         state.grad_BTD, value = self._gradient(state, op, segment)
         state.losses[op.target] += value
         state.target_BTD = None
-        if op.target == len(state.plan.segments) - 1:
+        if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
-        if segment.has_head:
-            self._complete(state, op, ("aux", op.target))
+        if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
+            self.optimizer.complete_gradients(("aux", op.target))
 
     def _gradient(self, state: _Step, op: Op, segment: Segment) -> tuple[Tensor, float]:
         """A function of its own: nothing that it holds lives on."""
@@ -291,7 +308,7 @@ class Executor:
         return self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
 
     def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
-        n_local = sum(other.is_local for other in state.plan.segments)
+        n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
         return SegmentOutput(segment, n_local, state.batches[op.micro_batch], state.totals, state.hidden_BTD, target_BTD,
                              state.teacher_BTD, state.plan.tile)  # fmt: skip
 
@@ -310,28 +327,33 @@ class Executor:
             self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.rerun_layer)
             del hidden_BTD
         try:
-            self._accept(state, group)
+            if op.adapters == "train":
+                self._accept(state, group)
             if key in state.aligned:
                 state.grad_BTD = state.aligned.pop(key).add_(state.grad_BTD)
             graph.feed(state.grad_BTD)
             state.grad_BTD = None
-            state.grad_BTD = graph.backward()
+            with self._adapters(op):
+                state.grad_BTD = graph.backward()
         finally:
             graph.free()
-        self._complete(state, op, group)
+        if state.plan.completes(op):
+            self.optimizer.complete_gradients(group)
+        segment = state.plan.scope(op)
+        if op.target == segment.first and segment.begin < segment.first and self.cascade_weight != 1.0:
+            state.grad_BTD.mul_(self.cascade_weight)  # it crosses to the segment before
 
     def _accept(self, state: _Step, group: GroupName) -> None:
         self.optimizer.accept_gradients(group, own_block=state.own_blocks)
-
-    def _complete(self, state: _Step, op: Op, group: GroupName) -> None:
-        if op.micro_batch == state.plan.n_micro_batches - 1:
-            self.optimizer.complete_gradients(group)
 
     def _update(self, state: _Step, op: Op) -> None:
         segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
         if op.unit == "layer" and op.target in state.plan.segments[segment].through:
             self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
         self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
+
+    def _average(self, state: _Step, op: Op) -> None:
+        self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
 
     # movements: each begins here and ends in _wait -------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class SegmentOutput:
     """`target_BTD` is what a reconstruction aims at, `teacher_BTD` what an alignment does."""
 
     segment: Segment
-    n_local: int  # segments with a local loss in this kind of step
+    n_local: int  # segments with a local loss in this kind of step; 0: theirs are not weighed by lambda
     batch: Batch
     totals: Totals
     hidden_BTD: Tensor
@@ -46,7 +46,8 @@ class SegmentLosses:
 
     def gradient(self, output: SegmentOutput, *, loss_scale: float) -> tuple[Tensor, float]:
         """The gradient (B, T, D) times `loss_scale`, and the loss. Raises NotFinite."""
-        factor = loss_scale * (self.local_weight / output.n_local if output.segment.is_local else 1.0)
+        weighed = output.segment.is_local and output.n_local
+        factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":
             grad_BTD, value = aligned(output, scale=1.0 / output.totals.tokens)
             return grad_BTD.mul_(factor), value

@@ -19,6 +19,7 @@ from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import validate
+from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model, load_model
@@ -57,8 +58,8 @@ class Bench:
         return replace(self, plan=self.plans[name])
 
     def gradients(self, batches: list[Batch], *, step: int = 1, align_weight: float = 0.0) -> dict[str, Tensor]:
-        """Gradients of one step as the executor makes them (the plan without its STEPs)."""
-        ops = tuple(op for op in self.plan.ops if op.kind != "STEP" and op.item != "states")
+        """Gradients of one step as the executor makes them (the plan without what its gradients change)."""
+        ops = tuple(op for op in self.plan.ops if op.kind not in ("STEP", "AVERAGE") and op.item != "states")
         plan = replace(self.plan, n_micro_batches=len(batches), ops=ops)
         self.result = self.executor.run(plan, batches, step=step, learning_rates={}, align_weight=align_weight)
         return self.take_gradients()
@@ -123,7 +124,10 @@ def make_bench(
         for unit, target in course.groups
     }
     optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)
-    return Bench(model, plan, plans, heads, Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT))
+    averages = Averages(model, course.averaged, momentum=options.get("ema_momentum", 0.99)) if course.averaged else None
+    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT, averages=averages,
+                        cascade_weight=options.get("cascade_weight", 0.999))  # fmt: skip
+    return Bench(model, plan, plans, heads, executor)
 
 
 def random_batch(

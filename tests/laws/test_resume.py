@@ -99,7 +99,14 @@ def resumed(config: Config, **changes: Any) -> Config:
 
 @pytest.mark.parametrize(
     ("method", "before", "after"),
-    [("lopt", PAGED, KEPT), ("lopt", MIXED, PAGED), ("e2e", KEPT, PAGED), ("e2e", PAGED, MIXED), ("frozen", KEPT, MIXED)],
+    [
+        ("lopt", PAGED, KEPT),
+        ("lopt", MIXED, PAGED),
+        ("e2e", KEPT, PAGED),
+        ("e2e", PAGED, MIXED),
+        ("frozen", KEPT, MIXED),
+        ("mlaan", KEPT, PAGED),
+    ],
 )
 def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, method, before, after):
     settings = {"method": method, "eval_fraction": 0.2, "eval_every": 2}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.course import cached
-from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, repl, segprop, top_layers
+from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, mlaan, repl, segprop, top_layers
 
 if TYPE_CHECKING:
     from lopt_edge.config import Config
@@ -28,6 +28,7 @@ METHODS: Mapping[str, Make] = {
     "let": let.course,
     "let-local": let.local_course,
     "repl": repl.course,
+    "mlaan": mlaan.course,
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "boundary": ("lopt",),
@@ -47,8 +48,12 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "tail_layers": ("segprop",),
     "stage_patience": ("segprop",),
     "replace_layers": ("repl",),
+    "leap_layers": ("mlaan",),
+    "ema_momentum": ("mlaan",),
+    "cascade_weight": ("mlaan",),
 }
-CUT_METHODS = ("lopt", "frozen", "let-local")  # whose depth num_segments or boundary_layers cut
+DEFAULTS: Mapping[str, Mapping[str, int]] = {"mlaan": {"num_segments": mlaan.NUM_SEGMENTS}}  # other than for all methods
+CUT_METHODS = ("lopt", "frozen", "let-local", "mlaan")  # whose depth num_segments or boundary_layers cut
 CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
 
 
