@@ -73,12 +73,12 @@ class Segment:
         """As in a plan (ops.py parses it)."""
         words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
         words += [
-            f"{name}={_runs(layers)}" for name, layers in (("through", self.through), ("absent", self.absent)) if layers
+            f"{name}={runs_text(layers)}" for name, layers in (("through", self.through), ("absent", self.absent)) if layers
         ]
         return " ".join(words)
 
 
-def _runs(layers: tuple[int, ...]) -> str:
+def runs_text(layers: tuple[int, ...]) -> str:
     """`0-3,7`."""
     starts = [i for i in range(len(layers)) if not i or layers[i] != layers[i - 1] + 1]
     ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]

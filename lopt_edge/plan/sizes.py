@@ -12,7 +12,7 @@ from functools import cached_property
 from math import ceil
 
 from lopt_edge.plan.facts import LinearFacts
-from lopt_edge.plan.knobs import Knobs
+from lopt_edge.plan.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.layer_bytes import (
     VOCABULARY_CHUNK,
     GraphBytes,
@@ -107,7 +107,8 @@ class Sizes:
             norms += 2 * facts.head_dim
         elif facts.model_type == "olmo2":
             norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
-        return (facts.n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
+        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -128,6 +129,8 @@ class Sizes:
         """A chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is resident."""
         facts, c = self.shape.facts, self.shape.itemsize
         rows = min(VOCABULARY_CHUNK[self.shape.device_type], facts.vocab_size)
+        if self.knobs.head == ELSEWHERE:
+            return 0
         if self.knobs.head == "resident":
             return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
         cast = c if c != self.vocabulary_itemsize or self.shape.device_type == "cuda" else 0
@@ -175,7 +178,7 @@ class Sizes:
     def persistent(self, plan: Plan) -> dict[str, int]:
         """Bytes on the device by category before the first op of a steady step."""
         moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
-        return self.steady(plan.segments, gradients_move=moving)
+        return self.steady(plan.own_segments, gradients_move=moving)
 
     def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
         """The same for any plan over these segments."""
@@ -184,7 +187,7 @@ class Sizes:
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         n_resident = sum(place == "resident" for place in knobs.weights)
-        n_streamed = len(knobs.weights) - n_resident
+        n_streamed = sum(place not in ("resident", ELSEWHERE) for place in knobs.weights)
         slots = min(knobs.ring, n_streamed)
         found = {
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
@@ -242,6 +245,10 @@ class Sizes:
         """A boundary that is read or written: the hidden states, one example as the cache holds it, and the frame."""
         one = CACHE_ITEMSIZE * batch.n_tokens * self.shape.facts.hidden_size
         return self.hidden_bytes(batch) + one + (self._embed(batch)[1] if reads else 0)
+
+    def receive_within(self, batch: MicroBatchSize) -> int:
+        """A boundary from the process before, and the frame."""
+        return self.hidden_bytes(batch) + self._embed(batch)[1]
 
     def cache_bytes(self, n_tokens: int) -> int:
         """Of a boundary cache over so many tokens, on disk."""
