@@ -54,6 +54,8 @@ class Config(BaseModel):
     max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: int = Field(1, ge=1, description="passes over the data")
+    pipeline: int = Field(1, ge=1, le=1024, description="lopt, frozen: run the segments in so many processes")
+    pipeline_minutes: float = Field(30.0, gt=0, description="end the run if one of them says nothing for so long")
     choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
     batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
@@ -194,6 +196,8 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
                "add --lora-dropout 0")  # fmt: skip
     if config.method == "top-layers" and config.train_layers is None:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
+    if config.pipeline > 1:
+        yield from _pipeline_errors(config)
     if config.method != "lopt":
         return
     if config.open_every == 1:
@@ -201,6 +205,38 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.boundary_update == "fresh" and config.clip and config.clip_scope == "global":
         yield ("boundary_update", "fresh needs clip_scope segment: an early segment is updated before the norm of the "
                "others is known", "use --clip-scope segment or --clip 0")  # fmt: skip
+
+
+def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
+    """What cannot be where a run's segments lie in several processes."""
+    if config.method not in CUT_METHODS:
+        yield ("pipeline", f"belongs to method {' and '.join(CUT_METHODS)}: in {config.method} a gradient would cross from "
+               "process to process", "leave pipeline out")  # fmt: skip
+        return
+    n_segments = len(config.boundary_layers) + 1 if config.boundary_layers else config.num_segments
+    if config.pipeline > n_segments:
+        yield ("pipeline", f"{config.pipeline} processes for {n_segments} segments: each needs one of its own",
+               f"choose at most {n_segments}, or more segments (--num-segments)")  # fmt: skip
+    crossing = {
+        "open_every": (config.open_every > 0, "in an open step a gradient crosses the boundary", "leave open_every out"),
+        "boundary_update": (config.boundary_update == "fresh", "fresh makes each process wait for the update of the one "
+                            "before", "use --boundary-update stale"),
+        "clip_scope": (config.clip_scope == "global" and config.clip > 0, "the global norm needs every process' gradients",
+                       "use --clip-scope segment or --clip 0"),
+        "apply": (config.apply != "step", "updates come when all processes have agreed, at the step's end",
+                  "use --apply step"),
+        "boundary_cache": (config.boundary_cache is not None, "with the boundary cached there is nothing to send",
+                           "leave one of the two out"),
+        "sample_prompt": (config.sample_prompt is not None, "no process has all layers",
+                          "use lopt-edge generate after the run"),
+        "memory_report": (config.memory_report is not None, "tells of one process", "leave one of the two out"),
+    }  # fmt: skip
+    for name in ("device_memory", "host_memory", "disk_memory", "pinned_memory"):
+        crossing[name] = (getattr(config, name) is not None, "budgets are held for one process, not yet for several",
+                          "leave one of the two out")  # fmt: skip
+    for name, (found, what, fix) in crossing.items():
+        if found:
+            yield name, f"cannot be with pipeline: {what}", fix
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
@@ -231,6 +267,8 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append(f"choose_segments has no effect: {uncut or 'boundary_layers is given'}")
     if config.choose_micro_batch and config.batch_size * config.grad_accum == 1:
         found.append("choose_micro_batch has no effect: a step has one sequence")
+    if "pipeline_minutes" in given and config.pipeline == 1:
+        found.append("pipeline_minutes has no effect: pipeline is 1")
     if config.boundary_layers and uncut:
         found.append(f"boundary_layers has no effect: {uncut}")
     if config.method != "lopt":

@@ -25,7 +25,7 @@ def dump_not_finite(
 ) -> tuple[Path, str]:  # fmt: skip
     """Write the file; its path, and the text of the op where it began."""
     op = error.op
-    if not plan.has_early_steps:
+    if not plan.has_early_steps and executor.link is None:  # a pipeline's processes say it when they agree
         op = first_not_finite(executor, plan, batches, step=step, learning_rates=rates) or error.op
     examples = inputs.train.examples
     file = Path(inputs.config.output) / f"not-finite-step-{step}.json"

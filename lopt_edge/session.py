@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
 from lopt_edge.caching import boundary_cache
 from lopt_edge.checkpoint import name_of
+from lopt_edge.crew import crew_of
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.errors import Interrupted, RunError
 from lopt_edge.first_steps import N_STEPS, FirstSteps
@@ -88,10 +90,11 @@ class Session:
             made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
             size = format_bytes(self.cache_bytes)
             self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
-        tiers = open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
+        tiers = open_tiers(self.config, inputs.own_knobs, device=inputs.device, budget=inputs.budget,
                            need_disk_bytes=self.predicted["disk_bytes"],
                            journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
-        with boundary_cache(inputs) as cache, tiers as mover:
+        crew = crew_of(inputs, self.start, report=self._own_peaks)
+        with boundary_cache(inputs) as cache, tiers as mover, crew as self.crew:
             self.mover, self.cache = mover, cache
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
@@ -112,10 +115,12 @@ class Session:
     def _load(self) -> None:
         inputs, start = self.inputs, self.start
         self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
-                                placement=placement_of(inputs.knobs), mover=self.mover)  # fmt: skip
+                                placement=placement_of(inputs.own_knobs), mover=self.mover)  # fmt: skip
         adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
         self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
         self.executor.caches = {} if self.cache is None else {"boundary": self.cache}
+        if self.crew is not None:
+            self.crew.join(self.executor)
         if start is not None:
             self._go_on_from(start)
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
@@ -159,10 +164,14 @@ class Session:
                 if state.best is not None:  # what is reported and sampled is what was saved
                     state.after = state.best
                     load_adapters(self.model, self.output)
+                    if self.crew is not None:
+                        self.crew.load_adapter(self.output)
                 self._sample("after")
         except Interrupted as stop:
             raise Interrupted(stop.signal_number, self._save_at_stop()) from None
         except RunError as error:
+            if self.crew is not None:
+                error = self.crew.explained(error)
             raise self._with_checkpoint(error) from error
         finally:
             self.progress.stop()
@@ -180,6 +189,7 @@ class Session:
         said = ""
         if (
             error.values_intact
+            and (self.crew is None or self.crew.is_idle)
             and self.state.steps
             and not self.saver.is_saved
             and self.saver.newest_steps < self.state.steps
@@ -244,7 +254,10 @@ class Session:
 
         try:
             with self.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
-                result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
+                run: Callable[..., StepResult] = self.executor.run
+                if self.crew is not None:
+                    run = partial(self.crew.run, self.executor, kind)
+                result = run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
         except NotFinite as error:
             if not error.values_intact:
                 raise
@@ -342,8 +355,9 @@ class Session:
         state.tokens += result.totals.tokens
         state.supervised_tokens += result.totals.supervised
         state.final_loss, state.skipped_in_row, mean = result.loss, 0, state.level.mean
-        state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())  # the kernel's own count wavers by some 100 KiB
-        state.peak_device_bytes = max(state.peak_device_bytes, peak_device_bytes(self.inputs.device))
+        peaks = self._own_peaks() if self.crew is None else self.crew.peaks()
+        state.peak_rss_bytes = max(state.peak_rss_bytes, peaks["rss"])  # the kernel's own count wavers by some 100 KiB
+        state.peak_device_bytes = max(state.peak_device_bytes, peaks["device"])
         below = peaks_below(self.mover)
         metrics = {
             "step": step,
@@ -358,8 +372,10 @@ class Session:
             "peak_rss_bytes": state.peak_rss_bytes,
             "peak_host_bytes": below.host,
             "peak_pinned_bytes": below.pinned,
-            "peak_disk_bytes": below.disk,
+            "peak_disk_bytes": peaks["disk"],
         }
+        if self.crew is not None:
+            metrics["process_peaks"] = self.crew.link.reports
         if kind.name:
             metrics["kind"] = kind.name
         self._log(metrics)
@@ -367,6 +383,11 @@ class Session:
         if state.level.add(result.loss):
             self.progress.warn(f"step {step}: the loss is {result.loss:.4g}, far above its running level of {mean:.4g}")
             self.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
+
+    def _own_peaks(self) -> dict[str, int]:
+        """Of this process."""
+        device = peak_device_bytes(self.inputs.device)
+        return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
 
     def _save_or_warn(self, *, cut: Cut | None = None, last: bool = False) -> None:
         """A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""

@@ -20,6 +20,7 @@ from lopt_edge.checkpoint import CHECKPOINTS, clean, latest, names, set_aside
 from lopt_edge.config import Config
 from lopt_edge.errors import InputError, Interrupted, OutOfMemory, RunError
 from lopt_edge.final_report import RunResult, report
+from lopt_edge.launching import is_follower
 from lopt_edge.output_lock import output_lock
 from lopt_edge.preparation import Inputs, read_inputs
 from lopt_edge.progress import Progress
@@ -35,11 +36,14 @@ from lopt_edge.signals import Interrupts
 
 
 def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
-    """Train an adapter as `config` says and write the output folder. None for a dry run.
+    """Train an adapter as `config` says and write the output folder. None for a dry run, and in the later processes of a
+    pipeline that torchrun started.
 
     Raises InputError for anything wrong with the input (nothing is written then), RunError for a run that failed, and
     Interrupted (a KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
     """
+    if config.pipeline > 1 and is_follower(config):
+        return None
     progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:
@@ -163,6 +167,8 @@ def _session(inputs: Inputs, start: Start | None, around: Surroundings, *, skip:
             session.state.skip = sorted({*session.state.skip, *skip})
             session.go()
     except OutOfMemory as error:
+        if inputs.config.pipeline > 1:  # what the others hold of the step is lost
+            raise
         return _Failed(_bare(error), 0 if session is None else session.state.steps)
     except NotFinite as error:
         if error.values_intact or inputs.config.on_nan == "stop":

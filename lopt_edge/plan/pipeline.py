@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from lopt_edge.errors import InputError
 from lopt_edge.plan.knobs import ELSEWHERE, Knobs
@@ -47,8 +48,8 @@ class Part:
 
 
 def parts_of(segments: Sequence[Segment], n: int) -> tuple[Part, ...]:
-    """Neighbouring segments for each process, as many as can be alike; the remainder to the first ones, since the last one has
-    the lm_head as well. Raises InputError for more processes than segments."""
+    """Neighbouring segments for each process, as evenly as can be; the remainder to the first ones, since the last one has the
+    lm_head as well. Raises InputError for more processes than segments."""
     if not 1 <= n <= len(segments):
         raise InputError(f"{n} processes for {len(segments)} segments: each needs one of its own", where="pipeline",
                          fix=f"choose at most {len(segments)}, or more segments (--num-segments)")  # fmt: skip
@@ -56,7 +57,7 @@ def parts_of(segments: Sequence[Segment], n: int) -> tuple[Part, ...]:
     starts = [rank * size + min(rank, rest) for rank in range(n + 1)]
     return tuple(
         Part(rank, n, tuple(range(start, end)), segments[start].first, segments[end - 1].last)
-        for rank, (start, end) in enumerate(zip(starts, starts[1:], strict=False))
+        for rank, (start, end) in enumerate(pairwise(starts))
     )
 
 

@@ -10,8 +10,8 @@
  (7) each parameter group has exactly one STEP, after its last backward and after every gradient that its clip needs, with
      its gradients and optimizer states on the device
 
- (8) a process of a pipeline (`own` segments) has the ops of its own segments only; micro-batches come and go in order, each by
-     RECV before its first layer (the first process: EMBED) and by SEND after its last one's FORWARD, before that
+ (8) a process of a pipeline (`own` segments) has the ops of its own segments only; micro-batches come and go in order, each
+     by RECV before its first layer (the first process: EMBED) and by SEND after its last one's FORWARD, before that
      segment's LOSS (the last process: none); one AGREE after all gradients, before any STEP
 
 It replays the list with small states instead of tensors; it knows no bytes. Movements are in `validate_moves.py`.

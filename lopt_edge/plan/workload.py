@@ -33,8 +33,8 @@ N_MOVING = 2  # micro-batches to look at where gradients move between them
 class Workload:
     """`batches` are the micro-batches of the largest step, the longest first; `evaluation` the largest held-out batch.
 
-    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what of it
-    one process of a pipeline runs.
+    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what
+    of it one process of a pipeline runs.
     """
 
     course: Course

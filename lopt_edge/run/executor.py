@@ -16,16 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lopt_edge.errors import PeerLost
 from lopt_edge.plan.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
 from lopt_edge.run.batches import Batch, Totals, window_totals
+from lopt_edge.run.evaluation import evaluate
 from lopt_edge.run.feature_cache import FeatureCache, rounded
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
@@ -33,6 +36,9 @@ from lopt_edge.run.losses import ReconstructHead, task_loss
 from lopt_edge.run.moves import Parcel
 from lopt_edge.run.op_faults import op_error
 from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
+
+if TYPE_CHECKING:
+    from lopt_edge.run.pipeline import FarGroups, Link
 
 FLOAT16_SCALE = 2.0**16
 
@@ -75,6 +81,8 @@ class _Step:
     target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
     cleaned: bool = False
+    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
+    fault_op: str = ""
     inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
@@ -100,6 +108,8 @@ class Executor:
     ) -> None:
         self.model, self.heads, self.optimizer, self.local_weight = model, heads, optimizer, local_weight
         self.mover, self.observe = optimizer.mover, observe
+        self.link: Link | None = None  # to the other processes of a pipeline
+        self.far: FarGroups | None = None  # what they hold, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: _Step | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
@@ -108,7 +118,7 @@ class Executor:
             Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
             Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
             Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store, Kind.READ: self._read,
-            Kind.WRITE: self._write,
+            Kind.WRITE: self._write, Kind.RECV: self._receive, Kind.SEND: self._send, Kind.AGREE: self._agree,
         }  # fmt: skip
 
     def run(
@@ -160,6 +170,8 @@ class Executor:
                 clock.micro_batch = op.micro_batch
                 try:
                     self._run_op(state, op)
+                except PeerLost:
+                    raise
                 except Exception as error:
                     intact = self._clean_up(state)
                     raise op_error(plan, position, step, error, intact=intact) from error
@@ -230,6 +242,25 @@ class Executor:
         state.hidden_BTD = rounded(state.hidden_BTD)
         self.caches[op.item].write(state.batches[op.micro_batch].examples, state.hidden_BTD)
 
+    def _receive(self, state: _Step, op: Op) -> None:
+        shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
+        state.hidden_BTD = self.link.receive(shape, self.model.dtype, self.model.device)
+        state.frame = self.model.frame(state.hidden_BTD)
+
+    def _send(self, state: _Step, op: Op) -> None:
+        self.link.send(state.hidden_BTD)
+
+    def _agree(self, state: _Step, op: Op) -> None:
+        """One bad number anywhere, and no process updates anything."""
+        self.link.flush()
+        if state.fault is None:
+            try:
+                self.optimizer.judge()
+            except NotFinite as error:
+                state.fault, state.fault_op = error, op.text()
+        self.link.agree(state.fault, state.fault_op)
+        self.optimizer.judged = True
+
     def _forward(self, state: _Step, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
         segment = state.plan.segment_of(op.target)
@@ -262,7 +293,7 @@ class Executor:
             self._accept(state, ("aux", op.target))
         state.grad_BTD = self._tiled_loss(state, op, local=not state.plan.segments[op.target].reads_out)
         state.target_BTD = None
-        if op.target == len(state.plan.segments) - 1:
+        if op.target == state.plan.own_segments[-1].index:
             state.hidden_BTD = None  # nothing runs on it any more
         if has_head:
             self._complete(state, op, ("aux", op.target))
@@ -296,7 +327,11 @@ class Executor:
         value = loss.item()
         if not math.isfinite(value):
             which = "local" if segment.is_local else "task"
-            raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
+            error = NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
+            if self.link is None:
+                raise error
+            if state.fault is None:  # the others count on this process until all agree
+                state.fault, state.fault_op = error, op.text()
         state.losses[op.target] += value
         return leaf_ND.grad
 
@@ -388,6 +423,8 @@ class Executor:
 
     def _result(self, state: _Step) -> StepResult:
         segments = state.plan.segments
+        if self.link is not None:
+            self._exchange(state, self.link)
         return StepResult(
             loss=state.losses[segments[-1].index],
             local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
@@ -395,20 +432,17 @@ class Executor:
             totals=state.totals,
         )
 
-    @torch.no_grad()
+    def _exchange(self, state: _Step, link: Link) -> None:
+        """Losses and norms of all segments come to process 0."""
+        own = state.plan.own_segments
+        losses = {segment.index: state.losses[segment.index] for segment in own}
+        norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}
+        for other in link.gather({"losses": losses, "norms": norms}):
+            state.losses.update({int(segment): loss for segment, loss in other["losses"].items()})
+            self.optimizer.norms.update({int(segment): norm for segment, norm in other["norms"].items()})
+
     def evaluate(
         self, batches: Sequence[Batch], *, token_tile: int = TOKEN_TILES[0], between: Callable[[], None] = lambda: None
     ) -> float:
         """Mean task loss per supervised token, forward only, in tiles of so many tokens. `between`: before each batch."""
-        total, n_supervised = 0.0, 0
-        for batch in batches:
-            between()
-            hidden_BTD = self.model.embed(batch.ids_BT)
-            frame = self.model.frame(hidden_BTD)
-            hidden_BTD = self.model.run_all(hidden_BTD, frame)
-            selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
-            for start in range(0, len(selected_ND), token_tile):
-                tile = slice(start, start + token_tile)
-                total += task_loss(self.model, selected_ND[tile], batch.targets_N[tile]).item()
-            n_supervised += batch.n_supervised
-        return total / max(1, n_supervised)
+        return evaluate(self.model, batches, token_tile=token_tile, between=between, link=self.link)
