@@ -60,6 +60,7 @@ def crew_of(inputs: Inputs, start: Start | None, *, report: Callable[[], dict[st
         else:
             store = torchrun_store(timeout)
         crew = Crew(store, parts, children, timeout=timeout, report=report)
+        crew.shares_memory = inputs.device.type == "cpu"
         crew.begin(_setup(inputs, parts, start))
         try:
             yield crew
@@ -107,7 +108,7 @@ class Crew:
         report: Callable[[], dict[str, int]],
     ) -> None:  # fmt: skip
         self.store, self.parts, self.children, self.timeout, self.report = store, parts, children, timeout, report
-        self.is_idle = False
+        self.is_idle, self.shares_memory = False, True
 
     def begin(self, setup: dict[str, Any]) -> None:
         """Tell them what the run is, and meet them."""
@@ -162,7 +163,7 @@ class Crew:
 
     def peaks(self) -> dict[str, int]:
         """Of all processes: on a CPU they share the memory, so their peaks add up (an upper bound); on GPUs the largest."""
-        add = max if self.link.reports[0]["device"] != self.link.reports[0]["rss"] else sum
+        add = sum if self.shares_memory else max
         found = {name: sum(report[name] for report in self.link.reports) for name in ("rss", "disk")}
         return {**found, "device": add(report["device"] for report in self.link.reports)}
 

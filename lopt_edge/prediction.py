@@ -6,7 +6,6 @@ vocabulary, what the process takes with the model's code imported, and what is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,13 +16,8 @@ from lopt_edge.models import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.budget import Budget, format_bytes
 from lopt_edge.plan.cards import find_card
 from lopt_edge.plan.course import Course
-from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.pipeline import Part
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
-from lopt_edge.plan.run_plan import RunPlan
-from lopt_edge.plan.search import three_digits
-from lopt_edge.plan.seconds import step_seconds
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.workload import Workload
 from lopt_edge.planning import FREE_SHARE
@@ -60,34 +54,6 @@ def workload_of(
         evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
         clip_scope=config.clip_scope if config.clip else "none",
     )
-
-
-def in_processes(
-    whole: RunPlan, workload: Workload, knobs: Knobs, parts: Sequence[Part]
-) -> tuple[RunPlan, tuple[str, ...]]:
-    """The answer of the planner, which reckons with one process, for the processes of a pipeline; and it in words.
-
-    On a CPU they share RAM: the device's bytes are their sum. A step's seconds are the last process', each of them at the
-    machine's full rate. Its budget was for one process: should the sum not fit what is free, that is said.
-    """
-    found = [replace(workload, part=part) for part in parts]
-    predictions = [one.predict(knobs) for one in found]
-    each, add = [one.device_bytes for one in predictions], sum if workload.shape.device_type == "cpu" else max
-    seconds, arrivals = 0.0, dict[int, float]()
-    for one in found:
-        plan = one.arranged(knobs, len(workload.batches))
-        sizes = one.sizes(knobs)
-        seconds = max(seconds, step_seconds(plan, sizes, workload.batches, workload.profile, arrivals).seconds)
-    peaks = {**whole.peak_bytes, "device": add(each), "disk": sum(one.disk_bytes for one in predictions)}
-    listed = ", ".join(f"{part.text()} {format_bytes(n)}" for part, n in zip(parts, each, strict=True))
-    reasons = [f"pipeline of {len(parts)}: {listed}"]
-    budget = whole.budget_bytes["device"]
-    if budget is not None and peaks["device"] > budget:
-        reasons.append(f"together they may take {format_bytes(peaks['device'])}, more than the {format_bytes(budget)} that "
-                       "are free: page more (--weights, --saved-inputs), or take fewer processes")  # fmt: skip
-    plan = replace(whole, peak_bytes=peaks, step_seconds=three_digits(seconds),
-                   tokens_per_second=workload.n_tokens / seconds)  # fmt: skip
-    return plan, tuple(reasons)
 
 
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:

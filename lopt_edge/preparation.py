@@ -38,12 +38,13 @@ from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.pipeline import Part, own_knobs, parts_of
 from lopt_edge.plan.predict import Prediction
+from lopt_edge.plan.processes import in_processes
 from lopt_edge.plan.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search import Candidate, Search
 from lopt_edge.plan.sizes import MicroBatchSize
 from lopt_edge.plan.step import StepKind
 from lopt_edge.plan.workload import Workload
-from lopt_edge.prediction import in_processes, planned_budget, workload_of
+from lopt_edge.prediction import planned_budget, workload_of
 from lopt_edge.resuming import Start, check_same, find_start, model_fingerprint
 from lopt_edge.run.batches import Batch, make_batch
 from lopt_edge.run.device import choose_device, choose_dtype

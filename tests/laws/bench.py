@@ -43,7 +43,7 @@ class Bench:
     def names(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter that gets a gradient by a readable name."""
         found = {}
-        for segment in self.plan.segments:
+        for segment in self.plan.own_segments:
             for layer in segment.trained:
                 found |= {f"layer {layer} {i}": p for i, p in enumerate(layer_parameters(self.model, layer))}
             if segment.has_head:
