@@ -30,9 +30,8 @@ def in_processes(
     each, add = [one.device_bytes for one in predictions], sum if workload.shape.device_type == "cpu" else max
     seconds, arrivals = 0.0, dict[int, float]()
     for one in found:
-        plan = one.arranged(knobs, len(workload.batches))
-        sizes = one.sizes(knobs)
-        seconds = max(seconds, step_seconds(plan, sizes, workload.batches, workload.profile, arrivals).seconds)
+        own, sizes = one.arranged(knobs, len(workload.batches)), one.sizes(knobs)
+        seconds = max(seconds, step_seconds(own, sizes, workload.batches, workload.profile, arrivals).seconds)
     peaks = {**whole.peak_bytes, "device": add(each), "disk": sum(one.disk_bytes for one in predictions)}
     listed = ", ".join(f"{part.text()} {format_bytes(n)}" for part, n in zip(parts, each, strict=True))
     reasons = [f"pipeline of {len(parts)}: {listed}"]

@@ -15,6 +15,7 @@ Everything is sent in the order in which it is asked for, and nobody asks out of
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,13 @@ class FarGroups(Protocol):
 
 
 def host_store(n: int, timeout: timedelta) -> distributed.TCPStore:
-    """Process 0's meeting place on this machine, on a port that is free."""
-    return distributed.TCPStore(LOOPBACK, 0, n, True, wait_for_workers=False, timeout=timeout)
+    """Process 0's meeting place on this machine, on a port that is free; torch alone would listen on every interface."""
+    listener = socket.socket()
+    listener.bind((LOOPBACK, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return distributed.TCPStore(LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout,
+                                master_listen_fd=listener.detach())  # fmt: skip
 
 
 def join_store(port: int, timeout: timedelta) -> distributed.TCPStore:

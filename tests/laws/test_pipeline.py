@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,14 +29,21 @@ from lopt_edge import finetune
 from lopt_edge.checkpoint import CHECKPOINTS
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, PeerLost, RunError
+from lopt_edge.models import find_model
 from lopt_edge.plan.knobs import ELSEWHERE
+from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.ops import Kind, Op, Plan, parse_plan
 from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs, parts_of
+from lopt_edge.plan.sizes import Sizes
 from lopt_edge.plan.step import step_plan
+from lopt_edge.plan.timeline import timeline
 from lopt_edge.plan.validate import PlanError, validate
 from lopt_edge.planning import plan_run
+from lopt_edge.report import MemoryMeter
+from lopt_edge.run import evaluation
 from lopt_edge.run.batches import as_message, from_message
+from lopt_edge.run.executor import StepResult
 from lopt_edge.run.lora import ADAPTER_NAME
 from lopt_edge.run.optim import NotFinite
 from lopt_edge.run.pipeline import Link, host_store, join_store
@@ -149,15 +158,11 @@ def in_threads(n: int, parts: tuple[Part, ...], run: Callable[[Link], Any], *, t
     return found
 
 
-def process_bench(folder: Path, part: Part, link: Link | None, *, method: str, num_segments: int) -> Bench:
-    """A whole model, of which this process' plan uses its own part."""
-    bench = make_bench(folder, method=method, num_segments=num_segments, n_micro_batches=2)
-    knobs = own_knobs(make_knobs(bench.plan.n_layers), part)
-    whole = step_plan(method, bench.plan.segments, n_micro_batches=2)
-    plan = arrange(cut_for_process(whole, part), knobs)
-    plan = replace(plan, placement=tuple((unit, "disk") for unit, _ in plan.placement)[:0] + bench.plan.placement)
+def process_bench(folder: Path, link: Link, **options: Any) -> Bench:
+    """What this process has: its layers, groups and plan."""
+    bench = make_bench(folder, n_micro_batches=2, part=link.part, **options)
     bench.executor.link = link
-    return replace(bench, plan=plan)
+    return bench
 
 
 @pytest.mark.parametrize(
@@ -169,8 +174,8 @@ def test_gradients_and_losses_are_those_of_one_process(four_bit, method, num_seg
     wanted = whole.gradients(BATCHES)
     parts = parts_of(whole.plan.segments, n)
 
-    def run(link: Link) -> tuple[Any, Any]:
-        bench = process_bench(folder, link.part, link, method=method, num_segments=num_segments)
+    def run(link: Link) -> tuple[dict[str, torch.Tensor], StepResult]:
+        bench = process_bench(folder, link, method=method, num_segments=num_segments)
         told = [from_message(as_message(batch), torch.device("cpu")) for batch in BATCHES]  # without token ids
         return bench.gradients(BATCHES if link.rank == 0 else told), bench.result
 
@@ -188,11 +193,10 @@ def test_a_bad_number_in_one_process_stops_the_update_in_all(four_bit):
     parts = parts_of(make_segments("lopt", n_layers=6, num_segments=3), 3)
 
     def run(link: Link) -> tuple[str, bool, bool]:
-        bench = process_bench(folder, link.part, link, method="lopt", num_segments=3)
+        bench = process_bench(folder, link, num_segments=3)
         rates = dict.fromkeys(range(3), 1e-2)
         before = {name: p.detach().clone() for name, p in bench.names().items()}
-        weight = bench.heads[1].state_dict()["down.weight" if "down.weight" in bench.heads[1].state_dict() else
-                                             next(iter(bench.heads[1].state_dict()))]  # fmt: skip
+        weight = bench.heads[1].down.weight.data if link.rank == 1 else torch.zeros(1)
         kept = weight.clone()
         if link.rank == 1:
             weight.fill_(float("nan"))
@@ -245,9 +249,85 @@ def test_no_more_boundaries_are_under_way_than_allowed():
     assert max(in_flight) == 2
 
 
+def test_evaluation_flows_through_and_can_be_stopped(four_bit):
+    folder = four_bit("llama", num_hidden_layers=6)
+    wanted = make_bench(folder, num_segments=3).executor.evaluate(BATCHES)
+    parts = parts_of(make_segments("lopt", n_layers=6, num_segments=3), 3)
+
+    def stop() -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    def run(link: Link) -> float | None:
+        bench = process_bench(folder, link, num_segments=3)
+        if link.rank == 0:
+            with pytest.raises(Interrupted):
+                bench.executor.evaluate(BATCHES, between=stop)
+            return bench.executor.evaluate(BATCHES)
+        for _ in range(2):
+            assert link.hear(0)["do"] == "evaluate"
+            evaluation.follow(bench.model, link, 1024)
+        return None
+
+    assert in_threads(3, parts, run) == [wanted, None, None]
+
+
+class NoLink:
+    """Stands for the other processes, with the memory that a link holds."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.rank, self.held = part, part.rank, deque[torch.Tensor](maxlen=2)
+
+    def send(self, hidden: torch.Tensor) -> None:
+        self.held.append(hidden)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, 0.5, dtype=dtype)
+
+    def flush(self) -> None:
+        self.held.clear()
+
+    def agree(self, fault: NotFinite | None, op: str) -> None:
+        assert fault is None
+
+    def gather(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        return []
+
+
+@pytest.mark.parametrize("method", ["lopt", "frozen"])
+@pytest.mark.parametrize(
+    "changes", [{"activations": "keep"}, {"weights": "disk", "saved_inputs": "disk", "states": "disk"}]
+)
+def test_predicted_bytes_of_a_process_are_the_tracked_ones(four_bit, tmp_path, method, changes):
+    """As tests/laws/test_timeline.py has it for one process."""
+    folder = four_bit("llama", num_hidden_layers=6)
+    facts = find_model(str(folder)).facts
+    batches = [random_batch((90, 60), seed=1), random_batch((100, 80), seed=2), random_batch((70, 50), seed=3)]
+    for part in parts_of(make_segments(method, n_layers=6, num_segments=3), 3):
+        knobs = make_knobs(6, **changes)
+        bench = make_bench(
+            folder, method=method, num_segments=3, n_micro_batches=3, knobs=knobs, page_dir=tmp_path, part=part
+        )
+        bench.executor.link = NoLink(part)
+        meter = MemoryMeter(bench.executor)
+        for step in (1, 2):
+            with meter.watching(batches) if step == 2 else nullcontext():
+                bench.executor.run(bench.plan, batches, step=step, learning_rates=dict.fromkeys(range(3), 1e-3))
+        meter.stop()
+        bench.executor.mover.close()
+        sizes = Sizes(LayerShape(facts, 4, 4, facts.linear_names), own_knobs(knobs, part), vocabulary_itemsize=4)
+        predicted = timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])
+        for measured, row in zip(meter.rows, predicted.rows, strict=True):
+            off = sum(row.held.values()) - sum(measured.held.values())
+            assert 0 <= off <= 64, (part.rank, measured.text, off)
+            too_much = row.peak_bytes - measured.peak_bytes
+            assert too_much >= -64, (part.rank, measured.text, too_much)
+            assert row.op.kind is Kind.EMBED or too_much <= 0.02 * measured.peak_bytes + 64, (measured.text, too_much)
+
+
 # whole runs ------------------------------------------------------------------------------------------------------------
 
-RUN = {"num_segments": 3, "max_steps": 4, "n_rows": 15, "eval_fraction": 0.2, "eval_every": 2, "schedule": "constant"}
+RUN = {"num_segments": 3, "max_steps": 4, "n_rows": 15, "eval_fraction": 0.2, "eval_every": 2, "schedule": "constant",
+       "lora_dropout": 0.1, "keep_best": True}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +394,7 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(mod
     assert "process 1 (layers 2-3) of the pipeline was killed by SIGKILL" in message and caught.value.exit_code == 1
     assert "go on with: lopt-edge resume" in message and no_children()
     stopper = when_steps(config, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match="saved in .*step-"):
+    with pytest.raises(Interrupted, match=r"saved in .*step-"):
         finetune(config.model_copy(update={"resume": "auto"}))
     stopper.join()
     assert no_children()
