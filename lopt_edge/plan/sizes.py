@@ -247,8 +247,8 @@ class Sizes:
         return self.hidden_bytes(batch) + one + (self._embed(batch)[1] if reads else 0)
 
     def receive_within(self, batch: MicroBatchSize) -> int:
-        """A boundary from the process before, and the frame."""
-        return self.hidden_bytes(batch) + self._embed(batch)[1]
+        """A boundary from the process before, and the frame in the making: no more than EMBED takes, which makes both."""
+        return self.embed_within(batch)
 
     def cache_bytes(self, n_tokens: int) -> int:
         """Of a boundary cache over so many tokens, on disk."""
