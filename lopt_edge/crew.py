@@ -11,6 +11,7 @@ its part of the adapter, and the run ends with the newest checkpoint; none is le
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -112,8 +113,6 @@ class Crew:
 
     def begin(self, setup: dict[str, Any]) -> None:
         """Tell them what the run is, and meet them."""
-        import json
-
         from lopt_edge.run.pipeline import Link
 
         self.store.set(SETUP, json.dumps(setup))
@@ -220,23 +219,22 @@ class Crew:
         if not isinstance(error, PeerLost):
             return error
         deadline, codes, faults = time.monotonic() + CAUSE_SECONDS, {}, {}
-        while time.monotonic() < deadline and not faults and not any(code < 0 for code in codes.values()):
+        while time.monotonic() < deadline and not faults and not codes:
             time.sleep(0.1)
             codes = {} if self.children is None else self.children.exit_codes()
             faults = self._faults()
-        killed = {rank: code for rank, code in codes.items() if code < 0}
         for rank, fault in faults.items():
             text = f"{self.parts[rank].text()} of the pipeline failed: {fault['text']}"
             if fault["exit_code"] == InputError.exit_code:
                 raise InputError(text)
             return _lost(text)
-        for rank, code in killed.items():
-            return _lost(f"{self.parts[rank].text()} of the pipeline {ended(code)}", fix="was memory short? (dmesg says)")
+        if codes:
+            rank, code = min(codes.items(), key=lambda item: item[1])  # negative: killed; the others ended for want of it
+            fix = "was memory short? (dmesg says)" if code < 0 else ""
+            return _lost(f"{self.parts[rank].text()} of the pipeline {ended(code)}", fix=fix)
         return _lost(str(error))
 
     def _faults(self) -> dict[int, dict[str, Any]]:
-        import json
-
         found: dict[int, dict[str, Any]] = {}
         with suppress(RuntimeError, LoptError):  # the meeting place may be gone as well
             for part in self.parts[1:]:

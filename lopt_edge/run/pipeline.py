@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from lopt_edge.plan.ops import MOST_IN_FLIGHT
 from lopt_edge.plan.pipeline import Part
 from lopt_edge.run.optim import GroupName, NotFinite
 
+CONNECT_TIMEOUT = timedelta(minutes=1)  # for processes that are all there
 POLL_SECONDS = 0.2  # between two looks at signals and at the other processes, while waiting
 MOST_MESSAGE_BYTES = 1 << 30
 LOOPBACK = "127.0.0.1"
@@ -96,17 +98,31 @@ class Link:
         self.report, self.reports = report, [{} for _ in parts]
         self.broken = False
         self._in_flight: deque[tuple[Any, Tensor]] = deque()
+        self._meet()
         self._control, self._data = (self._group(name, loopback) for name in ("control", "data"))
 
     @property
     def part(self) -> Part:
         return self.parts[self.rank]
 
+    def _meet(self) -> None:
+        """Until all processes are there. By asking: whoever waits inside the store keeps others from asking it."""
+        self.store.set(f"here {self.rank}", "")
+        keys = [f"here {part.rank}" for part in self.parts]
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while not self.store.check(keys):
+            self._ask_alive()
+            missing = [part.rank for part in self.parts if not self.store.check([f"here {part.rank}"])]
+            if missing and time.monotonic() > deadline:
+                self.broken = True
+                raise self._lost(missing[0], RuntimeError("timeout"))
+            time.sleep(POLL_SECONDS / 4)
+
     def _group(self, name: str, loopback: bool) -> Any:
         """All processes meet. Made directly, so that a program may have several runs one after the other."""
         gloo = distributed.ProcessGroupGloo
         options = gloo._Options()
-        options._timeout = self.timeout
+        options._timeout = CONNECT_TIMEOUT
         options._devices = [gloo.create_device(hostname=LOOPBACK) if loopback else gloo.create_default_device()]
         store = distributed.PrefixStore(name, self.store)
         return self._wait(None, lambda: gloo(store, self.rank, len(self.parts), options))
@@ -147,8 +163,7 @@ class Link:
         silent = "imed out" in str(error) or "imeout" in str(error)
         minutes = self.timeout.total_seconds() / 60
         what = f"said nothing for {minutes:g} minutes" if silent else "broke the connection"
-        return PeerLost(f"{who} of the pipeline {what}", fix="look for its own message; --pipeline-minutes sets how long "
-                        "to wait")  # fmt: skip
+        return PeerLost(f"{who} of the pipeline {what}", fix="--pipeline-minutes sets how long to wait")  # fmt: skip
 
     # boundaries ------------------------------------------------------------------------------------------------------
 
@@ -162,12 +177,12 @@ class Link:
     def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """From the process before."""
         hidden = torch.empty(*shape, dtype=dtype)
-        self._wait(self.rank - 1, lambda: self._data.recv([_bytes_of(hidden)], self.rank - 1, 0).wait())
+        self._wait(self.rank - 1, lambda: self._data.recv([_bytes_of(hidden)], self.rank - 1, 0).wait(self.timeout))
         return hidden.to(device)
 
     def _finish_oldest(self) -> None:
         work, _ = self._in_flight[0]
-        self._wait(self.rank + 1, work.wait)
+        self._wait(self.rank + 1, lambda: work.wait(self.timeout))
         self._in_flight.popleft()
 
     def flush(self) -> None:
@@ -191,12 +206,12 @@ class Link:
     def tell_tensor(self, peer: int, tensor: Tensor) -> None:
         flat = _bytes_of(tensor.detach().contiguous().cpu())
         if len(flat):
-            self._wait(peer, lambda: self._control.send([flat], peer, 0).wait())
+            self._wait(peer, lambda: self._control.send([flat], peer, 0).wait(self.timeout))
 
     def hear_tensor(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(*shape, dtype=dtype)
         if tensor.numel():
-            self._wait(peer, lambda: self._control.recv([_bytes_of(tensor)], peer, 0).wait())
+            self._wait(peer, lambda: self._control.recv([_bytes_of(tensor)], peer, 0).wait(self.timeout))
         return tensor
 
     @property
