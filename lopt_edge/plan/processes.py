@@ -8,14 +8,15 @@ where they share cores. No torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lopt_edge.plan.budget import format_bytes
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.pipeline import Part
-from lopt_edge.plan.run_plan import RunPlan
-from lopt_edge.plan.search import three_digits
+from lopt_edge.plan.run_plan import RunPlan, items
+from lopt_edge.plan.search import Candidate, three_digits
 from lopt_edge.plan.seconds import step_seconds
 from lopt_edge.plan.workload import Workload
 
@@ -23,22 +24,36 @@ from lopt_edge.plan.workload import Workload
 def in_processes(
     whole: RunPlan, workload: Workload, knobs: Knobs, parts: Sequence[Part]
 ) -> tuple[RunPlan, tuple[str, ...]]:
-    """The answer with peaks, seconds and speed of all processes, and in words what each takes. Where the sum does not fit
-    what is free, that is said; the knobs stay."""
-    found = [replace(workload, part=part) for part in parts]
-    predictions = [one.predict(knobs) for one in found]
-    each, add = [one.device_bytes for one in predictions], sum if workload.shape.device_type == "cpu" else max
-    seconds, arrivals = 0.0, dict[int, float]()
-    for one in found:
+    """The answer with peaks, items, seconds and speed of all processes, and in words what each takes. Where the sum does
+    not fit what is free, that is said; the knobs stay. What was found beside it (alternatives, the longest context) is of one
+    process and goes."""
+    found, arrivals = [], dict[int, float]()
+    for part in parts:
+        one = replace(workload, part=part)
         own, sizes = one.arranged(knobs, len(workload.batches)), one.sizes(knobs)
-        seconds = max(seconds, step_seconds(own, sizes, workload.batches, workload.profile, arrivals).seconds)
-    peaks = {**whole.peak_bytes, "device": add(each), "disk": sum(one.disk_bytes for one in predictions)}
+        seconds = step_seconds(own, sizes, workload.batches, workload.profile, arrivals)
+        found.append((one, Candidate(knobs, seconds, one.predict(knobs))))
+    each = [candidate.prediction.device_bytes for _, candidate in found]
     listed = ", ".join(f"{part.text()} {format_bytes(n)}" for part, n in zip(parts, each, strict=True))
     reasons = [f"pipeline of {len(parts)}: {listed}"]
+    largest = max(range(len(parts)), key=each.__getitem__)
+    counted = found if workload.shape.device_type == "cpu" else [found[largest]]
+    device_bytes, together = sum(c.prediction.device_bytes for _, c in counted), Counter[str]()
+    for one, candidate in counted:
+        together.update(items(one, candidate))
     budget = whole.budget_bytes["device"]
-    if budget is not None and peaks["device"] > budget:
-        reasons.append(f"together they may take {format_bytes(peaks['device'])}, more than the {format_bytes(budget)} that "
+    if budget is not None and device_bytes > budget:
+        reasons.append(f"together they may take {format_bytes(device_bytes)}, more than the {format_bytes(budget)} that "
                        "are free: page more (--weights, --saved-inputs), or take fewer processes")  # fmt: skip
-    plan = replace(whole, peak_bytes=peaks, step_seconds=three_digits(seconds),
-                   tokens_per_second=workload.n_tokens / seconds)  # fmt: skip
+    seconds_most = max(candidate.seconds.seconds for _, candidate in found)
+    plan = replace(
+        whole,
+        peak_bytes={**whole.peak_bytes, "device": device_bytes,
+                    "disk": sum(candidate.prediction.disk_bytes for _, candidate in found)},
+        peak_op=f"{found[largest][1].prediction.peak_op} of process {largest}",
+        items=dict(together), step_seconds=three_digits(seconds_most),
+        tokens_per_second=workload.n_tokens / seconds_most,
+        bytes_moved=sum(candidate.seconds.bytes_moved for _, candidate in found),
+        alternatives=(), longest_context=None, smallest_card=None,
+    )  # fmt: skip
     return plan, tuple(reasons)

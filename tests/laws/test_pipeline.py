@@ -134,6 +134,7 @@ def test_the_planner_reckons_each_process():
     found = plan_run("llama-3.2-1b", device="cpu", num_segments=4, pipeline=4)
     assert any(note.startswith("pipeline of 4: process 0 (layers 0-3)") for note in found.notes)
     assert found.peak_bytes["device"] > whole.peak_bytes["device"]  # libraries four times
+    assert sum(found.items.values()) == found.peak_bytes["device"]
     assert whole.step_seconds / 4 < found.step_seconds < whole.step_seconds
 
 
