@@ -25,8 +25,8 @@ def in_processes(
     whole: RunPlan, workload: Workload, knobs: Knobs, parts: Sequence[Part]
 ) -> tuple[RunPlan, tuple[str, ...]]:
     """The answer with peaks, items, seconds and speed of all processes, and in words what each takes. Where the sum does
-    not fit what is free, that is said; the knobs stay. What was found beside it (alternatives, the longest context) is of one
-    process and goes."""
+    not fit what is free, that is said; the knobs stay. What was found beside it (alternatives, longest context) is
+    of one process and goes."""
     found, arrivals = [], dict[int, float]()
     for part in parts:
         one = replace(workload, part=part)
