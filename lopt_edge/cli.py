@@ -107,7 +107,8 @@ def _finetune(config: Config) -> None:
     with _stoppable():
         result = finetune(config, TerminalProgress(err))
         if result is None:
-            err.print("dry run: nothing was trained or written")
+            if config.dry_run:
+                err.print("dry run: nothing was trained or written")
             return
         _print_result(result)
 

@@ -114,7 +114,8 @@ def comparable(config: Config) -> dict[str, Any]:
         value = found.get(name)
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
             found[name] = str(path.resolve())
-    return {key: value for key, value in found.items() if key not in ("output", "resume", "memory_report")}
+    chosen = ("boundary", "boundary_layers") if config.boundary is not None else ()  # what auto found is in its place
+    return {key: value for key, value in found.items() if key not in ("output", "resume", "memory_report", *chosen)}
 
 
 def failure_of(log: str) -> str:

@@ -32,6 +32,7 @@ SHARED = frozenset({
 NOT_HERE = {  # settings of the config file that a comparison cannot follow, and why
     "dry_run": "nothing would be compared",
     "resume": "each run is taken up where it stands anyway",
+    "boundary_cache": "runs would share what the first one computed",
     "keep_best": "with test data the adapter would be chosen by them",
 }
 LONGEST_SLUG = 80

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, OPTIONS
+from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, OPTIONS, PIPELINED
 from lopt_edge.yaml_file import read_yaml
 
 
@@ -47,8 +47,8 @@ class Config(BaseModel):
     local_loss: Literal["reconstruct", "next-token", "align"] = Field(
         "reconstruct", description="lopt: the early segments' loss"
     )
-    local_every: int = Field(1, ge=0, description="lopt: train the early segments on every N-th step; 0: never")
-    open_every: int = Field(0, ge=0, description="lopt: every N-th step is end to end, across the boundary; 0: none")
+    local_every: int = Field(1, ge=0, le=100, description="lopt: train the early segments on every N-th step; 0: never")
+    open_every: int = Field(0, ge=0, le=100, description="lopt: every N-th step is end to end, over the boundary; 0: none")
     train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
     selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
     select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
@@ -74,6 +74,8 @@ class Config(BaseModel):
     max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: int = Field(1, ge=1, description="passes over the data")
+    pipeline: int = Field(1, ge=1, le=1024, description="lopt, frozen: run the segments in so many processes")
+    pipeline_minutes: float = Field(30.0, gt=0, description="end the run if one of them says nothing for so long")
     choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
     batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
@@ -216,9 +218,9 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.boundary_cache and (config.method not in CACHED or trains_early):
         yield ("boundary_cache", "needs early segments that never train",
                "use --method frozen or top-layers, or lopt with --local-every 0 and no --open-every")  # fmt: skip
-    elif config.boundary_cache and config.init_adapter and config.lora_dropout:
-        yield ("boundary_cache", "cannot be with init_adapter and lora_dropout: dropout changes the boundary each time",
-               "add --lora-dropout 0")  # fmt: skip
+    elif config.boundary_cache and config.lora_dropout and (config.init_adapter or config.method == "segprop"):
+        yield ("boundary_cache", "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it "
+               "each time", "add --lora-dropout 0")  # fmt: skip
     if config.method == "segprop" and config.keep_best:
         yield "keep_best", "cannot be with segprop: its stages train other networks than the whole model", "leave it out"
     if config.teacher and config.method == "lopt" and config.local_loss != "align":
@@ -232,6 +234,8 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
         yield from _repl_errors(config)
     if config.method == "mlaan" and config.apply != "step":
         yield "apply", "mlaan needs step: a segment that was updated would run again in the next window", "leave apply out"
+    if config.pipeline > 1:
+        yield from _pipeline_errors(config)
     if config.method != "lopt":
         return
     if config.boundary and (config.boundary_layers or "num_segments" in given):
@@ -252,6 +256,41 @@ def _repl_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.init_adapter:
         yield ("init_adapter", "cannot be with method repl: adapters of the intact model do not fit the replaced layers",
                "leave it out, or merge it first (lopt-edge export) and train the merged model")  # fmt: skip
+
+
+def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
+    """What cannot be where a run's segments lie in several processes."""
+    if config.method not in PIPELINED:
+        yield ("pipeline", f"belongs to method {' and '.join(PIPELINED)}: in {config.method} a gradient would cross from "
+               "process to process", "leave pipeline out")  # fmt: skip
+        return
+    n_segments = len(config.boundary_layers) + 1 if config.boundary_layers else config.num_segments
+    if config.pipeline > n_segments:
+        yield ("pipeline", f"{config.pipeline} processes for {n_segments} segments: each needs one of its own",
+               f"choose at most {n_segments}, or more segments (--num-segments)")  # fmt: skip
+    crossing = {
+        "local_loss": (config.local_loss == "align", "a teacher's features lie with one process", "use another local_loss"),
+        "boundary": (config.boundary is not None, "the short runs of auto are runs of one process",
+                     "name --boundary-layers"),
+        "open_every": (config.open_every > 0, "in an open step a gradient crosses the boundary", "leave open_every out"),
+        "boundary_update": (config.boundary_update == "fresh", "fresh makes each process wait for the update of the one "
+                            "before", "use --boundary-update stale"),
+        "clip_scope": (config.clip_scope == "global" and config.clip > 0, "the global norm needs every process' gradients",
+                       "use --clip-scope segment or --clip 0"),
+        "apply": (config.apply != "step", "updates come when all processes have agreed, at the step's end",
+                  "use --apply step"),
+        "boundary_cache": (config.boundary_cache is not None, "with the boundary cached there is nothing to send",
+                           "leave one of the two out"),
+        "sample_prompt": (config.sample_prompt is not None, "no process has all layers",
+                          "use lopt-edge generate after the run"),
+        "memory_report": (config.memory_report is not None, "tells of one process", "leave one of the two out"),
+    }  # fmt: skip
+    for name in ("device_memory", "host_memory", "disk_memory", "pinned_memory"):
+        crossing[name] = (getattr(config, name) is not None, "budgets are held for one process, not yet for several",
+                          "leave one of the two out")  # fmt: skip
+    for name, (found, what, fix) in crossing.items():
+        if found:
+            yield name, f"cannot be with pipeline: {what}", fix
 
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
@@ -282,6 +321,8 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append(f"choose_segments has no effect: {uncut or 'boundary_layers is given'}")
     if config.choose_micro_batch and config.batch_size * config.grad_accum == 1:
         found.append("choose_micro_batch has no effect: a step has one sequence")
+    if "pipeline_minutes" in given and config.pipeline == 1:
+        found.append("pipeline_minutes has no effect: pipeline is 1")
     if config.boundary_layers and uncut:
         found.append(f"boundary_layers has no effect: {uncut}")
     if config.method == "mlaan":
@@ -291,7 +332,7 @@ def no_effect_warnings(config: Config) -> list[str]:
         names = names[1:] if config.method == "let-local" and "lr_local" in names else names
         found += [f"{name} has no effect: method {config.method} has no local loss" for name in names]
     elif not config.local_every:
-        local = ("lr_local", "local_weight", "local_loss", "boundary_update")
+        local = ("lr_local", "local_weight", "local_loss", "boundary_update", "teacher")
         found += [f"{name} has no effect: local_every is 0" for name in local if name in given]
     elif "local_weight" in given and config.clip > 0 and config.clip_scope == "segment":
         found.append("local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's "

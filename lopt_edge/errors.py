@@ -64,6 +64,12 @@ class OutOfMemory(RunError):
     """The device's memory, or the budget that is held, did not hold a step."""
 
 
+class PeerLost(RunError):
+    """Another process of a pipeline is gone or silent. The step under way is lost with it."""
+
+    values_intact = False
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM was heard; `advice` says how to go on. No LoptError, so that nothing takes it for a fault."""
 

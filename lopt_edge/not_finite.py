@@ -21,12 +21,15 @@ from lopt_edge.run.optim import NotFinite
 
 def dump_not_finite(
     inputs: Inputs, executor: Executor, *, step: int, window: Window, batches: Sequence[Batch], plan: Plan,
-    rates: Mapping[int, float], error: NotFinite,
+    rates: Mapping[int, float], align_weight: float, error: NotFinite,
 ) -> tuple[Path, str]:  # fmt: skip
     """Write the file; its path, and the text of the op where it began."""
     op = error.op
-    if not plan.has_early_steps:
-        op = first_not_finite(executor, plan, batches, step=step, learning_rates=rates) or error.op
+    if not plan.has_early_steps and executor.link is None:  # a pipeline's processes say it when they agree
+        op = (
+            first_not_finite(executor, plan, batches, step=step, learning_rates=rates, align_weight=align_weight)
+            or error.op
+        )
     examples = inputs.train.examples
     file = Path(inputs.config.output) / f"not-finite-step-{step}.json"
     write_json(file, {

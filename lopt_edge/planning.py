@@ -24,7 +24,9 @@ from lopt_edge.plan.choose import against_facts, check_memory_settings, chosen_s
 from lopt_edge.plan.course import Course
 from lopt_edge.plan.facts import ModelFacts, facts_from_config
 from lopt_edge.plan.layer_bytes import LayerShape
+from lopt_edge.plan.pipeline import parts_of
 from lopt_edge.plan.presets import find_preset, near_presets
+from lopt_edge.plan.processes import in_processes
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.plan.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search import Candidate, Search
@@ -61,7 +63,14 @@ class Question:
 
 def answer(asked: Question) -> RunPlan:
     kinds = CONSUMER if asked.device_type == "cuda" else ()
-    return make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
+    found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
+    if asked.config.pipeline == 1:
+        return found
+    assert found.chosen is not None
+    workload = asked.search.workload
+    parts = parts_of(workload.kinds[0].segments, asked.config.pipeline)
+    found, reasons = in_processes(found, workload, found.chosen.knobs, parts)
+    return replace(found, notes=(*found.notes, *reasons))
 
 
 def question(config: Config, *, gpu: str | None = None) -> Question:

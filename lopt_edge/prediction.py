@@ -43,6 +43,9 @@ def workload_of(
     train, *others = datasets
     evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
     profile = machine_profile(device)
+    if config.max_steps is not None:  # how often the run comes by an example
+        n_sequences = config.max_steps * config.batch_size * config.grad_accum
+        course = replace(course, epochs=n_sequences / len(train.examples))
     dropout = config.lora_dropout > 0
     return Workload(
         course,

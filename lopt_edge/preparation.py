@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil, prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -36,7 +36,9 @@ from lopt_edge.plan.choose import (
 from lopt_edge.plan.course import Course
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Plan
+from lopt_edge.plan.pipeline import Part, own_knobs, parts_of
 from lopt_edge.plan.predict import Prediction
+from lopt_edge.plan.processes import in_processes
 from lopt_edge.plan.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search import Candidate, Search
 from lopt_edge.plan.sizes import MicroBatchSize
@@ -85,6 +87,7 @@ class Inputs:
     order: tuple[int, int] = (1, 1)  # batch_size and grad_accum of the windows; `config` may split their micro-batches
     model: str = ""  # fingerprint
     teacher: ModelFolder | None = None  # where it is another model than the base
+    teacher_model: str = ""  # its fingerprint
 
     @property
     def n_steps(self) -> int:
@@ -100,6 +103,16 @@ class Inputs:
                                   grad_accum=grad_accum)  # fmt: skip
             skipped = first % per_epoch if epoch == first // per_epoch else 0
             yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
+
+    @property
+    def part(self) -> Part | None:
+        """What this process runs of a pipeline: process 0, the others have no Inputs (follower.py)."""
+        return self.workload.part
+
+    @property
+    def own_knobs(self) -> Knobs:
+        """With other processes' layers elsewhere."""
+        return self.knobs if self.part is None else own_knobs(self.knobs, self.part)
 
     def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
@@ -143,11 +156,12 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         check_plain_adapter(Path(config.init_adapter))
     tokenizer = load_tokenizer(source.path)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    teacher = find_teacher(config, tokenizer)
+    teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
     if start is not None:
-        resumed += check_same(start, model=fingerprint, train=train, device_type=device.type, dtype=dtype_name,
-                              threads=torch.get_num_threads())  # fmt: skip
-    teacher = find_teacher(config, tokenizer)
+        resumed += check_same(start, model=fingerprint, teacher=teacher_model, train=train, device_type=device.type,
+                              dtype=dtype_name, threads=torch.get_num_threads())  # fmt: skip
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
 
@@ -165,6 +179,11 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         resumed += [split] if split else []
     workload, course = search.workload, search.workload.course
     run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
+    pipeline_reasons: tuple[str, ...] = ()
+    parts = parts_of(course.kinds[0].segments, config.pipeline) if config.pipeline > 1 else ()
+    if parts:
+        run_plan, pipeline_reasons = in_processes(run_plan, workload, knobs, parts)
+        workload = replace(workload, part=parts[0])
     folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
     reasons = (
         f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
@@ -173,6 +192,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
         *(_described_kind(kind) for kind in course.kinds),
         f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
+        *pipeline_reasons,
         *chosen_settings(asked, config),
         *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
     )
@@ -180,8 +200,11 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     inputs = Inputs(
         config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
         stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
-        given, order, fingerprint, teacher,
+        given, order, fingerprint, teacher, teacher_model,
     )  # fmt: skip
+    if course.restarts and inputs.n_steps < len(course.phases):
+        raise InputError(f"{len(course.phases)} stages need as many steps, the run has {inputs.n_steps}", where="stages",
+                         fix="lower --stages, or raise --max-steps or --epochs")  # fmt: skip
     check_boundary_cache(inputs)
     check_teacher(inputs)
     return inputs, start
@@ -254,8 +277,24 @@ def _datasets(
     return train, held_out, retention
 
 
-def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
-    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor."""
+class Makings(Protocol):
+    """What an executor is made from: a run's Inputs, or what process 0 tells another one (follower.py)."""
+
+    config: Config
+    source: ModelFolder
+    course: Course
+    targets: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def part(self) -> Part | None: ...
+
+
+def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
+    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor.
+
+    In a pipeline those of this process' layers and segments.
+    """
     config, facts = inputs.config, inputs.source.facts
     model.clock.seed = config.seed  # of the dropout masks
     trained = inputs.course.adapted
@@ -263,20 +302,21 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
     if adapter is not None:
         carried = load_adapters(model, Path(adapter))
         setting = "init_adapter" if adapter == config.init_adapter else "adapter"
-        _check_same_shape(inputs, model, carried, where=f"{setting} {adapter}")
-    fresh = [layer for layer in trained if layer not in carried]
+        _check_same_shape(inputs, model, [i for i in carried if i in model.here], where=f"{setting} {adapter}")
+    fresh = [layer for layer in trained if layer not in carried and layer in model.here]
+    own = [group for group in inputs.course.groups if inputs.part is None or inputs.part.owns(group)]
     attach_adapters(
         model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
         seed=config.seed,
     )  # fmt: skip
     heads = {
         index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(index, 0)).to(inputs.device)
-        for unit, index in inputs.course.groups
+        for unit, index in own
         if unit == "aux"
     }
     parameters = {
         (unit, target): group_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
-        for unit, target in inputs.course.groups
+        for unit, target in own
     }
     optimizer = SegmentOptimizer(
         parameters, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
@@ -291,7 +331,7 @@ def build_executor(inputs: Inputs, model: Model, *, adapter: str | None = None) 
     return executor, shape
 
 
-def _check_same_shape(inputs: Inputs, model: Model, layers: list[int], *, where: str) -> None:
+def _check_same_shape(inputs: Makings, model: Model, layers: list[int], *, where: str) -> None:
     """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
     config = inputs.config
     for layer in layers:

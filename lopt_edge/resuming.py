@@ -32,10 +32,11 @@ MAY_CHANGE = frozenset({
     "eval_data", "eval_every", "retention_data", "sample_prompt", "cache_dir", "init_adapter", "device", "weights",
     "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
-    "choose_segments", "boundary",
+    "choose_segments", "boundary", "pipeline", "pipeline_minutes",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
+    "teacher",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
 PATHS = (
@@ -48,6 +49,7 @@ PATHS = (
     "cache_dir",
     "page_dir",
     "boundary_cache",
+    "teacher",
 )
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint
@@ -80,15 +82,27 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     if not isinstance(before, dict) or not isinstance(settled, dict) or not {*SETTLED} <= set(settled):
         raise InputError("its settings are malformed", where=where, fix="use another checkpoint")
     differences = [
-        InputError(f"was {before.get(name)!r}, is {value!r} now", where=name)
+        InputError(f"was {before.get(name, _default(name))!r}, is {value!r} now", where=name)
         for name, value in config.model_dump(mode="json").items()
-        if name not in MAY_CHANGE | BY_FINGERPRINT and _deciding(name, before.get(name)) != _deciding(name, value)
+        if name not in _may_change(config) and _deciding(name, before.get(name, _default(name))) != _deciding(name, value)
     ]
     if differences:
         raise _another_run(found, differences)
     update = {**settled, "choose_micro_batch": False, "choose_segments": False}
     warnings = [f"a checkpoint was left out: {fault}" for fault in faults]
     return config.model_copy(update=update), Start(found, state), [*warnings, *_changed(config, before, found)]
+
+
+def _may_change(config: Config) -> frozenset[str]:
+    """Not what decides when a stage ends."""
+    stages = {"max_steps", "epochs"} if config.method == "segprop" else set()
+    stages |= {"eval_every", "eval_data"} if config.stage_patience else set()
+    return (MAY_CHANGE | BY_FINGERPRINT) - stages
+
+
+def _default(name: str) -> Any:
+    """Of a setting that a checkpoint of an earlier version does not know."""
+    return Config.model_fields[name].get_default()
 
 
 def _deciding(name: str, value: Any) -> Any:
@@ -122,9 +136,11 @@ def _another_run(found: Checkpoint, differences: list[InputError]) -> InputError
 
 
 def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Iterator[str]:
+    phases = " and the method's phases change" if config.method in ("let", "let-local") else " changes"
     for name in ("max_steps", "epochs"):
         if before.get(name) != getattr(config, name):
-            yield f"{name} was {before.get(name)}, is {getattr(config, name)}: the learning rates' schedule changes with it"
+            was = f"{name} was {before.get(name)}, is {getattr(config, name)}"
+            yield f"{was}: the learning rates' schedule{phases} with it"
     old, new = found.state.get("versions"), versions()
     if isinstance(old, dict):
         found_changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
@@ -132,12 +148,16 @@ def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Itera
             yield f"resumed with other versions ({', '.join(found_changes)}): bits may differ from an undisturbed run"
 
 
-def check_same(start: Start, *, model: str, train: Dataset, device_type: str, dtype: str, threads: int) -> list[str]:
+def check_same(
+    start: Start, *, model: str, teacher: str, train: Dataset, device_type: str, dtype: str, threads: int
+) -> list[str]:
     """Whether model, data and dtype are those of the checkpoint. Raises InputErrors; returns warnings."""
     values, differences = start.values, []
     data = values.get("data") if isinstance(values.get("data"), dict) else {}
     if values.get("model") != model:
         differences.append(InputError("its weights or its config.json are others than before", where="model"))
+    if values.get("teacher", "") != teacher:
+        differences.append(InputError("its weights or its config.json are others than before", where="teacher"))
     if data.get("fingerprint") != train.fingerprint:
         what = (f"gave {data.get('examples')} examples before and {len(train.examples)} now, or others (the file, its "
                 "form, the template, max_seq_len or the held-out share changed)")  # fmt: skip
@@ -177,7 +197,7 @@ def settings_text(config: Config) -> str:
     given = config.model_dump(mode="json", exclude_unset=True)
     for name in PATHS:
         value = given.get(name)
-        if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
             given[name] = str(path.resolve())
     given.pop("resume", None)
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

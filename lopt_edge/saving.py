@@ -91,6 +91,7 @@ class Saver:
             "settled": {"batch_size": batch_size, "grad_accum": grad_accum, "num_segments": self.config.num_segments,
                         "token_tile": inputs.knobs.token_tile},
             "model": inputs.model,
+            "teacher": inputs.teacher_model,
             "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                      "seed": self.config.seed, "epoch_sequences": len(inputs.train.examples)},
             "plans": {kind.name: inputs.plan(n_micro_batches, kind).hash() for kind in inputs.course.kinds},

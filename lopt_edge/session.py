@@ -9,21 +9,22 @@ lies beyond a checkpoint's place in the log is cut off when a run goes on from t
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopt_edge.artifacts import METRICS_NAME, JsonLines, save_adapter
 from lopt_edge.caching import boundary_caches
 from lopt_edge.checkpoint import name_of
+from lopt_edge.crew import crew_of
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.errors import Interrupted, RunError
+from lopt_edge.evaluating import evaluate, losses, sample
 from lopt_edge.first_steps import N_STEPS, FirstSteps
-from lopt_edge.generation import Sampling, Speaker
 from lopt_edge.memory import hold_budget, open_tiers, peaks_below
 from lopt_edge.models import folder_bytes, four_bit_folder
 from lopt_edge.not_finite import dump_not_finite
@@ -36,7 +37,6 @@ from lopt_edge.report import MemoryMeter, write_report
 from lopt_edge.resuming import Start
 from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.run.batches import Batch
-from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.executor import Cut, StepResult
 from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.load import load_model
@@ -52,7 +52,10 @@ from lopt_edge.snapshot import restore, restore_best
 from lopt_edge.step_kinds import StepKinds
 from lopt_edge.teaching import fill_features, teacher_features
 
-SAMPLE = Sampling(max_new_tokens=48)
+if TYPE_CHECKING:
+    from lopt_edge.run.pipeline import Link
+
+
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
 
 
@@ -76,6 +79,7 @@ class Session:
         self.state = RunState() if start is None else start.state
         self.n_steps = inputs.n_steps
         self.cut: Cut | None = None  # where the first step goes on
+        self.link: Link | None = None  # to the other processes of a pipeline
         prediction = inputs.predict()  # the figures are kept, not the timeline, which would take memory through the run
         names = ("device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "library_bytes", "slack_bytes", "peak_op")
         self.predicted = {name: getattr(prediction, name) for name in names}
@@ -91,10 +95,12 @@ class Session:
             made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
             size = format_bytes(self.cache_bytes)
             self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
-        tiers = open_tiers(self.config, inputs.knobs, device=inputs.device, budget=inputs.budget,
+        tiers = open_tiers(self.config, inputs.own_knobs, device=inputs.device, budget=inputs.budget,
                            need_disk_bytes=self.predicted["disk_bytes"],
                            journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
-        with boundary_caches(inputs) as self.caches, teacher_features(inputs) as self.features, tiers as self.mover:
+        crew = crew_of(inputs, self.start, report=self._own_peaks)
+        caches, features = boundary_caches(inputs), teacher_features(inputs)
+        with caches as self.caches, features as self.features, tiers as self.mover, crew as self.crew:
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
                 self._load()
@@ -115,7 +121,7 @@ class Session:
         inputs, start = self.inputs, self.start
         replaced = inputs.course.replaced
         self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
-                                placement=loading_placement(inputs.knobs, replaced), mover=self.mover)  # fmt: skip
+                                placement=loading_placement(inputs.own_knobs, replaced), mover=self.mover)  # fmt: skip
         self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
         self.retention = inputs.batches(inputs.retention) if inputs.retention else []
         if start is not None:
@@ -128,6 +134,9 @@ class Session:
         self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
         self.executor.caches = {} if self.features is None else {"teacher": self.features}
         self.kinds = StepKinds(inputs, self.state, self.executor, self.caches)
+        if self.crew is not None:
+            self.crew.join(self.executor)
+            self.link = self.executor.link
         if start is not None:
             self._go_on_from(start)
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
@@ -147,7 +156,7 @@ class Session:
     def _replace(self, layers: tuple[int, ...]) -> None:
         """Method repl, at its beginning: what the intact model loses, then the fit."""
         with self.clock.phase("evaluate"), memory_faults("evaluation"):
-            self.state.intact = self._losses()
+            self.state.intact = losses(self)
         left = fit_layers(self.model, layers)
         self.state.unexplained = {str(layer): by_linear for layer, by_linear in left.items()}
         shares = [share for by_linear in left.values() for share in by_linear.values()]
@@ -180,8 +189,8 @@ class Session:
                 state.unlogged = None
             with self.interrupts.deferred():
                 if state.evaluated < 0:
-                    state.before = self._evaluate(0)
-                    self._sample("before")
+                    state.before = evaluate(self, 0)
+                    sample(self, "before")
                 self.progress.start(self.n_steps, done=state.steps)
                 self._train()
                 self.progress.stop()
@@ -189,10 +198,14 @@ class Session:
                     state.after = state.best
                     load_adapters(self.model, self.output)
                     apply_replaced(self.model, self.output)
-                self._sample("after")
+                    if self.crew is not None:
+                        self.crew.load_adapter(self.output)
+                sample(self, "after")
         except Interrupted as stop:
             raise Interrupted(stop.signal_number, self._save_at_stop()) from None
         except RunError as error:
+            if self.crew is not None:
+                error = self.crew.explained(error)
             raise self._with_checkpoint(error) from error
         finally:
             self.progress.stop()
@@ -210,6 +223,7 @@ class Session:
         said = ""
         if (
             error.values_intact
+            and (self.crew is None or self.crew.is_idle)
             and self.state.steps
             and not self.saver.is_saved
             and self.saver.newest_steps < self.state.steps
@@ -239,7 +253,7 @@ class Session:
     def _train(self) -> None:
         state = self.state
         if state.steps and self._evaluation_due():
-            state.after = self._evaluate(state.steps)
+            state.after = evaluate(self, state.steps)
         windows = self.inputs.windows(first=state.steps)
         while state.steps < self.n_steps:
             step = state.steps + 1
@@ -248,7 +262,7 @@ class Session:
                 self._save_or_warn(last=step == self.n_steps)
             self.interrupts.check()
             if self._evaluation_due():
-                state.after = self._evaluate(step)
+                state.after = evaluate(self, step)
 
     def _evaluation_due(self) -> bool:
         state, every = self.state, self.config.eval_every
@@ -274,8 +288,10 @@ class Session:
 
         try:
             with self.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
-                result = self.executor.run(plan, batches, step=step, learning_rates=rates, start=start, between=between,
-                                           align_weight=self.kinds.align_weight(step))  # fmt: skip
+                run: Callable[..., StepResult] = partial(self.executor.run, align_weight=self.kinds.align_weight(step))
+                if self.crew is not None:
+                    run = partial(self.crew.run, self.executor, kind)
+                result = run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
         except NotFinite as error:
             if not error.values_intact:
                 raise
@@ -288,7 +304,7 @@ class Session:
     ) -> None:
         """Nothing was updated: say where it began, then go on without this batch, or stop."""
         file, op = dump_not_finite(self.inputs, self.executor, step=step, window=window, batches=batches, plan=plan,
-                                   rates=rates, error=error)  # fmt: skip
+                                   rates=rates, align_weight=self.kinds.align_weight(step), error=error)  # fmt: skip
         self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
         if self.config.on_nan == "stop":
@@ -353,8 +369,9 @@ class Session:
         state.tokens += result.totals.tokens
         state.supervised_tokens += result.totals.supervised
         state.final_loss, state.skipped_in_row, mean = result.loss, 0, state.level.mean
-        state.peak_rss_bytes = max(state.peak_rss_bytes, peak_rss_bytes())  # the kernel's own count wavers by some 100 KiB
-        state.peak_device_bytes = max(state.peak_device_bytes, peak_device_bytes(self.inputs.device))
+        peaks = self._own_peaks() if self.crew is None else self.crew.peaks()
+        state.peak_rss_bytes = max(state.peak_rss_bytes, peaks["rss"])  # the kernel's own count wavers by some 100 KiB
+        state.peak_device_bytes = max(state.peak_device_bytes, peaks["device"])
         below = peaks_below(self.mover)
         metrics = {
             "step": step,
@@ -369,8 +386,10 @@ class Session:
             "peak_rss_bytes": state.peak_rss_bytes,
             "peak_host_bytes": below.host,
             "peak_pinned_bytes": below.pinned,
-            "peak_disk_bytes": below.disk,
+            "peak_disk_bytes": peaks["disk"],
         }
+        if self.crew is not None:
+            metrics["process_peaks"] = self.crew.link.reports
         if kind.name:
             metrics["kind"] = kind.name
         self._log(metrics)
@@ -378,6 +397,11 @@ class Session:
         if state.level.add(result.loss):
             self.progress.warn(f"step {step}: the loss is {result.loss:.4g}, far above its running level of {mean:.4g}")
             self.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
+
+    def _own_peaks(self) -> dict[str, int]:
+        """Of this process."""
+        device = peak_device_bytes(self.inputs.device)
+        return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
 
     def _save_or_warn(self, *, cut: Cut | None = None, last: bool = False) -> None:
         """A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""
@@ -392,48 +416,7 @@ class Session:
             with suppress(RunError):
                 self.events.write({"event": "no checkpoint", "step": self.state.steps, "reason": str(error)})
 
-    # evaluation and the end ------------------------------------------------------------------------------------------
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
-        state = self.state
-        with self.clock.phase("evaluate"), memory_faults("evaluation"):
-            found = self._losses(layers=self.kinds.layers(step))
-        for name, loss in found.items():
-            if not math.isfinite(loss):
-                raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
-        better = step and "eval_loss" in found and (state.best is None or found["eval_loss"] < state.best["eval_loss"])
-        if self.config.keep_best and better:  # before the log: what fails here is evaluated again, and must not be logged
-            save_adapter(self.output, self.model, self.shape, plain=True)
-        if found:
-            self.log.write({"step": step, **found})
-            self.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-        if (over := self.kinds.stage_over(step, found.get("eval_loss"))) is not None:
-            self.progress.note(over)
-            self.events.write({"event": "stage ended", "step": step, "reason": over})
-        state.evaluated, state.best = step, found if self.config.keep_best and better else state.best
-        return found
-
-    def _losses(self, *, layers: Sequence[int] | None = None) -> dict[str, float]:
-        """Of the model as it stands (or of these layers), on the held-out and the retention data."""
-        tile, check = self.inputs.knobs.token_tile, self.interrupts.check
-        named = (("eval_loss", self.held_out), ("retention_loss", self.retention))
-        return {
-            name: held_out_loss(self.model, batches, token_tile=tile, layers=layers, between=check)
-            for name, batches in named
-            if batches
-        }
-
-    def _sample(self, when: str) -> None:
-        prompt = self.config.sample_prompt
-        if prompt is None:
-            return
-        speaker = Speaker(self.model, self.inputs.tokenizer, self.inputs.template)
-        with self.clock.phase("sample"), memory_faults("sampling"):
-            chat = self.inputs.template is not None
-            self.state.samples[when] = (
-                speaker.reply([("user", prompt)], SAMPLE) if chat else speaker.continue_text(prompt, SAMPLE)
-            )
+    # the end ----------------------------------------------------------------------------------------------------------
 
     def _save_adapter_and_tokenizer(self) -> None:
         save_adapter(self.output, self.model, self.shape)

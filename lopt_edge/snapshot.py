@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from lopt_edge.run.replaced import REPLACED_NAME
 from lopt_edge.run_state import RunState
 from quant.files import read_tensor, tensor_bytes
 from quant.headers import FolderError, SafetensorsWriter, TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from lopt_edge.run.pipeline import FarGroups
 
 TENSORS_NAME, BEST_NAME = "training.safetensors", "best_adapter.safetensors"
 BEST_REPLACED_NAME = f"best_{REPLACED_NAME}"
@@ -72,6 +75,8 @@ def write_snapshot(folder: Path, executor: Executor, snapshot: Snapshot, *, cut:
             shutil.copyfile(replaced, folder / BEST_REPLACED_NAME)
     write_text(folder / SETTINGS_NAME, snapshot.settings)
     groups = {_key(name): group.steps for name, group in executor.optimizer.groups.items()}
+    if executor.far is not None:
+        groups |= {_key(name): group.steps for name, group in executor.far.groups.items()}
     python_random = random.getstate()
     write_json(folder / STATE, {"run": snapshot.state.as_dict(), "updates": groups, **snapshot.facts,
                                 "python_random": [python_random[0], list(python_random[1]), python_random[2]]})  # fmt: skip
@@ -98,10 +103,23 @@ def _parts(executor: Executor, cut: Cut | None) -> Iterator[_Part]:
             yield _Part(f"{_key(name)}.gradient", torch.float32, flat, partial(cut.gradient, name))
     for layer, average in _averages(executor).items():
         yield _Part(f"average.{layer}", torch.float32, tuple(average.shape), average.cpu)
+    if executor.far is not None:
+        yield from _far_parts(executor, executor.far)
     yield _Part("random.cpu", torch.uint8, tuple(torch.get_rng_state().shape), torch.get_rng_state)
     if device.type == "cuda":
         shape = tuple(torch.cuda.get_rng_state(device).shape)
         yield _Part("random.cuda", torch.uint8, shape, partial(torch.cuda.get_rng_state, device))
+
+
+def _far_parts(executor: Executor, far: FarGroups) -> Iterator[_Part]:
+    """Of the groups that lie in other processes of a pipeline."""
+    for name, group in far.groups.items():
+        dtype, shape = executor.optimizer.moments.form(group.n_elements)
+        if name[0] == "aux":
+            yield _Part(f"{_key(name)}.values", torch.float32, (group.n_elements,),
+                        partial(far.tensor, "values", name, (group.n_elements,), torch.float32))  # fmt: skip
+        if group.has_moments:
+            yield _Part(f"{_key(name)}.moments", dtype, shape, partial(far.tensor, "moments", name, shape, dtype))
 
 
 def _key(name: GroupName) -> str:
@@ -111,9 +129,11 @@ def _key(name: GroupName) -> str:
 def snapshot_bytes(executor: Executor) -> int:
     """What a checkpoint takes of the disk at most (inside a window, after the first update)."""
     optimizer, total = executor.optimizer, FILES_BYTES
-    for group in optimizer.groups.values():
-        dtype, shape = optimizer.moments.form(group.n_elements)
-        total += prod(shape) * dtype.itemsize + 2 * group.values.nbytes  # moments; values, gradient
+    sizes = [group.n_elements for group in optimizer.groups.values()]
+    sizes += [group.n_elements for group in executor.far.groups.values()] if executor.far is not None else []
+    for n_elements in sizes:
+        dtype, shape = optimizer.moments.form(n_elements)
+        total += prod(shape) * dtype.itemsize + 2 * 4 * n_elements  # moments; values, gradient
     total += sum(average.nbytes for average in _averages(executor).values())
     return round(HEADER_SHARE * total)
 

@@ -63,7 +63,9 @@ class StepKinds:
 
     def layers(self, step: int) -> tuple[int, ...] | None:
         """Those that an evaluation after this step runs, where it is not all of them: a stage's network."""
-        absent = {layer for segment in self._planned(step).segments for layer in segment.absent} if step else set()
+        if not 0 < step < self.inputs.n_steps:
+            return None
+        absent = {layer for segment in self._planned(step).segments for layer in segment.absent}
         return tuple(layer for layer in range(self.inputs.source.facts.n_layers) if layer not in absent) if absent else None
 
     def stage_over(self, step: int, loss: float | None) -> str | None:

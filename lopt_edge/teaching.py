@@ -3,8 +3,9 @@
 The teacher is the base model without adapters, or another model with the same tokenizer (`--teacher`). Its last hidden
 states, after its final norm, are interpolated to our width and kept in `teacher-features` in the output folder until the
 run is done, so that no step needs a second model or a second pass. A resumed run finds them there, or computes what is
-missing again. The base runs as it is loaded, another teacher with its layers streamed from disk, before any adapter or
-optimizer state exists: it takes less than a step. Which steps are aligned is the course's matter.
+missing again. The base runs as it is loaded, before any adapter or optimizer state exists, so it takes less than a step;
+another teacher runs one sequence at a time with its layers streamed from disk (its bytes, two layers and one sequence's
+hidden states, are not in the plan). Which steps are aligned is the course's matter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.generation import load_tokenizer
 from lopt_edge.models import ModelFolder, find_model, four_bit_folder
 from lopt_edge.plan.knobs import Knobs, placement_of
-from lopt_edge.run.feature_cache import FeatureCache
+from lopt_edge.run.feature_cache import ROWS_NAME, FeatureCache
 from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.moves import Mover
 
@@ -63,7 +64,9 @@ def check_teacher(inputs: Inputs) -> None:
     """Before anything is written: room for the features. Raises InputError."""
     if any(kind.teacher for kind in inputs.course.kinds):
         need = 2 * inputs.source.facts.hidden_size * sum(inputs.train.lengths[i] for i in aligned_examples(inputs))
-        check_free_space(Path(inputs.config.output), need_bytes=need, what="the teacher's features")
+        rows = Path(inputs.config.output) / FEATURES / ROWS_NAME
+        held = rows.stat().st_blocks * 512 if rows.exists() else 0
+        check_free_space(Path(inputs.config.output), need_bytes=max(0, need - held), what="the teacher's features")
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def teacher_features(inputs: Inputs) -> Iterator[FeatureCache | None]:
         return
     folder = Path(inputs.config.output) / FEATURES
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {"model": inputs.model, "data": inputs.train.fingerprint, "teacher": inputs.config.teacher or "base",
+    identity = {"model": inputs.model, "data": inputs.train.fingerprint, "teacher": inputs.teacher_model or "base",
                 "compute_dtype": str(inputs.dtype).removeprefix("torch.")}  # fmt: skip
     cache = FeatureCache(folder, identity=identity, lengths=inputs.train.lengths, width=inputs.source.facts.hidden_size)
     try:
@@ -88,7 +91,8 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
     missing = [index for index in aligned_examples(inputs) if not cache.has([index])]
     if not missing:
         return 0
-    model, size = _teacher(inputs, base, mover), inputs.config.batch_size
+    model = _teacher(inputs, base, mover)
+    size = inputs.config.batch_size if model is base else 1
     for start in range(0, len(missing), size):
         between()
         indices = missing[start : start + size]

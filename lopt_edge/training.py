@@ -21,6 +21,7 @@ from lopt_edge.checkpoint import CHECKPOINTS, clean, latest, names, set_aside
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, OutOfMemory, RunError
 from lopt_edge.final_report import RunResult, report
+from lopt_edge.launching import is_follower
 from lopt_edge.output_lock import output_lock
 from lopt_edge.preparation import Inputs, read_inputs
 from lopt_edge.progress import Progress
@@ -33,14 +34,18 @@ from lopt_edge.run.optim import NotFinite
 from lopt_edge.run_state import RunState
 from lopt_edge.session import Session, Surroundings
 from lopt_edge.signals import Interrupts
+from lopt_edge.teaching import remove_features
 
 
 def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
-    """Train an adapter as `config` says and write the output folder. None for a dry run.
+    """Train an adapter as `config` says and write the output folder. None for a dry run, and in the later processes of a
+    pipeline that torchrun started.
 
     Raises InputError for anything wrong with the input (nothing is written then), RunError for a run that failed, and
     Interrupted (a KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
     """
+    if config.pipeline > 1 and is_follower(config):
+        return None
     progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:
@@ -116,7 +121,8 @@ def _make_ready(config: Config, output: Path, start: Start | None, progress: Pro
 def _nothing_was_made(output: Path, kind: type[BaseException] | None, *_: object) -> None:
     """A new run that is refused while it loads (a model that cannot be built, say) leaves no folder."""
     if kind is not None and issubclass(kind, InputError):
-        for name in (SETTINGS_NAME, EVENTS_NAME):
+        remove_features(output)
+        for name in (SETTINGS_NAME, EVENTS_NAME, BOUNDARY_NAME):
             (output / name).unlink(missing_ok=True)
         with suppress(OSError):  # a run under way is another matter: its log is there
             output.rmdir()
@@ -187,6 +193,8 @@ def _session(inputs: Inputs, start: Start | None, around: Surroundings, *, skip:
             session.state.skip = sorted({*session.state.skip, *skip})
             session.go()
     except OutOfMemory as error:
+        if inputs.config.pipeline > 1:  # what the others hold of the step is lost
+            raise
         return _Failed(_bare(error), 0 if session is None else session.state.steps)
     except NotFinite as error:
         if error.values_intact or inputs.config.on_nan == "stop":

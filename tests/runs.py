@@ -61,7 +61,11 @@ def metrics_of(config: Config) -> tuple[list[dict], list[dict]]:
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
 
 
-MEASURED = ("step_seconds", *(f"peak_{tier}_bytes" for tier in ("device", "rss", "host", "pinned", "disk")))
+MEASURED = (
+    "step_seconds",
+    "process_peaks",
+    *(f"peak_{tier}_bytes" for tier in ("device", "rss", "host", "pinned", "disk")),
+)
 
 
 def log_of(config: Config) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Course:
     drawn: Callable[[int], StepKind] | None = None
     also: tuple[GroupName, ...] = ()
     restarts: bool = False
-    epochs: int = 1
+    epochs: float = 1.0
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
         """Of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.
@@ -119,7 +119,7 @@ class Course:
         return tuple(found[kind.name] for kind in self.kinds)
 
 
-def cached(course: Course, *, epochs: int) -> Course:
+def cached(course: Course, *, epochs: float) -> Course:
     """The same course with its boundaries kept. Raises InputError if there is none."""
     kinds: list[StepKind] = []
     for kind in course.kinds:

@@ -25,6 +25,7 @@ Apply = Literal["step", "segment", "layer"]
 Optimizer = Literal["adamw", "adamw8bit"]
 WEIGHTS = ("resident", "host", "disk")
 ACTIVATIONS = ("keep", "recompute", "page")
+ELSEWHERE = "elsewhere"  # the place of a unit that another process of a pipeline has
 TOKEN_TILES = (1024, 512, 256)  # tokens whose chunk of logits exists at a time: the fastest first
 
 
@@ -50,7 +51,7 @@ class Knobs:
     @property
     def ring(self) -> int:
         """Buffers for streamed layers: the one that computes and those on their way."""
-        return 0 if all(place == "resident" for place in self.weights) else self.prefetch + 1
+        return 0 if all(place in ("resident", ELSEWHERE) for place in self.weights) else self.prefetch + 1
 
     @property
     def tiers(self) -> set[str]:

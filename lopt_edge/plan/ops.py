@@ -17,6 +17,9 @@ and passes do) or runs (run/executor.py does).
     HOLD 4 mb=0 pass=1            the hidden states that enter layer 4 are held for the next pass ...
     READ held 4 mb=0 pass=2       ... which begins with them: instead of EMBED and layers 0 - 3
     AVERAGE layer 7               the average of a layer's adapters takes in their values of after the step
+    RECV 4 mb=0                   hidden states from the process before, as they enter layer 4: instead of EMBED
+    SEND 4 mb=0                   the hidden states that enter layer 4 go to the process after this one
+    AGREE                         whether all processes of a pipeline found finite numbers: only then come STEPs
 
 `pass` tells the windows of a micro-batch apart (it is the segment whose loss is taken), `adapters=ema` layers that run
 with averaged adapters: `FORWARD 7 mb=0 keep=input pass=1 adapters=ema`.
@@ -44,7 +47,7 @@ from functools import cached_property
 from typing import Any
 
 from lopt_edge.plan.knobs import TOKEN_TILES
-from lopt_edge.plan.segments import LOSSES, Segment, parse_runs
+from lopt_edge.plan.segments import LOSSES, Segment, parse_runs, runs_text
 
 
 class Kind(StrEnum):
@@ -58,6 +61,9 @@ class Kind(StrEnum):
     ALIGN = "ALIGN"
     HOLD = "HOLD"
     AVERAGE = "AVERAGE"
+    RECV = "RECV"
+    SEND = "SEND"
+    AGREE = "AGREE"
     FETCH = "FETCH"
     WAIT = "WAIT"
     EVICT = "EVICT"
@@ -69,8 +75,10 @@ class Kind(StrEnum):
     STORE = "STORE"
 
 
-COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD)
-ENTERS = (Kind.EMBED, Kind.READ)  # a micro-batch
+COMPUTE = (Kind.EMBED, Kind.FORWARD, Kind.LOSS, Kind.BACKWARD, Kind.STEP, Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD,
+           Kind.RECV, Kind.SEND, Kind.AGREE)  # fmt: skip
+MOST_IN_FLIGHT = 2  # boundaries that a process has sent and the next one has not taken
+ENTERS = (Kind.EMBED, Kind.READ, Kind.RECV)  # a micro-batch
 
 
 class Keep(StrEnum):
@@ -123,7 +131,8 @@ class Plan:
     """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier.
 
     `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time. `kind`
-    names the kind of step where a run has several.
+    names the kind of step where a run has several. `own`: the segments of this process of a pipeline, None where one
+    process has them all.
     """
 
     method: str
@@ -135,9 +144,11 @@ class Plan:
     ring: int = 0
     tile: int = TOKEN_TILES[0]
     kind: str = ""
+    own: tuple[int, ...] | None = None
 
     def text(self) -> str:
         counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
+        counts += "" if self.own is None else f" own={runs_text(self.own)}"
         kind = f" kind={self.kind}" if self.kind else ""
         head = [f"plan 4 method={self.method}{kind} {counts}", *(segment.text() for segment in self.segments)]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
@@ -176,7 +187,7 @@ class Plan:
 
     def is_last_run(self, op: Op) -> bool:
         """Whether nothing runs forward from the hidden states after this LOSS."""
-        return self.overlaps or op.target == len(self.segments) - 1
+        return self.overlaps or op.target == self.own_segments[-1].index
 
     @cached_property
     def _last_pass(self) -> dict[int, int]:
@@ -197,6 +208,11 @@ class Plan:
         return tuple(sorted({layer for segment in self.segments for layer in segment.tail}))
 
     @cached_property
+    def own_segments(self) -> tuple[Segment, ...]:
+        """Those whose ops are here."""
+        return self.segments if self.own is None else tuple(self.segments[index] for index in self.own)
+
+    @cached_property
     def path(self) -> tuple[int, ...]:
         """The layers that run forward, in order."""
         return tuple(layer for segment in self.segments for layer in segment.layers)
@@ -206,10 +222,11 @@ class PlanTextError(ValueError):
     """A plan text that does not parse; names the line."""
 
 
+_LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _HEAD = re.compile(
     r"plan 4 method=([\w-]+)(?: kind=([\w-]+))? layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})"
+    rf"(?: own=({_LAYERS}))?"
 )
-_LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
     rf"(?: through=({_LAYERS}))?(?: absent=({_LAYERS}))?(?: replaced=({_LAYERS}))?"
@@ -217,8 +234,9 @@ _SEGMENT = re.compile(
 )
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|HOLD|AVERAGE|FETCH|WAIT|EVICT|SPILL|RESTORE|PAGE_OUT|PAGE_IN|LOAD|"
-    r"STORE)(?: (input|pages|states|gradients|boundary|teacher|held))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
+    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|HOLD|AVERAGE|RECV|SEND|AGREE|FETCH|WAIT|EVICT|SPILL|RESTORE|"
+    r"PAGE_OUT|PAGE_IN|LOAD|STORE)"
+    r"(?: (input|pages|states|gradients|boundary|teacher|held))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
     r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )
 
@@ -241,10 +259,23 @@ def parse_plan(text: str) -> Plan:
             ops.append(_parsed_op(match))
         else:
             raise PlanTextError(f"line {number}: not an op: {line[:80]!r}")
-    n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:])
+    n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:6])
+    own = _parsed_own(head[7], len(segments))
     return Plan(
-        head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or ""
+        head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own
     )
+
+
+def _parsed_own(text: str | None, n_segments: int) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        own = parse_runs(text)
+    except ValueError as error:
+        raise PlanTextError(f"line 1: {error}") from None
+    if not own or max(own) >= n_segments:
+        raise PlanTextError(f"line 1: own={text[:40]} names other segments than the plan has")
+    return own
 
 
 def _parsed_segment(match: re.Match[str], number: int) -> Segment:

@@ -113,7 +113,7 @@ def _slack_of_movements(plan: Plan, sizes: Sizes, found: Timeline) -> int:
     steady = STEADY_SHARE * sum(sizes.persistent(plan).values())
     paged = 0.0
     if any(op.kind is Kind.PAGE_OUT for op in plan.ops):
-        paged = PAGED_SHARE * (found.disk_bytes - sizes.persistent_below(plan.segments)["disk"])
+        paged = PAGED_SHARE * (found.disk_bytes - sizes.persistent_below(plan.own_segments)["disk"])
     return round(graphs + steady + paged) + (STATES_SLACK if sizes.knobs.states != "device" else 0)
 
 
@@ -136,11 +136,11 @@ def predict(
     evaluated = 0
     if evaluation is not None:
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.frame_bytes(evaluation) + sizes.batch_bytes(evaluation)
-        layers = [sizes.forward_within(evaluation, layer, segment) for segment in plan.segments for layer in segment.layers]
-        evaluated = steady + passing + max(*layers, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
+        most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
+        evaluated = steady + passing + max(most, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
     slack = slack_bytes(device_type, max(moving, evaluated - steady))
     slack += _slack_of_movements(plan, sizes, found) if device_type == "cpu" else 0
     library = LIBRARY_BYTES[device_type] if library_bytes is None else library_bytes
-    paged = found.disk_bytes - sizes.persistent_below(plan.segments)["disk"]
+    paged = found.disk_bytes - sizes.persistent_below(plan.own_segments)["disk"]
     gaps = on_disk(round(GAP_SHARE * paged) + GAP_BYTES) if paged else 0
-    return Prediction(found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.segments), gaps)
+    return Prediction(found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.own_segments), gaps)

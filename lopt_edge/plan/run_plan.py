@@ -20,6 +20,7 @@ from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs
 from lopt_edge.plan.limits import longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.predict import Prediction
 from lopt_edge.plan.search import Candidate, Search, three_digits
+from lopt_edge.plan.workload import Workload
 from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
@@ -100,7 +101,7 @@ def make_run_plan(
         method=workload.method,
         peak_bytes=peak_bytes(chosen.prediction, search, budget),
         peak_op=chosen.prediction.peak_op,
-        items=items(search, chosen),
+        items=items(workload, chosen),
         step_seconds=step_seconds,
         tokens_per_second=workload.n_tokens / step_seconds,
         bytes_moved=chosen.seconds.bytes_moved,
@@ -150,9 +151,9 @@ def shown_knobs(knobs: Knobs) -> dict[str, Any]:
 # the bytes at the peak -------------------------------------------------------------------------------------------------
 
 
-def items(search: Search, chosen: Candidate) -> dict[str, int]:
+def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
     """Bytes by category at the device's peak; they add up to it."""
-    workload, prediction = search.workload, chosen.prediction
+    prediction = chosen.prediction
     facts = workload.shape.facts
     held = dict(prediction.held_at_peak)
     weights = held.pop("weights", 0)

@@ -306,7 +306,8 @@ class Bounds:
                 if segment.has_loss:
                     again = sum(knobs.activations[i] == "recompute" for i in segment.turned[:-1])
                     total += len(segment.turned) * layer.backward + again * layer.again
-                    total += costs.loss(batch, task=segment.reads_out)
+                    aligns = segment.loss == "align"
+                    total += costs.align(batch) if aligns else costs.loss(batch, task=segment.reads_out)
         groups = (group for segment in kind.segments for group in groups_of(segment))
         return total + sum(costs.update(group) for group in (*groups, *kind.resting))
 

@@ -26,6 +26,7 @@ FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidde
 # 64 to 2,048 tokens: predicted / measured seconds were 0.52 to 0.98 without it.
 FEW_ROWS = 64
 ATTENTION_BACKWARD = 2.5  # of a forward: the scores again, and four products instead of two
+LINK_BYTES_PER_SECOND = 1e9  # between two processes of one machine; measured on loopback: 1 to 2 GB/s
 UPDATE_BYTES = {"adamw": 28, "adamw8bit": 60}  # a parameter's reads and writes; 8 bits: unpacked and packed again
 
 
@@ -92,9 +93,21 @@ class StepSeconds:
         return self.bytes_up + self.bytes_down
 
 
-def step_seconds(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> StepSeconds:
-    """Walk the plan; `batches` has one entry a micro-batch."""
-    return _Clock(sizes, batches, profile).walk(plan)
+def step_seconds(
+    plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile,
+    arrivals: dict[int, float] | None = None,
+) -> StepSeconds:  # fmt: skip
+    """Walk the plan; `batches` has one entry a micro-batch.
+
+    `arrivals`: when each boundary comes from the process before; then when each one reaches the process after.
+    """
+    clock = _Clock(sizes, batches, profile)
+    clock.arrivals.update(arrivals or {})
+    found = clock.walk(plan)
+    if arrivals is not None:
+        arrivals.clear()
+        arrivals.update(clock.sent)
+    return found
 
 
 class Costs:
@@ -177,6 +190,8 @@ class _Clock:
         self.moved = {"up": 0, "down": 0}
         self.ends: dict[tuple[str, str, int, int], float] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
+        self.arrivals: dict[int, float] = {}
+        self.sent: dict[int, float] = {}
 
     def walk(self, plan: Plan) -> StepSeconds:
         for op in plan.ops:
@@ -184,7 +199,12 @@ class _Clock:
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
             elif op.kind in _UP or op.kind in _DOWN:
                 self.move(op, plan)
-            elif op.kind is not Kind.EVICT:
+            elif op.kind is Kind.RECV:
+                self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
+            elif op.kind is Kind.SEND:
+                n_bytes = self.costs.sizes.hidden_bytes(self.costs.batches[op.micro_batch])
+                self.sent[op.micro_batch] = self.now + n_bytes / LINK_BYTES_PER_SECOND
+            elif op.kind not in (Kind.EVICT, Kind.AGREE):
                 seconds = self.arithmetic(op, plan)
                 self.now, self.computed = self.now + seconds, self.computed + seconds
         end = max(self.now, *self.free.values())

@@ -54,7 +54,8 @@ class Segment:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """Those that run forward."""
-        return tuple(layer for layer in range(self.first, self.last + 1) if layer not in self.absent)
+        absent = frozenset(self.absent)
+        return tuple(layer for layer in range(self.first, self.last + 1) if layer not in absent)
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
@@ -117,13 +118,13 @@ class Segment:
         """As in a plan (ops.py parses it)."""
         words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
         exceptions = (("through", self.through), ("absent", self.absent), ("replaced", self.replaced))
-        words += [f"{name}={_runs(layers)}" for name, layers in exceptions if layers]
+        words += [f"{name}={runs_text(layers)}" for name, layers in exceptions if layers]
         words += [] if self.reach is None else [f"reach={self.reach}"]
-        words += [f"tail={_runs(self.tail)}"] if self.tail else []
+        words += [f"tail={runs_text(self.tail)}"] if self.tail else []
         return " ".join(words)
 
 
-def _runs(layers: tuple[int, ...]) -> str:
+def runs_text(layers: tuple[int, ...]) -> str:
     """`0-3,7`."""
     starts = [i for i in range(len(layers)) if not i or layers[i] != layers[i - 1] + 1]
     ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import ceil
 
 from lopt_edge.plan.facts import LinearFacts
-from lopt_edge.plan.knobs import Knobs
+from lopt_edge.plan.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.layer_bytes import (
     VOCABULARY_CHUNK,
     GraphBytes,
@@ -109,7 +109,8 @@ class Sizes:
             norms += 2 * facts.head_dim
         elif facts.model_type == "olmo2":
             norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
-        return (facts.n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
+        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -133,6 +134,8 @@ class Sizes:
         """A chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is resident."""
         facts, c = self.shape.facts, self.shape.itemsize
         rows = min(VOCABULARY_CHUNK[self.shape.device_type], facts.vocab_size)
+        if self.knobs.head == ELSEWHERE:
+            return 0
         if self.knobs.head == "resident":
             return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
         cast = c if c != self.vocabulary_itemsize or self.shape.device_type == "cuda" else 0
@@ -182,7 +185,7 @@ class Sizes:
     def persistent(self, plan: Plan) -> dict[str, int]:
         """Bytes on the device by category before the first op of a steady step."""
         moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
-        return self.steady(plan.segments, gradients_move=moving)
+        return self.steady(plan.own_segments, gradients_move=moving)
 
     def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
         """The same for any plan over these segments."""
@@ -192,7 +195,7 @@ class Sizes:
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
         n_resident = sum(place == "resident" for place in places)
-        n_streamed = len(places) - n_resident
+        n_streamed = sum(place not in ("resident", ELSEWHERE) for place in places)
         slots = min(knobs.ring, n_streamed)
         found = {
             "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
@@ -257,13 +260,11 @@ class Sizes:
         return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
-        """A boundary: read, one example as the cache holds it and in the compute dtype; written, all rounded at once."""
+        """A boundary that is read, or written and read back: one example as the cache holds it and in the compute dtype."""
         hidden = self.hidden_bytes(batch)
-        if not reads:
-            return hidden + self.cache_bytes(batch.n_rows)
         cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
         one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
-        return hidden + max(one, self._embed(batch)[1])
+        return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
 
     def align_within(self, batch: MicroBatchSize) -> int:
         """The gradient, and of a tile: both sides, in fp32 where they are not, and their product or its gradient."""
@@ -271,6 +272,10 @@ class Sizes:
         n_tile = min(self.knobs.token_tile, batch.n_real_most)
         each = 2 * shape.itemsize + 4 + (0 if shape.itemsize == 4 else 8 + shape.itemsize)
         return self.hidden_bytes(batch) + arange + n_tile * (shape.facts.hidden_size * each + 24)
+
+    def receive_within(self, batch: MicroBatchSize) -> int:
+        """A boundary from the process before, and the frame in the making: no more than EMBED takes, which makes both."""
+        return self.embed_within(batch)
 
     def cache_bytes(self, n_tokens: int) -> int:
         """Of a boundary cache over so many tokens, on disk."""

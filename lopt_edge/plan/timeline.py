@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lopt_edge.plan.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.ops import MOST_IN_FLIGHT, Keep, Kind, Op, Plan
 from lopt_edge.plan.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
 
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
@@ -90,7 +90,7 @@ class _Replay:
         self.live = sizes.persistent(plan)  # bytes by category, now
         self.live["activations"] = sum(sizes.batch_bytes(batch) for batch in batches)
         self.total = 0  # of all categories, once the replay begins
-        self.below: Counter[str] = Counter(sizes.persistent_below(plan.segments))
+        self.below: Counter[str] = Counter(sizes.persistent_below(plan.own_segments))
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
@@ -156,7 +156,9 @@ class _Replay:
         if op.kind is Kind.HOLD or op.item == "held":
             return 0
         if op.kind in (Kind.READ, Kind.WRITE):
-            return sizes.cache_within(batch, reads=op.kind is Kind.READ)
+            return sizes.cache_within(batch, reads=op.kind is Kind.READ and op.item == "boundary")
+        if op.kind is Kind.RECV:
+            return sizes.receive_within(batch)
         if op.kind is Kind.LOSS:
             segment = self.plan.segments[op.target]
             fresh = self.fresh_gradients(("aux", op.target)) if segment.has_head else 0
@@ -207,6 +209,17 @@ class _Replay:
             self.hold(("teacher", -1, -1), self.sizes.hidden_bytes(batch), "activations")
         else:
             self._embed(op)
+
+    def _recv(self, op: Op) -> None:
+        self._embed(op)
+
+    def _send(self, op: Op) -> None:
+        """It is held until the next but one goes (run/pipeline.py)."""
+        self.hold(("sent", op.micro_batch % MOST_IN_FLIGHT, -1), self.storage(("hidden", -1, -1)), "activations")
+
+    def _agree(self, op: Op) -> None:
+        for place in range(MOST_IN_FLIGHT):
+            self.drop(("sent", place, -1))
 
     def _write(self, op: Op) -> None:
         """The hidden states go on as the cache holds them: new ones."""

@@ -10,6 +10,9 @@
  (7) each parameter group has exactly one STEP, after its last backward and after every gradient that its clip needs, with
      its gradients and optimizer states on the device
  (8) layers of a tail, and no others, compute with averaged adapters; each average is taken once, after every STEP
+ (9) a process of a pipeline (`own` segments) has the ops of its own segments only; micro-batches come and go in order, each
+     by RECV before its first layer (the first process: EMBED) and by SEND after its last one's FORWARD, before that
+     segment's LOSS (the last process: none); one AGREE after all gradients, before any STEP
 
 It replays the list with small states instead of tensors; it knows no bytes. Movements are in `validate_moves.py`.
 """
@@ -40,6 +43,9 @@ class _Replay:
     stepped: set[tuple[str, int]] = field(default_factory=set)
     held: tuple[int, int] | None = None  # (micro-batch, layer): the hidden states that the next pass enters with
     averaged: set[int] = field(default_factory=set)
+    n_received: int = 0
+    n_sent: int = 0
+    agreed: bool = False
 
     def path(self, pass_index: int) -> tuple[int, ...]:
         """The layers that run forward in a pass over a micro-batch."""
@@ -47,10 +53,11 @@ class _Replay:
 
     def is_finished(self, pass_index: int, position: int) -> bool:
         """Whether a pass may end there."""
-        path = self.path(pass_index)
+        path, own = self.path(pass_index), self.plan.own_segments
         if self.plan.overlaps:
             return position == len(path)
-        return position > 0 and path[position - 1] in {s.last for s in self.plan.segments if s.trains}
+        ending = {s.last for s in own if s.trains} | ({own[-1].last} if self.plan.own is not None else set())
+        return position > 0 and path[position - 1] in ending
 
     def next_layer(self, op: Op) -> int | None:
         """The layer that runs next in this op's micro-batch and pass."""
@@ -65,7 +72,8 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     replay = _Replay(plan, clip_scope, Moves(plan))
     checks = {
         Kind.EMBED: _enter, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
-        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align, Kind.HOLD: _hold,
+        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align, Kind.HOLD: _hold, Kind.RECV: _enter, Kind.SEND: _send,
+        Kind.AGREE: _agree,
     }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
@@ -79,13 +87,15 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     if replay.saved:
         (micro_batch, layer), _ = next(iter(replay.saved.items()))
         raise PlanError(f"rule (6): what layer {layer} saved in micro-batch {micro_batch} is never consumed")
-    missing = [group for s in plan.segments for group in groups_of(s) if group not in replay.stepped]
+    missing = [group for s in plan.own_segments for group in groups_of(s) if group not in replay.stepped]
     if missing:
         raise PlanError(f"rule (7): group {missing[0][0]} {missing[0][1]} has no STEP")
     if replay.held is not None:
         raise PlanError(f"rule (6): the hidden states held before layer {replay.held[1]} are never read")
     if replay.averaged != set(plan.averaged):
         raise PlanError("rule (8): an average of a tail's layer is never taken")
+    if plan.own is not None and not (replay.agreed and replay.n_sent == _n_to_send(plan)):
+        raise PlanError("rule (9): a micro-batch is never sent, or the processes never agree")
     if left := replay.moves.left():
         raise PlanError(f"rule (6): {left}")
     return plan
@@ -96,6 +106,9 @@ def _check_cover(plan: Plan) -> None:
     whole = [*firsts, plan.n_layers] == [0, *(last + 1 for last in lasts)] and firsts == sorted(set(firsts))
     if not whole or [s.index for s in plan.segments] != list(range(len(plan.segments))):
         raise PlanError("the segments do not cover the layers once, in order")
+    own = plan.own
+    if own is not None and (not own or own != tuple(range(own[0], own[-1] + 1)) or own[-1] >= len(plan.segments)):
+        raise PlanError("rule (9): the segments of a process do not follow each other")
     for segment in plan.segments:
         named = [*segment.through, *segment.absent]
         if len(set(named)) < len(named) or not all(segment.first <= layer <= segment.last for layer in named):
@@ -124,7 +137,9 @@ def _check_window(plan: Plan, segment: Segment) -> None:
 
 
 def _enter(replay: _Replay, op: Op) -> str:
-    """A micro-batch begins: at the embeddings, or at a boundary that is read."""
+    """A micro-batch begins: at the embeddings, or at a boundary that is read or received."""
+    if problem := _enters_here(replay, op):
+        return problem
     if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
         return f"(2): there is no micro-batch {op.micro_batch}"
     if replay.plan.overlaps and (op.pass_index >= len(replay.plan.segments) or not replay.path(op.pass_index)):
@@ -138,6 +153,47 @@ def _enter(replay: _Replay, op: Op) -> str:
     if first not in path or (replay.plan.overlaps and first != path[0]):
         return f"(2): layer {first} is not in the path"
     replay.entered[key], replay.teacher = path.index(first), False
+    return ""
+
+
+def _enters_here(replay: _Replay, op: Op) -> str:
+    """Whether this process begins a micro-batch in this way."""
+    own = replay.plan.own
+    if (op.kind is Kind.RECV) != (own is not None and own[0] > 0):
+        return f"(9): a micro-batch does not come by {op.kind.value} here"
+    if own is None:
+        return ""
+    if op.kind is Kind.RECV and op.target != replay.plan.own_segments[0].first:
+        return f"(9): layer {op.target} is not the first one of this process"
+    if op.micro_batch != replay.n_received or op.pass_index:
+        return f"(9): micro-batch {replay.n_received} is the next one"
+    replay.n_received += 1
+    return ""
+
+
+def _n_to_send(plan: Plan) -> int:
+    return plan.n_micro_batches if plan.own_segments[-1] is not plan.segments[-1] else 0
+
+
+def _send(replay: _Replay, op: Op) -> str:
+    plan, last = replay.plan, replay.plan.own_segments[-1]
+    if plan.own is None or not _n_to_send(plan) or op.target != last.last + 1:
+        return "(9): nothing is sent from here"
+    if op.micro_batch != replay.n_sent or replay.next_layer(op) != op.target:
+        return f"(9): micro-batch {replay.n_sent} is the next one to be sent, after layer {last.last}"
+    replay.n_sent += 1
+    return ""
+
+
+def _agree(replay: _Replay, op: Op) -> str:
+    plan = replay.plan
+    if plan.own is None or replay.agreed:
+        return "(9): the processes agree once, in a pipeline"
+    for segment in plan.own_segments:
+        for micro_batch in range(plan.n_micro_batches if segment.trains else 0):
+            if replay.backward_from.get((micro_batch, segment.index), segment.first) >= segment.first:
+                return f"(9): the gradients of segment {segment.index} are not complete"
+    replay.agreed = True
     return ""
 
 
@@ -168,6 +224,7 @@ def _align(replay: _Replay, op: Op) -> str:
         return f"(2): {op.text()} needs a teacher's features and layer {op.target}'s output"
     if (op.micro_batch, op.target) not in replay.saved:
         return f"(2): layer {op.target} keeps nothing for a backward"
+    replay.teacher = False  # its features go with this op
     return ""
 
 
@@ -199,6 +256,8 @@ def _forward(replay: _Replay, op: Op) -> str:
         return f"(2): layer {op.target} runs out of order"
     if wrong := _wrong_adapters(replay.plan, op):
         return wrong
+    if replay.plan.segment_of(op.target) not in replay.plan.own_segments:
+        return f"(9): layer {op.target} lies in another process"
     segment = replay.plan.scope(op)
     if op.target == segment.begin and any(micro_batch == op.micro_batch for micro_batch, _ in replay.saved):
         return "(5): the segment before still holds what it saved"
@@ -212,6 +271,11 @@ def _loss(replay: _Replay, op: Op) -> str:
     if not 0 <= op.target < len(replay.plan.segments):
         return f"(4): there is no segment {op.target}"
     segment = replay.plan.segments[op.target]
+    if segment not in replay.plan.own_segments:
+        return f"(9): segment {op.target} lies in another process"
+    sends = bool(_n_to_send(replay.plan)) and segment is replay.plan.own_segments[-1]
+    if sends and replay.n_sent <= op.micro_batch:
+        return f"(9): the output of segment {op.target} is not sent before its loss"
     if not segment.has_loss or (replay.plan.overlaps and op.pass_index != op.target):
         return f"(4): segment {op.target} has no loss here"
     if (op.micro_batch, op.target) in replay.backward_from:
@@ -252,7 +316,9 @@ def _backward(replay: _Replay, op: Op) -> str:
 
 
 def _step(replay: _Replay, op: Op) -> str:
-    segments = {group: s for s in replay.plan.segments for group in groups_of(s)}
+    if replay.plan.own is not None and not replay.agreed:
+        return "(9): the processes have not agreed"
+    segments = {group: s for s in replay.plan.own_segments for group in groups_of(s)}
     resting = op.unit == "layer" and any(op.target in s.through for s in replay.plan.segments)
     if (op.group not in segments and not resting) or op.group in replay.stepped:
         return f"(7): {op.unit} {op.target} does not train, or was already updated"

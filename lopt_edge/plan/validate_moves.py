@@ -44,7 +44,7 @@ class Moves:
             return self._unplaced(op) or self._needs(op)
         if op.kind is Kind.STEP:
             return self._step_needs(op)
-        if op.kind in (Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD, Kind.AVERAGE):
+        if op.kind in (Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD, Kind.AVERAGE, Kind.RECV, Kind.SEND, Kind.AGREE):
             return ""
         if op.kind in (Kind.FETCH, Kind.EVICT) and not op.item:
             return self._weights(op)

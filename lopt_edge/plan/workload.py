@@ -17,6 +17,7 @@ from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.ops import Kind, Plan
 from lopt_edge.plan.passes import arrange
+from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs
 from lopt_edge.plan.predict import Prediction, largest, predict
 from lopt_edge.plan.profile import DeviceProfile
 from lopt_edge.plan.seconds import StepSeconds, step_seconds
@@ -32,7 +33,8 @@ N_MOVING = 2  # micro-batches to look at where gradients move between them
 class Workload:
     """`batches` are the micro-batches of the largest step, the longest first; `evaluation` the largest held-out batch.
 
-    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA.
+    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what
+    of it one process of a pipeline runs.
     """
 
     course: Course
@@ -43,6 +45,7 @@ class Workload:
     vocabulary_itemsize: int = 2
     evaluation: MicroBatchSize | None = None
     clip_scope: str = "segment"
+    part: Part | None = None
 
     @property
     def method(self) -> str:
@@ -79,12 +82,18 @@ class Workload:
         return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))
 
     def sizes(self, knobs: Knobs) -> Sizes:
+        part, groups = self.part, self.course.groups
+        if part is not None:
+            knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
         return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None,
-                     groups=self.course.groups, replaced=self.course.replaced)  # fmt: skip
+                     groups=groups, replaced=self.course.replaced)  # fmt: skip
 
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """Of the first kind of step, unless another is named. Not validated: the search makes many."""
-        return arrange(step_plan(self.method, kind or self.kinds[0], n_micro_batches=n_micro_batches), knobs)
+        plan = step_plan(self.method, kind or self.kinds[0], n_micro_batches=n_micro_batches)
+        if self.part is None:
+            return arrange(plan, knobs)
+        return arrange(cut_for_process(plan, self.part), own_knobs(knobs, self.part))
 
     def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """As the executor runs it. Raises PlanError if a pass broke a rule."""

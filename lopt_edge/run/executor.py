@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lopt_edge.errors import PeerLost
 from lopt_edge.plan.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
@@ -28,14 +30,18 @@ from lopt_edge.plan.step import groups_of
 from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, Totals, window_totals
 from lopt_edge.run.evaluation import held_out_loss
-from lopt_edge.run.feature_cache import FeatureCache, rounded
+from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
 from lopt_edge.run.losses import ReconstructHead
+from lopt_edge.run.movement_ops import MovementOps
 from lopt_edge.run.moves import Parcel
 from lopt_edge.run.op_faults import op_error
 from lopt_edge.run.optim import GroupName, NotFinite, SegmentOptimizer
-from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, aligned
+from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
+
+if TYPE_CHECKING:
+    from lopt_edge.run.pipeline import FarGroups, Link
 
 FLOAT16_SCALE = 2.0**16
 
@@ -82,6 +88,8 @@ class _Step:
     teacher_BTD: Tensor | None = None
     aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
     cleaned: bool = False
+    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
+    fault_op: str = ""
     inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
@@ -111,15 +119,16 @@ class Executor:
         self.losses = SegmentLosses(model, heads, local_weight=local_weight)
         self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
         self.mover, self.observe = optimizer.mover, observe
+        self.link: Link | None = None  # to the other processes of a pipeline
+        self.far: FarGroups | None = None  # what they hold, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: _Step | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
         self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
             Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
-            Kind.STEP: self._update, Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict,
-            Kind.SPILL: self._spill, Kind.RESTORE: self._restore, Kind.PAGE_OUT: self._page_out,
-            Kind.PAGE_IN: self._page_in, Kind.LOAD: self._load, Kind.STORE: self._store, Kind.READ: self._read,
-            Kind.WRITE: self._write, Kind.ALIGN: self._align, Kind.HOLD: self._hold, Kind.AVERAGE: self._average,
+            Kind.STEP: self._update, Kind.READ: self._read, Kind.WRITE: self._write, Kind.ALIGN: self._align,
+            Kind.HOLD: self._hold, Kind.AVERAGE: self._average, Kind.RECV: self._receive, Kind.SEND: self._send,
+            Kind.AGREE: self._agree, **MovementOps(model, optimizer).methods,
         }  # fmt: skip
 
     def run(
@@ -174,6 +183,8 @@ class Executor:
                 clock.micro_batch = op.micro_batch
                 try:
                     self._run_op(state, op)
+                except PeerLost:
+                    raise
                 except Exception as error:
                     intact = self._clean_up(state)
                     raise op_error(plan, position, step, error, intact=intact) from error
@@ -251,14 +262,37 @@ class Executor:
         state.hidden_BTD, state.frame = found_BTD, self.model.frame(found_BTD)
 
     def _write(self, state: _Step, op: Op) -> None:
-        state.hidden_BTD = rounded(state.hidden_BTD)
-        self.caches[op.item].write(state.batches[op.micro_batch].examples, state.hidden_BTD)
+        """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
+        batch, cache = state.batches[op.micro_batch], self.caches[op.item]
+        cache.write(batch.examples, state.hidden_BTD)
+        state.hidden_BTD = cache.read(
+            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
+        )
 
     def _align(self, state: _Step, op: Op) -> None:
         segment = state.plan.segment_of(op.target)
         scale = state.align_weight * self.loss_scale / state.totals.tokens
         state.aligned[op.micro_batch, op.target], _ = aligned(self._output(state, op, segment, None), scale=scale)
         state.teacher_BTD = None
+
+    def _receive(self, state: _Step, op: Op) -> None:
+        shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
+        state.hidden_BTD = self.link.receive(shape, self.model.dtype, self.model.device)
+        state.frame = self.model.frame(state.hidden_BTD)
+
+    def _send(self, state: _Step, op: Op) -> None:
+        self.link.send(state.hidden_BTD)
+
+    def _agree(self, state: _Step, op: Op) -> None:
+        """One bad number anywhere, and no process updates anything."""
+        self.link.flush()
+        if state.fault is None:
+            try:
+                self.optimizer.judge()
+            except NotFinite as error:
+                state.fault, state.fault_op = error, op.text()
+        self.link.agree(state.fault, state.fault_op)
+        self.optimizer.judged = True
 
     def _forward(self, state: _Step, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
@@ -305,7 +339,19 @@ class Executor:
     def _gradient(self, state: _Step, op: Op, segment: Segment) -> tuple[Tensor, float]:
         """A function of its own: nothing that it holds lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
-        return self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
+
+        def check(value: float, which: str) -> float:
+            try:
+                return finite(value, which)
+            except NotFinite as error:
+                if self.link is None:
+                    raise
+                if state.fault is None:  # the others count on this process until all agree
+                    state.fault, state.fault_op = error, op.text()
+                return value
+
+        output = self._output(state, op, segment, target_BTD)
+        return self.losses.gradient(output, loss_scale=self.loss_scale, check=check)
 
     def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
         n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
@@ -355,55 +401,25 @@ class Executor:
     def _average(self, state: _Step, op: Op) -> None:
         self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
 
-    # movements: each begins here and ends in _wait -------------------------------------------------------------------
-
-    def _fetch(self, state: _Step, op: Op) -> None:
-        self.model.weights.fetch(op.target)
-
-    def _evict(self, state: _Step, op: Op) -> None:
-        if op.item == "input":
-            self.mover.drop(state.inputs[op.micro_batch, op.target])
-        else:
-            self.model.weights.evict(op.target)
-
-    def _spill(self, state: _Step, op: Op) -> None:
-        self.mover.down(state.inputs[op.micro_batch, op.target], op.tier)
-
-    def _restore(self, state: _Step, op: Op) -> None:
-        self.mover.up(state.inputs[op.micro_batch, op.target])
-
-    def _page_out(self, state: _Step, op: Op) -> None:
-        state.graphs[op.micro_batch, op.target].page_out(op.tier)
-
-    def _page_in(self, state: _Step, op: Op) -> None:
-        state.graphs[op.micro_batch, op.target].page_in()
-
-    def _load(self, state: _Step, op: Op) -> None:
-        (self.optimizer.load_states if op.item == "states" else self.optimizer.load_gradients)(op.group)
-
-    def _store(self, state: _Step, op: Op) -> None:
-        (self.optimizer.store_states if op.item == "states" else self.optimizer.store_gradients)(op.group, op.tier)
-
-    def _wait(self, state: _Step, op: Op) -> None:
-        if op.item == "input":
-            self.mover.wait(state.inputs[op.micro_batch, op.target])
-        elif op.item == "pages":
-            state.graphs[op.micro_batch, op.target].wait()
-        elif op.item == "states":
-            self.optimizer.wait_states(op.group)
-        elif op.item == "gradients":
-            self.optimizer.wait_gradients(op.group)
-        else:
-            self.model.weights.wait(op.target)
-
     def _result(self, state: _Step) -> StepResult:
         segments = state.plan.segments
+        if self.link is not None:
+            self._exchange(state, self.link)
         return StepResult(
             loss=state.losses[segments[-1].index],
             local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
             grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
         )
+
+    def _exchange(self, state: _Step, link: Link) -> None:
+        """Losses and norms of all segments come to process 0."""
+        own = state.plan.own_segments
+        losses = {segment.index: state.losses[segment.index] for segment in own}
+        norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}
+        for other in link.gather({"losses": losses, "norms": norms}):
+            state.losses.update({int(segment): loss for segment, loss in other["losses"].items()})
+            self.optimizer.norms.update({int(segment): norm for segment, norm in other["norms"].items()})
 
     def evaluate(
         self,
@@ -414,4 +430,4 @@ class Executor:
         between: Callable[[], None] = lambda: None,
     ) -> float:
         """run/evaluation.py's, of this model."""
-        return held_out_loss(self.model, batches, token_tile=token_tile, layers=layers, between=between)
+        return held_out_loss(self.model, batches, token_tile=token_tile, layers=layers, between=between, link=self.link)

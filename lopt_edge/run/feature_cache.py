@@ -3,8 +3,9 @@
 One file of rows in bfloat16 (example i lies where the lengths of those before it end), one of eight bytes an example: a
 mark that it is there and the CRC-32 of its rows. `identity.json` says of what it is: model, data, boundary, dtype; a cache
 of another identity is refused. The rules: rows are written before their mark, and a mark counts only if the sum agrees, so
-that whatever a crash or a damaged disk leaves, an example is whole or it is absent and computed again; what was written is
-rounded to bfloat16 at once (`rounded`), so that the step which writes sees what later steps read, bit for bit.
+that whatever a crash or a damaged disk leaves, an example is whole or it is absent and computed again. A step that writes
+goes on with what it reads back, so it is one that reads, bit for bit. (A row that was lost and is computed again may come
+out of another batch, with other padding: its last bits, before rounding to bfloat16, may differ.)
 
 One process holds a cache at a time (its caller locks the folder). Nothing here decides what is cached or when.
 """
@@ -137,8 +138,3 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         others = [name for name in identity if values.get(name) != identity[name]] or ["its form"]
         raise InputError(f"is a cache of another run: {', '.join(others)} differ", where=str(folder),
                          fix="remove it, or name another folder")  # fmt: skip
-
-
-def rounded(hidden: Tensor) -> Tensor:
-    """As a cache gives it back."""
-    return hidden.to(torch.bfloat16).to(hidden.dtype)

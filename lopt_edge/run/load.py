@@ -13,10 +13,10 @@ Shapes: B sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models import tensor_entries
 from lopt_edge.plan.facts import LinearFacts, ModelFacts
-from lopt_edge.plan.knobs import default_knobs, placement_of
+from lopt_edge.plan.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run import query_tiles
 from lopt_edge.run.moves import Mover
 from lopt_edge.run.tiled import TokenTiled
@@ -54,6 +54,16 @@ class Frame:
         return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
 
 
+class FarLayers(Protocol):
+    """The adapters of layers that lie in other processes of a pipeline."""
+
+    def shapes(self, layer: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """(module, shape of A, shape of B) of each adapter of the layer."""
+
+    def matrices(self, layer: int) -> Iterator[Tensor]:
+        """A and B of each, in that order, fp32 on the CPU."""
+
+
 @dataclass(eq=False)
 class Model:
     """The frozen base in units. `clock` is shared by all layers' dropout."""
@@ -70,6 +80,8 @@ class Model:
     clock: DropoutClock
     mover: Mover
     weights: Weights | None = None
+    here: tuple[int, ...] = ()  # the layers that this process has
+    far: FarLayers | None = None  # where the others are
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
@@ -113,8 +125,8 @@ class Model:
     def run_all(
         self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None, layers: Sequence[int] | None = None
     ) -> Tensor:
-        """All layers in order (or these), forward only (evaluation, generation); streamed ones come and go."""
-        layers = range(self.facts.n_layers) if layers is None else layers
+        """All layers of this process in order (or these), forward only; streamed ones come and go."""
+        layers = self.here if layers is None else layers
         for layer in self.weights.stream(layers) if self.weights is not None else layers:
             hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
         return hidden_BTD
@@ -152,8 +164,10 @@ def load_model(
     buffer = UnpackBuffer()
     shared: dict[bytes, Tensor] = {}
     layouts, maps, places = {}, {}, dict(placement)
+    model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
-        for index, layer in enumerate(model.layers):
+        for index in model.here:
+            layer = model.layers[index]
             prefix, matrices = f"model.layers.{index}.", []
             for module_index, linear in enumerate(facts.linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
@@ -230,6 +244,7 @@ def make_skeleton(
         dtype=dtype,
         clock=DropoutClock(),
         mover=mover or Mover(device),
+        here=tuple(range(facts.n_layers)),
     )
 
 

@@ -80,7 +80,7 @@ def write_adapter(model: Model, path: Path) -> None:
 
     Raises NotFinite, and leaves what was there, if a value is not finite; OSError where the file cannot be written.
     """
-    layout = [(name, "F32", tuple(reversed(matrix.shape))) for name, matrix in _matrices(model)]
+    layout = [(name, "F32", tuple(reversed(shape))) for name, shape in _shapes(model)]
     with SafetensorsWriter(path, layout) as writer:
         for name, matrix in _matrices(model):
             tensor = _in_peft_layout(matrix)
@@ -89,13 +89,28 @@ def write_adapter(model: Model, path: Path) -> None:
             writer.write(name, tensor_bytes(tensor))
 
 
-def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
+def adapter_shapes(model: Model, layer: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(module, shape of A, shape of B) of each adapter of a layer of this process."""
+    found = ((name, module.lora_a, module.lora_b) for name, module in adapted(model, layer))
+    return [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in found if a is not None and b is not None]
+
+
+def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all adapter matrices, those of other processes among them."""
     for layer in range(model.facts.n_layers):
-        for name, module in adapted(model, layer):
-            prefix = f"base_model.model.model.layers.{layer}.{name}."
-            assert module.lora_a is not None and module.lora_b is not None
-            yield prefix + "lora_A.weight", module.lora_a
-            yield prefix + "lora_B.weight", module.lora_b
+        is_far = model.far is not None and layer not in model.here
+        for name, *shapes in model.far.shapes(layer) if is_far else adapter_shapes(model, layer):
+            for letter, shape in zip("AB", shapes, strict=True):
+                yield f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight", shape
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """One after the other, in the order of `_shapes`."""
+    names = (name for name, _ in _shapes(model))
+    for layer in range(model.facts.n_layers):
+        is_far = model.far is not None and layer not in model.here
+        for matrix in model.far.matrices(layer) if is_far else layer_parameters(model, layer):
+            yield next(names), matrix
 
 
 def _in_peft_layout(matrix: Tensor) -> Tensor:
@@ -113,7 +128,10 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def load_adapters(model: Model, folder: Path) -> list[int]:
-    """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit."""
+    """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit.
+
+    In a pipeline a process attaches those of its own layers.
+    """
     where = str(folder)
     try:
         check_folder(folder)
@@ -132,13 +150,15 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 rank = a_shape[0] if a_shape else 0
                 if not rank or (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
                     raise InputError(f"{names[0]} does not fit this model", where=where)
+                layers.add(layer)
+                if layer not in model.here:
+                    continue
                 a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
                 scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
                 module = model.layers[layer].get_submodule(linear.name)
                 _attach(module, a, b, scale=scale, device=model.device)
-                layers.add(layer)
     except FolderError as error:
         raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:

@@ -32,7 +32,7 @@ def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: 
                  fix=LESS_MEMORY if memory else "")  # fmt: skip
     fault.values_intact = intact
     if isinstance(error, NotFinite) and isinstance(fault, NotFinite):
-        fault.of_loss, fault.op = error.of_loss, text
+        fault.of_loss, fault.op = error.of_loss, error.op or text
         fault.untouched = not any(op.kind.name == "STEP" for op in plan.ops[:position])
     return fault
 

@@ -80,7 +80,7 @@ def _linear(model: Model, layer: int, name: str) -> PackedLinear:
 
 def mixtures(model: Model, layer: int) -> Iterator[tuple[str, Mixture]]:
     """A layer's linear layers that are mixtures, by name, in the model's order."""
-    for linear in model.facts.linears:
+    for linear in model.facts.linears if layer in model.here else ():
         found = _linear(model, layer, linear.name).synthesis
         if isinstance(found, Mixture):
             yield linear.name, found

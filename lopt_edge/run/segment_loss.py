@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, N selected tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +44,15 @@ class SegmentLosses:
     def __init__(self, model: Model, heads: Mapping[int, ReconstructHead], *, local_weight: float) -> None:
         self.model, self.heads, self.local_weight = model, heads, local_weight
 
-    def gradient(self, output: SegmentOutput, *, loss_scale: float) -> tuple[Tensor, float]:
-        """The gradient (B, T, D) times `loss_scale`, and the loss. Raises NotFinite."""
+    def gradient(
+        self, output: SegmentOutput, *, loss_scale: float, check: Callable[[float, str], float]
+    ) -> tuple[Tensor, float]:
+        """The gradient (B, T, D) times `loss_scale`, and the loss, each part of which goes through `check` (`finite`)."""
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":
-            grad_BTD, value = aligned(output, scale=1.0 / output.totals.tokens)
-            return grad_BTD.mul_(factor), value
+            grad_BTD, value = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
+            return grad_BTD, value / factor
         rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
         flat_ND, value = output.hidden_BTD.flatten(0, 1), 0.0
         grad_ND = torch.zeros_like(flat_ND)
@@ -58,7 +60,7 @@ class SegmentLosses:
         for start in range(0, len(positions), output.tile):
             tile_N = positions[start : start + output.tile]
             grad_ND[tile_N], tile_value = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
-            value += tile_value
+            value += check(tile_value, "local" if output.segment.is_local else "task")
         return grad_ND.view_as(output.hidden_BTD), value
 
     def _tile(
@@ -76,7 +78,7 @@ class SegmentLosses:
                 denominator = output.totals.tokens * self.model.facts.hidden_size
             loss = loss * (1.0 / denominator)
             (loss if factor == 1.0 else loss * factor).backward()
-        return leaf_ND.grad, finite(loss.item(), "local" if segment.is_local else "task")
+        return leaf_ND.grad, loss.item()
 
 
 def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
@@ -92,6 +94,7 @@ def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
 
 
 def finite(value: float, which: str) -> float:
+    """The value. Raises NotFinite."""
     if not math.isfinite(value):
         raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
     return value

@@ -17,6 +17,7 @@ from lopt_edge.models import find_model
 from lopt_edge.plan.knobs import Knobs, default_knobs
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
+from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs
 from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.averages import Averages
@@ -45,7 +46,7 @@ class Bench:
     def names(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter that gets a gradient by a readable name."""
         found = {}
-        for segment in self.plan.segments:
+        for segment in self.plan.own_segments:
             for layer in segment.trained:
                 found |= {f"layer {layer} {i}": p for i, p in enumerate(group_parameters(self.model, layer))}
             if segment.has_head:
@@ -89,16 +90,20 @@ def make_bench(
     knobs: Knobs | None = None,
     page_dir: Path | None = None,
     delay: Delay | None = None,
+    part: Part | None = None,
     **options: Any,
 ) -> Bench:
     """`options` are the method's own. Without `knobs` everything lies on the device; with them, in `page_dir` and wherever
-    they say."""
+    they say. `part`: what one process of a pipeline has of all that."""
     facts = find_model(str(folder)).facts
     knobs = knobs or default_knobs(facts, device)
     page_file = None if page_dir is None else PageFile(page_dir, n_bytes=1 << 16, name="law")
     mover = Mover(torch.device(device), page_file=page_file, delay=delay)
     course = make_course(method, n_layers=facts.n_layers, num_segments=num_segments, **options)
-    plans = {kind.name: arrange(step_plan(method, kind, n_micro_batches=n_micro_batches), knobs) for kind in course.kinds}
+    steps = {kind.name: step_plan(method, kind, n_micro_batches=n_micro_batches) for kind in course.kinds}
+    if part is not None:
+        knobs, steps = own_knobs(knobs, part), {name: cut_for_process(step, part) for name, step in steps.items()}
+    plans = {name: arrange(step, knobs) for name, step in steps.items()}
     for plan in plans.values():
         validate(plan, clip_scope=clip_scope if clip else "none")
     plan = next(iter(plans.values()))
@@ -108,20 +113,21 @@ def make_bench(
     for layer in course.replaced:  # weights drawn at random explain nothing of each other: what is fitted is next to 0
         for index, (_, mixture) in enumerate(mixtures(model, layer)):
             mixture.mix.data.copy_(torch.tensor([0.9 - 0.1 * index, 0.3 * (-1) ** index]))
-    trained = course.adapted
+    trained = [layer for layer in course.adapted if layer in model.here]
     attach_adapters(model, trained, targets=targets or facts.linear_names, r=rank, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
-    for layer in trained:
-        for b in layer_parameters(model, layer)[1::2]:
-            b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
+    widths = [linear.out_features for linear in facts.linears if linear.short_name in (targets or facts.linear_names)]
+    for layer in course.adapted:  # those of other processes are drawn, too
+        drawn = [torch.empty(rank, width).normal_(0, 0.1, generator=generator) for width in widths]
+        for values, b in zip(drawn, layer_parameters(model, layer)[1::2] if layer in trained else (), strict=False):
+            b.data.copy_(values)
+    groups = [group for group in course.groups if part is None or part.owns(group)]
     heads = {
-        index: ReconstructHead(facts.hidden_size, seed=7 + index).to(device)
-        for unit, index in course.groups
-        if unit == "aux"
+        index: ReconstructHead(facts.hidden_size, seed=7 + index).to(device) for unit, index in groups if unit == "aux"
     }
     parameters = {
         (unit, target): group_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
-        for unit, target in course.groups
+        for unit, target in groups
     }
     optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)
     averages = Averages(model, course.averaged, momentum=options.get("ema_momentum", 0.99)) if course.averaged else None

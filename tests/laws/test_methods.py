@@ -16,13 +16,18 @@ import torch
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Kind
 from lopt_edge.run.batches import Batch, window_totals
-from lopt_edge.run.feature_cache import FeatureCache, rounded
+from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.losses import task_loss
 from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
 from tests.plan.plans import make_course
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
 DEPTH, ALIGN_WEIGHT = 6, 0.3
+
+
+def rounded(hidden: torch.Tensor) -> torch.Tensor:
+    """As a cache gives it back."""
+    return hidden.to(torch.bfloat16).to(hidden.dtype)
 
 
 class _PassThrough(torch.autograd.Function):

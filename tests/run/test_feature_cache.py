@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.run.feature_cache import MARKS_NAME, ROWS_NAME, FeatureCache, rounded
+from lopt_edge.run.feature_cache import MARKS_NAME, ROWS_NAME, FeatureCache
 
 LENGTHS, WIDTH, CPU = (5, 2, 7, 1), 6, torch.device("cpu")
 IDENTITY = {"model": "m", "data": "d", "boundary": 2}
@@ -18,6 +18,10 @@ IDENTITY = {"model": "m", "data": "d", "boundary": 2}
 def make_cache(folder: Path, **changes: object) -> FeatureCache:
     folder.mkdir(exist_ok=True)
     return FeatureCache(folder, identity=IDENTITY | changes, lengths=LENGTHS, width=WIDTH)
+
+
+def rounded(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.bfloat16).float()
 
 
 def hidden(examples: list[int], seed: int = 0) -> torch.Tensor:

@@ -54,6 +54,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 DEFAULTS: Mapping[str, Mapping[str, int]] = {"mlaan": {"num_segments": mlaan.NUM_SEGMENTS}}  # other than for all methods
 CUT_METHODS = ("lopt", "frozen", "let-local", "mlaan")  # whose depth num_segments or boundary_layers cut
+PIPELINED = ("lopt", "frozen")  # whose segments may lie in several processes
 CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
 
 

@@ -22,6 +22,7 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lopt_edge.errors import InputError
 from lopt_edge.plan.course import Course, Phase
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import StepKind
@@ -30,14 +31,23 @@ if TYPE_CHECKING:
     from lopt_edge.config import Config
 
 
+MOST_OFF = 0.02  # of a share that cyclic groups cannot have exactly
+
+
 def course(config: Config, n_layers: int) -> Course:
     if config.selection == "uniform":
         n_selected = max(1, round(config.select_ratio * n_layers))
         drawn = partial(_drawn, config, n_layers, n_selected)
-        # the planner's stand-in: evenly spread from the first layer on, where the gradient goes furthest
+        # the planner's stand-ins: evenly spread from the first layer on, where the gradient goes furthest; and the last
+        # layers, which are the ones whose graphs are kept where only some are
         widest = tuple(sorted({i * n_layers // n_selected for i in range(n_selected)}))
+        last = tuple(range(n_layers - n_selected, n_layers))
+        shown = _kind(config, n_layers, widest, "uniform"), _kind(config, n_layers, last, "uniform-last")
         every = tuple(("layer", layer) for layer in range(n_layers))
-        return Course("lcsb", (_kind(config, n_layers, widest, "uniform"),), drawn=drawn, also=every)
+        return Course("lcsb", shown, drawn=drawn, also=every)
+    if abs(1 / max(1, round(1 / config.select_ratio)) - config.select_ratio) > MOST_OFF:
+        raise InputError(f"cyclic takes one layer in 1, 2, 3, ..., which {config.select_ratio:g} is not near",
+                         where="select_ratio", fix="choose 1, 0.5, 0.33, 0.25, ..., or --selection uniform")  # fmt: skip
     n_groups = min(n_layers, max(1, round(1 / config.select_ratio)))
     groups = [tuple(range(group, n_layers, n_groups)) for group in range(n_groups)]
     kinds = tuple(_kind(config, n_layers, group, f"group-{i}") for i, group in enumerate(groups))

@@ -49,7 +49,11 @@ def local_course(config: Config, n_layers: int) -> Course:
         "align", n_layers=n_layers, num_segments=config.num_segments, boundary_layers=config.boundary_layers
     )
     resting = tuple(replace(segment, loss="rest") if segment.is_local else segment for segment in segments)
-    return _until(config, "let-local", (StepKind(ALIGN, segments, teacher=True), StepKind(PLAIN, resting)))
+    return _until(
+        config,
+        "let-local",
+        (StepKind(ALIGN, segments, teacher=any(s.is_local for s in segments)), StepKind(PLAIN, resting)),
+    )
 
 
 def _until(config: Config, method: str, kinds: tuple[StepKind, StepKind]) -> Course:
