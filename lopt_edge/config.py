@@ -21,6 +21,8 @@ from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, OPTIONS, PIPELINED
 from lopt_edge.yaml_file import read_yaml
 
+LOCAL_PART = 100  # one part in so many of lr is what lopt's early segments get where nothing is said
+
 
 class Config(BaseModel):
     """Every setting of `finetune`. Field help texts are what `lopt-edge finetune --help` shows."""
@@ -83,7 +85,9 @@ class Config(BaseModel):
         False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    lr_local: float | None = Field(None, gt=0, description="peak learning rate of the early segments (default: lr)")
+    lr_local: float | None = Field(
+        None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)"
+    )
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
@@ -169,7 +173,10 @@ class Config(BaseModel):
 
     @property
     def local_lr(self) -> float:
-        return self.lr if self.lr_local is None else self.lr_local
+        """LoPT's paper takes lr itself, which with LoRA does harm (README: the study)."""
+        if self.lr_local is not None:
+            return self.lr_local
+        return self.lr / LOCAL_PART if self.method == "lopt" else self.lr
 
     def as_yaml(self) -> str:
         """The resolved settings, in the order of declaration."""

@@ -151,7 +151,7 @@ def test_defaults_are_the_documented_ones():
     assert (config.epochs, config.max_steps, config.batch_size, config.grad_accum) == (1, None, 1, 8)
     assert (config.lr, config.local_lr, config.weight_decay, config.clip, config.clip_scope) == (
         2e-4,
-        2e-4,
+        2e-6,
         0,
         1,
         "segment",
@@ -160,6 +160,7 @@ def test_defaults_are_the_documented_ones():
     assert config.clip_scope == "segment"
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 32, 0)
     assert made(lr_local=0.1).local_lr == 0.1
+    assert made(method="mlaan").local_lr == made().lr
     with pytest.raises(ValueError, match="frozen"):
         config.lr = 1.0
 

@@ -50,6 +50,13 @@ def test_a_stage_ends_where_its_loss_does_not_fall(model, tmp_path):
     assert "stage ended" in (Path(config.output) / "events.jsonl").read_text()
 
 
+def test_the_stages_of_a_run_under_way_do_not_move(model, tmp_path):
+    config = make_config(model, tmp_path, stages=2, max_steps=4, save_every=1, **STEPS)
+    finetune(config)
+    with pytest.raises(InputError, match="max_steps: was 4, is 8 now"):
+        finetune(config.model_copy(update={"resume": "auto", "max_steps": 8}))
+
+
 def test_each_stage_has_a_cache_and_it_changes_nothing_beyond_rounding(model, tmp_path):
     cache = tmp_path / "cache"
     config = make_config(model, tmp_path, stages=2, epochs=6, boundary_cache=str(cache), **STEPS)
@@ -70,6 +77,8 @@ def test_each_stage_has_a_cache_and_it_changes_nothing_beyond_rounding(model, tm
 
 @pytest.mark.parametrize(("settings", "match"), [
     ({"stages": 4}, "4 are more than the 3 layers"),
+    ({"stages": 3, "max_steps": 2}, "3 stages need as many steps"),
+    ({"boundary_cache": "x", "lora_dropout": 0.1}, "dropout changes it each time"),
     ({"tail_layers": 4}, "leave no layer before them"),
     ({"stage_patience": 1}, "needs evaluations"),
     ({"keep_best": True, "eval_fraction": 0.3}, "keep-best"),

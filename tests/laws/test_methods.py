@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from lopt_edge.errors import InputError
 from lopt_edge.plan.knobs import Knobs
 from lopt_edge.plan.ops import Kind
-from lopt_edge.run.batches import Batch, window_totals
+from lopt_edge.plan.segments import Segment
+from lopt_edge.run.batches import Batch, Totals, window_totals
+from lopt_edge.run.diagnosis import first_not_finite
 from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.losses import task_loss
+from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, finite
 from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
 from tests.plan.plans import make_course
 
@@ -301,3 +305,37 @@ def test_the_plain_steps_of_let_have_no_teacher(folder):
     assert all(torch.equal(gradients[name], wanted[name]) for name in wanted)
     local = make_bench(folder, method="let-local", align_until=0.5).of_kind("plain")
     assert {op.target for op in local.plan.ops if op.kind is Kind.STEP} == {3, 4, 5}
+
+
+def test_a_step_that_is_finite_after_all_is_not_done_twice(folder):
+    """Diagnosis looks at a step once more and leaves it before its updates."""
+    bench = make_bench(folder)
+    before = {name: parameter.detach().clone() for name, parameter in bench.names().items()}
+    assert first_not_finite(bench.executor, bench.plan, [BATCHES[0]], step=1, learning_rates={0: 1.0, 1: 1.0}) == ""
+    assert all(torch.equal(before[name], parameter.detach()) for name, parameter in bench.names().items())
+    assert not any(group.steps for group in bench.executor.optimizer.groups.values())
+
+
+def test_an_alignment_survives_float16():
+    """Scaled before it is cast: at 1 / tokens alone two thirds of its gradient would be too small for float16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = (100 * torch.randn(1, 64, 512, generator=generator) for _ in range(2))
+    batch = replace(random_batch((64,)), real_N=None)
+    segment, totals = Segment(0, 0, 0, "align"), Totals(supervised=1, tokens=4096)
+    losses = SegmentLosses(None, {}, local_weight=10.0)
+
+    def gradient(dtype: torch.dtype, loss_scale: float) -> torch.Tensor:
+        output = SegmentOutput(segment, 1, batch, totals, hidden.to(dtype), None, teacher.to(dtype), 1024)
+        return losses.gradient(output, loss_scale=loss_scale, check=finite)[0].double() / loss_scale
+
+    exact, half = gradient(torch.float32, 1.0), gradient(torch.float16, 2.0**16)
+    assert (half - exact).norm() < 2e-3 * exact.norm()
+    assert SegmentLosses(None, {}, local_weight=1.0).gradient(
+        SegmentOutput(segment, 1, batch, totals, hidden, None, hidden, 1024), loss_scale=4.0, check=finite
+    )[1] == pytest.approx(-64 / 4096)
+
+
+def test_a_share_that_cyclic_groups_cannot_have_is_refused():
+    with pytest.raises(InputError, match=r"0\.7 is not near"):
+        make_course("lcsb", n_layers=DEPTH, select_ratio=0.7)
+    assert len(make_course("lcsb", n_layers=DEPTH, select_ratio=0.7, selection="uniform").kinds) == 2

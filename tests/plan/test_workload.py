@@ -109,3 +109,15 @@ def test_other_lengths_are_wholly_supervised():
 )
 def test_when_a_tensor_gets_pages_of_its_own(changes, machine, n_tokens, expected):
     assert make_workload(machine=machine, n_tokens=(n_tokens,)).mmap_bytes(make_knobs(4, **changes)) == expected
+
+
+@pytest.mark.parametrize("machine", ["cpu", "rtx4090"])
+def test_no_draw_of_uniform_lcsb_takes_more_than_was_planned(machine):
+    """Whatever layers a step draws, also where graphs are kept in some quarters only."""
+    course = make_course("lcsb", n_layers=12, selection="uniform", select_ratio=0.25)
+    workload = replace(make_workload("e2e", machine, n_layers=12), course=course)
+    for n_kept in (0, 3, 6, 12):
+        knobs = make_knobs(12, activations=("recompute",) * (12 - n_kept) + ("keep",) * n_kept)
+        planned = workload.predict(knobs).device_bytes
+        drawn = [workload.predict(knobs, kind=course.kind(step, 40)).device_bytes for step in range(1, 41)]
+        assert max(drawn) <= planned
