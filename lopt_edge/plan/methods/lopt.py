@@ -65,6 +65,8 @@ def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
     def name(step: int) -> str:
         if open_every and step % open_every == 0:
             return OPEN
+        if open_every and not local_every:
+            return REST
         return LOCAL if local_every <= 1 or step % local_every == turn else REST
 
     return tuple(name(step) for step in range(length))
