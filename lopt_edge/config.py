@@ -85,9 +85,7 @@ class Config(BaseModel):
         False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    lr_local: float | None = Field(
-        None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)"
-    )
+    lr_local: float | None = Field(None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)")
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lopt_edge import finetune, merging, preparation, saving, session
+from lopt_edge import evaluating, finetune, merging, preparation, saving, session
 from lopt_edge.checkpoint import CHECKPOINTS, latest
 from lopt_edge.cli import main
 from lopt_edge.run.executor import Executor
@@ -29,7 +29,7 @@ PHASES: dict[str, tuple[Any, str, str]] = {
     "reading": (preparation, "load_dataset", "interrupted by"),
     "quantising": (session, "four_bit_folder", "nothing was trained yet; go on with: lopt-edge resume"),
     "loading": (session, "load_model", "nothing was trained yet; go on with: lopt-edge resume"),
-    "evaluating": (Executor, "evaluate", "no step was finished yet; begin again with: lopt-edge resume"),
+    "evaluating": (evaluating, "held_out_loss", "no step was finished yet; begin again with: lopt-edge resume"),
     "training": (Executor, "run", "step-000000+2; go on with: lopt-edge resume"),
     "writing a checkpoint": (saving, "write_snapshot", "step-000002; go on with: lopt-edge resume"),
     "saving": (session, "save_adapter", "the newest checkpoint is step-000004; go on with: lopt-edge resume"),

@@ -37,6 +37,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -156,11 +157,12 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         course = course_of(config, source.facts.n_layers)
         knobs = default_knobs(source.facts, device.type)
         knobs = replace(knobs, activations=(options.activations,) * source.facts.n_layers)
+        whole: Any = SimpleNamespace(part=None)  # one process
         unread: Any = None  # there is no tokenizer and no data set: the batches are made below
         inputs = Inputs(
             config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
             course=course, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            knobs=knobs, budget=Budget(), workload=unread, run_plan=unread, reasons=(),
+            knobs=knobs, budget=Budget(), workload=whole, run_plan=unread, reasons=(),
         )  # fmt: skip
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)

@@ -102,7 +102,7 @@ class Watch:
         for home, name, phase in (
             (training, "read_inputs", "read inputs"), (training, "_make_ready", "make ready"),
             (models, "quantise_model", "quantise"), (session, "load_model", "load"), (session, "restore", "restore"),
-            (saving, "prune", "prune"), (session.Session, "_evaluate", "evaluate"),
+            (saving, "prune", "prune"), (session, "evaluate", "evaluate"),
             (session, "save_adapter", "save adapter"), (JsonLines, "write", "log"),
         ):  # fmt: skip
             setattr(home, name, self._marked(phase, getattr(home, name)))

@@ -23,13 +23,11 @@ from torch import Tensor
 
 from lopt_edge.errors import PeerLost
 from lopt_edge.plan.cuts import Movements, cut_before, movements_before
-from lopt_edge.plan.knobs import TOKEN_TILES
 from lopt_edge.plan.ops import ENTERS, Keep, Kind, Op, Plan
 from lopt_edge.plan.segments import Segment
 from lopt_edge.plan.step import groups_of
 from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, Totals, window_totals
-from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.feature_cache import FeatureCache
 from lopt_edge.run.graphs import LayerGraph
 from lopt_edge.run.load import Frame, Model
@@ -420,14 +418,3 @@ class Executor:
         for other in link.gather({"losses": losses, "norms": norms}):
             state.losses.update({int(segment): loss for segment, loss in other["losses"].items()})
             self.optimizer.norms.update({int(segment): norm for segment, norm in other["norms"].items()})
-
-    def evaluate(
-        self,
-        batches: Sequence[Batch],
-        *,
-        token_tile: int = TOKEN_TILES[0],
-        layers: Sequence[int] | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> float:
-        """run/evaluation.py's, of this model."""
-        return held_out_loss(self.model, batches, token_tile=token_tile, layers=layers, between=between, link=self.link)

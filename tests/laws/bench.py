@@ -5,6 +5,7 @@ B is drawn at random (a fresh adapter's B is zero, which would hide every error 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lopt_edge.data import MicroBatch
 from lopt_edge.models import find_model
-from lopt_edge.plan.knobs import Knobs, default_knobs
+from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, default_knobs
 from lopt_edge.plan.ops import Plan
 from lopt_edge.plan.passes import arrange
 from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs
@@ -22,6 +23,7 @@ from lopt_edge.plan.step import step_plan
 from lopt_edge.plan.validate import validate
 from lopt_edge.run.averages import Averages
 from lopt_edge.run.batches import Batch, make_batch
+from lopt_edge.run.evaluation import held_out_loss
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.load import Model, load_model
 from lopt_edge.run.lora import attach_adapters, layer_parameters
@@ -64,6 +66,12 @@ class Bench:
         plan = replace(self.plan, n_micro_batches=len(batches), ops=ops)
         self.result = self.executor.run(plan, batches, step=step, learning_rates={}, align_weight=align_weight)
         return self.take_gradients()
+
+    def evaluate(
+        self, batches: list[Batch], *, token_tile: int = TOKEN_TILES[0], between: Callable[[], None] = lambda: None
+    ) -> float:
+        link = self.executor.link
+        return held_out_loss(self.model, batches, token_tile=token_tile, between=between, link=link)
 
     def take_gradients(self) -> dict[str, Tensor]:
         taken = {}

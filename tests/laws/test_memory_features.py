@@ -172,8 +172,5 @@ def test_one_long_delay_in_each_direction(four_bit, tmp_path, stage):
 
 
 def test_evaluation_and_its_loss_do_not_depend_on_where_weights_lie(four_bit):
-    plain = make_bench(four_bit()).executor.evaluate(BATCHES)
-    assert (
-        make_bench(four_bit(), knobs=Knobs(("disk",) * N_LAYERS, ("recompute",) * N_LAYERS)).executor.evaluate(BATCHES)
-        == plain
-    )
+    plain = make_bench(four_bit()).evaluate(BATCHES)
+    assert make_bench(four_bit(), knobs=Knobs(("disk",) * N_LAYERS, ("recompute",) * N_LAYERS)).evaluate(BATCHES) == plain

@@ -253,7 +253,7 @@ def test_no_more_boundaries_are_under_way_than_allowed():
 
 def test_evaluation_flows_through_and_can_be_stopped(four_bit):
     folder = four_bit("llama", num_hidden_layers=6)
-    wanted = make_bench(folder, num_segments=3).executor.evaluate(BATCHES)
+    wanted = make_bench(folder, num_segments=3).evaluate(BATCHES)
     parts = parts_of(make_segments("lopt", n_layers=6, num_segments=3), 3)
 
     def stop() -> None:
@@ -263,8 +263,8 @@ def test_evaluation_flows_through_and_can_be_stopped(four_bit):
         bench = process_bench(folder, link, num_segments=3)
         if link.rank == 0:
             with pytest.raises(Interrupted):
-                bench.executor.evaluate(BATCHES, between=stop)
-            return bench.executor.evaluate(BATCHES)
+                bench.evaluate(BATCHES, between=stop)
+            return bench.evaluate(BATCHES)
         for _ in range(2):
             assert link.hear(0)["do"] == "evaluate"
             evaluation.follow(bench.model, link, 1024)

@@ -209,7 +209,7 @@ def test_the_first_layer_of_a_segment_computes_no_gradient_for_its_input(four_bi
 def test_evaluation_changes_nothing_and_keeps_no_graph(four_bit):
     bench = make_bench(four_bit(), dropout=0.5)
     before = values(bench)
-    first = bench.executor.evaluate([BATCH, random_batch((5,), seed=4)])
-    assert first == bench.executor.evaluate([BATCH, random_batch((5,), seed=4)]), "no dropout in evaluation"
+    first = bench.evaluate([BATCH, random_batch((5,), seed=4)])
+    assert first == bench.evaluate([BATCH, random_batch((5,), seed=4)]), "no dropout in evaluation"
     assert_untouched(bench, before)
-    assert bench.executor.evaluate([]) == 0.0
+    assert bench.evaluate([]) == 0.0

@@ -97,10 +97,10 @@ def test_tiles_of_tokens_change_nothing_but_rounding(four_bit, tile):
     """The executor's tiles: gradients of a step and the evaluation loss, with tiles smaller than a batch."""
     batch = random_batch((13, 9))
     bench = make_bench(four_bit())
-    whole, loss = bench.gradients([batch]), bench.executor.evaluate([batch])
+    whole, loss = bench.gradients([batch]), bench.evaluate([batch])
     assert loss == pytest.approx(bench.result.loss, rel=1e-6)
     tiled = make_bench(four_bit(), knobs=make_knobs(4, token_tile=tile)).gradients([batch])
-    assert bench.executor.evaluate([batch], token_tile=tile) == pytest.approx(loss, rel=1e-6)
+    assert bench.evaluate([batch], token_tile=tile) == pytest.approx(loss, rel=1e-6)
     for name, gradient in whole.items():
         assert (tiled[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
