@@ -196,7 +196,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         *chosen_settings(asked, config),
         *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
     )
-    warnings = tuple(_warnings(config, source, train, max_seq_len=max_seq_len))
+    warnings = tuple(_warnings(given, source, train, max_seq_len=max_seq_len))  # settled ones were not said
     inputs = Inputs(
         config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
         stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
