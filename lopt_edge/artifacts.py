@@ -1,8 +1,9 @@
-"""The output folder of a run: adapter, tokenizer, metrics.jsonl, run.json, model card.
+"""The output folder of a run: adapter, tokenizer, logs (JSON lines), run.json, model card.
 
-The adapter is peft's form (`adapter_model.safetensors`, `adapter_config.json` written by peft itself), so that plain peft
-loads it. Rules: the output folder must be new or empty, so no run is overwritten; a file is written beside and renamed; an
-adapter that holds a number that is not finite is never saved.
+The adapter is peft's form (`adapter_model.safetensors`, `adapter_config.json` written by peft itself, or in checkpoints by
+us with the same content), so that plain peft loads it. Rules: the output folder must be new, empty, or hold nothing but the
+logs of a run that saved nothing, so no run is overwritten (resuming is another matter); a file is written beside and
+renamed, a log line is written whole or not at all; an adapter that holds a number that is not finite is never saved.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The errors a user meets: what is wrong, where, and what to do about it.
 
 Rule: whatever a person can cause by a wrong file, flag or folder ends in an `InputError` (exit code 2), and a run that
-fails for other reasons ends in a `RunError` (exit code 1). Both are printed as plain sentences; only a defect of ours
-shows a traceback. Several mistakes found together travel together (`InputErrors`). This file prints nothing.
+fails for other reasons ends in a `RunError` (exit code 1); one that a signal stopped in `Interrupted`. All are printed as
+plain sentences; only a defect of ours shows a traceback. Several mistakes found together travel together (`InputErrors`).
+This file prints nothing.
 """
 
 from __future__ import annotations

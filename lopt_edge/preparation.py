@@ -1,7 +1,8 @@
 """What a run needs before its first step: the checks that cost nothing first, then data, model, adapters and plan.
 
-Order: everything that can be refused without loading (config, output folder, model facts, segments, data) comes before
-the first expensive act (quantising), so that a mistake is told in seconds. Nothing is written to the output folder here.
+Order: everything that can be refused without loading (config, output folder, the checkpoint to go on from, model facts, the
+method's course, data, teacher, caches) comes before the first expensive act (quantising), so that a mistake is told in
+seconds. Nothing is written to the output folder here.
 """
 
 from __future__ import annotations

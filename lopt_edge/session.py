@@ -4,7 +4,8 @@ A run is one session, or several if memory refuses a step and a smaller plan tak
 `state` only when a step is whole, so whatever is raised, a checkpoint of the last finished step can be written after it.
 The rules: a checkpoint comes before the evaluation of its step (which the resumed run then repeats); signals are noted
 while the executor works and acted on between micro-batches; a log line is written once per finished step, and whatever
-lies beyond a checkpoint's place in the log is cut off when a run goes on from there.
+lies beyond a checkpoint's place in the log is cut off when a run goes on from there. Which kind of step comes next is
+step_kinds.py's matter, what is measured beside the steps evaluating.py's.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 It replays the plan with sizes instead of tensors, storage by storage, as the executor makes, shares and frees them.
 `held` is what lives when an op begins, by category; `within` what the op takes on top of that at its worst moment; their
 sum is the op's peak. On the CPU the tracked bytes of a run equal it (design law 6; tests/laws/test_timeline.py says how
-closely). Categories: weights, adapters, optimizer, gradients, aux heads, saved inputs, activations, head, workspace; the
-library's own memory is added by whoever knows it.
+closely). Averaged adapters count as adapters. Categories: weights, adapters, optimizer, gradients, aux heads, saved inputs,
+activations, head, workspace; the library's own memory is added by whoever knows it.
 
 What is steady is assumed: moments of the optimizer exist (from the second step on), buffers have grown to their size. No
 seconds here, no choice, no torch.

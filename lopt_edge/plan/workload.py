@@ -5,7 +5,8 @@ the data): both ask the same functions, so that what was predicted is what runs.
 
 A step of many micro-batches is predicted from its largest one (two, where gradients move between them): it holds the
 most, another holds no more but its ids. Each of the others takes the seconds of their mean, since not all of them grow
-with the tokens (streamed weights). A test compares both with the whole step. It chooses nothing (search.py). No torch.
+with the tokens (streamed weights). A test compares both with the whole step. Where a method has several kinds of step,
+bytes are those of the largest, seconds the mean over their shares. It chooses nothing (search.py). No torch.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ plan around it.
 In float16 gradients are computed times a loss scale (a power of two, so it changes no bit of what does not under- or
 overflow). If one overflows, the same step is run again with a quarter of the scale; no step is lost to it.
 
+A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
+movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
+
 State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
 

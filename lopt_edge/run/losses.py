@@ -1,6 +1,6 @@
-"""The losses that end a segment: the task loss over the vocabulary, and LoPT's reconstruction loss.
+"""The losses that end a segment: the task loss over the vocabulary, LoPT's reconstruction loss, and LET's alignment.
 
-Both are written as sums over tokens times a coefficient that is known before the first backward (design law 5), and both
+All are written as sums over tokens times a coefficient that is known before the first backward (design law 5), and
 run in tiles of tokens (as many as the plan says), so that no tensor of (tokens x vocabulary) ever exists.
 
 Task loss: final norm, lm_head and cross-entropy over the supervised tokens only, exact. One pass over the vocabulary in
