@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -59,3 +61,29 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(end.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """(step, micro-batch): SIGTERM to this process while that micro-batch of that step runs, once."""
+    from lopt_edge import session
+    from lopt_edge.plan.ops import Kind
+
+    left: list[tuple[int, int]] = []
+    build = session.build_executor
+
+    def build_with_stop(*arguments: Any, **options: Any) -> Any:
+        executor, shape = build(*arguments, **options)
+        embed = executor.methods[Kind.EMBED]
+
+        def call(state: Any, op: Any) -> None:
+            if left and left[0] == (executor.model.clock.step, op.micro_batch):
+                left.pop()
+                os.kill(os.getpid(), signal.SIGTERM)
+            embed(state, op)
+
+        executor.methods = {**executor.methods, Kind.EMBED: call}
+        return executor, shape
+
+    monkeypatch.setattr(session, "build_executor", build_with_stop)
+    return lambda step, micro_batch: left.append((step, micro_batch))

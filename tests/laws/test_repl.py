@@ -6,8 +6,6 @@ the exported model gives our logits in plain transformers (law 8: no adapter can
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lopt_edge import cli, export, finetune, session
+from lopt_edge import cli, export, finetune
 from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.generation import load_speaker
 from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.ops import Kind, parse_plan
+from lopt_edge.plan.ops import parse_plan
 from lopt_edge.plan.validate import PlanError, validate
 from lopt_edge.run.lora import ADAPTER_NAME
 from lopt_edge.run.losses import task_loss
@@ -230,26 +228,11 @@ def test_the_intact_loss_is_that_of_e2e_before_training(run, model, tmp_path):
     assert told["replacement"]["intact"]["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, stop_in):
     settings = {"method": "repl", "max_steps": 4, "n_rows": 15, "eval_fraction": 0.2, "eval_every": 1, "keep_best": True}
     whole, stopped = (make_config(model, tmp_path, output=name, **settings) for name in ("whole", "stopped"))
     finetune(whole)
-    build, left = session.build_executor, [3]
-
-    def build_with_stop(*arguments: Any, **options: Any) -> Any:
-        executor, shape = build(*arguments, **options)
-        embed = executor.methods[Kind.EMBED]
-
-        def call(state: Any, op: Any) -> None:
-            if left and left[0] == executor.model.clock.step and op.micro_batch == 0:
-                left.pop()
-                os.kill(os.getpid(), signal.SIGTERM)
-            embed(state, op)
-
-        executor.methods = {**executor.methods, Kind.EMBED: call}
-        return executor, shape
-
-    monkeypatch.setattr(session, "build_executor", build_with_stop)
+    stop_in(3, 0)
     with pytest.raises(Interrupted):
         finetune(stopped.model_copy(update={"activations": "page", "optimizer_states": "disk"}))
     finetune(stopped.model_copy(update={"resume": "auto", "activations": "keep"}))

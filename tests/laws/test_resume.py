@@ -7,19 +7,16 @@ memory settings than they began with. Each runs four windows of two micro-batche
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lopt_edge import finetune, session
+from lopt_edge import finetune
 from lopt_edge.checkpoint import CHECKPOINTS
 from lopt_edge.config import Config
 from lopt_edge.errors import Interrupted
-from lopt_edge.plan.ops import Kind, Op
 from lopt_edge.run.lora import ADAPTER_NAME
 from tests.runs import log_of, make_config, make_model, write_rows
 
@@ -32,29 +29,6 @@ Stop = Callable[[int, int], None]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def stop_in(monkeypatch) -> Stop:
-    """(step, micro-batch): SIGTERM while that micro-batch of that step runs, once."""
-    left: list[tuple[int, int]] = []
-    build = session.build_executor
-
-    def build_with_stop(*arguments: Any, **options: Any) -> Any:
-        executor, shape = build(*arguments, **options)
-        embed = executor.methods[Kind.EMBED]
-
-        def call(state: Any, op: Op) -> None:
-            if left and left[0] == (executor.model.clock.step, op.micro_batch):
-                left.pop()
-                os.kill(os.getpid(), signal.SIGTERM)
-            embed(state, op)
-
-        executor.methods = {**executor.methods, Kind.EMBED: call}
-        return executor, shape
-
-    monkeypatch.setattr(session, "build_executor", build_with_stop)
-    return lambda step, micro_batch: left.append((step, micro_batch))
 
 
 def what_is_left(config: Config) -> tuple[bytes, list[dict[str, Any]]]:
