@@ -61,6 +61,9 @@ VARIANTS = (
     Variant("segprop", "--method segprop", 5),
     Variant("let", "--method let --align-until 1", 3),
     Variant("let-local", "--method let-local --align-until 1", 3),
+    Variant("mlaan", "--method mlaan", 3),
+    Variant("repl", "--method repl", 3),
+    Variant("top-layers, 6 of 24", "--method top-layers --train-layers 6", 3),
     Variant("e2e, 20%", "--method e2e", 3, base="e2e, 20%"),
     Variant("frozen, boundary cache, 20%", f"--method frozen --boundary-cache {CACHE}", 3, "read", 1.9, "e2e, 20%"),
 )  # fmt: skip
