@@ -92,7 +92,13 @@ def _probe(config: Config, run: Callable[[Config], Any]) -> Probe:
     """A short run in a folder of its own, which is removed."""
     assert config.boundary_layers is not None
     parent = next(path for path in Path(config.output).resolve().parents if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".boundary-probe-", dir=parent) as root:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".boundary-probe-", dir=parent)
+    except OSError as error:
+        raise InputError(f"auto makes its short runs in a folder beside the output, and {parent} takes none: "
+                         f"{error.strerror}", where="boundary", fix="choose another output, or name "
+                         "--boundary-layers") from None  # fmt: skip
+    with folder as root:
         output = Path(root) / "run"
         try:
             run(config.model_copy(update={"output": str(output)}))

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.artifacts import check_free_space
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, RunError
 from lopt_edge.output_lock import output_lock
 from lopt_edge.plan.step import StepKind
 from lopt_edge.run.executor import Executor
-from lopt_edge.run.feature_cache import IDENTITY_NAME, FeatureCache, claim
+from lopt_edge.run.feature_cache import FeatureCache, claim
 from lopt_edge.run.lora import ADAPTER_NAME
 
 if TYPE_CHECKING:
@@ -54,11 +54,15 @@ class BoundaryCaches:
 
     def check(self) -> None:
         """Before anything is written. Raises InputError(s)."""
-        if self.root.exists() and not self.root.is_dir():
-            raise InputError("is no folder", where=f"boundary_cache {self.root}", fix="name a new folder")
-        if (self.root / IDENTITY_NAME).exists() or (self.root.is_dir() and any(self.root.iterdir())):
-            self._claim()
-            return
+        where = f"boundary_cache {self.root}"
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise InputError("is no folder", where=where, fix="name a new folder")
+            if self.root.is_dir() and any(self.root.iterdir()):
+                self._claim()
+                return
+        except OSError as error:
+            raise InputError(f"cannot be used: {error.strerror}", where=where, fix="name another folder") from None
         need = 2 * self.inputs.source.facts.hidden_size * self.inputs.train.n_tokens
         check_free_space(self.root, need_bytes=need, what="the boundary cache")
 
@@ -90,7 +94,10 @@ class BoundaryCaches:
         for other in self.root.glob(f"{STAGE}*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot be made: {error.strerror}", where=str(folder), fix="check the disk") from None
         return folder
 
     def _cache(self, folder: Path, boundary: int) -> FeatureCache:
@@ -117,7 +124,7 @@ def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
         yield None
         return
     found = BoundaryCaches(inputs)
-    with output_lock(found.root):
+    with output_lock(found.root, setting="boundary_cache"):
         try:
             yield found
         finally:

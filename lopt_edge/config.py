@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, OPTIONS, PIPELINED
+from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, LOPTS, OPTIONS, PIPELINED
 from lopt_edge.yaml_file import read_yaml
 
 LOCAL_PART = 100  # one part in so many of lr is what lopt's early segments get where nothing is said
@@ -33,10 +33,10 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["lopt", "e2e", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "mlaan", "repl"] = Field(
-        "lopt", description="how far the task gradient reaches"
+    method: Literal["e2e", "lopt", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "mlaan", "repl"] = Field(
+        "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"
     )
-    num_segments: int = Field(2, ge=1, description="number of segments of equal depth (mlaan: 4 by default)")
+    num_segments: int = Field(2, ge=1, description="lopt, frozen: number of segments of equal depth (mlaan: 4 by default)")
     boundary_layers: tuple[int, ...] | None = Field(
         None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
     )
@@ -144,6 +144,8 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "method" not in values and any(values.get(name) for name in LOPTS):
+            values = {**values, "method": "lopt"}
         if not isinstance(values, dict) or not isinstance(values.get("method"), str) or values.get("boundary_layers"):
             return values
         return {**DEFAULTS.get(values["method"], {}), **values}
@@ -212,13 +214,19 @@ def load_config(
     return config
 
 
+def check_methods(config: Config) -> None:
+    """For a Config that was made in Python. Raises InputError(s)."""
+    raise_collected([InputError(what, where=name, fix=fix) for name, what, fix in method_errors(config)])
+
+
 def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     """(setting, what is wrong, what to do) for method options that belong to another method or contradict each other."""
     given = config.model_fields_set
     for name, methods in OPTIONS.items():
         default = Config.model_fields[name].default
         if name in given and config.method not in methods and getattr(config, name) != default:
-            yield name, f"belongs to method {' and '.join(methods)}, this is {config.method}", f"leave {name} out"
+            yield (name, f"belongs to method {' and '.join(methods)}, this is {config.method}",
+                   f"add --method {methods[0]}, or leave {name} out")  # fmt: skip
     trains_early = config.method == "lopt" and (config.local_every or config.open_every)
     if config.boundary_cache and (config.method not in CACHED or trains_early):
         yield ("boundary_cache", "needs early segments that never train",
@@ -267,7 +275,7 @@ def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     """What cannot be where a run's segments lie in several processes."""
     if config.method not in PIPELINED:
         yield ("pipeline", f"belongs to method {' and '.join(PIPELINED)}: in {config.method} a gradient would cross from "
-               "process to process", "leave pipeline out")  # fmt: skip
+               "process to process", "add --method lopt, or leave pipeline out")  # fmt: skip
         return
     n_segments = len(config.boundary_layers) + 1 if config.boundary_layers else config.num_segments
     if config.pipeline > n_segments:
@@ -318,7 +326,8 @@ def no_effect_warnings(config: Config) -> list[str]:
     """One sentence for each setting that was given but changes nothing in this combination."""
     given = config.model_fields_set
     found = []
-    uncut = "" if config.method in CUT_METHODS else f"{config.method} is one segment"
+    cut = ", ".join(CUT_METHODS)
+    uncut = "" if config.method in CUT_METHODS else f"{config.method} is one segment (methods that cut: {cut})"
     uncut = "top-layers cuts at train_layers" if config.method == "top-layers" else uncut
     if "num_segments" in given and (config.boundary_layers or uncut):
         found.append(f"num_segments has no effect: {uncut or 'boundary_layers replaces it'}")

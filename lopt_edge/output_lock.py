@@ -21,12 +21,14 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def output_lock(folder: Path, *, warn: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def output_lock(
+    folder: Path, *, warn: Callable[[str], None] = lambda text: None, setting: str = "output"
+) -> Iterator[None]:
     """Hold the folder, which is made if it is not there. Raises InputError if another process holds it."""
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(path, warn)
+        descriptor = _take(path, warn, setting)
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(path), fix="check the folder's permissions and "
                        "the disk's free space") from None  # fmt: skip
@@ -38,7 +40,7 @@ def output_lock(folder: Path, *, warn: Callable[[str], None] = lambda text: None
         os.close(descriptor)
 
 
-def _take(path: Path, warn: Callable[[str], None]) -> int:
+def _take(path: Path, warn: Callable[[str], None], setting: str) -> int:
     import fcntl
 
     while True:
@@ -53,8 +55,11 @@ def _take(path: Path, warn: Callable[[str], None]) -> int:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise InputError(f"another run is writing there ({holder or 'process unknown'})", where=f"output {path.parent}",
-                             fix="wait for it, or choose another output folder") from None  # fmt: skip
+            raise InputError(
+                f"another run is writing there ({holder or 'process unknown'})",
+                where=f"{setting} {path.parent}",
+                fix="wait for it, or choose another folder",
+            ) from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 os.ftruncate(descriptor, 0)

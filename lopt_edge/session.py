@@ -10,6 +10,7 @@ step_kinds.py's matter, what is measured beside the steps evaluating.py's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -71,9 +72,12 @@ class Surroundings:
 
 
 class Session:
-    """`go` runs it. `start`: the checkpoint to go on from."""
+    """`go` runs it. `start`: the checkpoint to go on from. `most_loss_scale`: a larger one overflowed before."""
 
-    def __init__(self, inputs: Inputs, start: Start | None, around: Surroundings) -> None:
+    def __init__(
+        self, inputs: Inputs, start: Start | None, around: Surroundings, *, most_loss_scale: float = math.inf
+    ) -> None:
+        self.most_loss_scale = most_loss_scale
         self.inputs, self.config, self.start = inputs, inputs.config, start
         self.progress, self.clock, self.interrupts = around.progress, around.clock, around.interrupts
         self.events, self.output = around.events, Path(inputs.config.output)
@@ -140,6 +144,7 @@ class Session:
             self.link = self.executor.link
         if start is not None:
             self._go_on_from(start)
+        self.executor.loss_scale = min(self.executor.loss_scale, self.most_loss_scale)
         self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
                            seconds=self.clock.seconds)  # fmt: skip
         self.first_steps = FirstSteps(self.executor, evaluated=self.state.evaluated < 0)

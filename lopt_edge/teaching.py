@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.artifacts import check_free_space
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, RunError
 from lopt_edge.generation import load_tokenizer
 from lopt_edge.models import ModelFolder, find_model, four_bit_folder
 from lopt_edge.plan.knobs import Knobs, placement_of
@@ -76,7 +76,10 @@ def teacher_features(inputs: Inputs) -> Iterator[FeatureCache | None]:
         yield None
         return
     folder = Path(inputs.config.output) / FEATURES
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot be made: {error.strerror}", where=str(folder), fix="check the disk") from None
     identity = {"model": inputs.model, "data": inputs.train.fingerprint, "teacher": inputs.teacher_model or "base",
                 "compute_dtype": str(inputs.dtype).removeprefix("torch.")}  # fmt: skip
     cache = FeatureCache(folder, identity=identity, lengths=inputs.train.lengths, width=inputs.source.facts.hidden_size)

@@ -9,6 +9,7 @@ interrupted with the last micro-batch saved (Interrupted).
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from lopt_edge.artifacts import BOUNDARY_NAME, EVENTS_NAME, SETTINGS_NAME, JsonLines, check_output, write_json, write_text
 from lopt_edge.boundary_probe import Probe, as_json, choose_boundary
 from lopt_edge.checkpoint import CHECKPOINTS, clean, latest, names, set_aside
-from lopt_edge.config import Config, load_config
+from lopt_edge.config import Config, check_methods, load_config
 from lopt_edge.errors import InputError, Interrupted, OutOfMemory, RunError
 from lopt_edge.final_report import RunResult, report
 from lopt_edge.launching import is_follower
@@ -28,6 +29,7 @@ from lopt_edge.progress import Progress
 from lopt_edge.recovery import MOST_PLANS, smaller_plan
 from lopt_edge.resuming import Start, settings_text
 from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.run.executor import SCALE_CUT
 from lopt_edge.run.meter import PhaseClock
 from lopt_edge.run.op_faults import memory_faults
 from lopt_edge.run.optim import NotFinite
@@ -44,6 +46,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     Raises InputError for anything wrong with the input (nothing is written then), RunError for a run that failed, and
     Interrupted (a KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
     """
+    check_methods(config)
     if config.pipeline > 1 and is_follower(config):
         return None
     progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
@@ -156,13 +159,14 @@ class _Failed:
 
     error: RunError
     steps: int  # that were finished
+    loss_scale: float | None = None  # of the next session, where gradients overflowed
 
 
 def _sessions(inputs: Inputs, start: Start | None, around: Surroundings) -> RunResult:
     """One session after another, until one comes to its end."""
-    first, n_plans, skip = start, 0, set[int]()
+    first, n_plans, skip, loss_scale = start, 0, set[int](), math.inf
     while True:
-        found = _session(inputs, start, around, skip=skip)
+        found = _session(inputs, start, around, skip=skip, most_loss_scale=loss_scale)
         if isinstance(found, RunResult):
             return found
         gc.collect()  # the session's tensors hang on the error's frames no longer
@@ -179,17 +183,24 @@ def _sessions(inputs: Inputs, start: Start | None, around: Surroundings) -> RunR
             around.progress.warn(f"after step {found.steps} memory ran out ({_first_line(found.error)}); {what}")
             around.events.write({"event": "out of memory", "after_step": found.steps, "next": what,
                                  "reason": _first_line(found.error)})  # fmt: skip
+        elif found.loss_scale is not None:
+            loss_scale = found.loss_scale
+            what = f"gradients overflowed after an early update; the run goes back, loss scale {loss_scale:g}"
+            around.progress.warn(f"step {found.steps + 1}: {what}")
+            around.events.write({"event": "overflow", "step": found.steps + 1, "next": what})
         else:
             skip.add(found.steps + 1)
         start = _last_checkpoint(inputs, first)
 
 
-def _session(inputs: Inputs, start: Start | None, around: Surroundings, *, skip: set[int]) -> RunResult | _Failed:
+def _session(
+    inputs: Inputs, start: Start | None, around: Surroundings, *, skip: set[int], most_loss_scale: float
+) -> RunResult | _Failed:
     """Its result; or what failed, where another session may go on. Raises what it cannot. `skip`: steps known as bad."""
     session = None
     try:
         with memory_faults("a session"):
-            session = Session(inputs, start, around)
+            session = Session(inputs, start, around, most_loss_scale=most_loss_scale)
             session.state.skip = sorted({*session.state.skip, *skip})
             session.go()
     except OutOfMemory as error:
@@ -197,9 +208,14 @@ def _session(inputs: Inputs, start: Start | None, around: Surroundings, *, skip:
             raise
         return _Failed(_bare(error), 0 if session is None else session.state.steps)
     except NotFinite as error:
-        if error.values_intact or inputs.config.on_nan == "stop":
+        if error.values_intact:
             raise
         assert session is not None
+        scale = session.executor.loss_scale
+        if scale > 1.0 and not error.of_loss:  # float16; the executor lowers it where nothing was updated yet
+            return _Failed(_bare(error), session.state.steps, max(1.0, scale / SCALE_CUT))
+        if inputs.config.on_nan == "stop":
+            raise
         return _Failed(_bare(error), session.state.steps)
     return report(session)
 

@@ -46,11 +46,11 @@ def write_rows(path: Path, n_rows: int, *, first: int = 0) -> Path:
 
 
 def make_config(folder: Path, root: Path, *, output: str = "out", n_rows: int = 10, **changes: Any) -> Config:
-    """A run of a few quick steps: two micro-batches of two, rank 4. The quantised copy lies beside the model."""
+    """A run of a few quick steps: lopt, two micro-batches of two, rank 4. The quantised copy lies beside the model."""
     values = {
         "model": str(folder), "data": str(write_rows(root / "train.jsonl", n_rows)), "output": str(root / output),
         "cache_dir": str(folder.parent / "cache"), "batch_size": 2, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8,
-        "lr": 1e-2, "device": "cpu", "compute_dtype": "float32", "max_seq_len": 128,
+        "lr": 1e-2, "device": "cpu", "compute_dtype": "float32", "max_seq_len": 128, "method": "lopt",
     }  # fmt: skip
     return load_config(None, {**values, **changes})
 

@@ -9,6 +9,7 @@ import pytest
 from lopt_edge import finetune
 from lopt_edge.checkpoint import name_of
 from lopt_edge.errors import InputError
+from lopt_edge.output_lock import output_lock
 from lopt_edge.run.feature_cache import ROWS_NAME
 from lopt_edge.run.lora import ADAPTER_NAME
 from tests.runs import log_of, make_config, make_model, metrics_of
@@ -79,6 +80,13 @@ def test_a_cache_of_another_run_is_refused(model, tmp_path, change):
     with pytest.raises(InputError, match=rf"cache of another run: .*{change}"):
         finetune(config)
     assert not Path(config.output).exists()
+
+
+def test_a_cache_that_another_run_holds_is_refused_by_its_name(model, tmp_path):
+    cache = tmp_path / "cache"
+    config = make_config(model, tmp_path, method="frozen", boundary_cache=str(cache), **STEPS)
+    with output_lock(cache), pytest.raises(InputError, match=f"boundary_cache {cache}: another run"):
+        finetune(config)
 
 
 @pytest.mark.parametrize("settings", [{"method": "lopt"}, {"method": "e2e"}, {"method": "lcsb"},

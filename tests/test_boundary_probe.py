@@ -60,3 +60,16 @@ def test_the_best_candidate_is_taken_and_said(model, tmp_path):
 def test_what_contradicts_it_is_refused(model, tmp_path, settings, match):
     with pytest.raises(InputError, match=match):
         make_config(model, tmp_path, boundary="auto", **settings)
+
+
+def test_where_no_folder_can_be_made_it_says_so(model, tmp_path):
+    """/proc takes no folder, whoever asks."""
+    with pytest.raises(InputError, match="beside the output"):
+        finetune(make_config(model, tmp_path, boundary="auto", max_steps=3).model_copy(update={"output": "/proc/no/out"}))
+
+
+def test_a_config_made_in_python_is_checked_too(model, tmp_path):
+    config = make_config(model, tmp_path, boundary="auto", max_steps=3).model_copy(update={"method": "e2e"})
+    with pytest.raises(InputError, match="boundary: belongs to method lopt"):
+        finetune(config)
+    assert not Path(config.output).exists()

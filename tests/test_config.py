@@ -41,7 +41,7 @@ def test_three_mistakes_are_told_together_with_their_lines(load):
     for part in ("3 problems", "run.yaml:5: learning_rate", "run.yaml:6: max_seq_len", "run.yaml:7: method", "'lora'"):
         assert part in message, part
     assert "greater than or equal to 2" in message
-    assert "'lopt', 'e2e', 'frozen'" in message
+    assert "'e2e', 'lopt', 'frozen'" in message
 
 
 def test_mistakes_of_file_and_flags_are_told_together(load):
@@ -147,11 +147,11 @@ def test_values_out_of_range_name_their_flag(changes, says):
 
 def test_defaults_are_the_documented_ones():
     config = made()
-    assert (config.method, config.num_segments, config.boundary_layers) == ("lopt", 2, None)
+    assert (config.method, config.num_segments, config.boundary_layers) == ("e2e", 2, None)
     assert (config.epochs, config.max_steps, config.batch_size, config.grad_accum) == (1, None, 1, 8)
     assert (config.lr, config.local_lr, config.weight_decay, config.clip, config.clip_scope) == (
         2e-4,
-        2e-6,
+        2e-4,
         0,
         1,
         "segment",
@@ -159,7 +159,11 @@ def test_defaults_are_the_documented_ones():
     assert (config.local_weight, config.schedule, config.warmup_ratio, config.max_seq_len) == (10, "cosine", 0.03, 2048)
     assert config.clip_scope == "segment"
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 32, 0)
-    assert made(lr_local=0.1).local_lr == 0.1
+    assert made(method="lopt").local_lr == 2e-6
+    asks_for_a_boundary = ({"num_segments": 3}, {"boundary_layers": 4}, {"lr_local": 0.1}, {"open_every": 4})
+    assert {made(**asked).method for asked in asks_for_a_boundary} == {"lopt"}
+    assert made(method="frozen", num_segments=3).method == "frozen"
+    assert made(method="lopt", lr_local=0.1).local_lr == 0.1
     assert made(method="mlaan").local_lr == made().lr
     with pytest.raises(ValueError, match="frozen"):
         config.lr = 1.0
@@ -255,14 +259,15 @@ def test_any_values_give_a_config_or_input_errors(values):
             },
             [],
         ),
-        ({"num_segments": 3, "boundary_layers": "2"}, ["num_segments"]),
+        ({"method": "lopt", "num_segments": 3, "boundary_layers": "2"}, ["num_segments"]),
         ({"method": "e2e", "num_segments": 3}, ["num_segments"]),
+        ({"num_segments": 3, "boundary_layers": "2"}, ["num_segments"]),
         ({"method": "e2e", "boundary_layers": "2"}, ["boundary_layers"]),
         ({"method": "e2e", "lr_local": 0.1, "local_weight": 3}, ["lr_local", "local_weight"]),
         ({"method": "frozen", "lr_local": 0.1}, ["lr_local"]),
-        ({"local_weight": 3}, ["local_weight"]),
-        ({"local_weight": 3, "clip_scope": "global"}, []),
-        ({"local_weight": 3, "clip": 0}, []),
+        ({"method": "lopt", "local_weight": 3}, ["local_weight"]),
+        ({"method": "lopt", "local_weight": 3, "clip_scope": "global"}, []),
+        ({"method": "lopt", "local_weight": 3, "clip": 0}, []),
         ({"clip": 0, "clip_scope": "global"}, ["clip_scope"]),
         ({"max_steps": 5, "epochs": 2}, ["epochs"]),
         ({"max_steps": 5}, []),
@@ -277,7 +282,7 @@ def test_settings_without_effect_are_said(changes, names):
 
 
 def test_lambda_under_segment_clipping_names_the_right_knob():
-    assert "lr_local is the knob" in no_effect_warnings(made(local_weight=3))[0]
+    assert "lr_local is the knob" in no_effect_warnings(made(method="lopt", local_weight=3))[0]
 
 
 def test_paths_may_be_given_as_paths(tmp_path: Path):

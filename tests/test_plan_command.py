@@ -82,7 +82,7 @@ def test_json_is_the_answer_and_nothing_else(run):
 
 def test_the_plan_is_explained_op_by_op(run):
     code, out, _ = run(*SMALL, "--explain", "--grad-accum", 2)
-    begin = out.index("plan 4 method=lopt")
+    begin = out.index("plan 4 method=e2e")
     plan = parse_plan(out[begin:])
     assert code == 0 and plan.n_micro_batches == 2
     _, text, _ = run(*SMALL, "--json", "--grad-accum", 2)

@@ -137,7 +137,7 @@ def refusal(model: str = "llama-3.1-8b", **settings: Any) -> str:
         ({"device": "cpu", "weights": "host"}, ("host is refused", "use disk")),
         ({"gpu": "rtx4090", "max_seq_len": 200000}, ("beyond the model's 131072 positions",)),
         ({"gpu": "rtx4090", "max_seq_len": 0}, ("max-seq-len",)),
-        ({"gpu": "rtx4090", "num_segments": 33}, ("32 layers",)),
+        ({"gpu": "rtx4090", "method": "lopt", "num_segments": 33}, ("32 layers",)),
         ({"gpu": "rtx4090", "lora_targets": "qq_proj"}, ("qq_proj", "q_proj")),
         ({"gpu": "rtx4090", "colour": "red"}, ("colour", "unknown setting")),
     ],
@@ -150,7 +150,8 @@ def test_what_cannot_be_planned_is_refused_with_advice(settings, words):
 def test_mistakes_are_told_together():
     text = refusal("llama-3.1-8c", gpu="rtx 4091")
     assert "2 problems" in text and "rtx 4091" in text and "llama-3.1-8c" in text
-    text = refusal(device="cpu", weights="host", num_segments=99, lora_targets="x", device_memory="24", disk_memory="0GB")
+    text = refusal(device="cpu", weights="host", method="lopt", num_segments=99, lora_targets="x", device_memory="24",
+                   disk_memory="0GB")  # fmt: skip
     assert "5 problems" in text
     assert all(
         word in text for word in ("host is refused", "32 layers", "x is not in this model", "no unit", "more than zero")

@@ -199,7 +199,8 @@ def test_memory_that_the_kernel_refuses(tmp_path, mib, code):
     (tmp_path / "train.jsonl").write_text("".join(rows[:24]))
     words = ["finetune", "--model", str(ROOT / "examples" / "tiny-llama"), "--data", str(tmp_path / "train.jsonl"),
              "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), "--max-steps", "2", "--batch-size",
-             "8", "--grad-accum", "1", "--max-seq-len", "256", "--device", "cpu", "--compute-dtype", "float32"]  # fmt: skip
+             "8", "--grad-accum", "1", "--max-seq-len", "256", "--device", "cpu", "--compute-dtype", "float32",
+             "--method", "lopt"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=180, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
     assert "Traceback" not in done.stderr
@@ -284,6 +285,31 @@ def test_after_early_updates_the_step_is_skipped_from_the_last_checkpoint(model,
     lines = log(config)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert "skipped" in lines[2]
+
+
+@pytest.mark.parametrize("settings", [{"boundary_update": "fresh"}, {"apply": "segment", "optimizer_states": "disk"}])
+@pytest.mark.parametrize("on_nan", ["skip", "stop"])
+def test_an_overflow_after_an_early_update_costs_no_step(model, tmp_path, monkeypatch, settings, on_nan):
+    """As in float16: the task's gradients overflow at first, those of the local loss, with next to no weight, do not.
+    A loss scale is a power of two, so the run that goes back and lowers it is the run without one, bit for bit.
+    """
+    settings = {**settings, "local_weight": 1e-12, "max_steps": 3, "on_nan": on_nan}
+    plain = make_config(model, tmp_path, output="plain", **settings)
+    finetune(plain)
+    build = session.build_executor
+
+    def scaled(*arguments: Any, **options: Any) -> Any:
+        executor, shape = build(*arguments, **options)
+        executor.loss_scale = 2.0**130
+        return executor, shape
+
+    monkeypatch.setattr(session, "build_executor", scaled)
+    config, listener = make_config(model, tmp_path, **settings), Listener()
+    finetune(config, listener)
+    assert adapter(config) == adapter(plain)
+    assert all("loss" in line for line in log(config))
+    assert {event["event"] for event in events(config)} == {"overflow"}
+    assert any("gradients overflowed" in text for text in listener.warnings)
 
 
 def test_a_loss_far_above_its_running_level_is_told():

@@ -138,9 +138,9 @@ def nearest_that_fit(search: Search, budget: Budget) -> Iterator[str]:
         if _fits(replace(workload, batches=(single,) * (n_each * n_batches)), knobs, budget):
             yield f"--batch-size 1 --grad-accum {n_each * n_batches}"
     if workload.method == "e2e" and workload.shape.facts.n_layers > 1:
-        halves = cut_depth("reconstruct", n_layers=workload.shape.facts.n_layers, num_segments=2)
-        if _fits(replace(workload, course=Course("lopt", (StepKind("", halves),))), knobs, budget):
-            yield "--method lopt"
+        halves = cut_depth("none", n_layers=workload.shape.facts.n_layers, num_segments=2)
+        if _fits(replace(workload, course=Course("frozen", (StepKind("", halves),))), knobs, budget):
+            yield "--method frozen"
     small = replace(workload, shape=replace(workload.shape, rank=min(SMALL_RANK, workload.shape.rank)))
     if small != workload and _fits(small, knobs, budget):
         yield f"--lora-r {SMALL_RANK}"

@@ -47,7 +47,7 @@ from functools import cached_property
 from typing import Any
 
 from lopt_edge.plan.knobs import TOKEN_TILES
-from lopt_edge.plan.segments import LOSSES, Segment, parse_runs, runs_text
+from lopt_edge.plan.segments import LOSSES, MOST_LAYERS, Segment, parse_runs, runs_text
 
 
 class Kind(StrEnum):
@@ -260,6 +260,8 @@ def parse_plan(text: str) -> Plan:
         else:
             raise PlanTextError(f"line {number}: not an op: {line[:80]!r}")
     n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:6])
+    if n_layers > MOST_LAYERS:
+        raise PlanTextError(f"line 1: more than {MOST_LAYERS:,} layers")
     own = _parsed_own(head[7], len(segments))
     return Plan(
         head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own

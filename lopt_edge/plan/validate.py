@@ -113,6 +113,8 @@ def _check_cover(plan: Plan) -> None:
         named = [*segment.through, *segment.absent]
         if len(set(named)) < len(named) or not all(segment.first <= layer <= segment.last for layer in named):
             raise PlanError(f"segment {segment.index} names layers twice, or others than its own")
+        if not {segment.first, segment.last}.isdisjoint(segment.absent):
+            raise PlanError(f"segment {segment.index} leaves out its first or its last layer")
         known = set(range(plan.n_layers)) - {layer for s in plan.segments for layer in (*s.absent, *s.replaced)}
         for layer in segment.replaced:
             if not segment.first <= layer <= segment.last or not known >= set(segment.reads(layer)):

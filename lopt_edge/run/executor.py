@@ -6,7 +6,8 @@ first layer of a segment, whose input needs no gradient, computes none. An excep
 plan around it.
 
 In float16 gradients are computed times a loss scale (a power of two, so it changes no bit of what does not under- or
-overflow). If one overflows, the same step is run again with a quarter of the scale; no step is lost to it.
+overflow). If one overflows, the same step is run again with a quarter of the scale; no step is lost to it. After an early
+update in the step it cannot be run again: the caller goes back to a checkpoint (training.py).
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
 movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
@@ -44,7 +45,7 @@ from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, aligned, fi
 if TYPE_CHECKING:
     from lopt_edge.run.pipeline import FarGroups, Link
 
-FLOAT16_SCALE = 2.0**16
+FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lowers it
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Executor:
             except NotFinite as error:
                 if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
                     raise
-                self.loss_scale, start = max(1.0, self.loss_scale / 4), None
+                self.loss_scale, start = max(1.0, self.loss_scale / SCALE_CUT), None
 
     def _run_once(
         self,

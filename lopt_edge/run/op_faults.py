@@ -25,6 +25,9 @@ def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: 
     """`intact`: whether the step's updates, if there were any, have been undone."""
     text = plan.ops[position].text()
     memory = is_out_of_memory(error)
+    untouched = not any(op.kind.name == "STEP" for op in plan.ops[:position])
+    if isinstance(error, NotFinite):  # after early updates: values may be back, moments are not
+        intact = intact and untouched
     reason = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
     reason += "" if intact else "\nSome groups were updated in this step already: the adapter is between two steps."
     kind = NotFinite if isinstance(error, NotFinite) else OutOfMemory if memory else RunError
@@ -33,7 +36,7 @@ def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: 
     fault.values_intact = intact
     if isinstance(error, NotFinite) and isinstance(fault, NotFinite):
         fault.of_loss, fault.op = error.of_loss, error.op or text
-        fault.untouched = not any(op.kind.name == "STEP" for op in plan.ops[:position])
+        fault.untouched = untouched
     return fault
 
 

@@ -95,7 +95,7 @@ def applied(search: Search, budget: Budget, flags: str) -> tuple[Search, Budget]
             assert (text, values["--grad-accum"]) == ("1", str(n_all)), "as many sequences a step as before"
             workload = replace(workload, batches=(MicroBatchSize(1, first.n_tokens, first.n_tokens - 1),) * n_all)
         elif flag == "--method":
-            workload = replace(workload, course=make_course("lopt", n_layers=workload.shape.facts.n_layers, num_segments=2))
+            workload = replace(workload, course=make_course(text, n_layers=workload.shape.facts.n_layers, num_segments=2))
         elif flag == "--lora-r":
             workload = replace(workload, shape=replace(workload.shape, rank=int(text)))
         elif flag == "--optimizer":

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopt_edge.plan.ops import Keep, Kind, Op, Plan, PlanTextError, parse_plan
-from lopt_edge.plan.segments import LOSSES, Segment
+from lopt_edge.plan.segments import LOSSES, MOST_LAYERS, Segment
 from lopt_edge.plan.step import step_plan
 from tests.plan.plans import make_segments
 
@@ -35,7 +35,7 @@ OPS = st.builds(
 PLANS = st.builds(
     Plan,
     method=st.text("abz09_-", min_size=1, max_size=8),
-    n_layers=NUMBER,
+    n_layers=st.integers(0, MOST_LAYERS),
     n_micro_batches=NUMBER,
     segments=st.lists(SEGMENTS, max_size=4).map(tuple),
     placement=st.lists(st.tuples(WORD | NUMBER.map(lambda i: f"layer {i}"), WORD), max_size=4).map(tuple),
@@ -133,6 +133,7 @@ def test_an_error_shows_the_ops_around_it():
         (1, "plan 2 method=lopt layers=4 micro_batches=1 ring=0"),
         (1, "plan 3 method=lopt layers=4 micro_batches=1 ring=0 tile=1024"),
         (1, "plan 4 method=lopt layers=4 micro_batches=1 ring=0"),
+        (1, "plan 4 method=lopt layers=10001 micro_batches=1 ring=0 tile=1024"),
         (1, ""),
         (2, "segment 0 layers=0-1 loss=guess"),
         (7, "unit layer"),

@@ -286,6 +286,12 @@ def test_segments_must_cover_the_layers(segments):
         validate(replace(PLAN, segments=segments))
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_segment_runs_its_first_and_its_last_layer(layer):
+    with pytest.raises(PlanError, match="leaves out"):
+        validate(replace(PLAN, segments=(Segment(0, 0, 3, "task", absent=(layer,)),)))
+
+
 def test_the_message_shows_the_ops_around_the_fault():
     with pytest.raises(PlanError) as caught:
         validate(replace(PLAN, ops=tuple(without("LOSS 0 mb=0"))))
