@@ -1,9 +1,8 @@
 """The command line: a thin layer over the Python API. It parses, calls, prints; it decides nothing.
 
-The options of `finetune` are made from the fields of `Config`, so each knob is declared once. Every option is taken as
-text and judged by the config model, so that several mistakes are shown together. Exit codes: 0 done, 1 a failed run,
-2 bad input, 3 does not fit, 130 and 143 interrupted (SIGINT, SIGTERM). Errors and notes go to stderr, results to
-stdout. Heavy modules are imported by the command that needs them.
+The options of `finetune`, `plan` and `resume` come from cli_options.py. Exit codes: 0 done, 1 a failed run, 2 bad input,
+3 does not fit, 130 and 143 interrupted (SIGINT, SIGTERM). Errors and notes go to stderr, results to stdout. Heavy modules
+are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lopt_edge.cli_options import config_parameters, own_option, signature
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, Interrupted, LoptError
 from lopt_edge.replacement_report import sentences
@@ -52,35 +52,6 @@ TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest rep
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely tokens of this mass")]
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]
-
-
-def _config_parameters() -> list[inspect.Parameter]:
-    """One option per field of Config; None means not given."""
-    parameters = []
-    for name, field in Config.model_fields.items():
-        flag, default = f"--{name.replace('_', '-')}", field.default
-        shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
-        text = (field.description or "") + shown
-        if field.annotation is bool:
-            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
-        else:
-            metavar = _metavar(field.annotation)
-            option = Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
-    return parameters
-
-
-def _shown(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-def _metavar(annotation: Any) -> str:
-    """What an option's value looks like: its choices, or its type."""
-    choices = [arg for arg in (annotation, *get_args(annotation)) if get_args(arg) and isinstance(get_args(arg)[0], str)]
-    if choices:
-        return "|".join(get_args(choices[0]))
-    text = str(annotation)
-    return "LIST" if "tuple" in text else "FLOAT" if "float" in text else "INTEGER" if "int" in text else "TEXT"
 
 
 def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
@@ -139,43 +110,25 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _signature(*own: inspect.Parameter) -> inspect.Signature:
-    """[CONFIG.yaml], one option per setting, and a command's own options."""
-    file = Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [inspect.Parameter("config_file", kind, default=None, annotation=file), *_config_parameters(), *own]
-    )
-
-
-def _option(name: str, flag: str, text: str, *, metavar: str | None = None) -> inspect.Parameter:
-    """A switch, or with `metavar` a text option."""
-    kind: Any = bool if metavar is None else str | None
-    annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None if metavar else False, annotation=annotation
-    )
-
-
-finetune_command.__signature__ = _signature(  # type: ignore[attr-defined]
-    _option("print_config", "--print-config", "print the resolved settings and stop")
+finetune_command.__signature__ = signature(  # type: ignore[attr-defined]
+    own_option("print_config", "--print-config", "print the resolved settings and stop")
 )
 app.command("finetune")(finetune_command)
-plan_command.__signature__ = _signature(  # type: ignore[attr-defined]
-    _option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
-    _option("as_json", "--json", "print the answer as JSON"),
-    _option(
+plan_command.__signature__ = signature(  # type: ignore[attr-defined]
+    own_option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
+    own_option("as_json", "--json", "print the answer as JSON"),
+    own_option(
         "sweep", "--sweep", "plan for many values: max-seq-len=1k..256k or device-memory=4GB..24GB", metavar="NAME=VALUES"
     ),
-    _option("picture", "--picture", "where a sweep draws its curve (default: plan-sweep.svg)", metavar="FILE.svg"),
-    _option("timeline", "--timeline", "draw bytes over the ops of a step", metavar="FILE.svg"),
-    _option("explain", "--explain", "print the plan's text, op by op"),
+    own_option("picture", "--picture", "where a sweep draws its curve (default: plan-sweep.svg)", metavar="FILE.svg"),
+    own_option("timeline", "--timeline", "draw bytes over the ops of a step", metavar="FILE.svg"),
+    own_option("explain", "--explain", "print the plan's text, op by op"),
 )
 app.command("plan")(plan_command)
 folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
 resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
-     *(parameter for parameter in _config_parameters() if parameter.name not in ("output", "resume"))]
+     *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume"))]
 )  # fmt: skip
 app.command("resume")(resume_command)
 
@@ -190,7 +143,8 @@ def _print_result(result: Any) -> None:
         table.add_row(labels[name], f"{before[name]:.4f}", f"{value:.4f}")
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
-    table.add_row("peak memory (whole process)", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
+    whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
+    table.add_row(f"peak memory ({whole})", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
     if result.peak_device_bytes != result.peak_rss_bytes:
         table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
     out.print(table)

@@ -85,6 +85,7 @@ def read_study(
     seed_values = [int(value) for value in _numbers(seeds, "--seeds", whole=True, errors=errors)]
     grid = _numbers(lr_grid, "--lr-grid", whole=False, errors=errors) if lr_grid else []
     errors += check_variants(variants, base, lrs=grid or [base.lr], tuned=bool(grid))
+    errors += _against_model(base, variants, (grid or [base.lr])[0])
     errors += _faults(base, grid, test_data, exact_match, jobs)
     folder = Path(base.output).expanduser()
     if (folder / "config.yaml").exists() or (folder / "run.json").exists():
@@ -92,9 +93,7 @@ def read_study(
     raise_collected(errors)
     study = Study(base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data,
                   exact_match, jobs)  # fmt: skip
-    errors += _foreign_cells(study)
-    errors += _against_model(study)
-    raise_collected(errors)
+    raise_collected(_foreign_cells(study))
     return study
 
 
@@ -183,21 +182,25 @@ def _foreign_cells(study: Study) -> list[InputError]:
     return list(errors.values())
 
 
-def _against_model(study: Study) -> Iterator[InputError]:
+def _against_model(base: Config, variants: Sequence[Variant], lr: float) -> Iterator[InputError]:
     """What a model folder on this machine says of a variant (segments beyond its depth, say); a hub id is not asked."""
     from lopt_edge.models import find_model
     from lopt_edge.plan.choose import against_facts
 
-    if not Path(study.base.model).expanduser().is_dir() and study.base.model.count("/") == 1:
+    if not Path(base.model).expanduser().is_dir() and base.model.count("/") == 1:
         return
     try:
-        facts = find_model(study.base.model).facts
+        facts = find_model(base.model).facts
     except InputError as error:
         yield error
         return
-    for variant in study.variants:
+    for variant in variants:
         try:
-            against_facts(study.cell(variant, (study.grid or (study.base.lr,))[0], 0).config, facts)
+            config = resolve(variant, lr, base=base, common={})
+        except InputError:  # told where the variants are checked
+            continue
+        try:
+            against_facts(config, facts)
         except InputError as error:
             faults = error.errors if isinstance(error, InputErrors) else (error,)
             yield from (InputError(f"{one.where}: {one.what}", where=f"--methods {variant.name}", fix=one.fix)

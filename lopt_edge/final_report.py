@@ -30,6 +30,7 @@ class RunResult:
     peak_device_bytes: int
     seconds: dict[str, float]
     replacement: dict[str, Any] = field(default_factory=dict)  # method repl: replacement_report.py
+    n_processes: int = 1  # the peaks are their sums
 
 
 def report(session: Session) -> RunResult:
@@ -47,6 +48,7 @@ def report(session: Session) -> RunResult:
         peak_device_bytes=peak_device,
         seconds={name: round(value, 3) for name, value in session.clock.seconds.items()},
         replacement=replacement(state, session.inputs.course.replaced),
+        n_processes=session.config.pipeline,
     )
     session.first_steps.write(session.output, session.inputs.run_plan)
     run = _run_facts(session, result)

@@ -9,11 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -23,12 +20,12 @@ from types import SimpleNamespace
 import pytest
 
 import lopt_edge.comparison as comparison
-from lopt_edge.compare_cells import Job, environment, failure_of, run_jobs
+from lopt_edge.compare_cells import Job
 from lopt_edge.compare_figures import FIGURES, Spread, outcome_of
 from lopt_edge.compare_study import Study
 from lopt_edge.compare_variants import Variant, parse_variants, resolve
 from lopt_edge.config import load_config
-from lopt_edge.errors import InputError, Interrupted
+from lopt_edge.errors import InputError
 from lopt_edge.exact_match import count_matches, questions
 from lopt_edge.exact_match import main as ask
 from lopt_edge.models import find_model, four_bit_folder
@@ -168,6 +165,7 @@ def test_options_of_one_method_in_the_file_are_no_matter_to_the_others(root):
         (("--methods", "e2e", "--only", "frozen"), ("--only frozen: is not among --methods",)),
         (("--methods", "e2e", "--jobs", "0", "--exact-match", "-1"), ("2 problems", "--jobs", "--exact-match")),
         (("--methods", "e2e", "--test-data", "nowhere.jsonl"), ("nowhere.jsonl: no such file",)),
+        (("--methods", "lopt:k=99,e2e:zz=1", "--jobs", "0"), ("3 problems", "99", "zz", "--jobs")),
         (("--methods", "e2e:zz=1", "--seeds", "-1", "--jobs", "0"), ("3 problems", "zz", "--seeds", "--jobs")),
     ],
 )  # fmt: skip
@@ -414,65 +412,3 @@ def test_an_unfinished_run_is_taken_up(root, run, fake, monkeypatch):
     assert not found.done
     monkeypatch.undo()
     assert comparison.finetune_job(found).words[-3:] == (str(cell.with_name("seed-0.yaml")), "--resume", "auto")
-
-
-def test_reasons_are_read_off_a_log():
-    assert failure_of("step 1\nerror: weights is on fire\n  -> use water\n") == "weights is on fire -> use water"
-    assert failure_of("step 1\nerror: one\nTraceback\nValueError: two") == "one Traceback ValueError: two"
-    assert failure_of("Traceback\nValueError: two\n") == "ValueError: two"
-    assert len(failure_of("error: " + "x" * 999)) == 300
-
-
-def test_children_share_the_cores(monkeypatch):
-    monkeypatch.setattr("lopt_edge.compare_cells._cores", lambda: range(8))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert "OMP_NUM_THREADS" not in environment(1)
-    assert [environment(count)["OMP_NUM_THREADS"] for count in (2, 3, 99)] == ["4", "2", "1"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert [environment(count)["OMP_NUM_THREADS"] for count in (1, 2, 4)] == ["3", "3", "2"]
-
-
-def test_a_signal_asks_the_children_once_and_waits(tmp_path):
-    """A child that takes its time to save is not cut short; nothing new begins."""
-    code = """
-import pathlib, signal, sys, time
-def save(*_):
-    time.sleep(0.3)
-    pathlib.Path(sys.argv[1]).write_text("saved")
-    sys.exit(130)
-signal.signal(signal.SIGINT, save)
-pathlib.Path(sys.argv[1] + ".ready").touch()
-time.sleep(30)
-"""
-    first, second = tmp_path / "first", tmp_path / "second"
-    jobs = [
-        Job((sys.executable, "-c", code, str(path)), tmp_path / f"{path.name}.log", path.name, lambda: "")
-        for path in (first, second)
-    ]
-    said: list[str] = []
-
-    class Stops:
-        def __call__(self, text: str) -> None:
-            said.append(text)
-            if text == "first ...":
-                while not (tmp_path / "first.ready").exists():
-                    pass
-                raise Interrupted(signal.SIGTERM)
-
-    with pytest.raises(Interrupted, match="go on with the same command"):
-        run_jobs(jobs, at_once=1, say=Stops())
-    assert first.read_text() == "saved" and not second.exists()
-    assert said[-1].startswith("waiting for the runs under way")
-
-
-def test_a_killed_child_is_told_as_such(tmp_path):
-    log = tmp_path / "log"
-    run_jobs(
-        [Job((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), log, "one", lambda: "")], at_once=1, say=print
-    )
-    assert "ended by SIGKILL (out of memory?)" in log.read_text()
-
-
-def test_the_parent_never_loads_torch():
-    code = "import sys, lopt_edge.comparison; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
