@@ -31,6 +31,7 @@ from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_prof
 from lopt_edge.plan.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search import Candidate, Search
 from lopt_edge.plan.sizes import MicroBatchSize
+from lopt_edge.plan.teaching import Teacher
 from lopt_edge.plan.workload import Workload
 
 FREE_SHARE = 0.9  # of what is free: the budget if none was stated
@@ -87,10 +88,12 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
     )
     itemsize, notes = _itemsize(config, card, device_type)
     shape = LayerShape(facts, itemsize, config.lora_r, targets, device_type, dropout=config.lora_dropout > 0)
+    teacher = _teacher(config, itemsize, device_type)
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
         course, *_ = against_facts(variant, facts)
         workload = _worst_step(variant, course, shape, max_seq_len, profile, vocabulary_itemsize)
+        workload = replace(workload, teacher=teacher)
         search = Search(workload, search_space(variant, facts, device_type))
         return Question(variant, search, budget, (reason, *notes)), search.within(budget).best
 
@@ -98,6 +101,13 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
         notes = (*notes, f"the model has {max_seq_len} positions: longer sequences are cut there")
     found = settled(config, facts, ask)
     return replace(found, notes=(*found.notes, *chosen_settings(config, found.config)))
+
+
+def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
+    """Another model that teaches. Raises InputError."""
+    if config.teacher is None:
+        return None
+    return Teacher(*read_facts(config.teacher, None), itemsize, device_type)
 
 
 def _worst_step(

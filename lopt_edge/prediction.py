@@ -19,6 +19,7 @@ from lopt_edge.plan.course import Course
 from lopt_edge.plan.layer_bytes import LayerShape
 from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.plan.sizes import MicroBatchSize
+from lopt_edge.plan.teaching import Teacher
 from lopt_edge.plan.workload import Workload
 from lopt_edge.planning import FREE_SHARE
 from lopt_edge.run.allocator import release_free_memory
@@ -38,6 +39,7 @@ def workload_of(
     device: torch.device,
     dtype: torch.dtype,
     datasets: tuple[Dataset, Dataset | None, Dataset | None],
+    teacher: ModelFolder | None = None,
 ) -> Workload:
     """The run's largest possible accumulation window, and its largest evaluation batch."""
     train, *others = datasets
@@ -56,6 +58,7 @@ def workload_of(
         vocabulary_itemsize(source.path),
         evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
         clip_scope=config.clip_scope if config.clip else "none",
+        teacher=teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), dtype.itemsize, device.type),
     )
 
 

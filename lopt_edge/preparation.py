@@ -165,9 +165,10 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
                               dtype=dtype_name, threads=torch.get_num_threads())  # fmt: skip
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
+    datasets = (train, held_out, retention)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
-        search = search_for(variant, source, device=device, dtype=dtype, datasets=(train, held_out, retention))
+        search = search_for(variant, source, device=device, dtype=dtype, datasets=datasets, teacher=teacher)
         return (variant, search), search.within(budget).best
 
     asked = config
@@ -225,10 +226,11 @@ def search_for(
     device: torch.device,
     dtype: torch.dtype,
     datasets: tuple[Dataset, Dataset | None, Dataset | None],
+    teacher: ModelFolder | None = None,
 ) -> Search:
     """The planner's search for a run with these settings, models and data."""
     course, targets, _ = against_facts(config, source.facts)
-    workload = workload_of(config, source, course, targets, device=device, dtype=dtype, datasets=datasets)
+    workload = workload_of(config, source, course, targets, device=device, dtype=dtype, datasets=datasets, teacher=teacher)
     return Search(workload, search_space(config, source.facts, device.type))
 
 

@@ -4,8 +4,8 @@ The teacher is the base model without adapters, or another model with the same t
 states, after its final norm, are interpolated to our width and kept in `teacher-features` in the output folder until the
 run is done, so that no step needs a second model or a second pass. A resumed run finds them there, or computes what is
 missing again. The base runs as it is loaded, before any adapter or optimizer state exists, so it takes less than a step;
-another teacher runs one sequence at a time with its layers streamed from disk (its bytes, two layers and one sequence's
-hidden states, are not in the plan). Which steps are aligned is the course's matter.
+another teacher runs one sequence at a time with its layers streamed from disk (plan/teaching.py says what that takes).
+Which steps are aligned is the course's matter.
 """
 
 from __future__ import annotations
@@ -98,15 +98,18 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
     size = inputs.config.batch_size if model is base else 1
     for start in range(0, len(missing), size):
         between()
-        indices = missing[start : start + size]
-        batch = inputs.batch(inputs.train, indices)
-        with torch.no_grad():
-            hidden_BTD = model.embed(batch.ids_BT)
-            hidden_BTD = model.norm(model.run_all(hidden_BTD, model.frame(hidden_BTD)))
-            cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size))
+        _fill(inputs, cache, model, missing[start : start + size])
     if model is not base and model.weights is not None:
         model.weights.let_go()
     return len(missing)
+
+
+@torch.no_grad()
+def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: list[int]) -> None:
+    """A batch; in a function of its own, so that nothing of it lives on into the next."""
+    hidden_BTD = model.embed(inputs.batch(inputs.train, indices).ids_BT)
+    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.frame(hidden_BTD)))
+    cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size))
 
 
 def _teacher(inputs: Inputs, base: Model, mover: Mover) -> Model:

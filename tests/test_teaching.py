@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 from lopt_edge import finetune
 from lopt_edge.errors import InputError
-from lopt_edge.models import find_model
+from lopt_edge.models import find_model, four_bit_folder
+from lopt_edge.preparation import read_inputs
 from lopt_edge.run.load import load_model
 from lopt_edge.run.lora import ADAPTER_NAME
-from lopt_edge.teaching import FEATURES, at_width
+from lopt_edge.run.moves import Mover
+from lopt_edge.run.tracker import MemoryTracker
+from lopt_edge.teaching import FEATURES, aligned_examples, at_width, fill_features, teacher_features
 from tests.runs import CORPUS, make_config, make_model, metrics_of
 
 
@@ -106,6 +110,32 @@ def test_another_model_teaches_at_our_width(model, wide, tmp_path):
         torch.testing.assert_close(rows, at_width(hidden, width)[0].detach(), rtol=1e-2, atol=1e-2)
         n_seen += 1
     assert n_seen >= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_what_another_teachers_pass_takes_is_in_the_plan(tmp_path, family, dtype):
+    """Tracked bytes of the pass, which never exceed what was predicted, and the plan's peak where it is the largest."""
+    small = make_model(tmp_path / "model" / "tiny")
+    teacher = make_model(tmp_path / "teacher", family, hidden_size=192, num_hidden_layers=3, intermediate_size=640,
+                         head_dim=48)  # fmt: skip
+    config = make_config(
+        small, tmp_path, method="let", teacher=str(teacher), max_steps=2, batch_size=1, compute_dtype=dtype
+    )
+    inputs, _ = read_inputs(config)
+    folder, _ = four_bit_folder(inputs.source, cache_dir=config.cache_dir)
+    four_bit_folder(inputs.teacher, cache_dir=config.cache_dir)
+    base = load_model(folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype)
+    tracker = MemoryTracker()
+    with teacher_features(inputs) as features, tracker, closing(Mover(inputs.device)) as mover:
+        assert fill_features(inputs, features, base, mover=mover, between=lambda: None) > 0
+    longest = max(inputs.train.lengths[index] for index in aligned_examples(inputs))
+    foreseen = inputs.workload.teacher.pass_bytes(longest, width=inputs.source.facts.hidden_size)
+    tables = 4096  # of NF4 and its scales, rotary frequencies: no more in any model
+    assert 0.98 * foreseen <= tracker.peak_bytes <= foreseen + tables
+    prediction = inputs.predict()
+    assert prediction.peak_op == "the teacher's pass"
+    assert prediction.device_bytes > prediction.library_bytes + prediction.slack_bytes + foreseen
 
 
 def test_widths_are_matched_by_linear_interpolation():

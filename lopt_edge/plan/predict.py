@@ -45,6 +45,7 @@ class Prediction:
     journal_bytes: int = 0
     gap_bytes: int = 0  # on disk
     others: tuple[int, int] = (0, 0)  # host and disk bytes of the run's other kinds of step, at most
+    teaching_bytes: int = 0  # tensors of another teacher's pass before the training, the weights beside it included
 
     @property
     def host_bytes(self) -> int:
@@ -55,26 +56,37 @@ class Prediction:
         return max(self.timeline.disk_bytes + self.gap_bytes, self.others[1])
 
     @property
+    def _tensor_bytes(self) -> int:
+        return max(self.timeline.peak_bytes, self.evaluation_bytes, self.teaching_bytes)
+
+    @property
+    def _in_teaching(self) -> bool:
+        return self.teaching_bytes > max(self.timeline.peak_bytes, self.evaluation_bytes)
+
+    @property
     def _in_evaluation(self) -> bool:
-        return self.evaluation_bytes > self.timeline.peak_bytes
+        return self.evaluation_bytes > self.timeline.peak_bytes and not self._in_teaching
 
     @property
     def held_at_peak(self) -> dict[str, int]:
         """Tensor bytes by category when the op of the peak begins."""
+        if self._in_teaching:
+            return _without_training(self.steady)
         return self.steady if self._in_evaluation else self.timeline.peak_row.held
 
     @property
     def within_peak(self) -> int:
         """What the op of the peak takes on top of that."""
-        tensors = max(self.timeline.peak_bytes, self.evaluation_bytes)
-        return tensors - sum(self.held_at_peak.values())
+        return self._tensor_bytes - sum(self.held_at_peak.values())
 
     @property
     def device_bytes(self) -> int:
-        return self.library_bytes + max(self.timeline.peak_bytes, self.evaluation_bytes) + self.slack_bytes
+        return self.library_bytes + self._tensor_bytes + self.slack_bytes
 
     @property
     def peak_op(self) -> str:
+        if self._in_teaching:
+            return "the teacher's pass"
         return "evaluation" if self._in_evaluation else self.timeline.peak_row.op.text()
 
     @property
@@ -94,6 +106,11 @@ class Prediction:
             for tier, need, limit in tiers
             if limit is not None and need > limit
         ]
+
+
+def _without_training(steady: dict[str, int]) -> dict[str, int]:
+    """What is there before adapters, gradients and moments are."""
+    return {name: n_bytes for name, n_bytes in steady.items() if name in ("weights", "workspace", "head")}
 
 
 def largest(found: Sequence[Prediction]) -> Prediction:
@@ -125,8 +142,10 @@ def predict(
     library_bytes: int | None = None,
     evaluation: MicroBatchSize | None = None,
     beside_bytes: int = 0,
+    teaching_bytes: int = 0,
 ) -> Prediction:
-    """`evaluation`: the largest batch of the held-out data (forward only); `beside_bytes` live through all of the step."""
+    """`evaluation`: the largest batch of the held-out data (forward only); `beside_bytes` live through all of the step;
+    `teaching_bytes`: of another teacher's pass (plan/teaching.py), beside the weights."""
     device_type = sizes.shape.device_type
     sizes = replace(sizes, evaluates=evaluation is not None)
     found = timeline(plan, sizes, batches, beside_bytes=beside_bytes)
@@ -138,9 +157,11 @@ def predict(
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.frame_bytes(evaluation) + sizes.batch_bytes(evaluation)
         most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
         evaluated = steady + passing + max(most, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
-    slack = slack_bytes(device_type, max(moving, evaluated - steady))
+    slack = slack_bytes(device_type, max(moving, evaluated - steady, teaching_bytes))
     slack += _slack_of_movements(plan, sizes, found) if device_type == "cpu" else 0
     library = LIBRARY_BYTES[device_type] if library_bytes is None else library_bytes
     paged = found.disk_bytes - sizes.persistent_below(plan.own_segments)["disk"]
     gaps = on_disk(round(GAP_SHARE * paged) + GAP_BYTES) if paged else 0
-    return Prediction(found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.own_segments), gaps)
+    taught = teaching_bytes and teaching_bytes + sum(_without_training(by_category).values())
+    return Prediction(found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.own_segments), gaps,
+                      teaching_bytes=taught)  # fmt: skip

@@ -24,6 +24,7 @@ from lopt_edge.plan.profile import DeviceProfile
 from lopt_edge.plan.seconds import StepSeconds, step_seconds
 from lopt_edge.plan.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.step import StepKind, step_plan
+from lopt_edge.plan.teaching import Teacher
 from lopt_edge.plan.validate import validate
 
 MMAP_BYTES, LEAST_MMAP_BYTES = 4 << 20, 128 << 10  # thresholds of the host allocator
@@ -47,6 +48,7 @@ class Workload:
     evaluation: MicroBatchSize | None = None
     clip_scope: str = "segment"
     part: Part | None = None
+    teacher: Teacher | None = None  # another model than the base
 
     @property
     def method(self) -> str:
@@ -113,8 +115,10 @@ class Workload:
         few, others = (self.batches, ()) if whole else self._few(knobs)
         sizes = self.sizes(knobs)
         beside = sum(sizes.batch_bytes(batch) for batch in others)
+        longest, width = max(batch.n_tokens for batch in self.batches), self.shape.facts.hidden_size
+        taught = self.teacher.pass_bytes(longest, width=width) if self.teacher is not None else 0
         return predict(self.arranged(knobs, len(few), kind), sizes, few, library_bytes=self.library_bytes,
-                       evaluation=self.evaluation, beside_bytes=beside)  # fmt: skip
+                       evaluation=self.evaluation, beside_bytes=beside, teaching_bytes=taught)  # fmt: skip
 
     def seconds(self, knobs: Knobs) -> StepSeconds:
         """Of the largest step, in the mean over the kinds of step."""

@@ -86,5 +86,5 @@ def test_the_plan_command_needs_no_torch(tmp_path):
     words += ["--device-memory", "4GB"]
     done = run_blocked(f"sys.argv = ['lopt-edge', *{words!r}]\nfrom lopt_edge.cli import main\nmain()\n")
     assert done.returncode == 0, done.stderr
-    assert "fits: device" in done.stdout and "plan 4 method=lopt" in done.stdout
+    assert "fits: device" in done.stdout and "plan 4 method=e2e" in done.stdout
     assert picture.exists()
