@@ -2,9 +2,13 @@
 
 The paper (arXiv 2605.04913) leaves open where to cut. Each candidate (a quarter, a half, three quarters of the depth; two
 boundaries at the thirds) trains from the same start for the same few steps; what it earns is the held-out loss that it
-takes away per second of its steps and GiB of its predicted device memory. Candidates that do not fit the budget are left
-out. The table is printed, and kept in `boundary.json`; the run then is one with those boundaries, as if they had been
-given, so a resumed run probes nothing.
+takes away per second of a step and GiB of device memory, both as the planner predicts them: so the choice is a function of
+model, data and settings, and not of what else the machine does (the measured seconds are told beside). Candidates that do
+not fit the budget are left out. The table is printed, and kept in `boundary.json`; the run then is one with those
+boundaries, as if they had been given, so a resumed run probes nothing.
+
+The short runs are made in this process, which grows with the first one (on a CPU by some 90 MiB, peft's import among it):
+so the libraries' bytes are those before any of them, for all candidates.
 
 It is a short look: a few steps at the begin of the schedule, and one seed. It does not look at lr_local or the local loss.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,12 +39,14 @@ QUIET = {"boundary": None, "resume": None, "eval_every": None, "keep_best": Fals
 
 @dataclass(frozen=True)
 class Probe:
-    """One candidate. `earned` is the fall of the held-out loss per second and GiB; None where it could not be measured."""
+    """One candidate. `earned` is the fall of the held-out loss per second and GiB as predicted; None where it could not be
+    measured. `measured_seconds`: of a step, the median."""
 
     boundary_layers: tuple[int, ...]
     before: float | None = None
     after: float | None = None
     step_seconds: float | None = None
+    measured_seconds: float | None = None
     device_bytes: int | None = None
     earned: float | None = None
     note: str = ""
@@ -50,8 +56,9 @@ class Probe:
         if self.earned is None:
             return f"{name}: {self.note}"
         assert self.before is not None and self.after is not None and self.device_bytes is not None
-        return (f"{name}: held-out loss {self.before:.4f} -> {self.after:.4f}, {self.step_seconds:.3g} s a step, "
-                f"{format_bytes(self.device_bytes)}; earned {self.earned:.4g} per GiB and second")  # fmt: skip
+        return (f"{name}: held-out loss {self.before:.4f} -> {self.after:.4f}, {self.step_seconds:.3g} s a step "
+                f"({self.measured_seconds:.3g} measured), {format_bytes(self.device_bytes)}; earned {self.earned:.4g} per "
+                "GiB and second")  # fmt: skip
 
 
 def candidates(n_layers: int) -> list[tuple[int, ...]]:
@@ -76,7 +83,8 @@ def choose_boundary(config: Config, run: Callable[[Config], Any], progress: Prog
     names = candidates(inputs.source.facts.n_layers)
     progress.note(f"boundary auto: {len(names)} candidates, {n_steps} steps each")
     for boundary_layers in names:
-        found.append(_probe(config.model_copy(update={**quiet, "boundary_layers": boundary_layers}), run))
+        probe = _probe(config.model_copy(update={**quiet, "boundary_layers": boundary_layers}), run)
+        found.append(_valued(probe, library_bytes=inputs.workload.library_bytes))
         progress.note(found[-1].text())
     measured = [probe for probe in found if probe.earned is not None]
     if not measured:
@@ -111,10 +119,19 @@ def _probe(config: Config, run: Callable[[Config], Any]) -> Probe:
         values = json.loads((output / RUN_NAME).read_text())
         lines = [json.loads(line) for line in (output / METRICS_NAME).read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    seconds = median([line["step_seconds"] for line in lines if "step_seconds" in line][1:])
-    device_bytes = values["predicted"]["device_bytes"]
-    earned = (losses[0] - losses[-1]) / (seconds * device_bytes / 2**30)
-    return Probe(config.boundary_layers, losses[0], losses[-1], seconds, device_bytes, earned)
+    measured = median([line["step_seconds"] for line in lines if "step_seconds" in line][1:])
+    predicted = values["predicted"]
+    n_bytes = predicted["device_bytes"] - predicted["library_bytes"]
+    return Probe(config.boundary_layers, losses[0], losses[-1], predicted["step_seconds"], measured, n_bytes)
+
+
+def _valued(probe: Probe, *, library_bytes: int) -> Probe:
+    """With the libraries' bytes, and what it earned; as it is if it could not be measured."""
+    if probe.before is None or probe.after is None or probe.step_seconds is None or probe.device_bytes is None:
+        return probe
+    device_bytes = probe.device_bytes + library_bytes
+    earned = (probe.before - probe.after) / (probe.step_seconds * device_bytes / 2**30)
+    return replace(probe, device_bytes=device_bytes, earned=earned)
 
 
 def as_json(found: list[Probe]) -> list[dict[str, Any]]:

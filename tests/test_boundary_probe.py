@@ -43,6 +43,7 @@ def test_the_best_candidate_is_taken_and_said(model, tmp_path):
     for probe in found:
         gain = (probe["before"] - probe["after"]) / (probe["step_seconds"] * probe["device_bytes"] / 2**30)
         assert probe["earned"] == pytest.approx(gain)
+    assert max(probe["device_bytes"] for probe in found) < 1.05 * min(probe["device_bytes"] for probe in found)
     chosen = next(note for note in listener.notes if note.startswith("boundary chosen"))
     assert ", ".join(map(str, best["boundary_layers"])) in chosen
     assert len(found) == len(candidates(4)) == 4
