@@ -33,7 +33,8 @@ METHODS = (
 )  # fmt: skip
 MORE = (  # alpha / r as at rank 8
     "e2e:r=64:lora_alpha=256", "lopt:r=64:lora_alpha=256:lr_local=0.01x", "frozen:r=64:lora_alpha=256",
-    "lopt:boundary_layers=6:lr_local=0.01x", "frozen:boundary_layers=6",
+    "lopt:local_every=0:open_every=4:r=64:lora_alpha=256", "lopt:boundary_layers=6:lr_local=0.01x",
+    "frozen:boundary_layers=6",
 )  # fmt: skip
 LAUNCH = "from lopt_edge.cli import main; main()"
 
