@@ -192,7 +192,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         f"device {device} ({device_reason}), compute dtype {dtype_name} ({dtype_reason})",
         f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
         f"; format {train.format} ({train.reason}); template: {train.template_reason}",
-        *(_described_kind(kind) for kind in course.kinds),
+        *(f"method {course.method}, {_described_kind(kind)}" for kind in course.kinds),
         f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
         *pipeline_reasons,
         *chosen_settings(asked, config),
