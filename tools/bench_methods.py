@@ -64,6 +64,7 @@ VARIANTS = (
     Variant("mlaan", "--method mlaan", 3),
     Variant("repl", "--method repl", 3),
     Variant("top-layers, 6 of 24", "--method top-layers --train-layers 6", 3),
+    Variant("lopt --pipeline 2", "--method lopt --pipeline 2", 3),  # with --threads 1: a core for each process
     Variant("e2e, 20%", "--method e2e", 3, base="e2e, 20%"),
     Variant("frozen, boundary cache, 20%", f"--method frozen --boundary-cache {CACHE}", 3, "read", 1.9, "e2e, 20%"),
 )  # fmt: skip
