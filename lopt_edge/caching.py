@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_edge.artifacts import check_free_space
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.output_lock import output_lock
+from lopt_edge.plan.budget import format_bytes
 from lopt_edge.plan.step import StepKind
 from lopt_edge.run.executor import Executor
 from lopt_edge.run.feature_cache import FeatureCache, claim
@@ -104,6 +105,12 @@ class BoundaryCaches:
         inputs = self.inputs
         return FeatureCache(folder, identity=self.identity(boundary), lengths=inputs.train.lengths,
                             width=inputs.source.facts.hidden_size)  # fmt: skip
+
+    def summary(self, *, n_read: int, n_steps: int) -> str:
+        """A sentence for the end of a run, of whose steps so many read."""
+        assert self.open is not None
+        there, size = f"{len(self.open.known):,} of {len(self.open.lengths):,} examples", format_bytes(self.open.held_bytes)
+        return f"boundary cache {self.open.folder}: {there}, {size} of disk; {n_read} of {n_steps} steps read it"
 
     def close(self) -> None:
         if self.open is not None:

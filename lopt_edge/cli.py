@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lopt_edge.cli_options import config_parameters, own_option, signature
-from lopt_edge.config import Config, load_config
+from lopt_edge.config import Config, load_config, placed
 from lopt_edge.errors import InputError, Interrupted, LoptError
 from lopt_edge.replacement_report import sentences
 
@@ -60,7 +60,8 @@ def finetune_command(config_file: str | None = None, print_config: bool = False,
     if print_config:
         out.print(config.as_yaml(), end="", markup=False)
         return
-    _finetune(config)
+    with placed(config_file, flags):
+        _finetune(config)
 
 
 def resume_command(output: str, **flags: Any) -> None:
@@ -68,7 +69,9 @@ def resume_command(output: str, **flags: Any) -> None:
     settings = Path(output).expanduser() / "config.yaml"
     if not settings.is_file():
         raise InputError("holds no run of finetune (it has no config.yaml)", where=output, fix="name a run's output folder")
-    _finetune(load_config(settings, {**flags, "output": output, "resume": "auto"}))
+    config = load_config(settings, {**flags, "output": output, "resume": "auto"})
+    with placed(settings, flags):
+        _finetune(config)
 
 
 def _finetune(config: Config) -> None:
@@ -106,7 +109,9 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
     config = load_config(config_file, flags, placeholder=NOT_GIVEN)
     if config.model == NOT_GIVEN:
         raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")
-    if not plan(config, out, **own):
+    with placed(config_file, flags):
+        fits = plan(config, out, **own)
+    if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
@@ -150,6 +155,9 @@ def _print_result(result: Any) -> None:
     out.print(table)
     for sentence in sentences(result.replacement, after):
         out.print(sentence, markup=False)
+    if result.replacement:
+        out.print(f"peft alone would put this adapter on the intact model; lopt-edge export {result.output} --merged DIR "
+                  "writes the model that was trained", markup=False)  # fmt: skip
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)

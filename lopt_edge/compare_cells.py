@@ -155,7 +155,7 @@ def finetune_job(cell: Cell) -> Job:
 def quantise_job(config: Config, log: Path) -> Job:
     """The 4-bit copy, made before the first run: whichever made it would show a peak that is not its own."""
     words = (sys.executable, "-c", QUANTISE, config.model, config.revision or "", config.cache_dir or "")
-    return Job(words, log, f"4-bit copy of {config.model}", lambda: "looked for")
+    return Job(words, log, f"4-bit copy of {config.model}", lambda: "ready")
 
 
 def run_jobs(jobs: Sequence[Job], *, at_once: int, say: Callable[[str], None]) -> None:

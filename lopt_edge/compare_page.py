@@ -15,10 +15,10 @@ from lopt_edge.compare_plots import bars, dots
 from lopt_edge.compare_tables import Table, main_table, settings_lines, tuning_table
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1d1d1f; --soft: #55595f; --line: #dcdfe4; --lead: #a9aeb6;
+:root { color-scheme: light dark; --ground: #ffffff; --ink: #1d1d1f; --soft: #55595f; --line: #dcdfe4;
   --dot: #0072b2; --whisker: #1d1d1f; }
 @media (prefers-color-scheme: dark) { :root { --ground: #16181c; --ink: #e8e9eb; --soft: #a6abb3; --line: #33373e;
-  --lead: #646a73; --dot: #56b4e9; --whisker: #e8e9eb; } }
+  --dot: #56b4e9; --whisker: #e8e9eb; } }
 body { margin: 0 auto; max-width: 1600px; padding: 1.5rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 1rem; }
@@ -31,9 +31,11 @@ svg text { fill: var(--ink); }
 svg text.soft { fill: var(--soft); }
 .grid { stroke: var(--line); }
 .axis { stroke: var(--soft); }
-.lead { stroke: var(--lead); stroke-width: 0.8; stroke-dasharray: 2 3; }
+.lead { stroke: var(--hue); stroke-width: 0.9; stroke-dasharray: 2 3; opacity: 0.75; }
+.hue0 { --hue: #0072b2; } .hue1 { --hue: #d55e00; } .hue2 { --hue: #009e73; }
+.hue3 { --hue: #cc79a7; } .hue4 { --hue: #e69f00; } .hue5 { --hue: #56b4e9; }
 .whisker { stroke: var(--whisker); stroke-width: 1.4; }
-.dot { fill: var(--dot); stroke: var(--ground); }
+.dot { fill: var(--hue); stroke: var(--ground); }
 .bar { fill: var(--dot); }
 .scroll { overflow-x: auto; }
 table { font-size: 14px; border-collapse: collapse; font-variant-numeric: tabular-nums; }

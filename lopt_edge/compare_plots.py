@@ -2,8 +2,9 @@
 
 Rules, as for the other pictures (plan/drawing.py): a number that is shown is a number that was given; no label lies on a
 plot. Names stand to the right of a plot, in the order of their dots and led to them by a thin line, so that dots may lie
-as close as they like. One colour serves all variants: their names tell them apart, not hues. Whiskers are one standard
-deviation to both sides. Axes of dots begin where the data do (a dot's place is read, not its length); bars begin at 0.
+as close as they like. Dot, line and the mark before the name share a hue; neighbours' hues differ, and no hue means
+anything (six of Okabe and Ito's palette, made for the colour-blind). Whiskers are one standard deviation to both sides.
+Axes of dots begin where the data do (a dot's place is read, not its length); bars begin at 0.
 
 Each picture carries a title and, for those who do not see it, all of its numbers as a description.
 """
@@ -21,6 +22,7 @@ WIDTH = 720
 LEFT, RIGHT, TOP = 68.0, 470.0, 28.0
 NAMES_LEFT, NAME_GAP, LONGEST_NAME = 496.0, 16.0, 30
 BARS_LEFT, BARS_RIGHT, BAR_STEP = 232.0, 560.0, 28.0
+N_HUES = 6  # in the page's style sheet
 MARGIN = 0.06  # of an axis, on both sides of the data
 
 
@@ -76,12 +78,13 @@ def dots(rows: Sequence[Row], *, across: str, upwards: str) -> str:
     places = {
         row.name: (x_axis.at(row.spread(across).mean or 0), y_axis.at(row.spread(upwards).mean or 0)) for row in shown
     }
+    hues = {name: f"hue{index % N_HUES}" for index, name in enumerate(_from_above(places))}
     return _svg(title, said, height, [
         *_grid(x_axis, y_axis, bottom),
         _text((LEFT + RIGHT) / 2, bottom + 38, _axis_name(across, unit), anchor="middle", kind="soft"),
         _text(4, TOP - 12, FIGURES[upwards].heading, kind="soft"),
-        *_names(places, bottom),
-        *(part for row in shown for part in _dot(row, across, upwards, x_axis, y_axis)),
+        *_names(places, hues, bottom),
+        *(part for row in shown for part in _dot(row, across, upwards, x_axis, y_axis, hue=hues[row.name])),
     ])  # fmt: skip
 
 
@@ -111,20 +114,25 @@ def _grid(x_axis: _Axis, y_axis: _Axis, bottom: float) -> Iterator[str]:
     yield _line(LEFT, TOP, LEFT, bottom, "axis")
 
 
-def _dot(row: Row, across: str, upwards: str, x_axis: _Axis, y_axis: _Axis) -> Iterator[str]:
+def _from_above(dots_at: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The order of the names beside the plot."""
+    return sorted(dots_at, key=lambda name: dots_at[name][1])
+
+
+def _dot(row: Row, across: str, upwards: str, x_axis: _Axis, y_axis: _Axis, *, hue: str) -> Iterator[str]:
     over, up = row.spread(across), row.spread(upwards)
     x, y = x_axis.at(over.mean or 0), y_axis.at(up.mean or 0)
     if over.std is not None:
         yield _line(x_axis.at(_reach(over)[0]), y, x_axis.at(_reach(over)[1]), y, "whisker")
     if up.std is not None:
         yield _line(x, y_axis.at(_reach(up)[0]), x, y_axis.at(_reach(up)[1]), "whisker")
-    yield (f'<circle class="dot" cx="{number(x)}" cy="{number(y)}" r="4.5"><title>{safe(_said(row, upwards, across))}'
+    yield (f'<circle class="dot {hue}" cx="{number(x)}" cy="{number(y)}" r="4.5"><title>{safe(_said(row, upwards, across))}'
            "</title></circle>")  # fmt: skip
 
 
-def _names(dots_at: Mapping[str, tuple[float, float]], bottom: float) -> Iterator[str]:
+def _names(dots_at: Mapping[str, tuple[float, float]], hues: Mapping[str, str], bottom: float) -> Iterator[str]:
     """Beside the plot, at least a line apart, in the order of the dots; a thin line leads to each dot."""
-    ordered = sorted(dots_at.items(), key=lambda item: item[1][1])
+    ordered = [(name, dots_at[name]) for name in _from_above(dots_at)]
     heights: list[float] = []
     for _, (_, y) in ordered:
         heights.append(max(y, heights[-1] + NAME_GAP if heights else TOP))
@@ -133,8 +141,9 @@ def _names(dots_at: Mapping[str, tuple[float, float]], bottom: float) -> Iterato
         heights[index] = min(heights[index], limit)
         limit = heights[index] - NAME_GAP
     for (name, (x, y)), height in zip(ordered, heights, strict=True):
-        yield _line(x, y, NAMES_LEFT - 5, height, "lead")
-        yield _text(NAMES_LEFT, height + 4, _short(name))
+        yield _line(x, y, NAMES_LEFT - 12, height, f"lead {hues[name]}")
+        yield f'<circle class="dot {hues[name]}" cx="{number(NAMES_LEFT - 7)}" cy="{number(height)}" r="3.5"/>'
+        yield _text(NAMES_LEFT + 2, height + 4, _short(name))
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------

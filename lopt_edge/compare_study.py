@@ -14,10 +14,12 @@ from pathlib import Path
 
 from lopt_edge.compare_cells import Cell
 from lopt_edge.compare_figures import Asked, outcome_of
+from lopt_edge.compare_tables import TABLES, is_ours
 from lopt_edge.compare_variants import NOT_HERE, Variant, check_variants, parse_variants, resolve
 from lopt_edge.config import Config, load_config
 from lopt_edge.errors import InputError, InputErrors, raise_collected
 from lopt_edge.exact_match import questions
+from lopt_edge.output_lock import LOCK_NAME
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def read_study(
     errors += _against_model(base, variants, (grid or [base.lr])[0])
     errors += _faults(base, grid, test_data, exact_match, jobs)
     folder = Path(base.output).expanduser()
-    if (folder / "config.yaml").exists() or (folder / "run.json").exists():
-        errors.append(InputError("holds a run of finetune", where=f"output {folder}", fix="add --output DIR"))
+    errors += _strangers(folder)
     raise_collected(errors)
     study = Study(base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data,
                   exact_match, jobs)  # fmt: skip
@@ -166,6 +167,25 @@ def _exact_faults(held_out: str | None, n_exact: int, base: Config) -> Iterator[
 
 def _same_file(one: str, other: str) -> bool:
     return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
+
+
+def _strangers(folder: Path) -> list[InputError]:
+    """What lies in the output folder and is of no comparison."""
+    where, fix = f"output {folder}", "add --output DIR: a new folder, or that of an earlier comparison"
+    if not folder.exists():
+        return []
+    try:
+        held = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        return [InputError(f"cannot be read: {error.strerror}", where=where, fix=fix)]
+    if held & {"config.yaml", "run.json"}:
+        return [InputError("holds a run of finetune", where=where, fix=fix)]
+    own = {*TABLES, *(f"{name}.partial" for name in TABLES), "runs", "tuning", LOCK_NAME}
+    if strange := sorted(held - own):
+        return [InputError(f"holds {strange[0]!r}, which is of no comparison", where=where, fix=fix)]
+    if held & set(TABLES) and not is_ours(folder):
+        return [InputError(f"holds a {sorted(held & set(TABLES))[0]} that lopt-edge did not write", where=where, fix=fix)]
+    return []
 
 
 def _foreign_cells(study: Study) -> list[InputError]:

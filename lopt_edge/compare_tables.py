@@ -17,8 +17,11 @@ from typing import Any
 
 from lopt_edge.compare_figures import FIGURES, Outcome, Row, shown_figures
 from lopt_edge.errors import RunError
+from quant.headers import FolderError, read_json
 
 Table = list[list[str]]  # the first line is the heading
+JSON_NAME = "compare.json"  # written first: it says whose the others are
+TABLES = (JSON_NAME, "compare.md", "compare.csv", "compare.html")
 
 
 def main_table(rows: Sequence[Row]) -> Table:
@@ -106,6 +109,15 @@ def _outcome_values(outcome: Outcome) -> dict[str, Any]:
     figures = None if outcome.figures is None else dict(outcome.figures)
     return {"seed": outcome.cell.seed, "lr": outcome.cell.lr, "folder": str(outcome.cell.folder), "figures": figures,
             "facts": dict(outcome.facts), "reason": outcome.reason}  # fmt: skip
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the tables in a folder are of a comparison."""
+    try:
+        found = read_json(folder / JSON_NAME)
+    except FolderError:
+        return False
+    return isinstance(found, dict) and {"shared", "remarks", "variants"} <= set(found)
 
 
 def write(path: Path, text: str) -> None:

@@ -147,12 +147,17 @@ def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[f
                 faults = list(error.errors)
             else:
                 faults = list(_untrue(variant, configs[0], base, where))
-                same = [other for other, config in seen if config == configs[0]]
+                same = [other for other, config in seen if _effective(config) == _effective(configs[0])]
                 faults += [InputError(f"comes to the same settings as {same[0].name}", where=where, fix="keep one")
                            for _ in same[:1]]  # fmt: skip
                 seen.append((variant, configs[0]))
         errors += faults
     return errors
+
+
+def _effective(config: Config) -> dict[str, Any]:
+    """The settings, with what a default comes to."""
+    return {**config.model_dump(), "lr_local": config.local_lr}
 
 
 def _unequal(variant: Variant, where: str, *, tuned: bool) -> Iterator[InputError]:

@@ -22,7 +22,7 @@ from lopt_edge.compare_cells import Cell, Job, failure_of, finetune_job, quantis
 from lopt_edge.compare_figures import MATCH_NAME, Asked, Outcome, Row, match_of, outcome_of
 from lopt_edge.compare_page import page
 from lopt_edge.compare_study import Study, read_study
-from lopt_edge.compare_tables import as_csv, as_json, as_markdown, write
+from lopt_edge.compare_tables import TABLES, as_csv, as_json, as_markdown, write
 from lopt_edge.compare_variants import Variant
 from lopt_edge.config import Config
 from lopt_edge.output_lock import output_lock
@@ -73,10 +73,9 @@ def compare(
         problems = (*(told for row in rows if row.name in names for told in row.problems), *unmatched)
         settings, told = shared_settings(study), (*remarks, *unmatched)
         found = Comparison(study, rows, remarks, problems, as_markdown(rows, settings, told))
-        write(study.output / "compare.md", found.markdown)
-        write(study.output / "compare.csv", as_csv(rows))
-        write(study.output / "compare.json", as_json(rows, settings, told))
-        write(study.output / "compare.html", page(rows, settings, told))
+        texts = (as_json(rows, settings, told), found.markdown, as_csv(rows), page(rows, settings, told))
+        for name, text in zip(TABLES, texts, strict=True):
+            write(study.output / name, text)
     return found
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.errors import InputError, InputErrors, raise_collected
 from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, LOPTS, OPTIONS, PIPELINED
 from lopt_edge.yaml_file import read_yaml
 
@@ -198,20 +199,54 @@ def load_config(
     if placeholder is not None:
         needed = [name for name, field in Config.model_fields.items() if field.is_required()]
         known = {**dict.fromkeys(needed, placeholder), **known}
+
+    def where(key: str) -> str:
+        return f"--{key.replace('_', '-')}" if key in flags or key not in values else _place(key, path, lines)
+
     try:
         config = Config(**known)
     except ValidationError as error:
-        for fault in error.errors():
-            key = str(fault["loc"][0])
-            where = f"--{key.replace('_', '-')}" if key in flags or key not in values else _place(key, path, lines)
-            errors.append(_as_input_error(dict(fault), where))
-        raise_collected(errors)
-        raise
+        faults = {str(fault["loc"][0]): dict(fault) for fault in error.errors()}
+        errors += [_as_input_error(fault, where(key)) for key, fault in faults.items()]
+        config = _healed(known, faults)
     for name, message, fix in method_errors(config):
-        where = f"--{name.replace('_', '-')}" if name in flags or name not in values else _place(name, path, lines)
-        errors.append(InputError(message, where=where, fix=fix))
+        errors.append(InputError(message, where=where(name), fix=fix))
     raise_collected(errors)
     return config
+
+
+def _healed(known: Mapping[str, Any], faults: Mapping[str, Any]) -> Config:
+    """The settings without those that are wrong, so that the others can be looked at too."""
+    needed = [name for name, field in Config.model_fields.items() if field.is_required()]
+    sound = {key: value for key, value in known.items() if key not in faults}
+    if "method" in faults:  # nothing can be said of its options
+        sound = {key: value for key, value in sound.items() if key not in OPTIONS}
+    return Config(**{**dict.fromkeys(needed, "(needed)"), **sound})
+
+
+@contextmanager
+def placed(path: str | Path | None, flags: Mapping[str, Any]) -> Iterator[None]:
+    """An error about a setting that only the model or the data show gets the setting's place in the file, or its flag."""
+    try:
+        yield
+    except InputErrors as errors:
+        raise InputErrors([_placed(error, path, flags) for error in errors.errors]) from None
+    except InputError as error:
+        raise _placed(error, path, flags) from None
+
+
+def _placed(error: InputError, path: str | Path | None, flags: Mapping[str, Any]) -> InputError:
+    key = error.where.replace(":", " ").split(" ")[0]
+    if key not in Config.model_fields:
+        return error
+    lines = {} if path is None else read_yaml(Path(path))[1]
+    if flags.get(key) is not None:
+        place = f"--{key.replace('_', '-')}"
+    elif key in lines:
+        place = _place(key, path, lines)
+    else:
+        return error
+    return type(error)(error.what, where=place + error.where[len(key) :], fix=error.fix)
 
 
 def check_methods(config: Config) -> None:
@@ -225,12 +260,12 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     for name, methods in OPTIONS.items():
         default = Config.model_fields[name].default
         if name in given and config.method not in methods and getattr(config, name) != default:
-            yield (name, f"belongs to method {' and '.join(methods)}, this is {config.method}",
+            yield (name, f"belongs to method {' or '.join(methods)}, this is {config.method}",
                    f"add --method {methods[0]}, or leave {name} out")  # fmt: skip
     trains_early = config.method == "lopt" and (config.local_every or config.open_every)
     if config.boundary_cache and (config.method not in CACHED or trains_early):
         yield ("boundary_cache", "needs early segments that never train",
-               "use --method frozen or top-layers, or lopt with --local-every 0 and no --open-every")  # fmt: skip
+               "use --method frozen, top-layers or segprop, or lopt with --local-every 0 and no --open-every")  # fmt: skip
     elif config.boundary_cache and config.lora_dropout and (config.init_adapter or config.method == "segprop"):
         yield ("boundary_cache", "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it "
                "each time", "add --lora-dropout 0")  # fmt: skip
@@ -274,7 +309,7 @@ def _repl_errors(config: Config) -> Iterator[tuple[str, str, str]]:
 def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     """What cannot be where a run's segments lie in several processes."""
     if config.method not in PIPELINED:
-        yield ("pipeline", f"belongs to method {' and '.join(PIPELINED)}: in {config.method} a gradient would cross from "
+        yield ("pipeline", f"belongs to method {' or '.join(PIPELINED)}: in {config.method} a gradient would cross from "
                "process to process", "add --method lopt, or leave pipeline out")  # fmt: skip
         return
     n_segments = len(config.boundary_layers) + 1 if config.boundary_layers else config.num_segments

@@ -9,7 +9,8 @@ This file prints nothing.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from quant.untrusted import printable
 
@@ -40,6 +41,19 @@ class InputErrors(InputError):
     def __init__(self, errors: Sequence[InputError]) -> None:
         self.errors = tuple(errors)
         super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {error}" for error in self.errors))
+
+
+def together(*asked: Callable[[], Any]) -> list[Any]:
+    """All answers; the input errors of all of them are told in one message."""
+    found: list[Any] = []
+    errors: list[InputError] = []
+    for ask in asked:
+        try:
+            found.append(ask())
+        except InputError as error:
+            errors += error.errors if isinstance(error, InputErrors) else [error]
+    raise_collected(errors)
+    return found
 
 
 class DoesNotFit(InputError):

@@ -11,13 +11,12 @@ the card's memory, or what is free on this machine now, less a margin. Nothing i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.config import Config, load_config
-from lopt_edge.errors import InputError, InputErrors, raise_collected
+from lopt_edge.errors import InputError, together
 from lopt_edge.plan.budget import Budget, FreeBytes, format_bytes, make_budget
 from lopt_edge.plan.cards import Card, find_card, near_cards
 from lopt_edge.plan.choose import against_facts, check_memory_settings, chosen_settings, search_space, settled
@@ -76,12 +75,12 @@ def answer(asked: Question) -> RunPlan:
 
 def question(config: Config, *, gpu: str | None = None) -> Question:
     """Raises InputError(s): those of card and model together, then those of settings that need both."""
-    card, (facts, vocabulary_itemsize) = _together(
+    card, (facts, vocabulary_itemsize) = together(
         lambda: None if gpu is None else _card(gpu), lambda: read_facts(config.model, config.revision)
     )
     profile = _profile(card, config.device)
     device_type = profile.device_type
-    _, (_, targets, max_seq_len), (budget, reason) = _together(
+    _, (_, targets, max_seq_len), (budget, reason) = together(
         lambda: check_memory_settings(config, facts, device_type=device_type),
         lambda: against_facts(config, facts),
         lambda: _budget(config, card, profile),
@@ -99,6 +98,8 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
 
     if max_seq_len < config.max_seq_len:
         notes = (*notes, f"the model has {max_seq_len} positions: longer sequences are cut there")
+    if config.boundary is not None:
+        notes = (*notes, "boundary auto is found by short runs: this plan is that of the midpoint")
     found = settled(config, facts, ask)
     return replace(found, notes=(*found.notes, *chosen_settings(config, found.config)))
 
@@ -123,18 +124,6 @@ def _worst_step(
         profile.context_bytes if shape.device_type == "cuda" else library_bytes, vocabulary_itemsize,
         evaluation=batch if evaluates else None, clip_scope=config.clip_scope if config.clip else "none",
     )  # fmt: skip
-
-
-def _together(*asked: Callable[[], Any]) -> list[Any]:
-    """All answers; the errors of all of them are told in one message."""
-    found, errors = [], []
-    for ask in asked:
-        try:
-            found.append(ask())
-        except InputError as error:
-            errors += error.errors if isinstance(error, InputErrors) else [error]
-    raise_collected(errors)
-    return found
 
 
 # the model -------------------------------------------------------------------------------------------------------------

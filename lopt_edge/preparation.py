@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,7 +20,7 @@ from lopt_edge.artifacts import AdapterShape, check_output
 from lopt_edge.caching import check_boundary_cache
 from lopt_edge.config import Config, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, load_dataset, split, split_window
-from lopt_edge.errors import DoesNotFit, InputError
+from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.generation import load_tokenizer
 from lopt_edge.memory import check_folders, stated_budget
 from lopt_edge.models import ModelFolder, check_weights, find_model, tensor_entries
@@ -145,12 +145,12 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     check_output(Path(config.output), resuming=config.resume is not None)
     given = config
     config, start, resumed = find_start(config)
-    device, device_reason = choose_device(config.device)
+    (device, device_reason), source = _device_and_model(config)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
-    source = find_model(config.model, revision=config.revision)
     facts = source.facts
-    check_memory_settings(config, facts, device_type=device.type)
-    course, targets, max_seq_len = against_facts(config, facts)
+    _, (course, targets, max_seq_len) = together(
+        lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
+    )
     check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
@@ -210,6 +210,26 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     check_boundary_cache(inputs)
     check_teacher(inputs)
     return inputs, start
+
+
+def _device_and_model(config: Config) -> list[Any]:
+    """(device and reason, model), with what else is wrong in files; a hub's model is fetched only if nothing is."""
+    cheap = (lambda: choose_device(config.device), lambda: _check_files(config))
+
+    def find() -> ModelFolder:
+        return find_model(config.model, revision=config.revision)
+
+    if Path(config.model).expanduser().exists() or config.model.count("/") != 1:
+        device, _, source = together(*cheap, find)
+        return [device, source]
+    device, _ = together(*cheap)
+    return [device, find()]
+
+
+def _check_files(config: Config) -> None:
+    names = ("data", "eval_data", "retention_data", "chat_template")
+    raise_collected([InputError("no such file", where=f"{name} {value}", fix="check the path") for name in names
+                     if (value := getattr(config, name)) is not None and not Path(value).exists()])  # fmt: skip
 
 
 def _described_kind(kind: StepKind) -> str:

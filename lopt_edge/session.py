@@ -197,9 +197,11 @@ class Session:
                 if state.evaluated < 0:
                     state.before = evaluate(self, 0)
                     sample(self, "before")
-                self.progress.start(self.n_steps, done=state.steps)
+                self.progress.start(self.n_steps, done=(done := state.steps))
                 self._train()
                 self.progress.stop()
+                if self.caches is not None and self.caches.open is not None:
+                    self.progress.note(self.caches.summary(n_read=self.kinds.n_read, n_steps=state.steps - done))
                 if state.best is not None:  # what is reported and sampled is what was saved
                     state.after = state.best
                     load_adapters(self.model, self.output)
@@ -354,7 +356,8 @@ class Session:
                 self.progress.warn(surprise)
             if len(self.first_steps.steps) == N_STEPS or step == self.n_steps:
                 largest = self.predicted["device_bytes"]
-                self.progress.note(self.first_steps.correction(largest))
+                own = "" if self.crew is None else "process 0: "
+                self.progress.note(f"{own}{self.first_steps.correction(largest)}")
                 self.predicted["corrected_device_bytes"] = self.first_steps.corrected_bytes(largest)
             return
         meter = MemoryMeter(self.executor)

@@ -21,6 +21,7 @@ class StepKinds:
 
     def __init__(self, inputs: Inputs, state: RunState, executor: Executor, caches: BoundaryCaches | None) -> None:
         self.inputs, self.state, self.executor, self.caches = inputs, state, executor, caches
+        self.n_read = 0  # steps of this session that read a boundary cache
 
     def of(self, step: int, window: Window) -> StepKind:
         """Of a step over this window; the executor is given the cache that it needs."""
@@ -29,7 +30,10 @@ class StepKinds:
             return kind
         cache = self.caches.of(kind, self.executor)
         self.executor.caches["boundary"] = cache
-        return self.inputs.course.reading(kind) if all(cache.has(indices) for indices in window) else kind
+        if not all(cache.has(indices) for indices in window):
+            return kind
+        self.n_read += 1
+        return self.inputs.course.reading(kind)
 
     def _planned(self, step: int) -> StepKind:
         return self.inputs.course.kind(step, self.inputs.n_steps, ended=self.state.stage_ends)

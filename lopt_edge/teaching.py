@@ -42,7 +42,11 @@ def find_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelFol
     """The other model that teaches, if there is one. Raises InputError if it reads other tokens."""
     if config.teacher is None:
         return None
-    found = find_model(config.teacher)
+    try:
+        found = find_model(config.teacher)
+    except InputError as error:
+        raise InputError(error.what, where=f"teacher {error.where.removeprefix('model').lstrip(' :')}".rstrip(),
+                         fix=error.fix) from None  # fmt: skip
     if load_tokenizer(found.path).get_vocab() != tokenizer.get_vocab():
         raise InputError("its tokenizer is another one: its features would belong to other tokens",
                          where=f"teacher {config.teacher}", fix="choose a model with the same tokenizer")  # fmt: skip

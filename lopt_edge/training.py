@@ -104,7 +104,8 @@ def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
     n_micro = min(inputs.config.grad_accum, -(-len(inputs.train.examples) // inputs.config.batch_size))
     plans = [inputs.plan(n_micro, kind) for kind in inputs.course.kinds]
     named = ", ".join(f"{plan.hash()} ({f'{plan.kind}: ' if plan.kind else ''}{len(plan.ops)} ops)" for plan in plans)
-    progress.note(f"plan {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
+    own = "" if inputs.part is None else " of process 0"
+    progress.note(f"plan{own} {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
     if start is not None:
         inside = f" and {start.state.sequences} sequences of the next" if start.state.sequences else ""
         progress.note(f"resumed after step {start.state.steps}{inside}: {start.checkpoint.folder}")

@@ -74,7 +74,7 @@ def test_bad_flags(run, tmp_path, data):
         (["--data-format", "alpaca"], "data.jsonl"),
         (["--eval-data", "missing.jsonl"], "missing.jsonl"),
         (["--device", "cuda"], "device"),
-        (["--compute-dtype", "float16"], "compute_dtype"),
+        (["--compute-dtype", "float16"], "--compute-dtype"),
         (["--init-adapter", "nowhere"], "nowhere"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
     ],
@@ -234,8 +234,34 @@ def test_mistakes_against_the_model_are_told_together(run, tmp_path, data):
     words = finetune_words(data, tmp_path / "out", "--lora-targets", "all-linear,w", "--boundary-layers", 99)
     code, _, err = run(*words)
     assert code == 2
-    assert "boundary" in err
-    assert "lora_targets" in err
+    assert "--boundary-layers: [99]" in err
+    assert "--lora-targets: w is not" in err
+
+
+def test_a_file_s_mistakes_against_the_model_have_their_lines(run, tmp_path, data):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {TINY}\ndata: {data}\noutput: {tmp_path / 'out'}\nmethod: lopt\nnum_segments: 99\n")
+    code, _, err = run("finetune", path)
+    assert code == 2 and f"{path}:5: num_segments: 99 is impossible" in "".join(err.splitlines())
+    code, _, err = run("finetune", path, "--num-segments", 77)
+    assert code == 2 and "--num-segments: 77 is impossible" in err
+    code, _, err = run("plan", path, "--gpu", "rtx4090")
+    assert code == 2 and f"{path}:5: num_segments" in "".join(err.splitlines())
+
+
+def test_mistakes_of_every_layer_are_told_together(run, tmp_path):
+    """A wrong number does not hide an option of another method, nor a missing file another one."""
+    own = ("--output", tmp_path / "out")
+    code, _, err = run("finetune", "--model", "m", "--data", "d", "--lora-r", 0, "--method", "frozen", "--stages", 3, *own)
+    assert code == 2 and "--lora-r" in err and "--stages: belongs to method segprop" in err
+    code, _, err = run("finetune", "--model", "no-model", "--data", "no-data", "--eval-data", "no-eval", *own)
+    assert code == 2 and all(f"--{word}" in err for word in ("model", "data no-data", "eval-data no-eval"))
+
+
+def test_a_wrong_teacher_is_named_as_such(run, tmp_path, data):
+    words = finetune_words(data, tmp_path / "out", "--method", "let", "--teacher", tmp_path / "nowhere")
+    code, _, err = run(*words)
+    assert code == 2 and "--teacher: no model folder" in err
 
 
 def test_a_config_that_transformers_cannot_use(run, tmp_path, data):

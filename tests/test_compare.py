@@ -153,6 +153,7 @@ def test_options_of_one_method_in_the_file_are_no_matter_to_the_others(root):
         (("--methods", "lopt:lr_local=fastx"), ("no number or factor",)),
         (("--methods", "lopt:k=4:r=8,lopt:r=8:k=4"), ("is given twice",)),
         (("--methods", "lopt,lopt:k=2"), ("same settings as lopt",)),
+        (("--methods", "lopt,lopt:lr_local=0.01x"), ("same settings as lopt",)),
         (("--methods", "lopt:k=99"), ("lopt:k=99", "99")),
         (("--methods", "e2e:k=4"), ("num_segments has no effect",)),
         (("--methods", "e2e:max_steps=9"), ("max_steps is shared by all variants",)),
@@ -196,6 +197,18 @@ def test_what_a_comparison_cannot_follow_is_refused(run, root, tmp_path, fake):
     (tmp_path / "config.yaml").write_text("")
     code, _, err = run(root / "run.yaml", "--methods", "e2e", "--output", tmp_path)
     assert code == 2 and "holds a run of finetune" in err
+    assert not fake
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("notes.txt", "holds 'notes.txt', which is of no"), ("compare.md", "did not write")]
+)
+def test_a_folder_of_something_else_is_not_written_into(run, root, tmp_path, fake, name, words):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "runs").mkdir()
+    code, _, err = run(root / "run.yaml", "--methods", "e2e", "--output", tmp_path)
+    assert code == 2 and words in " ".join(err.split()), err
+    assert (tmp_path / name).read_text() == "mine"
     assert not fake
 
 
@@ -308,7 +321,9 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(compared, root):
     identifiers = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     for picture in pictures:
         assert picture["role"] == "img" and set((picture["aria-labelledby"] or "").split()) <= identifiers
-    assert sum(attributes.get("class") == "dot" for _, attributes in page.tags) == 4, "two plots of two variants"
+    dots = [(attributes.get("class") or "").split() for tag, attributes in page.tags if tag == "circle"]
+    assert len(dots) == 8, "two plots of two variants, each at its place and before its name"
+    assert all(dots.count(["dot", hue]) == 4 for hue in ("hue0", "hue1")), "which share a hue"
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags} and "http" not in text
     assert "prefers-color-scheme: dark" in text
     for row in found.rows:

@@ -176,3 +176,9 @@ def test_a_folder_without_or_with_a_broken_config(tmp_path):
     assert "config.json" in refusal(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in refusal(str(tmp_path))
+
+
+def test_boundary_auto_is_planned_as_the_midpoint_and_says_so():
+    found = plan_run("llama-3.1-8b", gpu="rtx4090", max_seq_len=512, method="lopt", boundary="auto")
+    assert any("boundary auto" in note for note in found.notes)
+    assert found.plan_hash == plan_run("llama-3.1-8b", gpu="rtx4090", max_seq_len=512, method="lopt").plan_hash

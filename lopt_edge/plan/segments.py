@@ -164,7 +164,7 @@ def cut_depth(
 def _even_starts(n_layers: int, num_segments: int) -> list[int]:
     if not 1 <= num_segments <= n_layers:
         raise InputError(
-            f"num_segments {num_segments} is impossible: the model has {n_layers} layers",
+            f"{num_segments} is impossible: the model has {n_layers} layers",
             where="num_segments",
             fix=f"choose 1 to {n_layers}",
         )
@@ -176,7 +176,7 @@ def _checked_boundaries(boundaries: Sequence[int], n_layers: int) -> list[int]:
     inside = all(0 < layer < n_layers for layer in boundaries)
     if not inside or sorted(set(boundaries)) != list(boundaries):
         raise InputError(
-            f"boundary layers {list(boundaries)} must rise and lie between 1 and {n_layers - 1}",
+            f"{list(boundaries)} must rise and lie between 1 and {n_layers - 1}",
             where="boundary_layers",
             fix="layer numbers count from 0; each named layer begins the next segment",
         )

@@ -135,6 +135,13 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         raise InputError(str(error), where=str(path), fix="remove the cache, or name another folder") from None
     if found != json.loads(json.dumps(dict(identity))):
         values = found if isinstance(found, dict) else {}
-        others = [name for name in identity if values.get(name) != identity[name]] or ["its form"]
-        raise InputError(f"is a cache of another run: {', '.join(others)} differ", where=str(folder),
+        others = [f"{name} was {_short(values.get(name))}, is {_short(identity[name])}" for name in identity
+                  if values.get(name) != identity[name]] or ["it has another form"]  # fmt: skip
+        raise InputError(f"is a cache of another run: {'; '.join(others)}", where=str(folder),
                          fix="remove it, or name another folder")  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    """A fingerprint by its first digits."""
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}..."

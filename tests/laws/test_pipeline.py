@@ -422,7 +422,7 @@ def test_processes_end_with_a_killed_process_0(model, tmp_path):
     [
         ({"pipeline": 3}, "pipeline: 3 processes for 2 segments"),
         ({"pipeline": 3, "boundary_layers": (1,)}, "pipeline: 3 processes for 2 segments"),
-        ({"method": "e2e"}, "pipeline: belongs to method lopt and frozen"),
+        ({"method": "e2e"}, "pipeline: belongs to method lopt or frozen"),
         ({"method": "lcsb"}, "pipeline: belongs to"),
         ({"method": "top-layers", "train_layers": 1}, "pipeline: belongs to"),
         ({"open_every": 3}, "open_every: cannot be with pipeline"),

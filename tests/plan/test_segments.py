@@ -51,7 +51,7 @@ def test_the_default_split_of_known_depths():
 
 @pytest.mark.parametrize("num_segments", [0, -1, 5, 1000])
 def test_an_impossible_number_is_told(num_segments):
-    with pytest.raises(InputError, match=rf"num_segments {num_segments} .*4 layers") as caught:
+    with pytest.raises(InputError, match=rf"num_segments: {num_segments} .*4 layers") as caught:
         cut_depth("reconstruct", n_layers=4, num_segments=num_segments)
     assert "choose 1 to 4" in str(caught.value)
 
