@@ -145,7 +145,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "method" not in values and any(values.get(name) for name in LOPTS):
+        if isinstance(values, dict) and "method" not in values and _asks_for_a_boundary(values):
             values = {**values, "method": "lopt"}
         if not isinstance(values, dict) or not isinstance(values.get("method"), str) or values.get("boundary_layers"):
             return values
@@ -182,6 +182,11 @@ class Config(BaseModel):
     def as_yaml(self) -> str:
         """The resolved settings, in the order of declaration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _asks_for_a_boundary(values: Mapping[str, Any]) -> bool:
+    """Whether settings are given that only a cut depth gives a meaning."""
+    return any(values.get(name) for name in LOPTS) or str(values.get("pipeline") or 1) != "1"
 
 
 def load_config(

@@ -160,8 +160,15 @@ def test_defaults_are_the_documented_ones():
     assert config.clip_scope == "segment"
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 32, 0)
     assert made(method="lopt").local_lr == 2e-6
-    asks_for_a_boundary = ({"num_segments": 3}, {"boundary_layers": 4}, {"lr_local": 0.1}, {"open_every": 4})
+    asks_for_a_boundary = (
+        {"num_segments": 3},
+        {"boundary_layers": 4},
+        {"lr_local": 0.1},
+        {"open_every": 4},
+        {"pipeline": 2},
+    )
     assert {made(**asked).method for asked in asks_for_a_boundary} == {"lopt"}
+    assert made(pipeline=1).method == made(num_segments=None).method == "e2e"
     assert made(method="frozen", num_segments=3).method == "frozen"
     assert made(method="lopt", lr_local=0.1).local_lr == 0.1
     assert made(method="mlaan").local_lr == made().lr
