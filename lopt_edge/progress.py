@@ -84,6 +84,7 @@ def _metrics_text(metrics: Mapping[str, Any]) -> str:
     kind = f"({metrics['kind']})" if "kind" in metrics else ""  # of several kinds of step
     local = " ".join(f"{value:.4f}" for value in metrics["local_loss"])
     parts = [f"loss {metrics['loss']:.4f}{kind and ' ' + kind}", *([f"local {local}"] if local else [])]
+    parts += [f"align {metrics['align_loss']:.4f}"] if "align_loss" in metrics else []
     parts.append(f"{metrics['tokens'] / max(metrics['step_seconds'], 1e-9):.0f} tok/s")
     parts.append(f"peak {metrics['peak_device_bytes'] / 2**20:.0f} MiB")
     return "  ".join(parts)

@@ -401,6 +401,8 @@ class Session:
             metrics["process_peaks"] = self.crew.link.reports
         if kind.name:
             metrics["kind"] = kind.name
+        if result.align_loss is not None:
+            metrics["align_loss"] = result.align_loss
         self._log(metrics)
         self.progress.step(metrics)
         if state.level.add(result.loss):

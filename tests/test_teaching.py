@@ -37,7 +37,9 @@ def adapter(config) -> bytes:
 def test_the_weight_falls_and_then_no_teacher_is_read(model, tmp_path):
     config = make_config(model, tmp_path, method="let", align_until=0.5, max_steps=4)
     finetune(config)
-    assert [step["kind"] for step in metrics_of(config)[0]] == ["align", "align", "plain", "plain"]
+    steps = metrics_of(config)[0]
+    assert [step["kind"] for step in steps] == ["align", "align", "plain", "plain"]
+    assert all(-1 <= step["align_loss"] <= 1 for step in steps[:2]) and "align_loss" not in {*steps[2], *steps[3]}
     assert not (Path(config.output) / FEATURES).exists(), "only until the run is done"
     plain = make_config(model, tmp_path, output="plain", method="e2e", max_steps=4)
     finetune(plain)

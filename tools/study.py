@@ -2,6 +2,7 @@
 
     python tools/study.py --output /tmp/study            # all of it: about 340 runs, 90 minutes on two cores
     python tools/study.py --output /tmp/study --only e2e,frozen
+    python tools/study.py --tables                       # those of the README, from tools/results
 
 The rule: each variant's learning rate is tuned on one seed's validation split (three points that bracket the optimum of e2e
 and of frozen at rank 8), the numbers are those of three seeds on a test split that nothing was chosen by. The second part
@@ -14,6 +15,7 @@ model is the embedded one (3.6M parameters, 8 layers); what it says about 8B is 
 from __future__ import annotations
 
 import argparse
+import csv
 import shutil
 import subprocess
 import sys
@@ -56,12 +58,50 @@ def compare(task: str, name: str, methods: tuple[str, ...], options: argparse.Na
     return done.returncode
 
 
+def tables() -> str:
+    """The README's two tables. A test compares."""
+    head = ("variant", "narrow: loss", "exact", "forgetting", "broad: loss", "forgetting", "lr")
+    return "\n".join("\n".join(_line(cells) for cells in (head, ("---", *["---:"] * 6), *_rows(part))) + "\n"
+                     for part in ("", "-more"))  # fmt: skip
+
+
+def _rows(part: str) -> list[tuple[str, ...]]:
+    narrow, broad = (_figures(f"{task}{part}") for task in TASKS)
+    found = []
+    for name, one in narrow.items():
+        other = broad[name]
+        rates = dict.fromkeys(f"{float(figures['lr']):g}" for figures in (one, other))
+        exact = f"{100 * float(one['exact_match']):.0f} ± {100 * float(one['exact_match_std']):.0f}%"
+        found.append((f"`{name}`", _spread(one, "eval_loss"), exact, _spread(one, "forgetting"),
+                      _spread(other, "eval_loss"), _spread(other, "forgetting"), " / ".join(rates)))  # fmt: skip
+    return found
+
+
+def _figures(name: str) -> dict[str, dict[str, str]]:
+    with (RESULTS / f"study-{name}.csv").open(newline="", encoding="utf-8") as file:
+        return {row["variant"]: row for row in csv.DictReader(file)}
+
+
+def _spread(figures: dict[str, str], name: str) -> str:
+    return f"{float(figures[name]):.3f} ± {float(figures[f'{name}_std']):.3f}"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--output", type=Path, help="folder of the runs")
+    parser.add_argument("--tables", action="store_true", help="print the README's tables and stop")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each with its share of the cores")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="variants whose cells are filled")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(), end="")
+        return
+    if options.output is None:
+        parser.error("--output is needed")
     codes = [compare(task, task, METHODS, options) for task in TASKS]
     codes += [compare(task, f"{task}-more", MORE, options) for task in TASKS]
     sys.exit(max(codes))

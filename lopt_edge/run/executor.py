@@ -45,22 +45,27 @@ from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, aligned, fi
 if TYPE_CHECKING:
     from lopt_edge.run.pipeline import FarGroups, Link
 
+ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
 FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lowers it
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one)."""
+    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one).
+
+    `align_loss`: of an alignment beside the task, minus the mean cosine of its tokens.
+    """
 
     loss: float
     local_loss: tuple[float, ...]
     grad_norm: tuple[float, ...]
     totals: Totals
+    align_loss: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A step between two micro-batches: the next one, the losses so far by segment, the accumulated gradients.
+    """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
 
     `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
     """
@@ -273,8 +278,10 @@ class Executor:
 
     def _align(self, state: _Step, op: Op) -> None:
         segment = state.plan.segment_of(op.target)
-        scale = state.align_weight * self.loss_scale / state.totals.tokens
-        state.aligned[op.micro_batch, op.target], _ = aligned(self._output(state, op, segment, None), scale=scale)
+        weight = state.align_weight * self.loss_scale
+        output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
+        state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
+        state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
         state.teacher_BTD = None
 
     def _receive(self, state: _Step, op: Op) -> None:
@@ -412,6 +419,7 @@ class Executor:
             local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
             grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
+            align_loss=state.losses.get(ALIGNED),
         )
 
     def _exchange(self, state: _Step, link: Link) -> None:

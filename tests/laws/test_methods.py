@@ -282,13 +282,16 @@ def test_alignments_equal_one_graph(folder, tmp_path, method, options, activatio
     cache.write((0, 1), features)
     bench.executor.caches = {"teacher": cache}
     ours = bench.gradients([batch], align_weight=ALIGN_WEIGHT)
-    reference_loss(bench, batch, rounded(features)).backward()
+    total = reference_loss(bench, batch, rounded(features))
+    total.backward()
     theirs = bench.take_gradients()
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, theirs[name], rtol=2e-4, atol=1e-6)
-    if method == "let":  # without the alignment the gradients are others, but not those of the layers above
+    if method == "let":
+        assert ALIGN_WEIGHT * bench.result.align_loss == pytest.approx(total.item() - bench.result.loss, abs=1e-5)
+        # without the alignment the gradients are others, but not those of the layers above
         plain = make_bench(folder, method="e2e").gradients([batch])
         moved = {int(name.split()[1]) for name in ours if not torch.equal(ours[name], plain[name])}
         assert moved == set(range(options["align_layer"] + 1))
