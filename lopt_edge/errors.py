@@ -14,6 +14,8 @@ from typing import Any
 
 from quant.untrusted import printable
 
+MOST_SHOWN = 20  # of errors told together
+
 
 class LoptError(Exception):
     """Base of every error that lopt-edge raises on purpose; `exit_code` is what the process ends with."""
@@ -40,7 +42,9 @@ class InputErrors(InputError):
 
     def __init__(self, errors: Sequence[InputError]) -> None:
         self.errors = tuple(errors)
-        super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {error}" for error in self.errors))
+        lines = [f"- {error}" for error in self.errors[:MOST_SHOWN]]
+        lines += [f"- and {len(errors) - MOST_SHOWN} more"] if len(errors) > MOST_SHOWN else []
+        super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(lines))
 
 
 def together(*asked: Callable[[], Any]) -> list[Any]:

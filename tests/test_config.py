@@ -53,6 +53,11 @@ def test_mistakes_of_file_and_flags_are_told_together(load):
         assert part in message, part
 
 
+def test_very_many_mistakes_are_counted():
+    message = str(InputErrors([InputError(f"mistake {number}") for number in range(50)]))
+    assert message.startswith("50 problems") and message.endswith("- and 30 more") and len(message.splitlines()) == 22
+
+
 def test_a_flag_that_overrides_a_wrong_value_heals_it(load):
     assert load("model: m\ndata: d\noutput: o\nlr: high\n", lr=0.5).lr == 0.5
 
