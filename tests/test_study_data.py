@@ -86,3 +86,12 @@ def test_the_tool_writes_the_same_bytes_twice_and_other_ones_with_another_seed(t
             check_disjoint(task, folder)
             assert len(rows(task, "train", folder)) == 60
     assert len(written[0]) == 7 and written[0] == written[1] and written[0] != written[2]
+
+
+def test_the_readme_has_the_study_s_tables():
+    done = subprocess.run(
+        [sys.executable, "tools/study.py", "--tables"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in readme
