@@ -14,7 +14,7 @@ from typing import Any
 
 from quant.untrusted import printable
 
-MOST_SHOWN = 20  # of errors told together
+MOST_SHOWN = 60  # of errors told together: more than a run has settings that matter to its resumption
 
 
 class LoptError(Exception):

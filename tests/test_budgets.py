@@ -175,7 +175,7 @@ def refuses(run: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[...
 @pytest.mark.parametrize("amount", ["24", "0GB", "-5GB", "12XB", "much", "0%", "101%"])
 def test_bad_amounts_are_told_together(refuses, amount):
     text = refuses("--device-memory", amount, "--disk-memory", "7QB")
-    assert "device_memory" in text and "disk_memory" in text
+    assert "--device-memory: " in text and "--disk-memory: " in text
     assert repr(amount) in text and "'7QB'" in text
 
 
@@ -227,7 +227,7 @@ def in_memory() -> Iterator[Path]:
 def test_page_and_cache_folders_in_memory_are_refused_together(refuses, in_memory):
     flags = ["--optimizer-states", "disk", "--page-dir", in_memory / "pages", "--cache-dir", in_memory / "cache"]
     text = refuses(*flags)
-    assert "page_dir" in text and "cache_dir" in text
+    assert "--page-dir: " in text and "--cache-dir: " in text
     assert "would take memory outside the budget" in text and "--cache-dir" in text
     assert not list(in_memory.iterdir())
 
@@ -235,7 +235,7 @@ def test_page_and_cache_folders_in_memory_are_refused_together(refuses, in_memor
 @needs_tmpfs
 def test_a_cache_folder_in_memory_is_refused_with_a_copy_in_it(refuses, in_memory):
     four_bit_folder(find_model(str(TINY)), cache_dir=str(in_memory))
-    assert "cache_dir" in refuses("--cache-dir", in_memory)
+    assert "--cache-dir: " in refuses("--cache-dir", in_memory)
 
 
 @needs_tmpfs

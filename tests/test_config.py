@@ -54,8 +54,8 @@ def test_mistakes_of_file_and_flags_are_told_together(load):
 
 
 def test_very_many_mistakes_are_counted():
-    message = str(InputErrors([InputError(f"mistake {number}") for number in range(50)]))
-    assert message.startswith("50 problems") and message.endswith("- and 30 more") and len(message.splitlines()) == 22
+    message = str(InputErrors([InputError(f"mistake {number}") for number in range(90)]))
+    assert message.startswith("90 problems") and message.endswith("- and 30 more") and len(message.splitlines()) == 62
 
 
 def test_a_flag_that_overrides_a_wrong_value_heals_it(load):

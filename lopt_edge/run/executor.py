@@ -281,7 +281,8 @@ class Executor:
         weight = state.align_weight * self.loss_scale
         output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
         state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
-        state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
+        if weight:
+            state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
         state.teacher_BTD = None
 
     def _receive(self, state: _Step, op: Op) -> None:
