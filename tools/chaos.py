@@ -55,7 +55,7 @@ from lopt_edge.doctor import cpu_device
 
 SETTINGS: dict[str, Any] = {
     "weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk",
-    "batch_size": 2, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8, "lr": 1e-2, "device": "cpu",
+    "method": "lopt", "batch_size": 2, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8, "lr": 1e-2, "device": "cpu",
     "compute_dtype": "float32", "max_seq_len": 128, "eval_fraction": 0.2, "eval_every": 3, "keep_best": True,
     "save_every": 1, "save_minutes": 0.001, "keep": 2, "resume": "auto",
 }  # fmt: skip
