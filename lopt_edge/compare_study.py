@@ -16,7 +16,7 @@ from lopt_edge.compare_cells import Cell
 from lopt_edge.compare_figures import Asked, outcome_of
 from lopt_edge.compare_tables import TABLES, is_ours
 from lopt_edge.compare_variants import NOT_HERE, Variant, check_variants, parse_variants, resolve
-from lopt_edge.config import Config, load_config
+from lopt_edge.config import Config, file_errors, load_config
 from lopt_edge.errors import InputError, InputErrors, raise_collected
 from lopt_edge.exact_match import questions
 from lopt_edge.output_lock import LOCK_NAME
@@ -138,9 +138,7 @@ def _faults(base: Config, grid: Sequence[float], test_data: str | None, n_exact:
         "retention_data": base.retention_data,
         "--test-data": test_data,
     }
-    for name, value in files.items():
-        if value is not None and not Path(value).is_file():
-            yield InputError("no such file", where=f"{name} {value}")
+    yield from file_errors(files)
     if test_data is not None and _same_file(test_data, base.data):
         yield InputError("are the training data", where="--test-data", fix="name held-out data")
     if test_data is not None and grid and base.eval_data and _same_file(test_data, base.eval_data):

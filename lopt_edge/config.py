@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lopt_edge.errors import InputError, InputErrors, raise_collected
-from lopt_edge.plan.methods import CACHED, CUT_METHODS, DEFAULTS, LOPTS, OPTIONS, PIPELINED
+from lopt_edge.plan.methods import BOUNDARY_SETTINGS, CACHED, CUT_METHODS, DEFAULTS, OPTIONS, PIPELINED
 from lopt_edge.yaml_file import read_yaml
 
 LOCAL_PART = 100  # one part in so many of lr is what lopt's early segments get where nothing is said
@@ -186,7 +186,14 @@ class Config(BaseModel):
 
 def _asks_for_a_boundary(values: Mapping[str, Any]) -> bool:
     """Whether settings are given that only a cut depth gives a meaning."""
-    return any(values.get(name) for name in LOPTS) or str(values.get("pipeline") or 1) != "1"
+    return any(values.get(name) for name in BOUNDARY_SETTINGS) or str(values.get("pipeline") or 1) != "1"
+
+
+def file_errors(named: Mapping[str, str | None]) -> list[InputError]:
+    """Of the files that settings name, those that are not there, or folders."""
+    found = {name: Path(value) for name, value in named.items() if value is not None}
+    return [InputError("is a folder" if path.exists() else "no such file", where=f"{name} {path}", fix="check the path")
+            for name, path in found.items() if not path.exists() or path.is_dir()]  # fmt: skip
 
 
 def load_config(

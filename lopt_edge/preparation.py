@@ -18,7 +18,7 @@ import torch
 
 from lopt_edge.artifacts import AdapterShape, check_output
 from lopt_edge.caching import check_boundary_cache
-from lopt_edge.config import Config, no_effect_warnings
+from lopt_edge.config import Config, file_errors, no_effect_warnings
 from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, load_dataset, split, split_window
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.generation import load_tokenizer
@@ -228,8 +228,7 @@ def _device_and_model(config: Config) -> list[Any]:
 
 def _check_files(config: Config) -> None:
     names = ("data", "eval_data", "retention_data", "chat_template")
-    raise_collected([InputError("no such file", where=f"{name} {value}", fix="check the path") for name in names
-                     if (value := getattr(config, name)) is not None and not Path(value).exists()])  # fmt: skip
+    raise_collected(file_errors({name: getattr(config, name) for name in names}))
 
 
 def _described_kind(kind: StepKind) -> str:

@@ -256,6 +256,8 @@ def test_mistakes_of_every_layer_are_told_together(run, tmp_path):
     assert code == 2 and "--lora-r" in err and "--stages: belongs to method segprop" in err
     code, _, err = run("finetune", "--model", "no-model", "--data", "no-data", "--eval-data", "no-eval", *own)
     assert code == 2 and all(f"--{word}" in err for word in ("model", "data no-data", "eval-data no-eval"))
+    code, _, err = run("finetune", "--model", TINY, "--data", tmp_path, *own)
+    assert code == 2 and "is a folder" in err
 
 
 def test_a_wrong_teacher_is_named_as_such(run, tmp_path, data):

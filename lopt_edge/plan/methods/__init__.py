@@ -53,9 +53,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "cascade_weight": ("mlaan",),
 }
 DEFAULTS: Mapping[str, Mapping[str, int]] = {"mlaan": {"num_segments": mlaan.NUM_SEGMENTS}}  # other than for all methods
-# Settings that ask for a boundary: LoPT's, where no method is named.
-LOPTS = ("num_segments", "boundary_layers", "boundary", "boundary_update", "choose_segments", "local_every", "local_loss",
-         "local_weight", "lr_local", "open_every")  # fmt: skip
+# They ask for a boundary: LoPT's, where no method is named.
+BOUNDARY_SETTINGS = ("num_segments", "boundary_layers", "boundary", "boundary_update", "choose_segments", "local_every",
+                     "local_loss", "local_weight", "lr_local", "open_every")  # fmt: skip
 CUT_METHODS = ("lopt", "frozen", "let-local", "mlaan")  # whose depth num_segments or boundary_layers cut
 PIPELINED = ("lopt", "frozen")  # whose segments may lie in several processes
 CACHED = ("frozen", "top-layers", "lopt", "segprop")  # that may have early segments which never train
