@@ -3,8 +3,8 @@
 What decides the arithmetic must be as it was: method, segments, LoRA's shape, optimizer, learning rates, seed, and by
 fingerprints (not by path) the model and the data. What may change is listed in `MAY_CHANGE`: budgets and paging, which
 change no bit (design law 3), logging, and the number of steps, which stretches the learning rates' schedule (not where it
-would move a stage that is over). What the
-planner had settled (micro-batches, segments, tiles) stays settled. Differences are told all together.
+would move a stage that is over). What the planner had settled (micro-batches, segments, tiles) stays settled. Differences
+are told all together.
 
 The compute device may change too, and so may the number of threads and the versions of libraries: then the bits may
 differ, and that is said.
