@@ -10,26 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopt_edge.comparison import compare
-    from lopt_edge.config import Config, load_config
+    from lopt_edge.adapters.generation import generate
+    from lopt_edge.adapters.merge import export
+    from lopt_edge.comparison.run import compare
+    from lopt_edge.config.load import load_config
+    from lopt_edge.config.settings import Config
     from lopt_edge.errors import InputError, RunError
-    from lopt_edge.generation import generate
-    from lopt_edge.merging import export
-    from lopt_edge.planning import plan_run
-    from lopt_edge.training import finetune
+    from lopt_edge.planning.worst_case import plan_run
+    from lopt_edge.training.run import finetune
 
 __all__ = ["Config", "InputError", "RunError", "compare", "export", "finetune", "generate", "load_config", "plan_run"]
 
 _HOMES = {
-    "Config": "config",
+    "Config": "config.settings",
     "InputError": "errors",
     "RunError": "errors",
-    "compare": "comparison",
-    "export": "merging",
-    "finetune": "training",
-    "generate": "generation",
-    "load_config": "config",
-    "plan_run": "planning",
+    "compare": "comparison.run",
+    "export": "adapters.merge",
+    "finetune": "training.run",
+    "generate": "adapters.generation",
+    "load_config": "config.load",
+    "plan_run": "planning.worst_case",
 }
 
 

@@ -107,3 +107,15 @@ def raise_collected(errors: Sequence[InputError]) -> None:
         raise errors[0]
     if errors:
         raise InputErrors(errors)
+
+
+class NotFinite(RunError):
+    """A loss or a gradient of the step is infinite or NaN. `op`: the plan's op that found it."""
+
+    untouched = True  # no group was updated before it
+    op = ""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", of_loss: bool = False) -> None:
+        self.of_loss = of_loss  # then no smaller loss scale helps
+        advice = "lower --lr (and --lr-local); in float16, compute in bfloat16 or float32"
+        super().__init__(what, where=where, fix=fix or advice)

@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
-from tests.models import make_folder
+from tools.tiny_models import make_folder
 
 torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not depend on the number of cores
 
@@ -23,7 +23,8 @@ torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not d
 @pytest.fixture(scope="session")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(family, dtype, **config changes) -> a 4-bit folder of a tiny random model, made once."""
-    from lopt_edge.models import find_model, four_bit_folder
+    from lopt_edge.models.folder import find_model
+    from lopt_edge.models.four_bit import four_bit_folder
 
     made: dict[str, Path] = {}
 
@@ -49,7 +50,7 @@ def _quick_collections() -> None:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """(exit code, stdout, stderr) of `lopt-edge WORD ...` in this process; a traceback fails the test."""
-    from lopt_edge import cli
+    from lopt_edge.cli import main as cli
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["lopt-edge", *map(str, words)])
@@ -66,8 +67,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """(step, micro-batch): SIGTERM to this process while that micro-batch of that step runs, once."""
-    from lopt_edge import session
-    from lopt_edge.plan.ops import Kind
+    from lopt_edge.plan.schedule.ops import Kind
+    from lopt_edge.training.session import session
 
     left: list[tuple[int, int]] = []
     build = session.build_executor

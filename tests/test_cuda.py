@@ -30,7 +30,7 @@ def test_unpacking_equals_bitsandbytes(dtype):
 def test_logits_equal_transformers(four_bit, family, dtype):
     from transformers import AutoModelForCausalLM
 
-    from lopt_edge.run.losses import logits
+    from lopt_edge.run.step.losses import logits
 
     folder = four_bit(family, dtype=dtype)
     model = make_bench(folder, method="frozen", dtype=dtype, device="cuda").model

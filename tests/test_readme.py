@@ -11,11 +11,12 @@ import pytest
 import typer
 from typer.main import get_command
 
-from lopt_edge import cli
-from lopt_edge.config import Config, load_config
-from lopt_edge.plan.presets import find_preset
+from lopt_edge.cli import main as cli
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
+from lopt_edge.plan.facts.presets import find_preset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

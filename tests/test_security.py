@@ -1,4 +1,5 @@
-"""The promises of SECURITY.md about foreign folders and files. Templates: data/test_data_sandbox.py; fuzzing: test_fuzz.py.
+"""The promises of SECURITY.md about foreign folders and files. Templates: data/test_data_sandbox.py; fuzzing:
+tests/tools/test_fuzz.py.
 
 Each attack is one that worked, or one that the promise names.
 """
@@ -22,14 +23,14 @@ from safetensors.torch import save_file
 
 from lopt_edge.data import read_records, records
 from lopt_edge.errors import InputError
-from lopt_edge.generation import load_tokenizer
-from lopt_edge.models import find_model, tensor_entries
-from lopt_edge.run.lora import check_adapter_folder
+from lopt_edge.models.folder import find_model, tensor_entries
+from lopt_edge.models.tokenizer import load_tokenizer
+from lopt_edge.run.model.lora import check_adapter_folder
 from quant import untrusted
 from quant.files import packed_on_disk
 from quant.headers import FolderError, read_header, read_headers, read_json
 from quant.untrusted import MAX_JSON_DEPTH, check_folder, parse_json, printable
-from tests.models import make_folder
+from tools.tiny_models import make_folder
 
 ADAPTER = {"peft_type": "LORA", "lora_alpha": 8, "r": 2, "bias": "none"}
 
@@ -162,7 +163,7 @@ def test_a_model_class_of_the_folder_is_never_imported(model):
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     (model / "config.json").write_text(json.dumps(config))
     (model / "evil.py").write_text(EVIL)
-    from lopt_edge.run.load import import_model_code
+    from lopt_edge.run.model.load import import_model_code
 
     assert import_model_code(model).__module__.startswith("transformers.")
     assert not list(model.parent.rglob("ran"))

@@ -31,17 +31,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lopt_edge.config import load_config
-from lopt_edge.models import find_model
-from lopt_edge.plan.facts import ModelFacts, facts_from_config
-from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.layer_bytes import LayerShape
+from lopt_edge.config.load import load_config
+from lopt_edge.models.folder import find_model
+from lopt_edge.plan.costs.predict import predict
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.methods import course_of
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.predict import predict
-from lopt_edge.plan.sizes import MicroBatchSize, Sizes
-from lopt_edge.plan.step import StepKind, groups_of, step_plan
-from lopt_edge.plan.validate import validate
+from lopt_edge.plan.schedule.build import StepKind, groups_of, step_plan
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.validate import validate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "context.csv"
 GRAIN = 8192
@@ -106,17 +106,17 @@ def child(given: dict[str, Any]) -> None:
     import torch
 
     from lopt_edge.data import MicroBatch
-    from lopt_edge.models import four_bit_folder
-    from lopt_edge.run.allocator import release_free_memory, settle_host_allocator
-    from lopt_edge.run.batches import make_batch
-    from lopt_edge.run.executor import Executor
-    from lopt_edge.run.load import load_model
-    from lopt_edge.run.lora import attach_adapters, layer_parameters
-    from lopt_edge.run.losses import ReconstructHead
-    from lopt_edge.run.meter import peak_device_bytes
-    from lopt_edge.run.moves import Mover
-    from lopt_edge.run.optim import SegmentOptimizer
-    from lopt_edge.run.page_dir import PageFile
+    from lopt_edge.models.four_bit import four_bit_folder
+    from lopt_edge.run.device import peak_device_bytes
+    from lopt_edge.run.model.load import load_model
+    from lopt_edge.run.model.lora import attach_adapters, layer_parameters
+    from lopt_edge.run.step.batches import make_batch
+    from lopt_edge.run.step.executor import Executor
+    from lopt_edge.run.step.losses import ReconstructHead
+    from lopt_edge.run.step.optim import SegmentOptimizer
+    from lopt_edge.run.tiers.moves import Mover
+    from lopt_edge.run.tiers.page_file import PageFile
+    from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 
     settle_host_allocator()
     device, dtype = torch.device(given["device"]), getattr(torch, given["dtype"])

@@ -69,7 +69,7 @@ COLUMNS = (
 TIME = Path("/usr/bin/time")  # GNU time; its -v tells the peak
 AGREE = 0.01
 # The console script's content; with a cap, CUDA has to be told before the command line makes its first tensor.
-LAUNCH = "from lopt_edge.cli import main; main()"
+LAUNCH = "from lopt_edge.cli.main import main; main()"
 CAPPED = f"import sys, torch; torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1))); {LAUNCH}"
 GPU = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory, p.name)"
 
@@ -210,7 +210,7 @@ def cases(options: Namespace, scratch: Path) -> Iterator[Case]:
 
 
 def case_columns(options: Namespace, case: Case) -> Row:
-    from lopt_edge.models import find_model
+    from lopt_edge.models.folder import find_model
 
     facts = find_model(str(case.model)).facts
     common = common_columns(Namespace(**{**vars(options), "model": case.model, "seq_len": case.seq_len}))
@@ -409,7 +409,7 @@ def check(parser: argparse.ArgumentParser, options: Namespace) -> None:
 
 def check_models(options: Namespace) -> None:
     """Refuse what is no model, or no model for the baseline, before the first process."""
-    from lopt_edge.models import find_model
+    from lopt_edge.models.folder import find_model
 
     for model in options.model:
         find_model(str(model))

@@ -29,7 +29,7 @@ from typing import Any
 
 from bench_peers import SEED, Row, append, check_csv, common_columns, usable_cores
 
-LAUNCH = "from lopt_edge.cli import main; main()"
+LAUNCH = "from lopt_edge.cli.main import main; main()"
 CACHE = "BOUNDARY-CACHE"  # stands for a new folder
 
 

@@ -67,7 +67,9 @@ def run_child(options: argparse.Namespace) -> Row:
     """Load one method, run its steps, and return what this process took."""
     import torch
 
-    from lopt_edge.run.meter import PhaseClock, peak_device_bytes, peak_rss_bytes
+    from lopt_edge.run.device import peak_device_bytes
+    from lopt_edge.run.watch.clock import PhaseClock
+    from lopt_edge.system.memory import peak_rss_bytes
 
     torch.set_num_threads(options.threads)
     device, clock = torch.device(options.device), PhaseClock()
@@ -97,7 +99,7 @@ def run_child(options: argparse.Namespace) -> Row:
 
 def loading(clock: Any) -> Row:
     """What the time up to now took, once the model is loaded."""
-    from lopt_edge.run.meter import peak_rss_bytes
+    from lopt_edge.system.memory import peak_rss_bytes
 
     alive, load_seconds = time.time() - psutil.Process().create_time(), clock.seconds["load"]
     return {"import_seconds": alive - load_seconds, "load_seconds": load_seconds, "load_peak_rss_bytes": peak_rss_bytes()}
@@ -107,7 +109,8 @@ def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
     """Make our 4-bit copy in the cache; its seconds count as loading. Empty if it is there already."""
     import bitsandbytes  # noqa: F401  the import is not part of quantising
 
-    from lopt_edge.models import find_model, four_bit_folder
+    from lopt_edge.models.folder import find_model
+    from lopt_edge.models.four_bit import four_bit_folder
 
     with clock.phase("load"):
         _, was_there = four_bit_folder(find_model(str(options.model)), cache_dir=str(options.cache_dir))
@@ -129,21 +132,23 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     import bitsandbytes  # noqa: F401  imported here so that loading is not charged with it
     import transformers  # noqa: F401
 
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
     from lopt_edge.data import IGNORED, MicroBatch
-    from lopt_edge.models import find_model, four_bit_folder
-    from lopt_edge.plan.budget import Budget
-    from lopt_edge.plan.choose import target_modules
-    from lopt_edge.plan.knobs import default_knobs
+    from lopt_edge.models.folder import find_model
+    from lopt_edge.models.four_bit import four_bit_folder
+    from lopt_edge.plan.facts.budget import Budget
     from lopt_edge.plan.methods import course_of
-    from lopt_edge.plan.passes import arrange
-    from lopt_edge.plan.step import step_plan
-    from lopt_edge.plan.validate import validate
-    from lopt_edge.preparation import Inputs, build_executor
-    from lopt_edge.run.allocator import settle_host_allocator
-    from lopt_edge.run.batches import make_batch
+    from lopt_edge.plan.schedule.build import step_plan
+    from lopt_edge.plan.schedule.knobs import default_knobs
+    from lopt_edge.plan.schedule.passes import arrange
+    from lopt_edge.plan.schedule.validate import validate
+    from lopt_edge.planning.settings import target_modules
     from lopt_edge.run.device import choose_device, choose_dtype
-    from lopt_edge.run.load import load_model
+    from lopt_edge.run.model.load import load_model
+    from lopt_edge.run.step.batches import make_batch
+    from lopt_edge.system.allocator import settle_host_allocator
+    from lopt_edge.training.prepare.build import build_executor
+    from lopt_edge.training.prepare.inputs import Inputs
 
     config = Config(model=str(options.model), data="(random ids)", output="(none)", method=options.child, grad_accum=1,
                     max_seq_len=options.seq_len, lr=options.lr, clip=CLIP, lora_r=options.lora_r,
@@ -268,8 +273,8 @@ def as_row(measured: Row, common: Row) -> Row:
 
 def common_columns(options: argparse.Namespace) -> Row:
     """What all rows of this call share."""
-    from lopt_edge.doctor import cpu_device
-    from lopt_edge.models import find_model
+    from lopt_edge.doctor.check_machine import cpu_device
+    from lopt_edge.models.folder import find_model
 
     facts, cpu = find_model(str(options.model)).facts, cpu_device()
     return {

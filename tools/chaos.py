@@ -50,8 +50,9 @@ from bench_peers import append, check_csv, commit, versions
 from chaos_checks import Chain, final_faults, final_of, half_written, hashes, stamps
 from chaos_child import CHECKPOINTS, LOADING, PAGES, PAUSE_SECONDS, PHASES, Ended, Forks, Target
 
-from lopt_edge.config import Config, load_config
-from lopt_edge.doctor import cpu_device
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
+from lopt_edge.doctor.check_machine import cpu_device
 
 SETTINGS: dict[str, Any] = {
     "weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk",
@@ -139,7 +140,7 @@ class Chaos:
         self.chain = self._new_chain()
 
     def _make_inputs(self) -> None:
-        from tests.runs import make_model, write_rows
+        from tools.tiny_runs import make_model, write_rows
 
         make_model(self.model)
         write_rows(self.data, N_ROWS)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopt_edge import checkpoint
 from lopt_edge.errors import InputError
-from lopt_edge.run.lora import ADAPTER_NAME
+from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.training.checkpoint import folder as checkpoint
 from quant.headers import FolderError, read_header
 
 MEASURED = ("step_seconds", *(f"peak_{tier}_bytes" for tier in ("device", "rss", "host", "pinned", "disk")))

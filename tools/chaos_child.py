@@ -35,15 +35,15 @@ from typing import Any
 
 import psutil
 
-from lopt_edge.config import Config
+from lopt_edge.config.settings import Config
 
 PHASES = ("start", "read inputs", "make ready", "quantise", "load", "restore", "page write", "page read", "half a page",
           "checkpoint", "prune", "evaluate", "save adapter", "log")  # fmt: skip
 CHECKPOINTS, LOADING = frozenset({"checkpoint"}), frozenset({"quantise", "load"})  # what the quotas count
 PAGES = frozenset({"page write", "page read"})
 PAUSE_SECONDS = 0.02  # in the middle of a stretched transfer
-PRELOADED = ("peft", "bitsandbytes", "transformers.models.llama.modeling_llama", "lopt_edge.training", "quant.quantise",
-             "tests.runs")  # fmt: skip
+PRELOADED = ("peft", "bitsandbytes", "transformers.models.llama.modeling_llama", "lopt_edge.training.run", "quant.quantise",
+             "tools.tiny_runs")  # fmt: skip
 LONGEST_SECONDS = 300  # of an attempt: beyond, it hangs
 POLL_SECONDS = 0.0003
 
@@ -95,9 +95,11 @@ class Watch:
                 self.seconds[phase].append(time.perf_counter() - began)
 
     def _install(self) -> None:
-        from lopt_edge import models, saving, session, training
-        from lopt_edge.artifacts import JsonLines
-        from lopt_edge.run.page_dir import PageFile
+        from lopt_edge.models import folder as models
+        from lopt_edge.run.tiers.page_file import PageFile
+        from lopt_edge.system.files import JsonLines
+        from lopt_edge.training import run as training
+        from lopt_edge.training.session import saving, session
 
         for home, name, phase in (
             (training, "read_inputs", "read inputs"), (training, "_make_ready", "make ready"),
@@ -196,7 +198,7 @@ class Forks:
 
     def run(self, config: Config, target: Target | None = None) -> Ended:
         def work() -> None:
-            from lopt_edge.training import finetune
+            from lopt_edge.training.run import finetune
 
             watch = Watch(self.board)
             finetune(config)

@@ -77,7 +77,7 @@ class Shared(ctypes.Structure):
 def outcome(target: str, path: Path) -> str:
     """ "accepted", "rejected", or what is wrong."""
     from lopt_edge.errors import LoptError
-    from lopt_edge.plan.ops import PlanTextError
+    from lopt_edge.plan.schedule.ops import PlanTextError
     from quant.headers import FolderError
 
     try:
@@ -250,11 +250,11 @@ def run_atheris(options: Namespace) -> None:
 
     target = options.target[0]
     with atheris.instrument_imports(include=["lopt_edge", "quant"]):
-        import lopt_edge.config
+        import lopt_edge.config.settings
         import lopt_edge.data
         import lopt_edge.errors
-        import lopt_edge.plan.facts
-        import lopt_edge.plan.ops  # noqa: F401
+        import lopt_edge.plan.facts.model
+        import lopt_edge.plan.schedule.ops  # noqa: F401
         import quant.headers  # noqa: F401
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=options.scratch))
     names = sorted({name for name, _ in seeds_of(target, count=200)})
@@ -296,7 +296,7 @@ def write_rows(options: Namespace, found: dict[str, Counts]) -> None:
 
     from bench_peers import append, check_csv, commit
 
-    from lopt_edge.doctor import cpu_device
+    from lopt_edge.doctor.check_machine import cpu_device
 
     cpu = cpu_device()
     common = {

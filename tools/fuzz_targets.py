@@ -130,17 +130,18 @@ def make_config(rng: random.Random) -> Input:
 
 def read_config(path: Path) -> None:
     if path.name == "run.yaml":
-        from lopt_edge.config import load_config, no_effect_warnings
+        from lopt_edge.config.load import load_config
+        from lopt_edge.config.rules import no_effect_warnings
 
         no_effect_warnings(load_config(path, {"model": "m", "data": "d", "output": "o"}))
     elif path.name == "config.json":
-        from lopt_edge.plan.facts import facts_from_config
+        from lopt_edge.plan.facts.model import facts_from_config
         from quant.headers import read_json
 
         facts = facts_from_config(read_json(path), where=str(path))
         assert len(facts.layer_types) == facts.n_layers
     else:
-        from lopt_edge.run.lora import ADAPTER_NAME, check_adapter_folder
+        from lopt_edge.run.model.lora import ADAPTER_NAME, check_adapter_folder
 
         if not (path.parent / ADAPTER_NAME).exists():
             (path.parent / ADAPTER_NAME).write_bytes(safetensors({}, b""))
@@ -245,8 +246,8 @@ _PLANS: list[str] = []
 
 def _plan_texts() -> list[str]:
     if not _PLANS:
-        from lopt_edge.plan.ops import Kind, Op, Plan
-        from lopt_edge.plan.segments import Segment
+        from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+        from lopt_edge.plan.schedule.segments import Segment
 
         head = (Segment(0, 0, 1, "reconstruct"), Segment(1, 2, 3, "task", through=(2,)))
         ops = (Op(Kind.EMBED, micro_batch=0), Op(Kind.FETCH, 0, unit="layer"), Op(Kind.WAIT, 0, unit="layer"),
@@ -269,7 +270,7 @@ def make_plan(rng: random.Random) -> Input:
 
 
 def read_plan(path: Path) -> None:
-    from lopt_edge.plan.ops import parse_plan
+    from lopt_edge.plan.schedule.ops import parse_plan
 
     plan = parse_plan(path.read_bytes().decode("utf-8", "surrogateescape"))
     assert parse_plan(plan.text()) == plan

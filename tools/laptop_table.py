@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lopt_edge import plan_run
-from lopt_edge.plan.budget import format_bytes
-from lopt_edge.plan.run_plan import RunPlan
+from lopt_edge.plan.search.run_plan import RunPlan
+from lopt_edge.units import format_bytes
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "examples" / "laptop-gpus.md"
 CARDS = ("RTX 3060 Laptop", "RTX 4060 Laptop", "RTX 4080 Laptop", "RTX 4090 Laptop")

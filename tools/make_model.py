@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from lopt_edge.plan.facts import packs
+from lopt_edge.plan.facts.model import packs
 from quant.files import four_bit_layout, four_bit_tensors, quantization_config
 from quant.shards import write_sharded
 

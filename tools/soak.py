@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_peers import append, check_csv, commit, versions
 from chaos import ALONE, N_ROWS, SETTINGS
 
-from lopt_edge.config import Config, load_config
-from lopt_edge.doctor import cpu_device
-from lopt_edge.progress import Progress
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
+from lopt_edge.doctor.check_machine import cpu_device
+from lopt_edge.training.progress import Progress
 
 EVERY = 50  # steps of a sample
 WARM_UP_SHARE, PART = 0.01, 0.1  # of the samples: left out, and compared
@@ -123,8 +124,8 @@ def verdict(samples: Sequence[Sample]) -> list[str]:
 
 
 def soak(options: Namespace, folder: Path) -> list[Sample]:
-    from lopt_edge.training import finetune
-    from tests.runs import make_model, write_rows
+    from lopt_edge.training.run import finetune
+    from tools.tiny_runs import make_model, write_rows
 
     made = {"model": make_model(folder / "model"), "data": write_rows(folder / "train.jsonl", N_ROWS)}
     places = {**made, "cache_dir": folder / "cache", "output": folder / "out"}

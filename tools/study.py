@@ -38,7 +38,7 @@ MORE = (  # alpha / r as at rank 8
     "lopt:local_every=0:open_every=4:r=64:lora_alpha=256", "lopt:boundary_layers=6:lr_local=0.01x",
     "frozen:boundary_layers=6",
 )  # fmt: skip
-LAUNCH = "from lopt_edge.cli import main; main()"
+LAUNCH = "from lopt_edge.cli.main import main; main()"
 
 
 def compare(task: str, name: str, methods: tuple[str, ...], options: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
-"""Finds what one decoder layer allocates, family by family, and writes lopt_edge/plan/layer_bytes.json for the planner.
+"""Finds what one decoder layer allocates, family by family, and writes lopt_edge/plan/costs/layer_bytes.json for the
+planner.
 
 The planner must know the bytes inside a layer without torch. transformers' layer code allocates in a fixed order, so this
 tool runs the real executor over each family's layers (no weights: every module of ours is replaced by a stand-in that
-allocates its result and nothing else), and logs every allocation and release (run/tracker.py). The sizes of the model and
-the batch are primes times powers of two, so that each size is a product of dimensions in one way only; a second run with
-other primes must give the same products. The result is a *program* a op: its allocations and releases in order, with
-marks where a module of ours works, whose own bytes are formulas (plan/module_bytes.py). plan/layer_bytes.py replays it.
+allocates its result and nothing else), and logs every allocation and release (run/watch/tracker.py). The sizes of the model
+and the batch are primes times powers of two, so that each size is a product of dimensions in one way only; a second run
+with other primes must give the same products. The result is a *program* a op: its allocations and releases in order, with
+marks where a module of ours works, whose own bytes are formulas (plan/costs/module_bytes.py). plan/costs/layer_bytes.py
+replays it.
 
 A linear layer with LoRA saves its input for its backward. Which ones have LoRA is a run's setting, so each is tried alone:
 a release that it delays is written with its name. In a segment's first layer, whose input needs no gradient, the
@@ -41,11 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trace_log import EventLog
 from trace_step import Case, Trace, cases, make_model, make_segments, run, sizes_of, variants
 
-from lopt_edge.plan.programs import more_general
-from lopt_edge.run import tiled
-from tests.models import FAMILIES
+from lopt_edge.plan.costs.shape import more_general
+from lopt_edge.run.model import tiled
+from tools.tiny_models import FAMILIES
 
-TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "layer_bytes.json"
+TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "costs" / "layer_bytes.json"
 LETTERS = {"s": "sequences", "t": "tokens", "d": "hidden", "h": "heads", "k": "kv_heads", "e": "head_dim",
            "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1", "n": "rows of a tile",
            "v": "rows of a vocabulary chunk"}  # fmt: skip
@@ -191,7 +193,7 @@ def special(text: str, case: Case) -> str:
 
 
 def without_special(found: dict[Case, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Without the cases that a more general one gives with their sizes (plan/programs.py looks them up there)."""
+    """Without the cases that a more general one gives with their sizes (plan/costs/programs.py looks them up there)."""
     kept = {case.key: ops for case, ops in found.items()}
     for case, ops in found.items():
         general = next((kept[key] for key in more_general(case.key) if key in kept), None)
@@ -201,7 +203,7 @@ def without_special(found: dict[Case, dict[str, str]]) -> dict[str, dict[str, st
 
 
 def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
-    """A tile of a norm (run/tiled.py): n rows of d, values and gradient."""
+    """A tile of a norm (run/model/tiled.py): n rows of d, values and gradient."""
     found = []
     for sizes in (sizes_of(Case(family, dtype), primes) for primes in PRIMES):
         log = EventLog()

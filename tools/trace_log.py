@@ -1,9 +1,9 @@
 """For trace_bytes.py: every allocation and release of a step, and stand-ins for our modules that allocate nothing inside.
 
 A stand-in has its module's inputs, results, views and saved tensors, does no arithmetic, and leaves a mark in the log where
-the module works: what it takes there is a formula (lopt_edge/plan/module_bytes.py). Whoever changes what one of our modules
-saves or returns changes its stand-in (tests/laws/test_timeline.py finds out). Releases are those of storages, so that views
-count as what they view.
+the module works: what it takes there is a formula (lopt_edge/plan/costs/module_bytes.py). Whoever changes what one of our
+modules saves or returns changes its stand-in (tests/laws/test_timeline.py finds out). Releases are those of storages, so
+that views count as what they view.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt_edge.run import query_tiles
-from lopt_edge.run.tracker import MemoryTracker
+from lopt_edge.run.model import query_tiles
+from lopt_edge.run.watch.tracker import MemoryTracker
 
 # the log ---------------------------------------------------------------------------------------------------------------
 

@@ -14,18 +14,18 @@ import torch
 from torch import nn
 from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
 
-from lopt_edge.plan.facts import ModelFacts, facts_from_config
-from lopt_edge.plan.ops import Kind, Op, Plan
-from lopt_edge.plan.programs import HEADS, case_key
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import step_plan
-from lopt_edge.run.batches import Batch
-from lopt_edge.run.executor import Executor
-from lopt_edge.run.load import EAGER_ONLY, POST_NORM, Model
-from lopt_edge.run.losses import ReconstructHead
-from lopt_edge.run.moves import Mover
+from lopt_edge.plan.costs.shape import HEADS, case_key
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.model.load import EAGER_ONLY, POST_NORM, Model
+from lopt_edge.run.step.batches import Batch
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.losses import ReconstructHead
+from lopt_edge.run.tiers.moves import Mover
 from quant.linear import DropoutClock
-from tests.models import FAMILIES, tiny_config
+from tools.tiny_models import FAMILIES, tiny_config
 
 WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3")  # may have a window, in SDPA with a mask
 LAYER_TYPES = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")  # may have layers of both kinds of attention
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """How plan/layer_bytes.py names it."""
+        """How plan/costs/layer_bytes.py names it."""
         return case_key(self.family, self.dtype.itemsize, "two kinds" if self.both else self.heads, masked=self.masked,
                         one=self.one)  # fmt: skip
 

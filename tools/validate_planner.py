@@ -5,7 +5,7 @@
     python tools/validate_planner.py process --device cuda --dtype bfloat16 --model /tmp/l8b --lengths 512,131072 --runs 40
     python tools/validate_planner.py show                                 the ratios of both files, and their histograms
 
-`tensors` runs one step of a small random model in this process for each setting (tests/laws/timeline_bench.py) and
+`tensors` runs one step of a small random model in this process for each setting (timeline_settings.py) and
 compares the peak and its op. `process` draws a model, a length, a method and a budget between the smallest and the
 largest predicted peak, lets `finetune` plan and train under it, and compares peak (with what was predicted before the first
 step, and as corrected after the second), page files and step seconds; the budget is held by the system (RLIMIT_DATA, the
@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_memory import LAUNCH, Case, data_file, environment, error_text, finetune_arguments
 from bench_peers import append, check_csv, commit, usable_cores, versions
 
-from lopt_edge.plan.drawing import LEFT, RIGHT, axis_line, head, number, text, tick
+from lopt_edge.pictures.svg import LEFT, RIGHT, axis_line, head, number, text, tick
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TENSORS, PROCESS = RESULTS / "planner_tensors.csv", RESULTS / "planner_process.csv"
@@ -57,8 +57,8 @@ PROCESS_COLUMNS = (
 # What `finetune` itself would answer, with next to nothing and with all that is free.
 BOUNDS = """
 import json, sys
-from lopt_edge.config import load_config
-from lopt_edge.preparation import read_inputs
+from lopt_edge.config.load import load_config
+from lopt_edge.training.prepare.read import read_inputs
 values = {name.replace("-", "_"): value for name, value in json.loads(sys.argv[1]).items()} | {"output": "never-written"}
 least = {"device_memory": "1MB", "force": True}
 found = [read_inputs(load_config(None, values | more))[0].run_plan for more in (least, {})]
@@ -79,7 +79,7 @@ def common() -> Row:
 def tensors(options: Namespace) -> None:
     import torch
 
-    from tests.laws.timeline_bench import compare, odd_setting, random_setting
+    from tools.timeline_settings import compare, odd_setting, random_setting
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
@@ -166,7 +166,7 @@ def figures(output: Path, budget: int) -> Row:
 
 
 def hardware(options: Namespace) -> str:
-    from lopt_edge.doctor import cpu_device
+    from lopt_edge.doctor.check_machine import cpu_device
 
     if options.device == "cuda":
         import torch

@@ -6,7 +6,7 @@ function of (seed, epoch, number of examples) alone, so a resumed run finds its 
 Rule: every example exactly once per epoch. Which examples share a window is decided by the shuffle alone; only inside a
 window are they sorted by length, so that a micro-batch pads little and no step sees only short or only long
 sequences. The micro-batches of a window then run in a seeded order. The last window may be short; its totals
-(run/batches.py) are known before its first forward, and the losses are divided by them.
+(run/step/batches.py) are known before its first forward, and the losses are divided by them.
 
 Not here: tensors. A micro-batch is lists of Python ints.
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from lopt_edge.errors import InputError
+from lopt_edge.system.memory import peak_rss_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,3 +46,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if torch.cpu.get_capabilities().get("amx_bf16"):
         return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
     return torch.float32, "the steadiest in memory on a CPU without AMX"
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The device tier's peak: reserved bytes on CUDA, the resident set on the CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_rss_bytes()

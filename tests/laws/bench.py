@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from lopt_edge.data import MicroBatch
-from lopt_edge.models import find_model
-from lopt_edge.plan.knobs import TOKEN_TILES, Knobs, default_knobs
-from lopt_edge.plan.ops import Plan
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs
-from lopt_edge.plan.step import step_plan
-from lopt_edge.plan.validate import validate
-from lopt_edge.run.averages import Averages
-from lopt_edge.run.batches import Batch, make_batch
-from lopt_edge.run.evaluation import held_out_loss
-from lopt_edge.run.executor import Executor
-from lopt_edge.run.load import Model, load_model
-from lopt_edge.run.lora import attach_adapters, layer_parameters
-from lopt_edge.run.losses import ReconstructHead
-from lopt_edge.run.moves import Delay, Mover
-from lopt_edge.run.optim import SegmentOptimizer
-from lopt_edge.run.page_dir import PageFile
-from lopt_edge.run.replaced import fit_layers, group_parameters, loading_placement, mixtures
+from lopt_edge.models.folder import find_model
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs
+from lopt_edge.plan.schedule.ops import Plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
+from lopt_edge.plan.schedule.validate import validate
+from lopt_edge.run.model.averages import Averages
+from lopt_edge.run.model.load import Model, load_model
+from lopt_edge.run.model.lora import attach_adapters, layer_parameters
+from lopt_edge.run.model.replaced import fit_layers, group_parameters, loading_placement, mixtures
+from lopt_edge.run.step.batches import Batch, make_batch
+from lopt_edge.run.step.evaluation import held_out_loss
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.losses import ReconstructHead
+from lopt_edge.run.step.optim import SegmentOptimizer
+from lopt_edge.run.tiers.moves import Delay, Mover
+from lopt_edge.run.tiers.page_file import PageFile
 from tests.plan.plans import make_course
 
 LOCAL_WEIGHT = 10.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lopt_edge.data import MicroBatch
-from lopt_edge.run.batches import Batch, make_batch
+from lopt_edge.run.step.batches import Batch, make_batch
 from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench
 
 ROWS = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (17, 5, 9, 12, 3)]

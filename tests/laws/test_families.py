@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lopt_edge.models import find_model
-from lopt_edge.run.load import EAGER_ONLY, Model, load_model
-from lopt_edge.run.losses import logits
-from tests.models import FAMILIES
+from lopt_edge.models.folder import find_model
+from lopt_edge.run.model.load import EAGER_ONLY, Model, load_model
+from lopt_edge.run.step.losses import logits
+from tools.tiny_models import FAMILIES
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
 WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text")

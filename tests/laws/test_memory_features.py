@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lopt_edge.plan.knobs import TOKEN_TILES, Knobs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs
 from tests.laws.bench import Bench, make_bench, random_batch
 
 BATCHES = [random_batch((9, 6), seed=1), random_batch((12,), seed=2)]

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.ops import Kind
-from lopt_edge.plan.segments import Segment
-from lopt_edge.run.batches import Batch, Totals, window_totals
-from lopt_edge.run.diagnosis import first_not_finite
-from lopt_edge.run.feature_cache import FeatureCache
-from lopt_edge.run.losses import task_loss
-from lopt_edge.run.segment_loss import SegmentLosses, SegmentOutput, finite
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.ops import Kind
+from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.step.batches import Batch, Totals, window_totals
+from lopt_edge.run.step.diagnosis import first_not_finite
+from lopt_edge.run.step.losses import task_loss
+from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, finite
+from lopt_edge.run.tiers.feature_cache import FeatureCache
 from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
 from tests.plan.plans import make_course
 

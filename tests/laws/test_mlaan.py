@@ -18,24 +18,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lopt_edge import finetune
-from lopt_edge.config import Config, load_config
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, InputErrors
 from lopt_edge.plan.methods.mlaan import leaps
-from lopt_edge.plan.ops import Keep, Kind, Op, Plan, parse_plan
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.search import Bounds
-from lopt_edge.plan.step import step_plan
-from lopt_edge.plan.validate import PlanError, validate
-from lopt_edge.run.batches import Batch, window_totals
-from lopt_edge.run.executor import Cut
-from lopt_edge.run.lora import ADAPTER_NAME, layer_parameters
-from lopt_edge.run.losses import task_loss
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan, parse_plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.validate import PlanError, validate
+from lopt_edge.plan.search.search import Bounds
+from lopt_edge.run.model.lora import ADAPTER_NAME, layer_parameters
+from lopt_edge.run.step.batches import Batch, window_totals
+from lopt_edge.run.step.executor import Cut
+from lopt_edge.run.step.losses import task_loss
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.laws.test_timeline import check
-from tests.laws.timeline_bench import Setting
 from tests.plan.plans import cases, make_course, make_knobs
 from tests.plan.workloads import make_workload
-from tests.runs import make_config, make_model
+from tools.timeline_settings import Setting
+from tools.tiny_runs import make_config, make_model
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
 DEPTH, WEIGHT = 6, 0.75

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from lopt_edge import finetune
 from lopt_edge.errors import InputError
-from lopt_edge.models import find_model
-from lopt_edge.run.load import load_model
-from lopt_edge.run.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_tensors, load_adapters
+from lopt_edge.models.folder import find_model
+from lopt_edge.run.model.load import load_model
+from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_tensors, load_adapters
 from tests.laws.test_families import our_logits
-from tests.runs import make_config, make_model
+from tools.tiny_runs import make_config, make_model
 
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 

@@ -26,30 +26,31 @@ import torch
 from hypothesis import given, settings
 
 from lopt_edge import finetune
-from lopt_edge.checkpoint import CHECKPOINTS
-from lopt_edge.config import Config, load_config
-from lopt_edge.errors import InputError, Interrupted, PeerLost, RunError
-from lopt_edge.models import find_model
-from lopt_edge.plan.knobs import ELSEWHERE
-from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.ops import ENTERS, Kind, Op, Plan, parse_plan
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.pipeline import Part, cut_for_process, own_knobs, parts_of
-from lopt_edge.plan.sizes import Sizes
-from lopt_edge.plan.step import step_plan
-from lopt_edge.plan.timeline import timeline
-from lopt_edge.plan.validate import PlanError, validate
-from lopt_edge.planning import plan_run
-from lopt_edge.report import MemoryMeter
-from lopt_edge.run import evaluation
-from lopt_edge.run.batches import as_message, from_message
-from lopt_edge.run.executor import StepResult
-from lopt_edge.run.lora import ADAPTER_NAME
-from lopt_edge.run.optim import NotFinite
-from lopt_edge.run.pipeline import Link, host_store, join_store
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError, Interrupted, NotFinite, PeerLost, RunError
+from lopt_edge.models.folder import find_model
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import Sizes
+from lopt_edge.plan.costs.timeline import timeline
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.effects import ENTERS
+from lopt_edge.plan.schedule.knobs import ELSEWHERE
+from lopt_edge.plan.schedule.ops import Kind, Op, Plan, parse_plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs, parts_of
+from lopt_edge.plan.schedule.validate import PlanError, validate
+from lopt_edge.planning.worst_case import plan_run
+from lopt_edge.run.link import Link, host_store, join_store
+from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.step import evaluation
+from lopt_edge.run.step.batches import as_message, from_message
+from lopt_edge.run.step.executor import StepResult
+from lopt_edge.run.watch.memory_report import MemoryMeter
+from lopt_edge.training.checkpoint.folder import CHECKPOINTS
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.plan.plans import Case, cases, make_knobs, make_segments
-from tests.runs import log_of, make_config, make_model
+from tools.tiny_runs import log_of, make_config, make_model
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
@@ -348,7 +349,9 @@ def one_process(model, tmp_path_factory) -> Config:
 
 
 def no_children() -> bool:
-    return not [child for child in psutil.Process().children() if "lopt_edge.follower" in " ".join(child.cmdline())]
+    return not [
+        child for child in psutil.Process().children() if "lopt_edge.training.pipeline.worker" in " ".join(child.cmdline())
+    ]
 
 
 def test_a_run_and_its_checkpoints_are_those_of_one_process(model, one_process, tmp_path):
@@ -381,7 +384,9 @@ def when_steps(config: Config, n: int, act: Callable[[], None]) -> threading.Thr
 
 
 def follower() -> psutil.Process:
-    return next(child for child in psutil.Process().children() if "lopt_edge.follower" in " ".join(child.cmdline()))
+    return next(
+        child for child in psutil.Process().children() if "lopt_edge.training.pipeline.worker" in " ".join(child.cmdline())
+    )
 
 
 def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(model, tmp_path):
@@ -403,7 +408,7 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(mod
 def test_processes_end_with_a_killed_process_0(model, tmp_path):
     config = make_config(model, tmp_path, pipeline=2, num_segments=2, max_steps=5000)
     (tmp_path / "run.yaml").write_text(config.as_yaml())
-    run = subprocess.Popen([sys.executable, "-c", "from lopt_edge.cli import main; main()", "finetune",
+    run = subprocess.Popen([sys.executable, "-c", "from lopt_edge.cli.main import main; main()", "finetune",
                             str(tmp_path / "run.yaml")], stderr=subprocess.DEVNULL)  # fmt: skip
     children: list[psutil.Process] = []
     when_steps(config, 2, lambda: children.extend(psutil.Process(run.pid).children())).join()

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lopt_edge.run.batches import Batch
-from lopt_edge.run.load import EAGER_ONLY
-from lopt_edge.run.lora import adapter_tensors
+from lopt_edge.run.model.load import EAGER_ONLY
+from lopt_edge.run.model.lora import adapter_tensors
+from lopt_edge.run.step.batches import Batch
 from tests.laws.bench import Bench, make_bench, random_batch
-from tests.models import FAMILIES
+from tools.tiny_models import FAMILIES
 
 SINGLE = random_batch((19,), seed=1)
 PADDED = random_batch((13, 8), seed=2)

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lopt_edge import cli, export, finetune
+from lopt_edge import export, finetune
+from lopt_edge.adapters.generation import load_speaker
+from lopt_edge.cli import main as cli
 from lopt_edge.errors import InputError, Interrupted
-from lopt_edge.generation import load_speaker
-from lopt_edge.plan.knobs import Knobs
-from lopt_edge.plan.ops import parse_plan
-from lopt_edge.plan.validate import PlanError, validate
-from lopt_edge.run.lora import ADAPTER_NAME
-from lopt_edge.run.losses import task_loss
-from lopt_edge.run.replaced import REPLACED_NAME, apply_replaced, mixtures
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.ops import parse_plan
+from lopt_edge.plan.schedule.validate import PlanError, validate
+from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.model.replaced import REPLACED_NAME, apply_replaced, mixtures
+from lopt_edge.run.step.losses import task_loss
 from quant.linear import PackedLinear, UnpackBuffer, dropout_mask
 from quant.mixed import Mixture, fit
 from quant.nf4 import pack, unpack_into
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.laws.test_families import our_logits
 from tests.laws.test_timeline import check
-from tests.laws.timeline_bench import Setting
 from tests.plan.plans import make_course
-from tests.runs import log_of, make_config, make_model
+from tools.timeline_settings import Setting
+from tools.tiny_runs import log_of, make_config, make_model
 
 BATCH = random_batch((11, 7), seed=1)
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from lopt_edge import finetune
-from lopt_edge.checkpoint import CHECKPOINTS
-from lopt_edge.config import Config
+from lopt_edge.config.settings import Config
 from lopt_edge.errors import Interrupted
-from lopt_edge.run.lora import ADAPTER_NAME
-from tests.runs import log_of, make_config, make_model, write_rows
+from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.training.checkpoint.folder import CHECKPOINTS
+from tools.tiny_runs import log_of, make_config, make_model, write_rows
 
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
 MIXED = {"weights": "resident,2-3=disk", "activations": "recompute,1=page", "gradients": "disk"}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lopt_edge.run.batches import window_totals
-from lopt_edge.run.losses import task_loss
+from lopt_edge.run.step.batches import window_totals
+from lopt_edge.run.step.losses import task_loss
 from tests.laws.bench import LOCAL_WEIGHT, Bench, make_bench, random_batch
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]

@@ -1,6 +1,6 @@
 """Design law 6: the planner's timeline predicts the tracked tensor bytes of a step, op by op and in the peak.
 
-Random runs (tests/laws/timeline_bench.py): a family, both dtypes, every knob, one step of them watched by the dispatch-mode
+Random runs (tools/timeline_settings.py): a family, both dtypes, every knob, one step of them watched by the dispatch-mode
 tracker. The optimizer's second step, since moments and buffers are predicted as grown. What is left between the two:
 - numbers of a few bytes: a norm for each parameter group is predicted from the beginning of the step
 - at the worst moment of the task loss the last chunk of the vocabulary is predicted as large as the others
@@ -8,7 +8,7 @@ tracker. The optimizer's second step, since moments and buffers are predicted as
 - while something moves, it is in its category for the planner and in `activations` for the meter
 
 A few settings, chosen so that together they reach everything, run by default; 260 more with `-m long`. Not covered: CUDA
-(its kernels allocate otherwise; predict.py adds a margin), and windows without a single supervised token.
+(its kernels allocate otherwise; plan/costs/predict.py adds a margin), and windows without a single supervised token.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lopt_edge.plan.ops import Kind
-from tests.laws.timeline_bench import Comparison, Setting, compare, method_setting, odd_setting, random_setting
-from tests.models import FAMILIES
+from lopt_edge.plan.schedule.ops import Kind
+from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
+from tools.tiny_models import FAMILIES
 
 PLAIN = (0, 1, 2, 16, 23, 34, 35, 58, 188, 221, 222, 232, 244, 251, 258, 281, 283, 357, 388)
 DROPOUT = (37, 62, 184)

@@ -7,14 +7,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lopt_edge.config import Config
-from lopt_edge.plan.course import Course
-from lopt_edge.plan.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs
+from lopt_edge.config.settings import Config
 from lopt_edge.plan.methods import course_of
-from lopt_edge.plan.ops import Plan
-from lopt_edge.plan.passes import arrange
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import step_plan
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs
+from lopt_edge.plan.schedule.ops import Plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.segments import Segment
 
 
 def make_course(method: Any, *, n_layers: int, **options: Any) -> Course:

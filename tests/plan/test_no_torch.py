@@ -34,19 +34,26 @@ def test_the_block_works():
 def test_planning_needs_no_torch():
     names = [f"lopt_edge.plan.{module.name}" for module in pkgutil.walk_packages(lopt_edge.plan.__path__)]
     assert len(names) >= 5
-    names += ["lopt_edge", "lopt_edge.config", "lopt_edge.errors", "lopt_edge.models", "quant.sizes", "quant.headers"]
+    names += [
+        "lopt_edge",
+        "lopt_edge.config.settings",
+        "lopt_edge.errors",
+        "lopt_edge.models.folder",
+        "quant.sizes",
+        "quant.headers",
+    ]
     done = run_blocked("".join(f"import {name}\n" for name in names) + "from lopt_edge import Config\n")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_plan_is_made_without_torch():
     done = run_blocked(
-        "from lopt_edge.plan.facts import facts_from_config\n"
-        "from lopt_edge.plan.knobs import Knobs, default_knobs\n"
-        "from lopt_edge.plan.step import step_plan\n"
-        "from lopt_edge.plan.passes import arrange\n"
-        "from lopt_edge.plan.segments import cut_depth\n"
-        "from lopt_edge.plan.validate import validate\n"
+        "from lopt_edge.plan.facts.model import facts_from_config\n"
+        "from lopt_edge.plan.schedule.knobs import Knobs, default_knobs\n"
+        "from lopt_edge.plan.schedule.build import step_plan\n"
+        "from lopt_edge.plan.schedule.passes import arrange\n"
+        "from lopt_edge.plan.schedule.segments import cut_depth\n"
+        "from lopt_edge.plan.schedule.validate import validate\n"
         "facts = facts_from_config({'model_type': 'llama', 'vocab_size': 99, 'hidden_size': 64, 'intermediate_size': 64,\n"
         "    'num_hidden_layers': 4, 'num_attention_heads': 4}, where='here')\n"
         "segments = cut_depth('reconstruct', n_layers=facts.n_layers, num_segments=2)\n"
@@ -84,7 +91,7 @@ def test_the_plan_command_needs_no_torch(tmp_path):
         str(picture),
     ]
     words += ["--device-memory", "4GB"]
-    done = run_blocked(f"sys.argv = ['lopt-edge', *{words!r}]\nfrom lopt_edge.cli import main\nmain()\n")
+    done = run_blocked(f"sys.argv = ['lopt-edge', *{words!r}]\nfrom lopt_edge.cli.main import main\nmain()\n")
     assert done.returncode == 0, done.stderr
     assert "fits: device" in done.stdout and "plan 4 method=e2e" in done.stdout
     assert picture.exists()

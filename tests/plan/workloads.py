@@ -6,14 +6,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from lopt_edge.plan.cards import find_card
-from lopt_edge.plan.facts import ModelFacts, facts_from_config
-from lopt_edge.plan.layer_bytes import LayerShape
-from lopt_edge.plan.presets import find_preset
-from lopt_edge.plan.profile import DeviceProfile, default_cpu_profile, profile_of_card
-from lopt_edge.plan.search import Search, Space
-from lopt_edge.plan.sizes import MicroBatchSize
-from lopt_edge.plan.workload import Workload
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.plan.facts.cards import find_card
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.plan.facts.presets import find_preset
+from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, profile_of_card
+from lopt_edge.plan.search.search import Search, Space
+from lopt_edge.plan.search.workload import Workload
 from tests.plan.plans import make_course
 
 SLOW_DISK, SLOW_LINK = 10, 8  # times slower than the profile says

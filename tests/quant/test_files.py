@@ -23,16 +23,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lopt_edge.models import find_model, four_bit_folder
-from lopt_edge.plan.facts import packs
-from lopt_edge.run.load import load_model
-from lopt_edge.run.losses import logits
+from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.plan.facts.model import packs
+from lopt_edge.run.model.load import load_model
+from lopt_edge.run.step.losses import logits
 from quant.files import STATE_SUFFIX, packed_tensors, read_packed, read_tensor
 from quant.headers import FolderError, read_header, read_headers
 from quant.nf4 import pack, unpack_into
 from quant.quantise import quantise_folder
 from quant.sizes import packed_sizes
-from tests.models import make_folder
+from tools.tiny_models import make_folder
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}{STATE_SUFFIX}nf4"

@@ -1,6 +1,6 @@
 """Methods: how far a gradient reaches. Each file opens with its paper, its definition, and where we deviate.
 
-A method turns a model's depth and its own options into a course (plan/course.py): segments with losses, in one or several
+A method turns a model's depth and its own options into a course (course.py): segments with losses, in one or several
 kinds of step. The op list, paging, memory, checkpoints are the same for all of them. `OPTIONS` says which options belong to
 which methods: any other combination is refused (config.py).
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from lopt_edge.plan.course import cached
 from lopt_edge.plan.methods import e2e, frozen, lcsb, let, lopt, mlaan, repl, segprop, top_layers
+from lopt_edge.plan.methods.course import cached
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
-    from lopt_edge.plan.course import Course
+    from lopt_edge.config.settings import Config
+    from lopt_edge.plan.methods.course import Course
 
 Make = Callable[["Config", int], "Course"]
 METHODS: Mapping[str, Make] = {

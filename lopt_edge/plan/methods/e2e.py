@@ -9,7 +9,8 @@ h_0 the embeddings, h_i = f_i(h_(i-1)) and L the task loss:
 
 One segment over all layers is just that: FORWARD keeps inputs, BACKWARD recomputes one layer and hands the gradient of its
 input on. It is plain backpropagation, in another order of work: tests/laws/test_plain_autograd.py compares its gradients
-with transformers + peft + autograd (law 2), test_single_graph.py with one graph of our own modules, bitwise (law 1, k = 1).
+with transformers + peft + autograd (law 2), tests/laws/test_single_graph.py with one graph of our own modules, bitwise (law
+1, k = 1).
 
 Where we deviate: MeSP writes the LoRA backward by hand to avoid saving x A; here the recomputed layer's graph holds it for
 the time of one layer. The gated MLP's backward is by hand (quant/gated_mlp.py).
@@ -19,12 +20,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lopt_edge.plan.course import Course
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 
 def course(config: Config, n_layers: int) -> Course:

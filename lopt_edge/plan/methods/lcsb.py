@@ -23,12 +23,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.course import Course, Phase
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 
 MOST_OFF = 0.02  # of a share that cyclic groups cannot have exactly

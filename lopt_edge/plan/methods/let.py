@@ -24,12 +24,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.course import Course, Phase
-from lopt_edge.plan.segments import Segment, cut_depth
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment, cut_depth
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 ALIGN, PLAIN = "align", "plain"  # kinds of step
 

@@ -29,12 +29,12 @@ from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING
 
-from lopt_edge.plan.course import Course, Phase
-from lopt_edge.plan.segments import Segment, cut_depth
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment, cut_depth
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 LOCAL, REST, OPEN = "local", "rest", "open"  # kinds of step
 

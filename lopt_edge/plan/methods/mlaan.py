@@ -44,12 +44,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.course import Course
-from lopt_edge.plan.segments import Segment, SegmentLoss, cut_depth
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment, SegmentLoss, cut_depth
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 NUM_SEGMENTS = 4  # by default
 

@@ -24,12 +24,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.course import Course, Phase
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 TAIL_SHARE = 8  # of the depth is the tail, unless said otherwise: one part in so many
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.course import Course
-from lopt_edge.plan.segments import Segment
-from lopt_edge.plan.step import StepKind
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.segments import Segment
 
 if TYPE_CHECKING:
-    from lopt_edge.config import Config
+    from lopt_edge.config.settings import Config
 
 
 def course(config: Config, n_layers: int) -> Course:

@@ -1,0 +1,1 @@
+"""An adapter kept and used: saved, described, merged, generated with."""

@@ -1,0 +1,55 @@
+"""The model card of an adapter folder: what it was made from, how, and how it is loaded.
+
+The rule: every figure on it comes from the run's own record (run.json); nothing is claimed that was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lopt_edge.run.model.replaced import REPLACED_NAME
+from lopt_edge.training.output_folder import METRICS_NAME, RUN_NAME
+
+
+def model_card(run: Mapping[str, Any]) -> str:
+    """README.md of the output folder: what the adapter is, how it was made, how to load it."""
+    config, before, after = run["config"], run["evaluation"]["before"], run["evaluation"]["after"]
+    rows = [f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after if name in before]
+    table = "\n".join(["| held-out | before | after |", "|---|---|---|", *rows]) if rows else "No held-out data was given."
+    return f"""---
+base_model: {run["base"]}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, lopt-edge]
+---
+# LoRA adapter for {Path(run["base"]).name}
+
+Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]}`, {run["totals"]["steps"]} steps,
+{run["totals"]["tokens"]:,} tokens ({run["totals"]["supervised_tokens"]:,} supervised), on a base in 4 bits (NF4).
+
+{table}
+
+{_loading(run)}
+The full settings, the plan and the measurements are in `{RUN_NAME}`, the loss of each step in `{METRICS_NAME}`.
+"""
+
+
+def _loading(run: Mapping[str, Any]) -> str:
+    if layers := run.get("replacement", {}).get("layers"):
+        return f"""Layers {", ".join(map(str, layers))} of the base were replaced by mixtures of the layers beside them
+(`{REPLACED_NAME}`), so **the adapter alone, loaded with peft onto the base, does not give this model**. `lopt-edge generate
+--adapter` reads both; a plain transformers folder is made by
+
+```sh
+lopt-edge export path/to/this/folder --merged merged
+```"""
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{run["base"]}")  # in 4 bits, as in training: {run["quantised_folder"]}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""

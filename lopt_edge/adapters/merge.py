@@ -1,0 +1,195 @@
+"""Export: the adapter merged into a plain transformers folder, tensor by tensor, shard by shard.
+
+Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16 (or kept: `dtype`). In a layer that the run replaced
+(method repl) W = a W1 + b W2 of the layers beside it. W is either the original full-precision weight
+(`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
+the function changes; how far is measured and returned: both models read the same text, the merged one layer by layer from
+the written folder. The rule: beside the packed model and its adapter, memory holds one full matrix (two in
+a replaced layer) while writing and one full layer while measuring. The folder appears under its name only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import InputError, RunError
+from lopt_edge.models.folder import ModelFolder, find_model, tensor_entries
+from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.models.tokenizer import load_tokenizer
+from lopt_edge.plan.facts.model import packs
+from lopt_edge.run.model.load import Model, fill_parameters, load_model, make_skeleton
+from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, load_adapters
+from lopt_edge.run.model.replaced import apply_replaced
+from lopt_edge.run.step.losses import logits
+from quant.files import copy_small_files, is_packed, read_packed, read_tensor
+from quant.folders import new_folder
+from quant.headers import FolderError, TensorEntry, read_json
+from quant.linear import PackedLinear
+from quant.mixed import Mixture
+from quant.nf4 import unpack_into
+from quant.shards import write_sharded
+
+PROBE_TEXT = (
+    "The committee met on Tuesday to decide how the river should be crossed. Two engineers had drawn a bridge of stone; a "
+    "third, younger, wanted steel. def area(width, height): return width * height. In 1931 the price of bread doubled."
+)
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}  # of the merged weights, with their names in files
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The folder written, and how far its logits are from those of the adapter on the 4-bit base, over a fixed text."""
+
+    folder: Path
+    onto: str
+    n_bytes: int
+    mean_kl: float  # nats a token
+    relative_error: float  # norm of the difference / norm of the logits
+    same_top_token: float  # share of tokens
+
+
+def export(
+    adapter: str | Path, *, merged: str | Path, onto: str = "original", dtype: str = "bfloat16",
+    cache_dir: str | None = None,
+) -> Merged:  # fmt: skip
+    """Merge the adapter of a finetune output folder into a model folder `merged` (new).
+
+    Raises InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
+    """
+    adapter, target = Path(adapter), Path(merged)
+    if dtype not in DTYPES:
+        raise InputError(f"{dtype!r} is unknown", where="dtype", fix=f"choose {' or '.join(DTYPES)}")
+    if onto not in ("original", "dequantized"):
+        raise InputError(f"{onto!r} is unknown", where="onto", fix="choose original or dequantized")
+    if target.exists():
+        raise InputError("exists already", where=str(target), fix="choose a new folder for --merged")
+    source = _base_of(adapter)
+    if onto == "original" and source.facts.quantised:
+        raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
+    folder, _ = four_bit_folder(source, cache_dir=cache_dir)
+    model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
+    apply_replaced(model, adapter)
+    load_adapters(model, adapter)
+    try:
+        with new_folder(target) as partial:
+            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial, dtype)
+            _write_config(source.path, partial, dtype)
+            copy_small_files(adapter, partial)
+            copy_small_files(source.path, partial)
+            divergence = _divergence(model, partial, load_tokenizer(partial))
+    except FolderError as error:
+        raise InputError(str(error), where="model") from None
+    except OSError as error:
+        raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="free space there") from None
+    return Merged(target, onto, n_bytes, *divergence)
+
+
+def _base_of(adapter: Path) -> ModelFolder:
+    try:
+        config = read_json(adapter / ADAPTER_CONFIG_NAME)
+    except FolderError as error:
+        raise InputError(str(error), where=str(adapter), fix="give the output folder of a finetune run") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise InputError("adapter_config.json names no base model", where=str(adapter))
+    revision = config.get("revision")
+    return find_model(base, revision=revision if isinstance(revision, str) else None)
+
+
+def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
+    """All shards and their index; returns the bytes of the tensors."""
+    entries = tensor_entries(base)
+    names = [name for name in sorted(entries) if not _is_quantisation_part(name, entries)]
+    layout = [(name, DTYPES[dtype], _full_shape(name, entries, model)) for name in names]
+    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in _merged_tensors(names, entries, model))
+    return write_sharded(target, layout, tensors)
+
+
+def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
+    weight, mark, _ = name.partition(".weight.")
+    return bool(mark) and f"{weight}.weight" in entries
+
+
+def _module_of(name: str, model: Model) -> PackedLinear | None:
+    """The packed linear layer whose weight this tensor is."""
+    if not packs(name):
+        return None
+    _, _, layer, path = name.removesuffix(".weight").split(".", 3)
+    module = model.layers[int(layer)].get_submodule(path) if int(layer) < len(model.layers) else None
+    return module if isinstance(module, PackedLinear) else None
+
+
+def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> tuple[int, ...]:
+    module = _module_of(name, model)
+    return (module.out_features, module.in_features) if module else entries[name].shape
+
+
+def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Model) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        module = _module_of(name, model)
+        if module is not None and isinstance(module.synthesis, Mixture):
+            tensor = _synthesised(name, entries, module.synthesis)
+        else:
+            tensor = _read(name, entries)
+        if module is not None and module.lora_a is not None and module.lora_b is not None:
+            tensor = tensor.float()
+            tensor += (module.lora_a.detach() @ module.lora_b.detach()).t() * module.scale
+        yield name, tensor
+
+
+def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
+    """As stored, or in fp32 out of 4 bits."""
+    if not is_packed(entries, name):
+        return read_tensor(entries[name])
+    weight = read_packed(entries, name)
+    return unpack_into(weight, torch.empty(weight.shape))
+
+
+def _synthesised(name: str, entries: dict[str, TensorEntry], mixture: Mixture) -> Tensor:
+    """The weight of a replaced layer, fp32, from those of the layers beside it."""
+    head, layer, rest = re.split(r"(?<=\.layers\.)(\d+)", name, maxsplit=1)
+    before, after = (_read(f"{head}{int(layer) + step}{rest}", entries).float() for step in (-1, 1))
+    a, b = mixture.mix.tolist()
+    return before.mul(a).add_(after, alpha=b)
+
+
+def _write_config(source: Path, target: Path, dtype: str) -> None:
+    config = read_json(source / "config.json")
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _divergence(model: Model, merged: Path, tokenizer: Any) -> tuple[float, float, float]:
+    """(mean KL, relative error, share of equal top tokens) of the merged folder against adapter-on-4-bit."""
+    ids_BT = torch.tensor([tokenizer(PROBE_TEXT)["input_ids"][:128]])
+    ours_TV = _read_through(model, ids_BT)
+    entries = tensor_entries(merged)
+    other = make_skeleton(merged, model.facts, entries, device=model.device, dtype=model.dtype)
+    theirs_TV = _read_through(other, ids_BT, entries=entries)
+    p_TV, q_TV = ours_TV.log_softmax(1), theirs_TV.log_softmax(1)
+    kl = (p_TV.exp() * (p_TV - q_TV)).sum(1).mean().item()
+    same = (ours_TV.argmax(1) == theirs_TV.argmax(1)).float().mean().item()
+    return kl, ((ours_TV - theirs_TV).norm() / ours_TV.norm()).item(), same
+
+
+def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntry] | None = None) -> Tensor:
+    """Logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
+    hidden_BTD = model.embed(ids_BT)
+    frame = model.frame(hidden_BTD)
+    for index, layer in enumerate(model.layers):
+        if entries is not None:
+            fill_parameters(layer, f"model.layers.{index}.", entries, device=model.device, dtype=model.dtype)
+        hidden_BTD = model.run_layer(index, hidden_BTD, frame)
+        if entries is not None:
+            layer.to("meta")
+    return logits(model, hidden_BTD[0])

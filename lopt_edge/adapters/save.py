@@ -1,0 +1,72 @@
+"""The output folder of a run: adapter, tokenizer, logs (JSON lines), run.json, model card.
+
+The adapter is peft's form (`adapter_model.safetensors`, `adapter_config.json` written by peft itself, or in checkpoints by
+us with the same content), so that plain peft loads it. Rules: the output folder must be new, empty, or hold nothing but the
+logs of a run that saved nothing, so no run is overwritten (resuming is another matter); a file is written beside and
+renamed, a log line is written whole or not at all; an adapter that holds a number that is not finite is never saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopt_edge.errors import RunError
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_adapter
+from lopt_edge.run.model.replaced import REPLACED_NAME, replaced_values
+from lopt_edge.system.files import write_json
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What adapter_config.json says: rank, alpha, dropout, modules, the layers that carry adapters, and the base."""
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    n_layers: int
+    base: str
+    revision: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """peft's keys; what is not named has peft's default."""
+        layers = sorted(self.layers)
+        return {
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "revision": self.revision,
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.alpha if self.alpha % 1 else int(self.alpha),
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(self.targets),
+            "layers_to_transform": None if len(layers) == self.n_layers else layers,
+            "bias": "none",
+        }
+
+
+def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool = False) -> None:
+    """Write adapter_model.safetensors, adapter_config.json, and replaced_layers.json where layers are replaced.
+
+    Raises NotFinite, RunError.
+
+    `plain`: without peft, whose import takes some 50 MiB; a test holds that peft reads the same config.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replaced = replaced_values(model)
+        write_adapter(model, folder / ADAPTER_NAME)
+        if replaced is not None:
+            write_json(folder / REPLACED_NAME, replaced)
+        if plain:
+            write_json(folder / ADAPTER_CONFIG_NAME, {"peft_type": "LORA", **shape.config()})
+        else:
+            from peft import LoraConfig
+
+            LoraConfig(**shape.config()).save_pretrained(folder)
+    except OSError as error:
+        raise RunError(f"the adapter cannot be written: {error}", where=str(folder), fix="free space there") from None

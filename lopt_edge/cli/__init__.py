@@ -1,0 +1,1 @@
+"""Words in, sentences out: the commands, their options, and what they print."""

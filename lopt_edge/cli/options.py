@@ -1,0 +1,61 @@
+"""Command-line options made from the fields of `Config`: each knob is declared once, there.
+
+Every option is taken as text and judged by the config model, so that several mistakes are shown together. Nothing is parsed
+or run here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, get_args
+
+import typer
+
+from lopt_edge.config.settings import Config
+
+
+def config_parameters() -> list[inspect.Parameter]:
+    """One option per field of Config; None means not given."""
+    parameters = []
+    for name, field in Config.model_fields.items():
+        flag, default = f"--{name.replace('_', '-')}", field.default
+        shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
+        text = (field.description or "") + shown
+        if field.annotation is bool:
+            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+        else:
+            metavar = _metavar(field.annotation)
+            option = Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    return parameters
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    """What an option's value looks like: its choices, or its type."""
+    choices = [arg for arg in (annotation, *get_args(annotation)) if get_args(arg) and isinstance(get_args(arg)[0], str)]
+    if choices:
+        return "|".join(get_args(choices[0]))
+    text = str(annotation)
+    return "LIST" if "tuple" in text else "FLOAT" if "float" in text else "INTEGER" if "int" in text else "TEXT"
+
+
+def signature(*own: inspect.Parameter) -> inspect.Signature:
+    """[CONFIG.yaml], one option per setting, and a command's own options."""
+    file = Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [inspect.Parameter("config_file", kind, default=None, annotation=file), *config_parameters(), *own]
+    )
+
+
+def own_option(name: str, flag: str, text: str, *, metavar: str | None = None) -> inspect.Parameter:
+    """A switch, or with `metavar` a text option."""
+    kind: Any = bool if metavar is None else str | None
+    annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None if metavar else False, annotation=annotation
+    )

@@ -1,0 +1,76 @@
+"""How often a finished run's greedy completion is the reference, to the letter: `python -m
+lopt_edge.comparison.exact_match`.
+
+Of the first N rows of a data file, each with a prompt and a reference: a prompt/completion row, or a conversation, whose
+last reply is the reference. Both sides are stripped of white space at their ends; nothing else is forgiven. The model, its
+dtype and its template are those of the run. The whole 4-bit model is held in memory while it writes, whatever budget the
+run had. `questions` needs no torch, so that a file that cannot be asked is refused before anything runs.
+
+Not here: other measures than equality, and speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lopt_edge.config.load import load_config
+from lopt_edge.data import Conversation, PromptCompletion, detect_format, read_records, to_rows
+from lopt_edge.data.formats import DataFormat
+from lopt_edge.errors import InputError
+
+Question = tuple[str | tuple[tuple[str, str], ...], str]  # a text to continue or a conversation to answer, the reference
+
+
+def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
+    """Of the first rows. Raises InputError where rows have no reference."""
+    records = read_records(path)[:n_rows]
+    found: list[Question] = []
+    for row in to_rows(records, data_format=data_format or detect_format(records)[0]):
+        if isinstance(row, PromptCompletion):
+            found.append((row.prompt, row.completion))
+        elif isinstance(row, Conversation):
+            last = max(index for index, (role, _) in enumerate(row.messages) if role == "assistant")
+            found.append((row.messages[:last], row.messages[last][1]))
+        else:
+            raise InputError(
+                "has plain text: no completion to compare with", where=row.where, fix="leave out --exact-match"
+            )
+    return found
+
+
+def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
+    """Asks the adapter of a run's output folder."""
+    from lopt_edge.adapters.generation import Sampling, load_speaker
+
+    config = load_config(folder / "config.yaml")
+    asked = questions(path, n_rows, config.data_format)
+    speaker = load_speaker(config.model, str(folder), revision=config.revision, cache_dir=config.cache_dir,
+                           device=config.device, compute_dtype=config.compute_dtype,
+                           chat_template=config.chat_template)  # fmt: skip
+    matches = 0
+    for prompt, reference in asked:
+        n_tokens = len(speaker.tokenizer(reference, add_special_tokens=False)["input_ids"])
+        sampling = Sampling(max_new_tokens=2 * n_tokens + 16)  # what is longer is no match, however it is split into tokens
+        said = speaker.continue_text(prompt, sampling) if isinstance(prompt, str) else speaker.reply(list(prompt), sampling)
+        matches += said.strip() == reference.strip()
+    return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches}
+
+
+def main(words: Sequence[str]) -> None:
+    """RUN-FOLDER DATA-FILE N RESULT.json"""
+    folder, path, n_rows, target = words
+    found = count_matches(Path(folder), path, int(n_rows))
+    partial = Path(f"{target}.partial")
+    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,136 @@
+"""A Config from a YAML file and flags: every mistake found in one pass, each with its place.
+
+The rule: flags win over the file, all mistakes are collected and shown together, and each names its line in the file or
+its flag; an unknown key is answered with the nearest known one. What the settings are is settings.py's, what
+contradicts what is rules.py's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lopt_edge.config.rules import method_errors
+from lopt_edge.config.settings import Config
+from lopt_edge.config.yaml_file import read_yaml
+from lopt_edge.errors import InputError, InputErrors, raise_collected
+from lopt_edge.plan.methods import OPTIONS
+
+
+def file_errors(named: Mapping[str, str | None]) -> list[InputError]:
+    """Of the files that settings name, those that are not there, or folders."""
+    found = {name: Path(value) for name, value in named.items() if value is not None}
+    return [InputError("is a folder" if path.exists() else "no such file", where=f"{name} {path}", fix="check the path")
+            for name, path in found.items() if not path.exists() or path.is_dir()]  # fmt: skip
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, placeholder: str | None = None
+) -> Config:
+    """A Config from a YAML file and overrides. Raises InputError(s) that name every mistake.
+
+    `placeholder` stands for needed settings that were not given, for a config that is only printed.
+    """
+    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
+    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    errors = [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
+    errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
+    known = {key: value for key, value in {**values, **flags}.items() if key in Config.model_fields}
+    if placeholder is not None:
+        needed = [name for name, field in Config.model_fields.items() if field.is_required()]
+        known = {**dict.fromkeys(needed, placeholder), **known}
+
+    def where(key: str) -> str:
+        return f"--{key.replace('_', '-')}" if key in flags or key not in values else _place(key, path, lines)
+
+    try:
+        config = Config(**known)
+    except ValidationError as error:
+        faults = {str(fault["loc"][0]): dict(fault) for fault in error.errors()}
+        errors += [_as_input_error(fault, where(key)) for key, fault in faults.items()]
+        config = _healed(known, faults)
+    for name, message, fix in method_errors(config):
+        errors.append(InputError(message, where=where(name), fix=fix))
+    raise_collected(errors)
+    return config
+
+
+def _healed(known: Mapping[str, Any], faults: Mapping[str, Any]) -> Config:
+    """The settings without those that are wrong, so that the others can be looked at too."""
+    needed = [name for name, field in Config.model_fields.items() if field.is_required()]
+    sound = {key: value for key, value in known.items() if key not in faults}
+    if "method" in faults:  # nothing can be said of its options
+        sound = {key: value for key, value in sound.items() if key not in OPTIONS}
+    return Config(**{**dict.fromkeys(needed, "(needed)"), **sound})
+
+
+@contextmanager
+def placed(path: str | Path | None, flags: Mapping[str, Any]) -> Iterator[None]:
+    """An error about a setting that only the model or the data show gets the setting's place in the file, or its flag."""
+    try:
+        yield
+    except InputErrors as errors:
+        raise InputErrors([_placed(error, path, flags) for error in errors.errors]) from None
+    except InputError as error:
+        raise _placed(error, path, flags) from None
+
+
+def _placed(error: InputError, path: str | Path | None, flags: Mapping[str, Any]) -> InputError:
+    key = error.where.replace(":", " ").split(" ")[0]
+    if key not in Config.model_fields:
+        return error
+    lines = {} if path is None else read_yaml(Path(path))[1]
+    if flags.get(key) is not None:
+        place = f"--{key.replace('_', '-')}"
+    elif key in lines:
+        place = _place(key, path, lines)
+    else:
+        return error
+    return type(error)(error.what, where=place + error.where[len(key) :], fix=error.fix)
+
+
+def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
+    return f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
+
+
+def _unknown_key(key: str, where: str) -> InputError:
+    near = difflib.get_close_matches(key, Config.model_fields, n=1)
+    return InputError("unknown setting", where=where, fix=f"did you mean {near[0]!r}?" if near else "see --help")
+
+
+def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
+    message = str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    if fault["type"] == "missing":
+        return InputError("is needed", where=where, fix=Config.model_fields[str(fault["loc"][0])].description or "")
+    return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
+
+
+PATHS = (
+    "model",
+    "data",
+    "eval_data",
+    "retention_data",
+    "chat_template",
+    "init_adapter",
+    "cache_dir",
+    "page_dir",
+    "boundary_cache",
+    "teacher",
+)
+
+
+def settings_text(config: Config) -> str:
+    """The settings as given, for `lopt-edge resume`: local paths made absolute."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    for name in PATHS:
+        value = given.get(name)
+        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
+            given[name] = str(path.resolve())
+    given.pop("resume", None)
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

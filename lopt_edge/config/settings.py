@@ -1,0 +1,190 @@
+"""The configuration of a fine-tuning run: one pydantic model, from a YAML file and flags (flags win).
+
+Each knob is declared once, here, with its type, default and help; the command line is made from these fields (cli/main.py),
+YAML keys are the field names (hyphens are accepted for underscores). Rules: all mistakes of a file and its flags are found
+in one pass and shown together, each with its line in the file or its flag; an unknown key is an error with a suggestion;
+a setting that has no effect is said (`no_effect_warnings`). What needs the model or the data to be judged (boundaries
+beyond the depth, say) is checked where those are read. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from lopt_edge.plan.methods import BOUNDARY_SETTINGS, DEFAULTS
+
+LOCAL_PART = 100  # one part in so many of lr is what lopt's early segments get where nothing is said
+
+
+class Config(BaseModel):
+    """Every setting of `finetune`. Field help texts are what `lopt-edge finetune --help` shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field(min_length=1, description="model folder, or hub id (org/name)")
+    data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
+    output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
+    method: Literal["e2e", "lopt", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "mlaan", "repl"] = Field(
+        "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"
+    )
+    num_segments: int = Field(2, ge=1, description="lopt, frozen: number of segments of equal depth (mlaan: 4 by default)")
+    boundary_layers: tuple[int, ...] | None = Field(
+        None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
+    )
+    boundary: Literal["auto"] | None = Field(
+        None, description="lopt: auto places the boundaries by short runs on your data"
+    )
+    boundary_update: Literal["stale", "fresh"] = Field(
+        "stale", description="lopt: update all segments together, or the early ones first and run them again"
+    )
+    local_loss: Literal["reconstruct", "next-token", "align"] = Field(
+        "reconstruct", description="lopt: the early segments' loss"
+    )
+    local_every: int = Field(1, ge=0, le=100, description="lopt: train the early segments on every N-th step; 0: never")
+    open_every: int = Field(0, ge=0, le=100, description="lopt: every N-th step is end to end, over the boundary; 0: none")
+    train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
+    selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
+    select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
+    unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
+    teacher: str | None = Field(None, description="let, lopt's align: another model to align to (default: the base itself)")
+    align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
+    align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
+    align_layer: int | None = Field(None, ge=0, description="let: whose output is aligned, from 0 (default: the third)")
+    stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
+    tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
+    stage_patience: int | None = Field(
+        None, ge=1, description="segprop: a stage ends after N evaluations in a row without a lower held-out loss"
+    )
+    replace_layers: tuple[int, ...] | None = Field(
+        None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
+    )
+    leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
+    ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
+    cascade_weight: float = Field(0.999, gt=0, le=1, description="mlaan: share of a loss that reaches the segment before")
+    boundary_cache: str | None = Field(
+        None, description="folder that keeps the boundary of each example, where early segments never train"
+    )
+    max_seq_len: int = Field(2048, ge=2, description="longest sequence in tokens; longer ones are truncated")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
+    epochs: int = Field(1, ge=1, description="passes over the data")
+    pipeline: int = Field(1, ge=1, le=1024, description="lopt, frozen: run the segments in so many processes")
+    pipeline_minutes: float = Field(30.0, gt=0, description="end the run if one of them says nothing for so long")
+    choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
+    batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
+    grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
+    choose_micro_batch: bool = Field(
+        False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
+    )
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr_local: float | None = Field(None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)")
+    local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
+    clip: float = Field(1.0, ge=0, description="gradient clipping norm; 0 turns it off")
+    clip_scope: Literal["segment", "global"] = Field("segment", description="norm per segment, or over all parameters")
+    lora_r: int = Field(16, ge=1, le=4096, description="LoRA rank")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA alpha; the branch is scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA branch's input")
+    lora_targets: tuple[str, ...] = Field(("all-linear",), description="all-linear, or e.g. q_proj,v_proj")
+    data_format: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
+        None, description="form of the data rows (default: detected)"
+    )
+    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    eval_data: str | None = Field(None, description="held-out data in any of the forms of --data")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the data held out for evaluation")
+    eval_every: int | None = Field(None, ge=1, description="evaluate every N steps (default: before and after)")
+    keep_best: bool = Field(False, description="save the adapter of the lowest evaluation loss, not the last one")
+    retention_data: str | None = Field(None, description="other held-out text, to see what the run forgets")
+    sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
+    init_adapter: str | None = Field(None, description="LoRA adapter folder to start from")
+    cache_dir: str | None = Field(None, description="folder of quantised copies (default: ~/.cache/lopt-edge)")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of adapters, data order and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the matrix products"
+    )
+    weights: str = Field("auto", description="layers' weights: resident, host or disk; by layer: disk,0-5=resident")
+    activations: str = Field("auto", description="keep, recompute or page what a backward needs; by layer: page,20-23=keep")
+    saved_inputs: Literal["auto", "device", "host", "disk"] = Field("auto", description="where layers' inputs wait")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="AdamW with moments in fp32 or in 8 bits")
+    optimizer_states: Literal["auto", "device", "host", "disk"] = Field("auto", description="where the moments lie")
+    gradients: Literal["auto", "device", "host", "disk"] = Field("auto", description="where accumulated gradients lie")
+    apply: Literal["step", "segment", "layer"] = Field(
+        "step", description="update all at the step's end, or each segment or layer at once (layer: clip 0, grad-accum 1)"
+    )
+    prefetch: int = Field(1, ge=0, le=8, description="how many layers ahead a movement begins")
+    token_tile: int | None = Field(None, ge=16, le=65536, description="tokens of a loss at a time (default: chosen)")
+    device_memory: str | None = Field(None, description="budget, e.g. 24GB, 8GiB, 80% of what is free")
+    host_memory: str | None = Field(None, description="budget of host memory beside a GPU")
+    disk_memory: str | None = Field(None, description="budget of page files")
+    pinned_memory: str | None = Field(None, description="budget of page-locked host memory (default: detected)")
+    page_dir: str | None = Field(None, description="folder of page files (default: beside the output)")
+    save_every: int | None = Field(None, ge=1, description="write a checkpoint every N steps")
+    save_minutes: float = Field(10.0, ge=0, description="write a checkpoint every M minutes, inside a step too; 0: never")
+    keep: int = Field(2, ge=1, description="how many checkpoints to keep")
+    resume: str | None = Field(None, description="auto: go on from the output's newest checkpoint, if any; or its folder")
+    on_nan: Literal["skip", "stop"] = Field(
+        "skip", description="what to do with a batch whose loss or gradient is no number"
+    )
+    max_skipped: int = Field(3, ge=1, description="at most so many skipped batches in a row")
+    memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
+    force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
+    dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "method" not in values and _asks_for_a_boundary(values):
+            values = {**values, "method": "lopt"}
+        if not isinstance(values, dict) or not isinstance(values.get("method"), str) or values.get("boundary_layers"):
+            return values
+        return {**DEFAULTS.get(values["method"], {}), **values}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
+
+    @field_validator("boundary_layers", "replace_layers", "lora_targets", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return tuple(part.strip() for part in str(value).split(",") if part.strip())
+        return value
+
+    @field_validator("boundary_layers", "replace_layers", "lora_targets")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value is not None and not value:
+            raise ValueError("must name at least one")
+        return value
+
+    @property
+    def local_lr(self) -> float:
+        """LoPT's paper takes lr itself, which with LoRA does harm (README: the study)."""
+        if self.lr_local is not None:
+            return self.lr_local
+        return self.lr / LOCAL_PART if self.method == "lopt" else self.lr
+
+    def as_yaml(self) -> str:
+        """The resolved settings, in the order of declaration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _asks_for_a_boundary(values: Mapping[str, Any]) -> bool:
+    """Whether settings are given that only a cut depth gives a meaning."""
+    return any(values.get(name) for name in BOUNDARY_SETTINGS) or str(values.get("pipeline") or 1) != "1"
+
+
+def page_folder(config: Config) -> Path:
+    """Where page files live: beside the output, or where the user says."""
+    return Path(config.page_dir).expanduser() if config.page_dir else Path(f"{config.output}.pages")

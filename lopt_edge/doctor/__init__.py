@@ -1,0 +1,1 @@
+"""`lopt-edge doctor`: is this machine sound, and how fast is it?"""

@@ -1,0 +1,102 @@
+"""Where a model's files are: a local folder or a hub id, its facts, and its 4-bit copy in the cache.
+
+Rules: nothing is ever executed from a model folder (no remote code, no pickle: only JSON, safetensors and tokenizer files
+are fetched or read); a folder that is already in bitsandbytes' 4-bit form is used as it is; any other is quantised once,
+tensor by tensor, into the cache, under a key made of its config and its tensors' layout, sizes and file times. The copy
+appears under its final name only when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopt_edge.errors import InputError
+from lopt_edge.models.hub import _download
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from quant.headers import FolderError, TensorEntry, read_headers, read_json
+from quant.sizes import DTYPE_BYTES
+from quant.untrusted import check_folder
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this machine: its folder, what it is called, its facts, and (for a hub id) the commit."""
+
+    path: Path
+    name: str
+    facts: ModelFacts
+    commit: str | None = None
+
+
+def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
+    """The folder and facts of a local folder or a hub id. Raises InputError for what is missing or unsupported."""
+    path, commit = Path(name).expanduser(), None
+    try:
+        is_folder, is_file = path.is_dir(), path.exists()
+    except OSError as error:
+        raise InputError(f"{name[:80]!r} cannot be a path ({error.strerror})", where="model") from None
+    if not is_folder:
+        if is_file or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise InputError(f"no model folder at {name!r}", where="model", fix="give a folder or a hub id (org/name)")
+        path, commit = _download(name, revision)
+    try:
+        check_folder(path)
+        config = read_json(path / "config.json")
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
+    facts = facts_from_config(config, where=str(path / "config.json"))
+    return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
+
+
+def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of a model folder. Raises InputError for missing weights or a truncated shard."""
+    try:
+        return read_headers(folder)
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
+
+
+def vocabulary_itemsize(folder: Path) -> int:
+    """Bytes of a stored number of the token embedding and the lm_head. Raises InputError as `tensor_entries` does."""
+    entry = tensor_entries(folder).get("model.embed_tokens.weight")
+    if entry is None:
+        raise InputError("model.embed_tokens.weight is missing", where=str(folder), fix="download or copy the folder again")
+    return DTYPE_BYTES[entry.dtype]
+
+
+def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
+    """Each matrix that the config promises is there in the promised shape, before anything is allocated."""
+    facts = model.facts
+    expected = {"model.embed_tokens.weight": (facts.vocab_size, facts.hidden_size)}
+    expected |= {} if facts.tied else {"lm_head.weight": (facts.vocab_size, facts.hidden_size)}
+    for layer in range(facts.n_layers):
+        for linear in facts.linears:
+            name = f"model.layers.{layer}.{linear.name}.weight"
+            if not facts.quantised or f"{name}.absmax" not in entries:
+                expected[name] = (linear.out_features, linear.in_features)
+            elif name not in entries:
+                expected[name] = ()
+    for name, shape in expected.items():
+        entry = entries.get(name)
+        if entry is None or entry.shape != shape:
+            found = "is missing" if entry is None else f"has shape {entry.shape}, config.json says {shape}"
+            raise InputError(f"{name} {found}", where=str(model.path), fix="weights and config.json do not belong together")
+        if entry.dtype not in ("F32", "BF16", "F16"):
+            raise InputError(f"{name} has dtype {entry.dtype}, which is not supported", where=str(entry.path),
+                             fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+
+
+HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint
+
+
+def model_fingerprint(source: ModelFolder) -> str:
+    """Of config.json, the tensors' names, dtypes and shapes, and the first bytes of each: wherever the folder lies."""
+    digest = hashlib.sha256((source.path / "config.json").read_bytes())
+    for entry in sorted(tensor_entries(source.path).values(), key=lambda entry: entry.name):
+        digest.update(f"\n{entry.name} {entry.dtype} {entry.shape}\n".encode())
+        with entry.path.open("rb") as file:
+            file.seek(entry.start)
+            digest.update(file.read(min(HEAD_BYTES, entry.n_bytes)))
+    return digest.hexdigest()

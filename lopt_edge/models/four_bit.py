@@ -1,0 +1,99 @@
+"""The 4-bit copy of a model: where it lies in the cache, when it is made, how many bytes it takes.
+
+The rule: a copy is whole or not there; it is made tensor by tensor beside its final name, and its key holds what decides
+its bytes. A model that is in 4 bits already is used as it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+from lopt_edge.errors import InputError
+from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries
+from lopt_edge.plan.facts.model import packs
+from lopt_edge.units import format_bytes
+from quant.folders import remove_stale
+from quant.headers import FolderError, TensorEntry
+from quant.sizes import DTYPE_BYTES
+
+CACHE_VERSION = 1
+
+
+def default_cache() -> Path:
+    return Path.home() / ".cache" / "lopt-edge"
+
+
+def four_bit_folder(
+    model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+) -> tuple[Path, bool]:
+    """The folder with the model in 4 bits, and whether it was there already."""
+    check_weights(model, tensor_entries(model.path))
+    target = four_bit_path(model, cache_dir=cache_dir)
+    if (target / "config.json").exists():
+        return target, True
+    _make_room(model, target)
+    quantise_model(model, target, on_tensor=on_tensor)
+    return target, False
+
+
+def _make_room(model: ModelFolder, target: Path) -> None:
+    """Remove what killed runs left of this copy, and refuse a disk that has no room for it. Raises InputError."""
+    from quant.files import four_bit_layout
+
+    remove_stale(target)
+    stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
+    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
+    existing = next(path for path in target.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise InputError(f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
+                         where=f"cache_dir {target.parent}", fix="free space, or choose another --cache-dir")  # fmt: skip
+
+
+def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
+    """Where the model in 4 bits is, or will be: a folder in the cache, or the model's own if that is in 4 bits already."""
+    if model.facts.quantised:
+        return model.path
+    root = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    return root / f"{model.path.resolve().name[:40]}-{_cache_key(model.path, tensor_entries(model.path))}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files of a model folder take of the disk."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def quantise_model(
+    model: ModelFolder, target: Path, *, dtype: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+) -> None:
+    """Write the 4-bit copy of a full-precision model to `target`; `dtype` is what it records (default: its own)."""
+    import torch
+
+    from quant.quantise import quantise_folder
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, on_tensor=on_tensor)
+    except FolderError as error:
+        raise InputError(str(error), where="model") from None
+    except OSError as error:
+        if (target / "config.json").exists():
+            return  # another process finished the same copy first
+        raise InputError(f"cannot write the 4-bit copy: {error.strerror}", where=str(target),
+                         fix="check free space and permissions there, or choose another folder") from None  # fmt: skip
+
+
+def _cache_key(folder: Path, entries: dict[str, TensorEntry]) -> str:
+    files = sorted({entry.path for entry in entries.values()} | {folder / "config.json"})
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    layout = sorted((entry.name, entry.dtype, entry.shape, entry.start) for entry in entries.values())
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    text = json.dumps([CACHE_VERSION, str(folder.resolve()), config, stamps, layout])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,69 @@
+"""Models named by a hub id: what is fetched, and what is said where that is refused.
+
+The rule: configuration, weights in safetensors and the tokenizer's files are all that is ever asked for; no code and no
+pickle. A plan needs the configuration alone. Who reads the folder afterwards is folder.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from quant.headers import FolderError, read_json
+from quant.sizes import DTYPE_BYTES
+
+HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+                "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_from_hub(name, error) from None
+    return path, path.name  # a snapshot's folder is named by its commit
+
+
+def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, int]:
+    """Facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone.
+
+    Both are of one commit, also when the branch moves between the two requests.
+    """
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        config_path = Path(hf_hub_download(name, "config.json", revision=revision))
+        config, commit = read_json(config_path), config_path.parent.name  # .../snapshots/<commit>/config.json
+        headers = get_safetensors_metadata(name, revision=commit).files_metadata.values()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError,
+            FolderError, OSError) as error:  # fmt: skip
+        raise _not_from_hub(name, error) from None
+    facts = facts_from_config(config, where=f"{name} config.json")
+    found = [
+        header.tensors["model.embed_tokens.weight"] for header in headers if "model.embed_tokens.weight" in header.tensors
+    ]
+    itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
+    if itemsize is None:
+        raise InputError(f"the token embedding has dtype {str(found[0].dtype)[:20]!r}", where=name,
+                         fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+    return facts, itemsize
+
+
+def _not_from_hub(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(
+        f"{name!r} is no local folder, and the hub did not give it: {reason}",
+        where="model",
+        fix="check the name, the revision, your access rights and the network; or give a local folder",
+    )

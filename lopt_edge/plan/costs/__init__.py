@@ -1,0 +1,1 @@
+"""What an op list takes: bytes and seconds."""

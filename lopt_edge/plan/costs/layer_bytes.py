@@ -1,0 +1,128 @@
+"""What a decoder layer, the embedding and the losses take, op by op: from the traced programs of tools/trace_bytes.py.
+
+Everything is relative to the op's beginning. A recomputed layer's backward is the forward program that makes the graph
+(without the value of its last product), followed by the backward program.
+
+The programs were traced on the CPU. On CUDA other attention kernels save slightly other things; callers add a margin there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from lopt_edge.plan.costs.programs import Replay
+from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+
+READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer on one micro-batch. `first` in its segment: its input needs no gradient. No LoRA: `shape.targets` empty."""
+
+    shape: LayerShape
+    n_sequences: int
+    n_tokens: int
+    masked: bool
+    first: bool
+    window: int | None = None
+
+    @property
+    def hidden_bytes(self) -> int:
+        return self.n_sequences * self.n_tokens * self.shape.facts.hidden_size * self.shape.itemsize
+
+    def replay(self, **alive: int) -> Replay:
+        dimensions = self.shape.dimensions(n_sequences=self.n_sequences, n_tokens=self.n_tokens)
+        replay = Replay(self.shape, dimensions, from_mlp=self.backward_op == "backward from mlp", window=self.window)
+        replay.alive |= alive
+        return replay
+
+    @property
+    def case(self) -> str:
+        return self.shape.case(self.n_sequences, masked=self.masked)
+
+    @property
+    def graph_op(self) -> str:
+        return "graph first" if self.first else "graph"
+
+    @property
+    def backward_op(self) -> str:
+        """In a first layer gradients go back as far as the first linear layer with LoRA."""
+        if not (self.first and self.shape.targets):
+            return "backward"
+        names = [linear.short_name for linear in self.shape.facts.linears if linear.short_name in self.shape.targets]
+        if READS_INPUT & set(names):
+            return "backward first"
+        in_mlp = "mlp" if self.shape.facts.model_type != "phi3" else names[0]
+        return f"backward from {names[0] if names[0] == 'o_proj' else in_mlp}"
+
+
+@dataclass(frozen=True)
+class GraphBytes:
+    """`within` the forward at most, `rest` what the graph holds beside its input, and whether it holds that."""
+
+    within: int
+    rest: int
+    holds_input: bool
+
+
+@lru_cache(maxsize=1024)
+def forward_within(run: LayerRun) -> int:
+    replay = run.replay()
+    replay.run(run.case, "forward")
+    return replay.heap.peak
+
+
+@lru_cache(maxsize=1024)
+def graph_bytes(run: LayerRun) -> GraphBytes:
+    replay = _with_graph(run, value=True)
+    peak = replay.heap.peak
+    holds_input = "input" in replay.alive
+    return GraphBytes(peak, sum(replay.alive.values()) - run.hidden_bytes * holds_input, holds_input)
+
+
+def _with_graph(run: LayerRun, *, value: bool) -> Replay:
+    """After a forward with a graph: alive is what that holds."""
+    replay = run.replay(input=run.hidden_bytes)
+    replay.run(run.case, run.graph_op, graph=True, value=value)
+    replay.drop(replay.result)
+    replay.end_forward()
+    return replay
+
+
+@lru_cache(maxsize=1024)
+def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
+    """`kept` is input, graph or pages; `fresh` bytes of gradients are made once the graph is there."""
+    replay = _with_graph(run, value=kept != "input")
+    if kept != "input":
+        replay.heap.live = replay.heap.peak = 0
+    replay.heap.take(fresh)
+    replay.alive["grad"] = run.hidden_bytes
+    replay.run(run.case, run.backward_op, paged=kept == "pages")
+    return replay.heap.peak
+
+
+@lru_cache(maxsize=256)
+def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int) -> tuple[int, int]:
+    """(the most within EMBED, what stays beside the hidden states: positions, rotary tables, masks)."""
+    kinds = sorted(set(shape.facts.layer_types))
+    masked = any(shape.masked(kind, n_tokens) for kind in kinds)
+    dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens)
+    replay = Replay(shape, dimensions, stored=replace(stored, head_resident=False))
+    replay.run(shape.case(n_sequences, masked=masked, two_kinds=len(kinds) > 1), "embed")
+    replay.drop(replay.result)
+    return replay.heap.peak, replay.heap.live
+
+
+@lru_cache(maxsize=256)
+def loss_within(
+    shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, task: bool, n_selected: int, tile: int
+) -> int:
+    """The gradient of the output included; `n_selected` tokens have a loss, `tile` at a time."""
+    n_tile = min(tile, n_selected)
+    dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens, n_tile=n_tile)
+    replay = Replay(shape, dimensions, stored=stored)
+    case = shape.case(n_sequences, masked=False)
+    replay.run(case, "task loss" if task else "reconstruct loss")
+    return replay.heap.peak

@@ -1,0 +1,370 @@
+"""What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
+
+Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
+quant/gated_mlp.py, run/model/query_tiles.py, run/model/vocabulary.py), on a `Heap` that remembers the most; whoever changes
+one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model/test_query_tiles.py compare them). What a
+call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
+(layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from lopt_edge.plan.costs.tiles import _tile, _tile_queries
+from lopt_edge.plan.facts.model import LinearFacts
+from quant.sizes import BLOCK_ELEMENTS, rows_at_once
+
+if TYPE_CHECKING:
+    from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+
+UNPACK_CHUNK = 1 << 18  # quant.nf4.CHUNK_BYTES
+BLOCK_FEATURES = 1024  # quant.gated_mlp
+MLP_TOKEN_TILE = {"cpu": 1024, "cuda": 4096}  # quant.gated_mlp.TOKEN_TILE
+
+
+class Heap:
+    """Bytes that live, counted from its making, and the most that ever lived."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def take(self, n_bytes: int) -> int:
+        self.live += n_bytes
+        self.peak = max(self.peak, self.live)
+        return n_bytes
+
+    def free(self, *n_bytes: int) -> None:
+        self.live -= sum(n_bytes)
+
+    def touch(self, n_bytes: int) -> None:
+        """Take and let go at once."""
+        self.peak = max(self.peak, self.live + n_bytes)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """What is taken inside is let go at the end."""
+        before = self.live
+        yield
+        self.live = before
+
+
+# quant/nf4.py ----------------------------------------------------------------------------------------------------------
+
+
+def unpack_scales(heap: Heap, n_elements: int, *, on_cpu: bool) -> None:
+    """The fp32 block scales, which stay; on the CPU an int32 index on the way."""
+    scales = 4 * ceil(n_elements / BLOCK_ELEMENTS)
+    heap.touch(2 * scales if on_cpu else scales)
+    heap.take(scales)
+
+
+def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) -> None:
+    """A chunk's int32 index, and for half precision its values in fp32."""
+    if on_cpu:
+        chunk = min(UNPACK_CHUNK, n_elements // 2)
+        heap.touch(4 * chunk + (0 if itemsize == 4 else 8 * chunk))
+
+
+# quant/linear.py -------------------------------------------------------------------------------------------------------
+
+
+def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
+    """Into the shared buffer: the scales go at the end."""
+    n_elements, on_cpu = linear.in_features * linear.out_features, shape.device_type == "cpu"
+    with heap.call():
+        unpack_scales(heap, n_elements, on_cpu=on_cpu)
+        unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
+
+
+def unpack_for_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Before y is there; where weights are mixed, with y."""
+    if shape.mixed:
+        mixed_forward(heap, shape, linear, n_rows)
+    else:
+        unpack_matrix(heap, shape, linear)
+
+
+def unpack_for_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Before dx is there; where weights are mixed, with dx."""
+    if shape.mixed:
+        mixed_backward(heap, shape, linear, n_rows)
+    else:
+        unpack_matrix(heap, shape, linear)
+
+
+def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Once y is there: dropped input, x A, A and B in the compute dtype."""
+    c, r = shape.itemsize, shape.rank
+    with heap.call():
+        if shape.dropout:
+            heap.touch(2 * n_rows * linear.in_features * c)
+            heap.take(n_rows * linear.in_features * c)
+        low = n_rows * r * c
+        heap.touch(low + (max(linear.in_features, linear.out_features) * r * c if c != 4 else 0))
+
+
+def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int, *, need_x: bool) -> None:
+    """Once dx is there: dA and dB."""
+    c, r, n_in, n_out = shape.itemsize, shape.rank, linear.in_features, linear.out_features
+    cast = c != 4
+    with heap.call():
+        if shape.dropout:
+            heap.take(2 * n_rows * n_in * c)  # the mask, and the dropped input
+        heap.take(n_in * r * c if cast else 0)
+        heap.touch(n_out * r * c * cast + n_rows * r * c)
+        heap.take(n_rows * r * c)  # g B^T
+        heap.touch(n_in * r * c + n_in * r * 4 * cast)
+        heap.take(n_in * r * 4)  # dA
+        heap.touch(n_rows * r * c + n_out * r * c)
+        heap.touch(n_out * r * c + n_out * r * 4 * cast)
+        heap.take(n_out * r * 4)  # dB
+        if shape.dropout and need_x:
+            heap.take(n_rows * n_in * c)
+
+
+# quant/mixed.py --------------------------------------------------------------------------------------------------------
+
+
+def mixed_elements(linear: LinearFacts) -> int:
+    """Of one matrix' block."""
+    return rows_at_once(linear.out_features, linear.in_features) * linear.in_features
+
+
+def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
+    """Rows: both matrices' scales, which stay; where no rows can be cut out they are made at each read instead."""
+    if linear.in_features % BLOCK_ELEMENTS == 0:
+        for _ in range(2):
+            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.device_type == "cpu")
+
+
+def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
+    if linear.in_features % BLOCK_ELEMENTS:
+        unpack_matrix(heap, shape, linear)
+    else:
+        unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.device_type == "cpu")
+
+
+def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    with heap.call():
+        _mixed_rows(heap, shape, linear)
+        heap.take(n_rows * linear.out_features * shape.itemsize)
+        _mixed_read(heap, shape, linear)
+
+
+def mixed_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """dx, and a block's gradient."""
+    with heap.call():
+        _mixed_rows(heap, shape, linear)
+        heap.take(n_rows * linear.in_features * shape.itemsize)
+        _mixed_read(heap, shape, linear)
+        heap.touch(mixed_elements(linear) * (shape.itemsize + 4 * (shape.itemsize != 4)))
+
+
+def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """Queries and keys of the last two tiles, and the heads that share keys.
+
+    No earlier tile takes more: of whole tiles the last one sees the most keys. There may be a million of them.
+    """
+    group = shape.facts.n_heads // shape.facts.n_kv_heads
+    n_tile = _tile_queries(n_tokens, group=group, device_type=shape.device_type)
+    for start in range(0, n_tokens, n_tile)[-2:]:
+        n, m = (part.stop - part.start for part in _tile(start, n_tile, n_tokens, n_tokens, window))
+        yield n, m, group
+
+
+def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
+    """Masks of a tile are never the most: a byte a score of one head."""
+    c, head_dim = shape.itemsize, shape.facts.head_dim
+    for n, m, group in _tile_sizes(shape, n_tokens, window):
+        scores = group * n * m
+        heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
+        heap.touch((scores + group * n * head_dim) * c)
+
+
+def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
+    c, head_dim = shape.itemsize, shape.facts.head_dim
+    cast = c != 4
+    with heap.call():
+        heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
+        for n, m, group in _tile_sizes(shape, n_tokens, window):
+            scores, product = group * n * m, m * head_dim * c
+            heap.touch(scores * (2 * c + 4 * cast + 4))  # tanh, scores, in fp32, and their softmax
+            heap.touch(scores * (c + 4 + c * cast) + product)
+            heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
+            heap.touch(scores * c + max(product, group * n * head_dim * c))
+
+
+# quant/gated_mlp.py ----------------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """gated_mlp._Pass: taken on the heap when made. `ranks` of gate, up and down are 0 where there is no LoRA."""
+
+    def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
+        self.heap, self.shape, self.c = heap, shape, shape.itemsize
+        self.hidden, self.on_cpu = shape.facts.hidden_size, shape.device_type == "cpu"
+        self.width = min(BLOCK_FEATURES, shape.facts.intermediate_size)
+        self.tile = min(MLP_TOKEN_TILE[shape.device_type], n_rows)
+        self.linears = mlp_linears(shape)
+        self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
+        for linear in self.linears:
+            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=self.on_cpu)
+        heap.take(self.adapter_elements * self.c if self.c != 4 else 0)
+        heap.take(n_rows * (self.ranks[0] + self.ranks[1]) * self.c)
+
+    @property
+    def adapter_elements(self) -> int:
+        return sum((m.in_features + m.out_features) * rank for m, rank in zip(self.linears, self.ranks, strict=True))
+
+    def weights(self) -> None:
+        """A block's three matrices; columns of the last one are cut out as copies (unless they are all of them)."""
+        n_elements = self.width * self.hidden
+        unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
+        with self.heap.call():
+            if self.width < self.shape.facts.intermediate_size:
+                self.heap.take(n_elements // 2 + 4 * n_elements // BLOCK_ELEMENTS)
+            unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
+
+
+def mlp_linears(shape: LayerShape) -> list[LinearFacts]:
+    """gate, up and down."""
+    by_name = {linear.short_name: linear for linear in shape.facts.linears}
+    return [by_name[name] for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
+    with heap.call():
+        run = _Pass(heap, shape, n_rows)
+        c, hidden, down_rank = run.c, run.hidden, run.ranks[2]
+        cast = c != 4
+        heap.take(n_rows * hidden * 4 + n_rows * down_rank * 4)
+        run.weights()
+        inner = run.tile * run.width * c
+        heap.touch(2 * inner)
+        heap.touch(inner + run.tile * max(hidden * cast, down_rank) * c)
+        heap.touch(n_rows * (down_rank + hidden) * c if cast and down_rank else 0)
+        heap.touch(n_rows * hidden * c if cast else 0)
+
+
+def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) -> None:
+    with heap.call():
+        run = _Pass(heap, shape, n_rows)
+        c, hidden, (gate_rank, up_rank, down_rank) = run.c, run.hidden, run.ranks
+        cast, rank = c != 4, max(run.ranks)
+        heap.take(run.adapter_elements * 4)
+        heap.take(n_rows * hidden * 4 if need_x else 0)
+        heap.take(n_rows * (down_rank * c + down_rank * 4 + (gate_rank + up_rank) * 4))
+        run.weights()
+        inner = run.tile * run.width * c
+        heap.touch(6 * inner)
+        heap.touch(4 * inner + max(run.tile, run.width) * down_rank * c)
+        heap.touch(2 * inner + max(max(run.tile, run.width) * max(gate_rank, up_rank),
+                                   run.tile * hidden * (need_x and cast)) * c)  # fmt: skip
+        low = n_rows * max(gate_rank, up_rank) * c if cast else 0
+        earlier = low if gate_rank and up_rank else 0  # the loop's variable
+        heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * (need_x and cast)) * c)
+        heap.take(low)
+        heap.touch((n_rows * cast + hidden) * down_rank * c)
+        heap.touch(n_rows * hidden * c if need_x and cast else 0)
+
+
+# The family's own MLP, y = down(act(gate(x)) * up(x)): with dropout, and where widths are no multiples of 64 --------------
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """`x_trains`: x needs a gradient. Then all does; else what lies behind a linear layer with LoRA."""
+
+    shape: LayerShape
+    n_rows: int
+    x_trains: bool
+
+    @property
+    def inner(self) -> int:
+        """Bytes of a tensor of intermediate features."""
+        return self.n_rows * self.shape.facts.intermediate_size * self.shape.itemsize
+
+    def trains(self, linear: LinearFacts) -> bool:
+        return self.x_trains or self.shape.saves(linear.short_name)
+
+    def forward(self, heap: Heap, linear: LinearFacts) -> None:
+        """The result included."""
+        with heap.call():
+            unpack_for_forward(heap, self.shape, linear, self.n_rows)
+        with heap.call():
+            heap.take(self.n_rows * linear.out_features * self.shape.itemsize)
+            if linear.short_name in self.shape.targets:
+                lora_forward(heap, self.shape, linear, self.n_rows)
+
+    def backward(self, heap: Heap, linear: LinearFacts, *, need_x: bool) -> None:
+        """The result included."""
+        with heap.call():
+            if need_x:
+                unpack_for_backward(heap, self.shape, linear, self.n_rows)
+                heap.take(self.n_rows * linear.in_features * self.shape.itemsize)
+            if linear.short_name in self.shape.targets:
+                lora_backward(heap, self.shape, linear, self.n_rows, need_x=need_x)
+
+
+def plain_mlp_forward(heap: Heap, shape: LayerShape, n_rows: int, *, graph: bool, value: bool, x_trains: bool) -> int:
+    """Returns the bytes that stay for the backward; less by x where that is not saved (the program counts it)."""
+    run, (gate, up, down) = _Plain(shape, n_rows, x_trains), mlp_linears(shape)
+    gate_kept, up_kept = (graph and run.trains(linear) for linear in (gate, up))
+    down_kept, x_kept = graph and shape.saves("down_proj"), shape.saves("gate_proj") or shape.saves("up_proj")
+    with heap.call():
+        run.forward(heap, gate)
+        heap.take(2 * run.inner)  # gate(x) and its activation
+        heap.free(0 if gate_kept else run.inner)
+        run.forward(heap, up)
+        heap.take(2 * run.inner)  # up(x) and the product
+        heap.free(run.inner * ((not up_kept) + (not gate_kept)))  # the activation serves up's gradient, up(x) gate's
+        if value:
+            run.forward(heap, down)
+    x = n_rows * shape.facts.hidden_size * shape.itemsize
+    return run.inner * (2 * gate_kept + up_kept + down_kept) - (x if graph and not x_kept else 0)
+
+
+def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: bool, paged: bool, given: int = 0) -> None:
+    """What it holds (`plain_mlp_forward`) goes inside, too, unless it is `paged`; so do `given` bytes of its gradient."""
+    run, (gate, up, down) = _Plain(shape, n_rows, x_trains), mlp_linears(shape)
+    x, inner, held = n_rows * shape.facts.hidden_size * shape.itemsize, run.inner, 0 if paged else run.inner
+    gate_trains, up_trains = run.trains(gate), run.trains(up)
+    with heap.call():
+        run.backward(heap, down, need_x=gate_trains or up_trains)
+        heap.free(given)
+        heap.take(inner * (gate_trains or up_trains))  # the product's gradient
+        heap.free(held * shape.saves("down_proj"))
+        heap.take(inner * (gate_trains + up_trains))  # those of both factors
+        heap.free(inner * (gate_trains or up_trains), held * (gate_trains + up_trains))
+        if up_trains:
+            run.backward(heap, up, need_x=x_trains)
+            heap.take(x * x_trains - inner)
+        if gate_trains:
+            heap.take(inner)  # the activation's gradient
+            heap.free(inner, held)
+            run.backward(heap, gate, need_x=x_trains)
+            heap.free(inner)
+            heap.touch(2 * x * x_trains)
+
+
+# run/model/vocabulary.py
+# -----------------------------------------------------------------------------------------------------
+
+
+def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabularies) -> None:
+    """Rows by id, each id its own row at worst."""
+    facts, c = shape.facts, shape.itemsize
+    with heap.call():
+        cast = c * (c != stored.itemsize)
+        if stored.head_resident:
+            heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
+            return
+        n_unique, on_cpu = min(n_ids, facts.vocab_size), shape.device_type == "cpu"
+        heap.take(8 * n_unique + 8 * n_ids)
+        heap.take(n_unique * facts.hidden_size * (stored.itemsize + cast if on_cpu else c))
+        heap.take(n_ids * facts.hidden_size * c)

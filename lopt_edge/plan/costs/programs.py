@@ -1,0 +1,190 @@
+"""Replays the programs of tools/trace_bytes.py: what one op on a layer allocates and releases, in order.
+
+`layer_bytes.json` holds them by family, compute dtype and op; the tool's head says how to read one. Each size is a product
+of dimensions. Where a module of ours works the program has a mark, and module_bytes.py says what it takes inside.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib.resources import files
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lopt_edge.plan.costs import module_bytes
+from lopt_edge.plan.costs.module_bytes import Heap
+from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
+from lopt_edge.plan.costs.tiles import NORM_TILE
+
+if TYPE_CHECKING:
+    from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+Product = tuple[float, str]  # a coefficient and letters
+
+
+class Token(NamedTuple):
+    """`kind` +, -, ! or =. `name`: what is released, or the mark; `unless`: the linear layers whose LoRA delays a release.
+
+    `value`: done only where the layer's output is needed.
+    """
+
+    kind: str
+    name: str = ""
+    product: Product = (0.0, "")
+    arguments: tuple[Product, ...] = ()
+    unless: frozenset[str] = frozenset()
+    value: bool = False
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((files("lopt_edge.plan.costs") / "layer_bytes.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@lru_cache(maxsize=256)
+def program(case: str, op: str) -> tuple[Token, ...]:
+    cases = _table()["cases"]
+    found = next(cases[key] for key in (case, *more_general(case)) if key in cases)
+    return tuple(_token(text) for text in _table()["programs"][found[op]].split())
+
+
+def _token(text: str) -> Token:
+    value, text = text.startswith("~"), text.removeprefix("~")
+    kind, rest = text[0], text[1:]
+    if kind == "+":
+        return Token(kind, product=_product(rest), value=value)
+    if kind == "!":
+        name, *arguments = rest.split(":")
+        sizes = tuple(_product(word) for word in arguments if word[0].isdigit())
+        return Token(kind, ":".join([name, *arguments[: len(arguments) - len(sizes)]]), arguments=sizes, value=value)
+    name, _, unless = rest.partition("?")
+    return Token(kind, name, unless=frozenset(unless.split(",")) - {""}, value=value)
+
+
+def _product(text: str) -> Product:
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    return float(number), text[len(number) :]
+
+
+class Replay:
+    """Runs programs on one heap. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
+
+    `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
+    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention in tiles
+    of queries.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        dimensions: Dimensions,
+        *,
+        stored: Vocabularies | None = None,
+        from_mlp: bool = False,
+        window: int | None = None,
+    ) -> None:
+        self.shape, self.dimensions, self.stored, self.from_mlp, self.heap = shape, dimensions, stored, from_mlp, Heap()
+        self.window = window
+        in_mlp = {linear.short_name for linear in shape.facts.linears if linear.name.startswith("mlp.")}
+        self.lora = frozenset(linear.short_name for linear in shape.facts.linears if shape.saves(linear.short_name))
+        self.lora |= {"mlp"} if in_mlp & self.lora else set()
+        self.is_backward = False
+        self.alive: dict[str, int] = {}
+        self.result = ""  # name of the output
+
+    def run(self, case: str, op: str, *, graph: bool = False, value: bool = True, paged: bool = False) -> None:
+        """`graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph stays to the end."""
+        number, tokens, self.is_backward = 0, program(case, op), op.startswith("backward")
+        for position, token in enumerate(tokens):
+            skipped = token.value and not value
+            if token.kind == "+":
+                self.alive[str(number)] = self.heap.take(0 if skipped else self.bytes_of(token.product))
+                number += 1
+            elif token.kind == "-":
+                stays = token.unless & self.lora or (paged and token.name != "grad" and not token.name.isdigit())
+                if not stays:
+                    self.drop(token.name)
+            elif token.kind == "=":
+                self.result = token.name
+            elif not skipped or token.name == "mlp_forward":
+                after = self._released_next(tokens[position + 1 :]) if token.name.startswith("mlp_backward") else 0
+                self._mark(token, graph=graph, value=not skipped, paged=paged, after=after)
+
+    def drop(self, name: str) -> None:
+        self.heap.free(self.alive.pop(name, 0))
+
+    def end_forward(self) -> None:
+        """From now on the forward's tensors are what lived before."""
+        self.alive = {f"g{name}" if name.isdigit() else name: n_bytes for name, n_bytes in self.alive.items()}
+
+    def _released_next(self, tokens: tuple[Token, ...]) -> int:
+        """Bytes of this op's own tensors that go once a module has its result: the gradient that only it was given."""
+        tokens = tokens[1:] if tokens[0].kind == "+" else tokens
+        n_released = next(i for i, token in enumerate(tokens) if token.kind != "-" or not token.name.isdigit())
+        return sum(self.alive.get(token.name, 0) for token in tokens[:n_released])
+
+    def bytes_of(self, product: Product) -> int:
+        return round(product[0] * prod(self.dimensions[letter] for letter in product[1]))
+
+    # marks -----------------------------------------------------------------------------------------------------------
+
+    def _mark(self, token: Token, *, graph: bool, value: bool, paged: bool, after: int) -> None:
+        name, _, of = token.name.partition(":")
+        arguments = [self.bytes_of(product) for product in token.arguments]
+        if of:
+            self._linear(name, of)
+        elif name.startswith("norm"):
+            self._norm(name, *arguments)
+        elif name == "attention_forward":
+            module_bytes.attention_forward(self.heap, self.shape, self.dimensions["t"], self.window)
+        elif name == "attention_backward":
+            module_bytes.attention_backward(self.heap, self.shape, self.dimensions["t"], self.window)
+        elif name == "gather" and self.stored:
+            module_bytes.gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
+        elif self.shape.blocked:
+            self._blocked_mlp(name, value=value)
+        else:
+            self._plain_mlp(name, graph=graph, value=value, paged=paged, given=after)
+
+    @property
+    def _rows(self) -> int:
+        return self.dimensions["s"] * self.dimensions["t"]
+
+    def _linear(self, name: str, of: str) -> None:
+        linear = next(linear for linear in self.shape.facts.linears if linear.short_name == of)
+        if name == "unpack":
+            unpack = module_bytes.unpack_for_backward if self.is_backward else module_bytes.unpack_for_forward
+            unpack(self.heap, self.shape, linear, self._rows)
+        elif of not in self.shape.targets:
+            return
+        elif name == "lora":
+            module_bytes.lora_forward(self.heap, self.shape, linear, self._rows)
+        else:
+            need_x = name == "lora_backward"
+            module_bytes.lora_backward(self.heap, self.shape, linear, self._rows, need_x=need_x)
+
+    def _norm(self, name: str, n_rows: int, width: int) -> None:
+        """A norm works on a tile of rows at a time (run/model/tiled.py)."""
+        tile = max(1, NORM_TILE[self.shape.device_type] // (width * self.shape.itemsize))
+        inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
+        inside.run(case_key(self.shape.facts.model_type, self.shape.itemsize), name)
+        self.heap.touch(inside.heap.peak)
+
+    def _blocked_mlp(self, name: str, *, value: bool) -> None:
+        if name != "mlp_forward":
+            module_bytes.mlp_backward(self.heap, self.shape, self._rows, need_x=name == "mlp_backward")
+        elif value:
+            module_bytes.mlp_forward(self.heap, self.shape, self._rows)
+
+    def _plain_mlp(self, name: str, *, graph: bool, value: bool, paged: bool, given: int) -> None:
+        """Its saved tensors live from the forward's mark to the backward's."""
+        x_trains = not self.from_mlp
+        if name == "mlp_forward":
+            kept = module_bytes.plain_mlp_forward(self.heap, self.shape, self._rows, graph=graph, value=value,
+                                                  x_trains=x_trains)  # fmt: skip
+            self.alive["mlp"] = self.heap.take(kept)
+        else:
+            module_bytes.plain_mlp_backward(self.heap, self.shape, self._rows, x_trains=x_trains, paged=paged, given=given)
+            if not paged:
+                self.drop("mlp")

@@ -1,0 +1,257 @@
+"""How long a step takes: a clock that walks the plan's ops with a device profile's rates.
+
+Arithmetic passes one op after the other. A movement begins where the plan begins it, on a channel of its direction (up,
+or down), and its WAIT costs only what is not over by then: so prefetching, the ring, and what hides behind what follow
+from the plan, as in the executor. An op's arithmetic is its matrix products, attention, the unpacking of 4-bit weights,
+passes over hidden states, and a fixed overhead.
+
+The rule: it knows rates and counts, no clock of a machine; tools/validate_planner.py measures how close it comes. What it
+does not know: a disk that slows down under load, a GPU shared with a desktop, cores that a copy takes from the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.schedule.effects import _DOWN, _UP
+from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.segments import Segment
+
+FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidden) tensor outside the products
+# A product of few rows does not reach the rate: it takes as long as one of so many rows more. Fitted on a CPU, 0.5B shape,
+# 64 to 2,048 tokens: predicted / measured seconds were 0.52 to 0.98 without it.
+FEW_ROWS = 64
+ATTENTION_BACKWARD = 2.5  # of a forward: the scores again, and four products instead of two
+LINK_BYTES_PER_SECOND = 1e9  # between two processes of one machine; measured on loopback: 1 to 2 GB/s
+UPDATE_BYTES = {"adamw": 28, "adamw8bit": 60}  # a parameter's reads and writes; 8 bits: unpacked and packed again
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Arithmetic of one layer for one micro-batch; `again` is what a recomputation adds to the backward."""
+
+    forward: float
+    backward: float
+    again: float
+
+
+def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> LayerSeconds:
+    """A blocked MLP multiplies five times in its backward (two products again, three for gradients), other weights once.
+
+    A mixture of two weights unpacks both, and multiplies twice in the backward.
+    """
+    facts, rows = shape.facts, batch.n_rows
+    outside = sum(x.in_features * x.out_features for x in facts.linears if not x.name.startswith("mlp."))
+    in_mlp = sum(x.in_features * x.out_features for x in facts.linears if x.name.startswith("mlp."))
+    adapters = sum((x.in_features + x.out_features) * shape.rank for x in facts.linears if x.short_name in shape.targets)
+    product = 2 * (rows + FEW_ROWS) / rates.product_flops
+    attention = 2 * batch.n_sequences * batch.n_tokens**2 * facts.n_heads * facts.head_dim / rates.attention_flops
+    hidden = rows * facts.hidden_size * shape.itemsize / rates.bandwidth
+    unpack, overhead, mixed = 1 / rates.unpack_rate, rates.overhead, 2 if shape.mixed else 1
+    again_mlp = 0.0 if shape.blocked else 2 / 3
+    unpack = mixed * (unpack + shape.itemsize / rates.bandwidth)  # a product reads what was unpacked
+    forward = product * (outside + in_mlp + adapters) + attention + unpack * (outside + in_mlp)
+    backward = product * (mixed * outside + in_mlp * (5 / 3 if shape.blocked else mixed) + 4 * adapters)
+    backward += ATTENTION_BACKWARD * attention + unpack * (outside + in_mlp)
+    again = product * (outside + again_mlp * in_mlp + adapters / 2) + attention + unpack * (outside + again_mlp * in_mlp)
+    return LayerSeconds(
+        forward + FORWARD_PASSES * hidden + overhead,
+        backward + BACKWARD_PASSES * hidden + overhead,
+        again + FORWARD_PASSES / 2 * hidden,
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Of a profile, for one compute dtype: hashable, so that a layer is reckoned once."""
+
+    product_flops: float
+    attention_flops: float
+    bandwidth: float
+    unpack_rate: float
+    overhead: float
+
+
+_layer_seconds = lru_cache(maxsize=256)(layer_seconds)
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """One optimizer step: `compute_seconds` of arithmetic, the rest waiting for bytes; and how many move each way."""
+
+    seconds: float
+    compute_seconds: float
+    bytes_up: int
+    bytes_down: int
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.bytes_up + self.bytes_down
+
+
+def step_seconds(
+    plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile,
+    arrivals: dict[int, float] | None = None,
+) -> StepSeconds:  # fmt: skip
+    """Walk the plan; `batches` has one entry a micro-batch.
+
+    `arrivals`: when each boundary comes from the process before; then when each one reaches the process after.
+    """
+    clock = _Clock(sizes, batches, profile)
+    clock.arrivals.update(arrivals or {})
+    found = clock.walk(plan)
+    if arrivals is not None:
+        arrivals.clear()
+        arrivals.update(clock.sent)
+    return found
+
+
+class Costs:
+    """Seconds of an op's arithmetic, bytes of a movement."""
+
+    def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
+        self.sizes, self.batches, self.profile = sizes, batches, profile
+        itemsize = sizes.shape.itemsize
+        attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
+        self.rates = _Rates(profile.flops(itemsize), attention or profile.attention_flops, profile.memory_bandwidth,
+                            profile.unpack_rate, profile.op_overhead_seconds)  # fmt: skip
+
+    def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        shape = replace(self.sizes.shape, mixed=mixed)
+        if not trains:
+            shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
+        return _layer_seconds(shape, self.rates, batch)
+
+    def embed(self, batch: MicroBatchSize) -> float:
+        n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
+        return n_bytes / self.profile.file_read + self.rates.overhead
+
+    def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
+        """Tile by tile, the vocabulary's rows read once for each (where they are not resident) and multiplied twice."""
+        sizes, facts, rates = self.sizes, self.sizes.shape.facts, self.rates
+        if not task:
+            return 6 * batch.n_rows * sizes.group_elements(("aux", 0)) / self.profile.flops(4) + rates.overhead
+        elements = facts.vocab_size * facts.hidden_size
+        n_tiles = -(-batch.n_supervised // sizes.knobs.token_tile)
+        found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
+        found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
+        if sizes.knobs.head != "resident":
+            stored = sizes.vocabulary_itemsize
+            found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
+        return found + rates.overhead
+
+    def align(self, batch: MicroBatchSize) -> float:
+        n_bytes = 4 * batch.n_rows * self.sizes.shape.facts.hidden_size
+        return 8 * n_bytes / self.rates.bandwidth + self.rates.overhead
+
+    def cache(self, batch: MicroBatchSize, *, reads: bool) -> float:
+        n_bytes = self.sizes.cache_bytes(batch.n_rows)
+        return n_bytes / (self.profile.disk_read if reads else self.profile.disk_write) + self.rates.overhead
+
+    def update(self, group: tuple[str, int]) -> float:
+        n_bytes = self.sizes.group_elements(group) * UPDATE_BYTES[self.sizes.knobs.optimizer]
+        return n_bytes / self.rates.bandwidth + self.rates.overhead / 4
+
+    def average(self, layer: int) -> float:
+        """Two reads and a write of each number."""
+        return 12 * self.sizes.group_elements(("layer", layer)) / self.rates.bandwidth + self.rates.overhead / 4
+
+    def page_bytes(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        graph = self.sizes.graph(batch, layer, segment)
+        return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
+
+    def moved_bytes(self, op: Op, plan: Plan) -> int:
+        if op.kind is Kind.FETCH:
+            return self.sizes.layer_bytes
+        if op.kind in (Kind.LOAD, Kind.STORE):
+            return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
+        batch = self.batches[op.micro_batch]
+        if op.kind in (Kind.SPILL, Kind.RESTORE):
+            return self.sizes.hidden_bytes(batch)
+        return self.page_bytes(batch, op.target, plan.scope(op))
+
+
+_ITEMS = {Kind.SPILL: "input", Kind.RESTORE: "input", Kind.PAGE_OUT: "pages", Kind.PAGE_IN: "pages"}
+
+
+class _Clock:
+    """`now` of the arithmetic, when each channel is free, and when each movement under way ends."""
+
+    def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
+        self.costs = Costs(sizes, batches, profile)
+        self.now = self.computed = 0.0
+        self.free = {"up": 0.0, "down": 0.0}
+        self.moved = {"up": 0, "down": 0}
+        self.ends: dict[tuple[str, str, int, int], float] = {}
+        self.kept: dict[tuple[int, int], Keep] = {}
+        self.arrivals: dict[int, float] = {}
+        self.sent: dict[int, float] = {}
+
+    def walk(self, plan: Plan) -> StepSeconds:
+        for op in plan.ops:
+            if op.kind is Kind.WAIT:
+                self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
+            elif op.kind in _UP or op.kind in _DOWN:
+                self.move(op, plan)
+            elif op.kind is Kind.RECV:
+                self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
+            elif op.kind is Kind.SEND:
+                n_bytes = self.costs.sizes.hidden_bytes(self.costs.batches[op.micro_batch])
+                self.sent[op.micro_batch] = self.now + n_bytes / LINK_BYTES_PER_SECOND
+            elif op.kind not in (Kind.EVICT, Kind.AGREE):
+                seconds = self.arithmetic(op, plan)
+                self.now, self.computed = self.now + seconds, self.computed + seconds
+        end = max(self.now, *self.free.values())
+        return StepSeconds(end, self.computed, self.moved["up"], self.moved["down"])
+
+    def move(self, op: Op, plan: Plan) -> None:
+        way = "up" if op.kind in _UP else "down"
+        n_bytes = self.costs.moved_bytes(op, plan)
+        begin = max(self.now, self.free[way])
+        self.free[way] = begin + n_bytes / self.rate(op, way)
+        self.moved[way] += n_bytes
+        self.ends[_ITEMS.get(op.kind, op.item), op.unit, op.micro_batch, op.target] = self.free[way]
+
+    def rate(self, op: Op, way: str) -> float:
+        """Bytes/s from or to the tier below."""
+        knobs, profile = self.costs.sizes.knobs, self.costs.profile
+        if op.kind is Kind.FETCH:
+            tier = knobs.weights[op.target]
+        elif op.kind in (Kind.PAGE_OUT, Kind.PAGE_IN):
+            tier = knobs.pages
+        elif op.kind in (Kind.SPILL, Kind.RESTORE):
+            tier = knobs.saved_inputs
+        else:
+            tier = knobs.states if op.item == "states" else knobs.gradients
+        return profile.up(tier) if way == "up" else profile.down(tier)
+
+    def arithmetic(self, op: Op, plan: Plan) -> float:
+        costs = self.costs
+        if op.kind is Kind.STEP:
+            return costs.update(op.group)
+        if op.kind is Kind.AVERAGE:
+            return costs.average(op.target)
+        if op.kind is Kind.HOLD or op.item == "held":
+            return 0.0
+        batch = costs.batches[op.micro_batch]
+        if op.kind is Kind.EMBED:
+            return costs.embed(batch)
+        if op.kind is Kind.LOSS:
+            segment = plan.segments[op.target]
+            return costs.align(batch) if segment.loss == "align" else costs.loss(batch, task=segment.reads_out)
+        if op.kind is Kind.ALIGN:
+            return costs.align(batch)
+        if op.kind in (Kind.READ, Kind.WRITE):
+            return costs.cache(batch, reads=op.kind is Kind.READ)
+        segment = plan.segment_of(op.target)
+        layer = costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
+        if op.kind is Kind.FORWARD:
+            self.kept[op.micro_batch, op.target] = op.keep
+            return layer.forward
+        recomputed = self.kept[op.micro_batch, op.target] is Keep.INPUT
+        return layer.backward + (layer.again if recomputed else 0.0)

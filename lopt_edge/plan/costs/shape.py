@@ -1,0 +1,98 @@
+"""The shapes that decide what an op takes: of a layer, of its vocabularies, of a micro-batch.
+
+The rule: whatever a byte form or a program may depend on is a field here, so two layers with equal fields take equal
+bytes. It knows no op and no method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lopt_edge.plan.costs.tiles import VOCABULARY_CHUNK
+from lopt_edge.plan.facts.families import EAGER_ONLY
+from lopt_edge.plan.facts.model import ModelFacts
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the programs are functions of. `itemsize` is the compute dtype's, `targets` are the linear layers with LoRA.
+
+    `mixed`: its weights are mixtures of others' (quant/mixed.py).
+    """
+
+    facts: ModelFacts
+    itemsize: int
+    rank: int
+    targets: tuple[str, ...]
+    device_type: str = "cpu"
+    dropout: bool = False
+    mixed: bool = False
+
+    @property
+    def attention_kernel(self) -> str:
+        """torch's scaled_dot_product_attention, or run/model/query_tiles.py."""
+        return "query tiles" if self.facts.model_type in EAGER_ONLY else "sdpa"
+
+    def saves(self, short_name: str) -> bool:
+        """Whether a linear layer keeps its input for the backward."""
+        return self.mixed or short_name in self.targets
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
+        names = {linear.short_name for linear in self.facts.linears}
+        cut = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
+        dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
+        return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped and not self.mixed
+
+    def dimensions(self, *, n_sequences: int, n_tokens: int, n_tile: int = 0) -> Dimensions:
+        """The programs' letters."""
+        facts = self.facts
+        return {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": facts.n_heads,
+                "k": facts.n_kv_heads, "q": facts.n_heads + 2 * facts.n_kv_heads, "e": facts.head_dim,
+                "i": facts.intermediate_size, "n": n_tile,
+                "v": min(VOCABULARY_CHUNK[self.device_type], facts.vocab_size)}  # fmt: skip
+
+    def masked(self, layer_type: str, n_tokens: int) -> bool:
+        """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""
+        window = self.facts.sliding_window
+        slides = layer_type == "sliding_attention" and window is not None and n_tokens >= window
+        return slides and self.facts.model_type not in EAGER_ONLY
+
+    def window(self, layer_type: str, n_tokens: int) -> int | None:
+        """What attention in tiles of queries sees of earlier tokens; None: all."""
+        window = self.facts.sliding_window if layer_type == "sliding_attention" else None
+        all_seen = self.facts.model_type not in EAGER_ONLY or window is None or n_tokens <= window
+        return None if all_seen else window
+
+    def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
+        """The key of the traced programs."""
+        facts = self.facts
+        heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
+        return case_key(facts.model_type, self.itemsize, "two kinds" if two_kinds else heads, masked=masked,
+                        one=n_sequences == 1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The embedding and the lm_head: bytes of a stored number, and whether the lm_head lies on the device."""
+
+    itemsize: int
+    head_resident: bool = False
+
+
+Dimensions = dict[str, int]  # by the programs' letters
+HEADS = ("grouped", "single", "equal")
+
+
+def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:
+    """A key of the table. `heads` is one of HEADS, or "two kinds" (of attention, for EMBED), or "" (a norm)."""
+    words = [family, "4" if itemsize == 4 else "2", heads, "masked" * masked, "one" * one]
+    return " ".join(word for word in words if word)
+
+
+def more_general(key: str) -> list[str]:
+    """Other keys whose programs hold for this one, if it has none of its own: the nearest first."""
+    grouped = key.replace(" single", " grouped").replace(" equal", " grouped")
+    found = [key.removesuffix(" one"), grouped, grouped.removesuffix(" one")]
+    return [other for other in dict.fromkeys(found) if other != key]

@@ -1,0 +1,315 @@
+"""Bytes of everything that a plan names: weights, adapters, saved inputs, graphs, the loss, by arithmetic on model facts.
+
+One `Sizes` for a run (model, adapters, dtype, device type, knobs), asked per micro-batch. Each number is that of the tensor
+that the executor makes; a test compares them (tests/laws/test_timeline.py). No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+
+from lopt_edge.plan.costs.layer_bytes import (
+    GraphBytes,
+    LayerRun,
+    backward_within,
+    embed_bytes,
+    forward_within,
+    graph_bytes,
+    loss_within,
+)
+from lopt_edge.plan.costs.module_bytes import BLOCK_FEATURES, mixed_elements
+from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+from lopt_edge.plan.costs.tiles import VOCABULARY_CHUNK
+from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.plan.schedule.build import groups_of
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
+from lopt_edge.plan.schedule.ops import Keep, Kind, Plan
+from lopt_edge.plan.schedule.segments import Segment
+from quant.sizes import packed_sizes
+
+DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
+MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
+CACHE_ITEMSIZE = 2  # bfloat16: a boundary cache (run/boundary_cache.py)
+ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), groups of the flat adapters (run/step/optim.py)
+GroupName = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class MicroBatchSize:
+    """`n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target.
+
+    `n_real` of them are no padding, where there is any (None: not known, all of them at most).
+    """
+
+    n_sequences: int
+    n_tokens: int
+    n_supervised: int
+    padded: bool = False
+    n_real: int | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_sequences * self.n_tokens
+
+    @property
+    def n_real_most(self) -> int:
+        return self.n_rows if self.n_real is None else self.n_real
+
+
+def _aligned(n_bytes: int) -> int:
+    return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
+
+
+def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
+    """What so many bytes take of a page file at most, in so many pieces: each is rounded up to a grain."""
+    return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data.
+
+    `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
+    weights of their own, but mixing coefficients.
+    """
+
+    shape: LayerShape
+    knobs: Knobs
+    vocabulary_itemsize: int = 2
+    evaluates: bool = False
+    groups: tuple[GroupName, ...] = ()
+    replaced: tuple[int, ...] = ()
+
+    def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
+        """All that are updated at some time."""
+        return self.groups or tuple(group for segment in segments for group in groups_of(segment))
+
+    # weights ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """A layer's buffer of packed weights (run/tiers/weights.py)."""
+        total = 0
+        for linear in self.shape.facts.linears:
+            sizes = packed_sizes((linear.out_features, linear.in_features))
+            total += _aligned(sizes.codes_bytes) + _aligned(sizes.absmax_bytes) + _aligned(sizes.nested_absmax_bytes)
+        return total
+
+    @property
+    def small_bytes(self) -> int:
+        """Norms and biases of all layers: resident always."""
+        facts = self.shape.facts
+        biases = sum(linear.out_features for linear in facts.linears if linear.bias)
+        norms = {"gemma2": 4, "gemma3_text": 4, "olmo2": 2}.get(facts.model_type, 2) * facts.hidden_size
+        if facts.model_type in ("qwen3", "gemma3_text"):
+            norms += 2 * facts.head_dim
+        elif facts.model_type == "olmo2":
+            norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
+        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
+        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+
+    def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
+        """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
+
+        With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
+        """
+        facts, shape = self.shape.facts, self.shape
+        found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        if self.replaced:
+            found += [2 * mixed_elements(linear) for linear in facts.linears]
+        if not shape.blocked:
+            found += [linear.in_features * linear.out_features for linear in facts.linears]
+        frozen = any(segment.loss == "none" for segment in segments)
+        dropless = self.evaluates or any(segment.tail for segment in segments)
+        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
+            found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
+        return max(found) * shape.itemsize
+
+    @property
+    def vocabulary_buffer_bytes(self) -> int:
+        """A chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is resident."""
+        facts, c = self.shape.facts, self.shape.itemsize
+        rows = min(VOCABULARY_CHUNK[self.shape.device_type], facts.vocab_size)
+        if self.knobs.head == ELSEWHERE:
+            return 0
+        if self.knobs.head == "resident":
+            return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
+        cast = c if c != self.vocabulary_itemsize or self.shape.device_type == "cuda" else 0
+        on_device = self.vocabulary_itemsize if self.shape.device_type == "cpu" else 0
+        return rows * facts.hidden_size * (on_device + cast)
+
+    # groups ----------------------------------------------------------------------------------------------------------
+
+    def _linear_adapter(self, linear: LinearFacts) -> int:
+        return (
+            (linear.in_features + linear.out_features) * self.shape.rank if linear.short_name in self.shape.targets else 0
+        )
+
+    def group_elements(self, group: GroupName) -> int:
+        if group[0] == "layer":
+            return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
+        return self._aux_elements
+
+    @cached_property
+    def _layer_elements(self) -> int:
+        return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+
+    @cached_property
+    def _aux_elements(self) -> int:
+        hidden = self.shape.facts.hidden_size
+        inner = max(1, hidden // 4)
+        return 2 * hidden + 2 * inner * hidden + inner + hidden
+
+    def group_bytes(self, group: GroupName) -> int:
+        """fp32 values or gradients of a parameter group."""
+        return 4 * self.group_elements(group)
+
+    def states_bytes(self, group: GroupName) -> int:
+        n_elements = self.group_elements(group)
+        if self.knobs.optimizer == "adamw":
+            return 8 * n_elements
+        return 2 * (ceil(n_elements / 4) * 4 + 4 * ceil(n_elements / 256))
+
+    def step_within(self, group: GroupName) -> int:
+        """Moments in 8 bits: both unpacked, and packed again one after the other (the first one's result lives on)."""
+        n_elements = self.group_elements(group)
+        packed = n_elements + 4 * ceil(n_elements / 256) + 1024  # codes, scales, a copy of the code map
+        return 8 * n_elements + 2 * packed if self.knobs.optimizer == "adamw8bit" else 8
+
+    # what lives from step to step ------------------------------------------------------------------------------------
+
+    def persistent(self, plan: Plan) -> dict[str, int]:
+        """Bytes on the device by category before the first op of a steady step."""
+        moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
+        return self.steady(plan.own_segments, gradients_move=moving)
+
+    def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
+        """The same for any plan over these segments."""
+        knobs = self.knobs
+        groups = self.groups_of(segments)
+        flat = sum(_aligned(self.group_bytes(group)) for group in groups)
+        aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
+        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
+        n_resident = sum(place == "resident" for place in places)
+        n_streamed = sum(place not in ("resident", ELSEWHERE) for place in places)
+        slots = min(knobs.ring, n_streamed)
+        found = {
+            "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
+            "adapters": flat - aux + self.averages_bytes(segments),
+            "aux heads": aux,
+            "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
+            "head": self.vocabulary_buffer_bytes,
+        }
+        if not gradients_move:
+            found["gradients"] = flat  # one block; where gradients move each group has its own
+        if knobs.states == "device":
+            found["optimizer"] = sum(self.states_bytes(group) for group in groups)
+        return found
+
+    def averages_bytes(self, segments: Sequence[Segment]) -> int:
+        """fp32 averages of the adapters of tails' layers."""
+        return sum(self.group_bytes(("layer", layer)) for layer in {layer for s in segments for layer in s.tail})
+
+    def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
+        """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
+        knobs = self.knobs
+        groups = self.groups_of(segments)
+        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
+        found = {"host": sum(place == "host" for place in places) * self.layer_bytes,
+                 "disk": self.journal_bytes(segments)}  # fmt: skip
+        if knobs.states == "disk":
+            found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
+        elif knobs.states == "host":
+            found["host"] += sum(self.states_bytes(group) for group in groups)
+            if "disk" not in knobs.tiers:
+                found["host"] += sum(self.group_bytes(group) for group in groups)
+        return found
+
+    def journal_bytes(self, segments: Sequence[Segment]) -> int:
+        """The values before the update on disk, in a file of their own: where states are paged and there are page files."""
+        if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
+            return 0
+        return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
+
+    @property
+    def intact_bytes(self) -> int:
+        """While the model is still intact: buffers through which the weights of layers that will be replaced come."""
+        return min(2, len(self.replaced)) * self.layer_bytes
+
+    # micro-batches ---------------------------------------------------------------------------------------------------
+
+    def hidden_bytes(self, batch: MicroBatchSize) -> int:
+        return batch.n_rows * self.shape.facts.hidden_size * self.shape.itemsize
+
+    def batch_bytes(self, batch: MicroBatchSize) -> int:
+        """Token ids, supervised positions and targets, and the positions of real tokens where there is padding."""
+        return 8 * batch.n_rows + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
+
+    def frame_bytes(self, batch: MicroBatchSize) -> int:
+        """Positions, rotary tables and masks: they live as long as the micro-batch."""
+        return self._embed(batch)[1]
+
+    def embed_within(self, batch: MicroBatchSize) -> int:
+        return self._embed(batch)[0]
+
+    def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
+        return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
+
+    def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
+        """A boundary that is read, or written and read back: one example as the cache holds it and in the compute dtype."""
+        hidden = self.hidden_bytes(batch)
+        cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
+        one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
+        return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
+
+    def align_within(self, batch: MicroBatchSize) -> int:
+        """The gradient, and of a tile: both sides, in fp32 where they are not, and their product or its gradient."""
+        shape, arange = self.shape, 0 if batch.padded else 8 * batch.n_rows
+        n_tile = min(self.knobs.token_tile, batch.n_real_most)
+        each = 2 * shape.itemsize + 4 + (0 if shape.itemsize == 4 else 8 + shape.itemsize)
+        return self.hidden_bytes(batch) + arange + n_tile * (shape.facts.hidden_size * each + 24)
+
+    def receive_within(self, batch: MicroBatchSize) -> int:
+        """A boundary from the process before, and the frame in the making: no more than EMBED takes, which makes both."""
+        return self.embed_within(batch)
+
+    def cache_bytes(self, n_tokens: int) -> int:
+        """Of a boundary cache over so many tokens, on disk."""
+        return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
+
+    @property
+    def _stored(self) -> Vocabularies:
+        return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
+
+    def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
+        """The gradient of the output, and a tile's loss with its backward."""
+        arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
+        return arange + loss_within(
+            self.shape, self._stored, batch.n_sequences, batch.n_tokens, task=task,
+            n_selected=batch.n_supervised if task else batch.n_real_most, tile=self.knobs.token_tile,
+        )  # fmt: skip
+
+    # layers ----------------------------------------------------------------------------------------------------------
+
+    def forward_within(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        return forward_within(self._run(batch, layer, segment))
+
+    def graph(self, batch: MicroBatchSize, layer: int, segment: Segment) -> GraphBytes:
+        """A forward that makes a graph, and what that holds."""
+        return graph_bytes(self._run(batch, layer, segment))
+
+    def backward_within(self, batch: MicroBatchSize, layer: int, segment: Segment, *, kept: Keep, fresh: int) -> int:
+        """`fresh` bytes of gradients are made in it."""
+        return backward_within(self._run(batch, layer, segment), kept.value, fresh)
+
+    def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
+        shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = replace(shape, mixed=True) if layer in self.replaced else shape
+        shape = replace(shape, dropout=False) if layer in segment.tail else shape
+        first = layer == (segment.reached[0] if segment.has_loss else segment.first)
+        kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
+        return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
+                        shape.window(kind, n_tokens))  # fmt: skip

@@ -1,0 +1,202 @@
+"""Model facts: what config.json says about a model's shape, without loading anything.
+
+A family is a `model_type` of transformers 5 whose layers we know how to run one by one. What differs between families is
+small: what concerns shapes (fused projections, default values that the config may leave out) stands in one table here; what
+concerns arithmetic (embedding and logit factors, norms, masks) is in run/model/load.py and run/step/losses.py. The rule:
+every number comes from the config (or transformers' documented default for that family), never from the weights; what is
+not in the table is refused with the list of what is. No torch, no transformers here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.facts.families import (
+    _ATTENTION_BIAS,
+    _DEFAULTS,
+    _FULL,
+    _LAYER_TYPES,
+    _MLP_BIAS,
+    _SLIDING,
+    _USE_WINDOW,
+    FAMILIES,
+    _slides,
+)
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
+             "no_rope_layer_interval", "max_window_layers")  # fmt: skip
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """One linear layer of a decoder layer; `name` is its path inside the layer, e.g. self_attn.q_proj."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def short_name(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The shape of a model, as far as planning needs it. All counts are exact."""
+
+    model_type: str
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    tied: bool
+    linears: tuple[LinearFacts, ...]
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    recorded_dtype: str
+    quantised: bool
+    max_positions: int | None
+
+    def __hash__(self) -> int:
+        """Of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
+        return hash((self.architecture, self.n_layers, self.hidden_size, self.intermediate_size, self.vocab_size))
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        return tuple(linear.short_name for linear in self.linears)
+
+
+def facts_from_config(config: object, *, where: str) -> ModelFacts:
+    """Facts from a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
+    if not isinstance(config, dict):
+        raise InputError("is not a JSON object", where=where)
+    model_type = config.get("model_type")
+    quantised = _check_quantisation(config, where)
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
+        raise InputError(
+            f"model_type {str(model_type)[:60]!r} is not supported",
+            where=where,
+            fix="supported decoder-only families: " + ", ".join(FAMILIES),
+        )
+    known = {**_DEFAULTS[model_type], **{key: value for key, value in config.items() if value is not None}}
+    _check_numbers(known, where)
+    n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+    n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
+    if known.get("use_bidirectional_attention"):
+        raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
+    head_dim = known.get("head_dim") or hidden // n_heads
+    window = known.get("sliding_window")
+    if ("sliding_window" in config and config["sliding_window"] is None) or (
+        model_type in _USE_WINDOW and not known.get("use_sliding_window")
+    ):
+        window = None
+    architectures = config.get("architectures")
+    return ModelFacts(
+        model_type=model_type,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else model_type,
+        n_layers=n_layers,
+        hidden_size=hidden,
+        intermediate_size=known["intermediate_size"],
+        vocab_size=known["vocab_size"],
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        tied=bool(known.get("tie_word_embeddings", False)),
+        linears=_linears(known, n_kv_heads=n_kv_heads, head_dim=head_dim),
+        layer_types=_layer_types(known, model_type, n_layers, window, where),
+        sliding_window=window,
+        recorded_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        quantised=quantised,
+        max_positions=known.get("max_position_embeddings"),
+    )
+
+
+def _check_quantisation(config: dict[str, Any], where: str) -> bool:
+    """True for a bitsandbytes 4-bit folder, False for full precision; every other form is refused by name."""
+    quantisation = config.get("quantization_config")
+    if not isinstance(quantisation, dict):
+        return False
+    method = str(quantisation.get("quant_method"))
+    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
+        return True
+    if method == "gptq":
+        raise InputError(
+            "this folder is quantised with GPTQ, which lopt-edge cannot train on",
+            where=where,
+            fix="use the full-precision model or its bnb-4bit form; GPTQ will come with the extra 'gptq' (optimum)",
+        )
+    raise InputError(
+        f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
+        where=where,
+        fix="use the full-precision model or its bnb-4bit form (AWQ and GPTQ: the coming extra 'gptq', through optimum)",
+    )
+
+
+def _check_numbers(known: dict[str, Any], where: str) -> None:
+    errors = []
+    for key in (*_REQUIRED, *_OPTIONAL):
+        value, least = known.get(key), 0 if key == "max_window_layers" else 1
+        if value is None and key in _REQUIRED:
+            errors.append(InputError(f"lacks {key!r}", where=where, fix="the model folder is incomplete"))
+        elif value is not None and (type(value) is not int or not least <= value < 2**31):
+            errors.append(InputError(f"{key} must be a positive integer, not {str(value)[:40]!r}", where=where))
+    raise_collected(errors)
+    if known["num_hidden_layers"] > 10_000:
+        raise InputError(f"num_hidden_layers {known['num_hidden_layers']} is out of reason", where=where)
+
+
+def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
+    hidden, inner, n_heads = known["hidden_size"], known["intermediate_size"], known["num_attention_heads"]
+    q_size, kv_size = n_heads * head_dim, n_kv_heads * head_dim
+    if known.get("fused"):
+        return (
+            LinearFacts("self_attn.qkv_proj", hidden, q_size + 2 * kv_size, bias=False),
+            LinearFacts("self_attn.o_proj", q_size, hidden, bias=False),
+            LinearFacts("mlp.gate_up_proj", hidden, 2 * inner, bias=False),
+            LinearFacts("mlp.down_proj", inner, hidden, bias=False),
+        )
+    family = known["model_type"]
+    qkv_bias = family == "qwen2" or (family in _ATTENTION_BIAS and bool(known.get("attention_bias")))
+    mlp_bias = family in _MLP_BIAS and bool(known.get("mlp_bias"))
+    sizes = ((hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden))
+    attention = tuple(
+        LinearFacts(f"self_attn.{name}", *size, bias=qkv_bias and not (family == "qwen2" and name == "o_proj"))
+        for name, size in zip(_ATTENTION, sizes, strict=True)
+    )
+    return (
+        *attention,
+        LinearFacts("mlp.gate_proj", hidden, inner, bias=mlp_bias),
+        LinearFacts("mlp.up_proj", hidden, inner, bias=mlp_bias),
+        LinearFacts("mlp.down_proj", inner, hidden, bias=mlp_bias),
+    )
+
+
+def _layer_types(known: dict[str, Any], family: str, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
+    """`full_attention` or `sliding_attention` per layer, as transformers 5 derives it for the family."""
+    given = known.get("layer_types") if family in _LAYER_TYPES else None
+    if given is None:
+        kinds = tuple(_SLIDING if _slides(known, family, i, window) else _FULL for i in range(n_layers))
+    else:
+        kinds = tuple(given) if isinstance(given, list) else ()
+    if len(kinds) != n_layers or any(kind not in (_FULL, _SLIDING) for kind in kinds):
+        raise InputError(f"layer_types must name {_FULL} or {_SLIDING} for each of {n_layers} layers", where=where)
+    if _SLIDING in kinds and window is None:
+        raise InputError("has sliding-window layers but no sliding_window", where=where)
+    return kinds
+
+
+def packs(name: str) -> bool:
+    """Whether a tensor of a model folder is stored in 4 bits: the matrices inside the decoder layers."""
+    return ".layers." in name and name.endswith("_proj.weight")

@@ -1,0 +1,140 @@
+"""Model shapes by name, so that a plan can be made before anything is downloaded, and without a network.
+
+A preset is the part of a public model's config.json that `facts_from_config` reads, under a short name. The rule: a preset
+passes through the same function as a folder's config, so a plan made from a preset and one made from the folder differ in
+nothing but what the folder says otherwise (its dtype, or that it is in 4 bits already). Numbers come from the model's
+config.json, read in the copy that `source` names.
+
+A fine-tuned form of a model (-Instruct, -it) has the shape of its base, and is not listed for itself. There are no weights
+here and no promise about quality. What is not listed is planned from its folder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+# litgpt does not say which models tie lm_head to the embedding: that follows from the published sizes
+# (tests/plan/facts/test_presets.py).
+_LITGPT = "config.json, as in Lightning-AI/litgpt litgpt/config.py at 26857050"
+_N_NEAR = 3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`config` is part of the config.json of `hub_id`; `source` says where its numbers were read."""
+
+    name: str
+    hub_id: str
+    config: dict[str, Any]
+    source: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored number."""
+        return 4 if self.config["torch_dtype"] == "float32" else 2
+
+
+def _preset(
+    name: str,
+    hub_id: str,
+    family: str,
+    shape: tuple[int, int, int, int, int, int],
+    *,
+    tied: bool,
+    positions: int,
+    source: str = _LITGPT,
+    torch_dtype: str = "bfloat16",
+    **more: Any,
+) -> Preset:
+    """`shape`: vocabulary, hidden, intermediate, layers, heads, key-value heads. `more`: keys that the family asks for."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads")  # fmt: skip
+    config = {"model_type": family, **dict(zip(keys, shape, strict=True)), "tie_word_embeddings": tied,
+              "max_position_embeddings": positions, "torch_dtype": torch_dtype, **more}  # fmt: skip
+    return Preset(name, hub_id, config, source)
+
+
+def _qwen2(name: str, hub_id: str, *shape: int, tied: bool, positions: int) -> Preset:
+    v, d, f, n, h, kv = shape
+    return _preset(name, hub_id, "qwen2", (v, d, f, n, h, kv), tied=tied, positions=positions, use_sliding_window=False)
+
+
+def _qwen3(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
+    d, f, n, h, kv = shape
+    return _preset(name, hub_id, "qwen3", (151936, d, f, n, h, kv), tied=tied, positions=40960, head_dim=128,
+                   use_sliding_window=False)  # fmt: skip
+
+
+def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
+    d, f, n, h, kv = shape
+    return _preset(name, hub_id, "llama", (128256, d, f, n, h, kv), tied=tied, positions=131072, head_dim=d // h)
+
+
+# The model cards of 3.1 give the same sizes.
+_GRANITE_2B = "config.json, as copied in huggingface.co/unsloth/granite-3.2-2b-instruct at 918d2374"
+_GRANITE_8B = "config.json, as copied in huggingface.co/huihui-ai/granite-3.2-8b-instruct-abliterated"
+_ALL = (
+    _qwen2("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", 151936, 896, 4864, 24, 14, 2, tied=True, positions=32768),
+    _qwen2("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", 151936, 1536, 8960, 28, 12, 2, tied=True, positions=131072),
+    _qwen2("qwen2.5-3b", "Qwen/Qwen2.5-3B", 151936, 2048, 11008, 36, 16, 2, tied=True, positions=32768),
+    _qwen2("qwen2.5-7b", "Qwen/Qwen2.5-7B", 152064, 3584, 18944, 28, 28, 4, tied=False, positions=131072),
+    _qwen2("qwen2.5-14b", "Qwen/Qwen2.5-14B", 152064, 5120, 13824, 48, 40, 8, tied=False, positions=131072),
+    _qwen2("qwen2.5-32b", "Qwen/Qwen2.5-32B", 152064, 5120, 27648, 64, 40, 8, tied=False, positions=131072),
+    _qwen3("qwen3-0.6b", "Qwen/Qwen3-0.6B", 1024, 3072, 28, 16, 8, tied=True),
+    _qwen3("qwen3-1.7b", "Qwen/Qwen3-1.7B", 2048, 6144, 28, 16, 8, tied=True),
+    _qwen3("qwen3-4b", "Qwen/Qwen3-4B", 2560, 9728, 36, 32, 8, tied=True),
+    _qwen3("qwen3-8b", "Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, tied=False),
+    _qwen3("qwen3-14b", "Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, tied=False),
+    _qwen3("qwen3-32b", "Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, tied=False),
+    _llama("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 2048, 8192, 16, 32, 8, tied=True),
+    _llama("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3072, 8192, 28, 24, 8, tied=True),
+    _llama("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 4096, 14336, 32, 32, 8, tied=False),
+    _llama("llama-3.1-70b", "meta-llama/Llama-3.1-70B", 8192, 28672, 80, 64, 8, tied=False),
+    _llama("llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, tied=False),
+    _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", "mistral", (32768, 4096, 14336, 32, 32, 8), tied=False,
+            positions=32768, sliding_window=None),
+    _preset("gemma-2-2b", "google/gemma-2-2b-it", "gemma2", (256000, 2304, 9216, 26, 8, 4), tied=True, positions=8192,
+            head_dim=256, sliding_window=4096),
+    _preset("gemma-2-9b", "google/gemma-2-9b-it", "gemma2", (256000, 3584, 14336, 42, 16, 8), tied=True, positions=8192,
+            head_dim=256, sliding_window=4096),
+    _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3_text", (262144, 1152, 6912, 26, 4, 1), tied=True, positions=32768,
+            head_dim=256, sliding_window=512, sliding_window_pattern=6,  # every sixth layer sees everything
+            source=f"{_LITGPT}; positions from the copy in huggingface.co/Perditio/unsloth"),
+    # litgpt counts the token itself in its window (2048, 262145); config.json does not
+    _preset("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct", "phi3", (32064, 3072, 8192, 32, 32, 32), tied=False,
+            positions=4096, sliding_window=2047),
+    _preset("phi-4-mini", "microsoft/Phi-4-mini-instruct", "phi3", (200064, 3072, 8192, 32, 24, 8), tied=True,
+            positions=131072, sliding_window=262144),
+    _preset("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "smollm3", (128256, 2048, 11008, 36, 16, 4), tied=True,
+            positions=65536, sliding_window=None, use_sliding_window=False, no_rope_layer_interval=4,
+            source="the defaults of transformers' SmolLM3Config; positions from the copy in huggingface.co/patrickfleith/"
+                   "smollm3-sft"),
+    # the base model is stored in float32
+    _preset("olmo-2-7b", "allenai/OLMo-2-1124-7B", "olmo2", (100352, 4096, 11008, 32, 32, 32), tied=False, positions=4096,
+            torch_dtype="float32", source="config.json of huggingface.co/allenai/OLMo-2-1124-7B"),
+    _preset("granite-3.2-2b", "ibm-granite/granite-3.2-2b-instruct", "granite", (49155, 2048, 8192, 40, 32, 8), tied=True,
+            positions=131072, source=_GRANITE_2B),
+    _preset("granite-3.2-8b", "ibm-granite/granite-3.2-8b-instruct", "granite", (49155, 4096, 12800, 40, 32, 8), tied=True,
+            positions=131072, source=_GRANITE_8B),
+)  # fmt: skip
+PRESETS = {preset.name: preset for preset in _ALL}
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of this name or hub id; upper case, `_`, spaces and `-` make no difference. None if there is none."""
+    wanted = _plain(name)
+    return next((preset for preset in _ALL if wanted in (_plain(preset.name), _plain(preset.hub_id))), None)
+
+
+def near_presets(name: str) -> list[str]:
+    """Names of presets that the user may have meant, the nearest first."""
+    plain = {_plain(preset.name): preset.name for preset in _ALL}
+    wanted = _plain(name.rsplit("/", 1)[-1])
+    return [plain[found] for found in get_close_matches(wanted, plain, n=_N_NEAR, cutoff=0.5)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "-", name.strip().lower())

@@ -1,0 +1,1 @@
+"""The op list: written, rewritten, checked."""

@@ -1,0 +1,52 @@
+"""Where a step may be left and taken up again: between two micro-batches.
+
+Before a micro-batch's EMBED (or its READ of a boundary) nothing of an earlier one is alive but its part of the gradients
+and losses (the caller makes sure). What ops before the cut began and ops after it count on are movements: streamed weights
+on their way or in their buffer, and gradients on another tier. `movements_before` gives the ops which bring a fresh
+executor there. The plan that goes on may be another one than that which was left (another budget), as long as its
+micro-batches are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lopt_edge.plan.schedule.effects import ENTERS
+from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+
+
+@dataclass(frozen=True)
+class Movements:
+    """Ops to run, in order; those of gradients by group, so that a group can be put in its place before the next comes."""
+
+    of_weights: tuple[Op, ...]
+    of_gradients: dict[tuple[str, int], tuple[Op, ...]]
+
+
+def cut_before(plan: Plan, micro_batch: int) -> int:
+    """The position where that micro-batch begins. Raises ValueError if the plan has none."""
+    for position, op in enumerate(plan.ops):
+        if op.kind in ENTERS and op.item != "teacher" and op.micro_batch == micro_batch:
+            return position
+    raise ValueError(f"the plan has no micro-batch {micro_batch}")
+
+
+def movements_before(plan: Plan, position: int) -> Movements:
+    """What of the movements of the ops before `position` is still in effect there."""
+    weights: dict[tuple[str, int], list[Op]] = {}
+    gradients: dict[tuple[str, int], list[Op]] = {}
+    for op in plan.ops[:position]:
+        if op.kind in (Kind.FETCH, Kind.WAIT, Kind.EVICT) and op.item == "":
+            if op.kind is Kind.FETCH:
+                weights[op.group] = []
+            weights[op.group].append(op)
+            if op.kind is Kind.EVICT:
+                del weights[op.group]
+        elif op.item == "gradients" and op.kind in (Kind.LOAD, Kind.STORE, Kind.WAIT):
+            if op.kind is Kind.STORE:
+                gradients[op.group] = []
+            gradients.setdefault(op.group, []).append(op)
+    return Movements(
+        tuple(op for ops in weights.values() for op in ops),
+        {group: tuple(ops) for group, ops in gradients.items()},
+    )

@@ -1,0 +1,111 @@
+"""The memory knobs of a run: what lies where, layer by layer. A value object; who chose it is plan/facts/budget.py's or
+the user's.
+
+The rule: no knob changes the arithmetic. Losses and gradients are bitwise those of the all-resident, all-device run
+(design law 3), with two exceptions: `adamw8bit` keeps its moments in 8 bits, and a `token_tile` sums a loss in other
+portions. In fp32 gradients of two tiles agree within 1e-5 of their norm, bitwise where one tile holds all tokens that have
+a loss.
+
+A smaller tile is for short sequences on little memory, where the loss is a step's peak (8B, LoPT, 512 tokens: tiles of 256
+take 2.1% less of the least that can be, 0.1% of what a card of 8 GB takes). From 2,048 tokens on a backward is the peak.
+
+Settings that may differ by layer are written `CHOICE` or `CHOICE,FIRST-LAST=CHOICE,...`: `disk,0-5=resident`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.model import ModelFacts
+
+Tier = Literal["device", "host", "disk"]
+Apply = Literal["step", "segment", "layer"]
+Optimizer = Literal["adamw", "adamw8bit"]
+WEIGHTS = ("resident", "host", "disk")
+ACTIVATIONS = ("keep", "recompute", "page")
+ELSEWHERE = "elsewhere"  # the place of a unit that another process of a pipeline has
+TOKEN_TILES = (1024, 512, 256)  # tokens whose chunk of logits exists at a time: the fastest first
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """`weights` and `activations` have one entry a layer. `prefetch` is how many layers ahead a movement begins.
+
+    `token_tile` is of the losses, in steps and evaluations.
+    """
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    saved_inputs: Tier = "device"
+    pages: Tier = "disk"
+    states: Tier = "device"
+    gradients: Tier = "device"
+    optimizer: Optimizer = "adamw"
+    apply: Apply = "step"
+    prefetch: int = 1
+    head: str = "disk"
+    token_tile: int = TOKEN_TILES[0]
+
+    @property
+    def ring(self) -> int:
+        """Buffers for streamed layers: the one that computes and those on their way."""
+        return 0 if all(place in ("resident", ELSEWHERE) for place in self.weights) else self.prefetch + 1
+
+    @property
+    def tiers(self) -> set[str]:
+        """The tiers below the device that anything uses, model weights left out."""
+        used: set[str] = {self.states, self.gradients if self.apply != "layer" else "device"}
+        used |= {self.saved_inputs} if "recompute" in self.activations else set()
+        used |= {self.pages} if "page" in self.activations else set()
+        return used - {"device"}
+
+    def described(self) -> str:
+        """One line for people."""
+        tile = "" if self.token_tile == TOKEN_TILES[0] else f"; losses of {self.token_tile} tokens at a time"
+        return (
+            f"weights {in_runs(self.weights)}; activations {in_runs(self.activations)}; saved inputs {self.saved_inputs}; "
+            f"{self.optimizer} states {self.states}; gradients {self.gradients}; updates by {self.apply}{tile}"
+        )
+
+
+def in_runs(choices: tuple[str, ...]) -> str:
+    """One word if all layers agree, else each run of layers with its choice."""
+    if len(set(choices)) == 1:
+        return choices[0]
+    starts = [i for i in range(len(choices)) if not i or choices[i] != choices[i - 1]]
+    ends = [*(start - 1 for start in starts[1:]), len(choices) - 1]
+    return ", ".join(f"{choices[start]} {start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def default_knobs(facts: ModelFacts, device_type: str) -> Knobs:
+    """All on the device, one layer recomputed at a time. On a CPU the lm_head is read in chunks from its file: it would be
+    the largest tensor in memory."""
+    n_layers, head = facts.n_layers, "disk" if device_type == "cpu" else "resident"
+    return Knobs(("resident",) * n_layers, ("recompute",) * n_layers, head=head)
+
+
+def placement_of(knobs: Knobs) -> tuple[tuple[str, str], ...]:
+    """(unit, place) for every unit of the model. The token embedding's rows are read from its file for each batch."""
+    layers = tuple((f"layer {i}", place) for i, place in enumerate(knobs.weights))
+    return (("embed", "disk"), *layers, ("head", knobs.head))
+
+
+def per_layer(text: str, choices: tuple[str, ...], *, n_layers: int, where: str) -> tuple[str, ...]:
+    """`CHOICE[,FIRST-LAST=CHOICE,...]` as one choice a layer. Raises InputError."""
+    first, *exceptions = [part.strip() for part in text.split(",")]
+    forms = f"use {', '.join(choices)}, or e.g. {choices[-1]},0-5={choices[0]}"
+    if first not in choices:
+        raise InputError(f"{first[:40]!r} is unknown", where=where, fix=forms)
+    result = [first] * n_layers
+    for part in exceptions:
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?=(\w+)", part)
+        if match is None or match[3] not in choices:
+            raise InputError(f"{part[:40]!r} is not LAYERS=CHOICE", where=where, fix=forms)
+        start, end = int(match[1]), int(match[2] or match[1])
+        if not start <= end < n_layers:
+            raise InputError(f"{part!r} names layers beyond 0-{n_layers - 1}", where=where, fix=forms)
+        result[start : end + 1] = [match[3]] * (end + 1 - start)
+    return tuple(result)

@@ -1,0 +1,1 @@
+"""The memory settings that fit, and the fastest of them."""

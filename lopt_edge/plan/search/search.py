@@ -1,0 +1,391 @@
+"""The budget search: of all combinations of knobs, the fastest predicted one whose predicted peaks fit the budgets.
+
+Branch and bound. The combinations and their order depend on the run only, never on the budgets: so the search is
+deterministic, and a larger budget never gives a slower plan (what fitted still fits; seconds count in three digits). Each
+combination has a lower bound of its seconds (arithmetic, or one channel's movements) and of its device bytes (what is
+steady, and where a segment turns round). They are taken in the order of that bound, and the walk ends where no later one
+can be faster than the best that fits. Only what passes the bounds is arranged, timed and replayed exactly. A smaller tile
+of the loss, which is never faster, is tried where a combination does not fit and the loss is its peak.
+
+How near the optimum: layers are streamed from the end of the depth in quarters, graphs kept from the end in quarters, each
+other thing on one tier. tests/plan/search/test_search.py compares with all per-layer choices on small models and states the
+gap.
+
+It reads no settings and asks no device: candidates' fixed knobs, budget and workload are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any, TypeVar
+
+from lopt_edge.plan.costs.predict import Prediction, slack_bytes
+from lopt_edge.plan.costs.seconds import Costs, StepSeconds
+from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.plan.schedule.build import StepKind, groups_of
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, Tier, default_knobs
+from lopt_edge.plan.schedule.ops import Keep
+from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.plan.search.workload import Workload
+
+T = TypeVar("T")
+QUARTERS = (0, 1, 2, 3, 4)
+PREFETCH = (1, 0, 2)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination, timed and replayed."""
+
+    knobs: Knobs
+    seconds: StepSeconds
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Found:
+    """`best` is None if nothing fits."""
+
+    best: Candidate | None
+    n_combinations: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """Every combination that the search may choose. `fixed` knobs do not vary; `said` are those that the user set.
+
+    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest tile
+    of the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved least often goes
+    first. `tiled` gives those with smaller tiles.
+    """
+
+    facts: ModelFacts
+    device_type: str
+    fixed: dict[str, Any]
+    said: frozenset[str] = frozenset()
+
+    def __iter__(self) -> Iterator[Knobs]:
+        n_layers, start = self.facts.n_layers, default_knobs(self.facts, self.device_type)
+        below: Tier = "disk" if self.device_type == "cpu" else "host"
+        axes: dict[str, Sequence[Any]] = {
+            "weights": [last_layers(n_layers, quarter, below, "resident") for quarter in QUARTERS],
+            "activations": [
+                last_layers(n_layers, quarter, "keep", rest) for rest in ("recompute", "page") for quarter in QUARTERS[::-1]
+            ],
+            "saved_inputs": ["device", below],
+            "states": ["device", below],
+            "gradients": ["device", below],
+            "head": [start.head] if self.device_type == "cpu" else ["resident", "disk"],
+            "prefetch": PREFETCH,
+        }
+        axes = {name: [self.fixed[name]] if name in self.fixed else values for name, values in axes.items()}
+        others = {name: value for name, value in self.fixed.items() if name not in axes}
+        combined = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
+        found = (replace(start, pages=below, **values, **others) for values in combined)
+        return iter(dict.fromkeys(knobs for knobs in found if not self._wasteful(knobs)))
+
+    def _wasteful(self, knobs: Knobs) -> bool:
+        """Whether a knob has no effect (another combination gives the same plan)."""
+        moves = knobs.ring or knobs.tiers
+        wasted = {
+            "saved_inputs": "recompute" not in knobs.activations and knobs.saved_inputs != "device",
+            "gradients": knobs.apply == "layer" and knobs.gradients != "device",
+            "prefetch": not moves and knobs.prefetch != PREFETCH[0],
+        }
+        return any(found and name not in self.fixed for name, found in wasted.items())
+
+    def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
+        """It, and with ever smaller tiles of the loss."""
+        smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
+        return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
+
+    def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
+        for name in ("states", "gradients", "saved_inputs", "weights"):
+            if name in self.fixed:
+                continue
+            if name == "weights":
+                changed = replace(knobs, weights=tuple("disk" if w == "host" else w for w in knobs.weights))
+            elif name == "saved_inputs":
+                inputs: Tier = "disk" if knobs.saved_inputs == "host" else knobs.saved_inputs
+                changed = replace(knobs, saved_inputs=inputs, pages="disk")
+            else:
+                values: dict[str, Any] = {name: "disk"} if getattr(knobs, name) == "host" else {}
+                changed = replace(knobs, **values)
+            if changed != knobs:
+                knobs = changed
+                yield knobs
+
+
+def last_layers(n_layers: int, quarter: int, choice: str, rest: str) -> tuple[str, ...]:
+    """`choice` for the last quarters of the depth."""
+    n_chosen = -(-n_layers * quarter // 4)
+    return (rest,) * (n_layers - n_chosen) + (choice,) * n_chosen
+
+
+class Search:
+    """The combinations of one workload with their bounds; asked for several budgets, nothing is reckoned twice."""
+
+    def __init__(self, workload: Workload, space: Space) -> None:
+        self.workload, self.space = workload, space
+        self.bounds = bounds = Bounds(workload)
+        rows = [
+            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(space.tiled(knobs)[-1]), knobs)
+            for order, knobs in enumerate(space)
+        ]
+        self.rows = sorted(rows, key=lambda row: row[:2])
+        self._timed: dict[Knobs, StepSeconds] = {}
+        self._predicted: dict[Knobs, Prediction] = {}
+
+    def candidate(self, knobs: Knobs) -> Candidate:
+        """Timed and replayed."""
+        return Candidate(knobs, self.seconds(knobs), self.prediction(knobs))
+
+    def seconds(self, knobs: Knobs) -> StepSeconds:
+        if knobs not in self._timed:
+            self._timed[knobs] = self.workload.seconds(knobs)
+        return self._timed[knobs]
+
+    def prediction(self, knobs: Knobs) -> Prediction:
+        if knobs not in self._predicted:
+            self._predicted[knobs] = self.workload.predict(knobs)
+        return self._predicted[knobs]
+
+    def fitting(self, knobs: Knobs, budget: Budget) -> Candidate | None:
+        """The first form of it that fits: with the largest tile that the device holds, and as it is, or with more of it on
+        disk (which frees the host alone)."""
+        most = budget.device_bytes
+        held = (form for form in self._tiles(knobs) if most is None or self.prediction(form).device_bytes <= most)
+        found = next(held, None)
+        if found is None:
+            return None
+        knobs = found
+        forms = (knobs, *self.space.lowered(knobs)) if "host" in (*knobs.weights, *knobs.tiers) else (knobs,)
+        limit = budget.host_bytes
+        forms_left = (form for form in forms if limit is None or self.bounds.host_bytes(form) <= limit)
+        fits = (form for form in forms_left if self.prediction(form).fits(budget))
+        return next((self.candidate(form) for form in fits), None)
+
+    def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
+        """It, and with smaller tiles as long as the loss or the evaluation is at the peak."""
+        for form in self.space.tiled(knobs):
+            yield form
+            if not self.prediction(form).at_loss:
+                break
+
+    def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
+        """Whether it is no faster than the best as it stands; with more on disk it would be slower still."""
+        return best is not None and three_digits(self.seconds(knobs).seconds) >= _rank(best)
+
+    def _moves_more(self, knobs: Knobs, best: Knobs) -> bool:
+        """Not asked where their seconds come from other micro-batches: these differ in the third digit."""
+        moving = {knobs.gradients == "device", best.gradients == "device"}
+        return (len(moving) == 1 or len(self.workload.batches) == 1) and _moves_more(knobs, best)
+
+    def within(self, budget: Budget) -> Found:
+        """The fastest combination that fits; of equally fast ones the first, which moves the least."""
+        best: Candidate | None = None
+        for seconds, _, device_bytes, knobs in self.rows:
+            if best is not None and seconds >= _rank(best):
+                break
+            too_large = budget.device_bytes is not None and device_bytes > budget.device_bytes
+            if too_large or (best is not None and self._moves_more(knobs, best.knobs)) or self._is_slower(knobs, best):
+                continue
+            found = self.fitting(knobs, budget)
+            if found is not None and (best is None or _rank(found) < _rank(best)):
+                best = found
+        return Found(best, len(self.rows))
+
+    @cached_property
+    def smallest(self) -> Candidate:
+        """The least device memory of all combinations; of equal ones the fastest. By their bounds few are replayed."""
+        found: list[Knobs] = []
+        for _, _, device_bytes, row in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
+            if found and device_bytes > self.prediction(found[0]).device_bytes:
+                break
+            for knobs in self._tiles(row):
+                taken, least = self.prediction(knobs), self.prediction(found[0]) if found else None
+                if least is None or taken.device_bytes < least.device_bytes:
+                    found = [knobs]
+                elif taken.device_bytes == least.device_bytes:
+                    found.append(knobs)
+        return min((self.candidate(knobs) for knobs in found), key=lambda candidate: candidate.seconds.seconds)
+
+
+def exhaustive(search: Search, budget: Budget) -> Candidate | None:
+    """The same answer by looking at everything: what tests compare with."""
+    every = (search.fitting(knobs, budget) for *_, knobs in search.rows)
+    return min((found for found in every if found is not None), key=_rank, default=None)
+
+
+def _rank(candidate: Candidate) -> float:
+    return three_digits(candidate.seconds.seconds)
+
+
+def three_digits(seconds: float) -> float:
+    """No more: a prediction knows no more, and plans that differ by less are equally fast."""
+    return float(f"{seconds:.2e}")
+
+
+def _moves_more(knobs: Knobs, best: Knobs) -> bool:
+    """Whether it differs from the best only in moving more things: that is not faster."""
+    if (knobs.prefetch != best.prefetch and best.ring + len(best.tiers)) or knobs.token_tile > best.token_tile:
+        return False
+    pairs = [*zip(knobs.weights, best.weights, strict=True), *zip(knobs.activations, best.activations, strict=True),
+             (knobs.saved_inputs, best.saved_inputs), (knobs.states, best.states), (knobs.gradients, best.gradients),
+             (knobs.head, best.head)]  # fmt: skip
+    return all(here == there or there in ("device", "resident", "keep") for here, there in pairs)
+
+
+def _run(kind: StepKind) -> tuple[Segment, ...]:
+    """The segments that run: those before a boundary that is read do not."""
+    return tuple(segment for segment in kind.segments if segment.last >= (kind.reads or 0))
+
+
+def _moved_bytes(costs: Costs, knobs: Knobs, batch: MicroBatchSize, layer: int, segment: Segment) -> tuple[int, str]:
+    """(bytes, tier) of what a layer's forward sends down for its backward."""
+    if knobs.activations[layer] == "page":
+        return costs.page_bytes(batch, layer, segment), knobs.pages
+    if knobs.activations[layer] == "recompute" and knobs.saved_inputs != "device":
+        return costs.sizes.hidden_bytes(batch), knobs.saved_inputs
+    return 0, "device"
+
+
+class Bounds:
+    """Lower bounds of a combination, from sums that depend on few knobs."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._parts: dict[Any, Any] = {}
+
+    @property
+    def _segments(self) -> tuple[Segment, ...]:
+        """Of the first kind of step: what lives from step to step is the same in all of them."""
+        return self.workload.kinds[0].segments
+
+    @property
+    def _training(self) -> list[Segment]:
+        """Of all kinds."""
+        return [segment for kind in self.workload.kinds for segment in kind.segments if segment.has_loss]
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if key not in self._parts:
+            self._parts[key] = make()
+        found: T = self._parts[key]
+        return found
+
+    # seconds
+
+    def seconds(self, knobs: Knobs) -> float:
+        """All arithmetic, or all bytes of the busier channel; without prefetching one after the other."""
+        few = knobs.gradients == "device"  # which micro-batches are timed
+        key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, knobs.token_tile, few)
+        computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
+        key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
+        up, down = self._once(key, lambda: self._moved(self._costs(knobs), knobs))
+        return max(computed, up, down) if knobs.prefetch else computed + up
+
+    def _costs(self, knobs: Knobs) -> Costs:
+        return Costs(self.workload.sizes(knobs), self.workload.batches, self.workload.profile)
+
+    def _computed(self, costs: Costs, knobs: Knobs) -> float:
+        found = [self._computed_in(costs, knobs, kind) for kind in self.workload.kinds]
+        return sum(share * seconds for share, seconds in zip(self.workload.course.shares, found, strict=True))
+
+    def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
+        """Of one kind of step; the passes that a fresh boundary adds are left out."""
+        total = 0.0
+        for batch in self.workload.timed(knobs):
+            total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
+            for segment in _run(kind):
+                layer = costs.layer(batch, trains=segment.loss != "none")
+                total += len(segment.window) * layer.forward
+                if segment.has_loss:
+                    again = sum(knobs.activations[i] == "recompute" for i in segment.turned[:-1])
+                    total += len(segment.turned) * layer.backward + again * layer.again
+                    aligns = segment.loss == "align"
+                    total += costs.align(batch) if aligns else costs.loss(batch, task=segment.reads_out)
+        groups = (group for segment in kind.segments for group in groups_of(segment))
+        return total + sum(costs.update(group) for group in (*groups, *kind.resting))
+
+    def _moved(self, costs: Costs, knobs: Knobs) -> tuple[float, float]:
+        """Seconds of the channels up and down at least: weights less what a ring may hold, pages, saved inputs."""
+        found = [self._moved_in(costs, knobs, kind) for kind in self.workload.kinds]
+        shares = self.workload.course.shares
+        up, down = (sum(share * each[way] for share, each in zip(shares, found, strict=True)) for way in (0, 1))
+        return up, down
+
+    def _moved_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> tuple[float, float]:
+        sizes, profile, segments = costs.sizes, costs.profile, _run(kind)
+        up = down = 0.0
+        for batch in self.workload.timed(knobs):
+            fetches = [
+                sizes.layer_bytes / profile.up(knobs.weights[layer])
+                for segment in segments
+                for layer in (*segment.window, *segment.turned)
+                if knobs.weights[layer] != "resident"
+            ]
+            turns = 2 * len(segments) if any(segment.overlaps for segment in segments) else len(segments) + 1
+            up += sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * turns)])
+            for segment in segments:
+                for layer in segment.turned[:-1]:
+                    n_bytes, tier = _moved_bytes(costs, knobs, batch, layer, segment)
+                    up, down = up + n_bytes / profile.up(tier), down + n_bytes / profile.down(tier)
+        return up, down
+
+    # bytes
+
+    def device_bytes(self, knobs: Knobs) -> int:
+        """What lives through the step, and the most that a segment needs where it turns round."""
+        sizes = self.workload.sizes(knobs)
+        moving = knobs.gradients != "device" and knobs.apply != "layer"
+        key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch)
+        steady = self._once(key, lambda: sum(sizes.steady(self._segments, gradients_move=moving).values()))
+        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile)
+        turning = self._once(key, lambda: self._turning(sizes, knobs))
+        slack = slack_bytes(sizes.shape.device_type, turning)
+        return steady + turning + slack + self.workload.library_bytes
+
+    def host_bytes(self, knobs: Knobs) -> int:
+        return self._below_bytes(knobs, "host")
+
+    def disk_bytes(self, knobs: Knobs) -> int:
+        return self._below_bytes(knobs, "disk")
+
+    def _below_bytes(self, knobs: Knobs, tier: str) -> int:
+        """What lies there through the step, and what a segment has there where it turns round."""
+        sizes, segments = self.workload.sizes(knobs), self._segments
+        key: tuple[Any, ...] = (tier, knobs.weights, knobs.states, "disk" in knobs.tiers)
+        steady = self._once(key, lambda: sizes.persistent_below(segments)[tier])
+        key = (f"{tier} turning", knobs.activations, knobs.saved_inputs, knobs.pages)
+        return steady + self._once(key, lambda: self._turning_below(self._costs(knobs), knobs, tier))
+
+    def _turning_below(self, costs: Costs, knobs: Knobs, wanted: str) -> int:
+        batch, most = self.workload.batches[0], 0
+        for segment in self._training:
+            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.turned[:-1])
+            most = max(most, sum(n_bytes for n_bytes, tier in moved if tier == wanted))
+        return most
+
+    def _turning(self, sizes: Sizes, knobs: Knobs) -> int:
+        """The most of a segment's loss, its last layer's backward and the first recomputed one before it."""
+        batch, most = self.workload.batches[0], 0
+        hidden = sizes.hidden_bytes(batch)
+        for segment in self._training:
+            held, last = 0, segment.turned[-1]
+            for layer in segment.turned[:-1]:
+                if knobs.activations[layer] == "keep":
+                    held += sizes.graph(batch, layer, segment).rest
+                elif knobs.activations[layer] == "recompute" and knobs.saved_inputs == "device":
+                    held += hidden
+            with_graph = held + sizes.graph(batch, last, segment).rest
+            most = max(most, with_graph + sizes.backward_within(batch, last, segment, kept=Keep.GRAPH, fresh=0))
+            most = max(most, with_graph + sizes.loss_within(batch, task=segment.reads_out))
+            if len(segment.turned) > 1 and knobs.activations[before := segment.turned[-2]] == "recompute":
+                again = sizes.backward_within(batch, before, segment, kept=Keep.INPUT, fresh=0)
+                most = max(most, held + again)
+        return most

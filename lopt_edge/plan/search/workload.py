@@ -1,0 +1,161 @@
+"""The workload: what a run's largest step asks for, whatever the knobs. With knobs it gives a plan, its bytes, its seconds.
+
+One `Workload` for `lopt-edge plan` (a worst-case step of max_seq_len tokens) and for `finetune` (the longest examples of
+the data): both ask the same functions, so that what was predicted is what runs.
+
+A step of many micro-batches is predicted from its largest one (two, where gradients move between them): it holds the
+most, another holds no more but its ids. Each of the others takes the seconds of their mean, since not all of them grow
+with the tokens (streamed weights). A test compares both with the whole step. Where a method has several kinds of step,
+bytes are those of the largest, seconds the mean over their shares. It chooses nothing (search.py). No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lopt_edge.plan.costs.predict import Prediction, largest, predict
+from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.costs.teacher_pass import Teacher
+from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import StepKind, step_plan
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.ops import Kind, Plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
+from lopt_edge.plan.schedule.validate import validate
+
+MMAP_BYTES, LEAST_MMAP_BYTES = 4 << 20, 128 << 10  # thresholds of the host allocator
+N_MOVING = 2  # micro-batches to look at where gradients move between them
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batches` are the micro-batches of the largest step, the longest first; `evaluation` the largest held-out batch.
+
+    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what
+    of it one process of a pipeline runs.
+    """
+
+    course: Course
+    shape: LayerShape
+    batches: tuple[MicroBatchSize, ...]
+    profile: DeviceProfile
+    library_bytes: int
+    vocabulary_itemsize: int = 2
+    evaluation: MicroBatchSize | None = None
+    clip_scope: str = "segment"
+    part: Part | None = None
+    teacher: Teacher | None = None  # another model than the base
+
+    @property
+    def method(self) -> str:
+        return self.course.method
+
+    @property
+    def kinds(self) -> tuple[StepKind, ...]:
+        return self.course.kinds
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the largest step, padding included."""
+        return sum(batch.n_rows for batch in self.batches)
+
+    def with_tokens(self, n_tokens: int) -> Workload:
+        """The same run over sequences of another length, all supervised."""
+        batches = tuple(MicroBatchSize(b.n_sequences, n_tokens, b.n_sequences * (n_tokens - 1)) for b in self.batches)
+        evaluation = self.evaluation and MicroBatchSize(
+            self.evaluation.n_sequences, n_tokens, self.evaluation.n_sequences * (n_tokens - 1)
+        )
+        return replace(self, batches=batches, evaluation=evaluation)
+
+    def mmap_bytes(self, knobs: Knobs) -> int:
+        """From which size on the host allocator shall give a tensor pages of its own (system/allocator.py says why)."""
+        graphs = any(
+            knobs.activations[layer] != "recompute"
+            for kind in self.kinds
+            for segment in kind.segments
+            for layer in segment.turned[:-1]
+        )
+        if self.shape.device_type != "cpu" or not graphs:
+            return MMAP_BYTES
+        hidden = self.sizes(knobs).hidden_bytes(self.batches[0])
+        return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))
+
+    def sizes(self, knobs: Knobs) -> Sizes:
+        part, groups = self.part, self.course.groups
+        if part is not None:
+            knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
+        return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None,
+                     groups=groups, replaced=self.course.replaced)  # fmt: skip
+
+    def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
+        """Of the first kind of step, unless another is named. Not validated: the search makes many."""
+        plan = step_plan(self.method, kind or self.kinds[0], n_micro_batches=n_micro_batches)
+        if self.part is None:
+            return arrange(plan, knobs)
+        return arrange(cut_for_process(plan, self.part), own_knobs(knobs, self.part))
+
+    def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
+        """As the executor runs it. Raises PlanError if a pass broke a rule."""
+        return validate(self.arranged(knobs, n_micro_batches, kind), clip_scope=self.clip_scope)
+
+    def _few(self, knobs: Knobs) -> tuple[tuple[MicroBatchSize, ...], tuple[MicroBatchSize, ...]]:
+        """The micro-batches that are looked at, and the others. The second one differs only where gradients move."""
+        n_few = 1 if knobs.gradients == "device" else N_MOVING
+        return self.batches[:n_few], self.batches[n_few:]
+
+    def predict(self, knobs: Knobs, *, whole: bool = False, kind: StepKind | None = None) -> Prediction:
+        """Peaks of the largest step of all kinds, or of one; `whole`: with a timeline over all its micro-batches."""
+        return largest([self._predict(knobs, each, whole=whole) for each in (self.kinds if kind is None else (kind,))])
+
+    def _predict(self, knobs: Knobs, kind: StepKind, *, whole: bool) -> Prediction:
+        few, others = (self.batches, ()) if whole else self._few(knobs)
+        sizes = self.sizes(knobs)
+        beside = sum(sizes.batch_bytes(batch) for batch in others)
+        longest, width = max(batch.n_tokens for batch in self.batches), self.shape.facts.hidden_size
+        taught = self.teacher.pass_bytes(longest, width=width) if self.teacher is not None else 0
+        return predict(self.arranged(knobs, len(few), kind), sizes, few, library_bytes=self.library_bytes,
+                       evaluation=self.evaluation, beside_bytes=beside, teaching_bytes=taught)  # fmt: skip
+
+    def seconds(self, knobs: Knobs) -> StepSeconds:
+        """Of the largest step, in the mean over the kinds of step."""
+        found = [self._seconds(knobs, kind) for kind in self.kinds]
+        if len(found) == 1:
+            return found[0]
+
+        def mean(name: str) -> float:
+            return sum(share * float(getattr(each, name)) for share, each in zip(self.course.shares, found, strict=True))
+
+        return StepSeconds(mean("seconds"), mean("compute_seconds"), round(mean("bytes_up")), round(mean("bytes_down")))
+
+    def _seconds(self, knobs: Knobs, kind: StepKind) -> StepSeconds:
+        few, others = self._few(knobs)
+        plan = self.arranged(knobs, len(few), kind)
+        found = step_seconds(plan, self.sizes(knobs), few, self.profile)
+        if not others:
+            return found
+        passes = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP and op.item != "states"))
+        each = step_seconds(passes, self.sizes(knobs), (_mean(others),) * len(few), self.profile)
+        times = len(others) / len(few)
+        return StepSeconds(
+            found.seconds + times * each.seconds,
+            found.compute_seconds + times * each.compute_seconds,
+            found.bytes_up + round(times * each.bytes_up),
+            found.bytes_down + round(times * each.bytes_down),
+        )
+
+    def timed(self, knobs: Knobs) -> tuple[MicroBatchSize, ...]:
+        """The micro-batches whose seconds `seconds` adds up."""
+        few, others = self._few(knobs)
+        return (*few, *(_mean(others),) * len(others)) if others else few
+
+
+def _mean(batches: tuple[MicroBatchSize, ...]) -> MicroBatchSize:
+    first, n = batches[0], len(batches)
+    if all(batch == first for batch in batches):
+        return first
+    n_tokens = round(sum(batch.n_rows for batch in batches) / n / first.n_sequences)
+    return MicroBatchSize(first.n_sequences, n_tokens, round(sum(batch.n_supervised for batch in batches) / n))

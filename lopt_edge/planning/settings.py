@@ -1,0 +1,185 @@
+"""From settings to what the planner asks: the method's course, target modules, the knobs the user fixed, what may vary.
+
+What contradicts itself or cannot be with this model or device is refused here, all mistakes together; a memory setting
+without effect is said. Which of the free combinations is taken is decided in plan/search/search.py. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.plan.methods import CUT_METHODS, course_of
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.search.search import Candidate, Space, three_digits
+
+MOST_SEGMENTS = 8
+Asked = TypeVar("Asked")
+
+
+def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str) -> None:
+    """Raise InputError(s) for memory settings that cannot be or contradict each other."""
+    errors: list[InputError] = []
+    for name, choices in (("weights", WEIGHTS), ("activations", ACTIVATIONS)):
+        text = getattr(config, name)
+        try:
+            if text != "auto" and "host" in per_layer(text, choices, n_layers=facts.n_layers, where=name):
+                errors += _host_without_gpu(name, device_type)
+        except InputError as error:
+            errors.append(error)
+    for name in ("saved_inputs", "optimizer_states", "gradients"):
+        errors += _host_without_gpu(name, device_type) if getattr(config, name) == "host" else []
+    for name in ("host_memory", "pinned_memory"):
+        if device_type == "cpu" and getattr(config, name) is not None:
+            errors.append(InputError("there is no host tier without a GPU: RAM is the device", where=name,
+                                     fix="state --device-memory"))  # fmt: skip
+    if config.apply == "layer" and config.clip:
+        errors.append(InputError("layer needs clip 0: a layer is updated before the norm of the others is known",
+                                 where="apply", fix="add --clip 0, or use --apply segment"))  # fmt: skip
+    if config.apply == "layer" and config.grad_accum > 1:
+        errors.append(InputError(f"layer needs grad_accum 1, not {config.grad_accum}: a layer's gradients are complete "
+                                 "only in the last micro-batch", where="apply", fix="add --grad-accum 1"))  # fmt: skip
+    if config.apply == "segment" and config.clip and config.clip_scope == "global":
+        errors.append(InputError("segment needs clip_scope segment: the global norm is known only at the step's end",
+                                 where="apply", fix="use --clip-scope segment, --clip 0 or --apply step"))  # fmt: skip
+    raise_collected(errors)
+
+
+def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
+    if device_type != "cpu":
+        return []
+    return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
+
+
+def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str, ...], int]:
+    """The method's course, target modules and longest sequence for this model; all misfits are told together."""
+    errors: list[InputError] = []
+    course: Course | None = None
+    targets: tuple[str, ...] = ()
+    try:
+        course = course_of(config, facts.n_layers)
+    except InputError as error:
+        errors.append(error)
+    try:
+        targets = target_modules(facts, config.lora_targets)
+    except InputError as error:
+        errors.append(error)
+    limit = facts.max_positions or config.max_seq_len
+    if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
+        errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
+                                 fix=f"use at most {limit}"))  # fmt: skip
+    raise_collected(errors)
+    assert course is not None
+    return course, targets, min(config.max_seq_len, limit)
+
+
+def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:
+    """The linear layers' short names that `--lora-targets` names, in the layer's order. Raises InputError."""
+    wanted = set(targets)
+    unknown = sorted(wanted - {*facts.linear_names, "all-linear"})
+    if unknown:
+        raise InputError(f"{', '.join(unknown)} is not in this model", where="lora_targets",
+                         fix=f"choose all-linear or from {', '.join(facts.linear_names)}")  # fmt: skip
+    return facts.linear_names if "all-linear" in wanted else tuple(name for name in facts.linear_names if name in wanted)
+
+
+def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:
+    """The combinations of knobs that a run may take, those that the user set being fixed."""
+    fixed = fixed_knobs(config, facts)
+    settings = {"states": "optimizer_states"}
+    said = frozenset(name for name in fixed if settings.get(name, name) in config.model_fields_set)
+    return Space(facts, device_type, fixed, said)
+
+
+def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
+    """What the user said, as knob values."""
+    n_layers = facts.n_layers
+    found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
+    found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
+    found |= {} if config.token_tile is None else {"token_tile": config.token_tile}
+    if config.method == "repl":
+        found["weights"] = ("resident",) * n_layers  # config.py refuses others
+    elif config.weights != "auto":
+        found["weights"] = per_layer(config.weights, WEIGHTS, n_layers=n_layers, where="weights")
+    if config.activations != "auto":
+        found["activations"] = per_layer(config.activations, ACTIVATIONS, n_layers=n_layers, where="activations")
+    tiers = {"saved_inputs": config.saved_inputs, "states": config.optimizer_states, "gradients": config.gradients}
+    return found | {name: tier for name, tier in tiers.items() if tier != "auto"}
+
+
+def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
+    """The configs that the planner may choose from, the given one alone unless it says otherwise.
+
+    Each list is one number of segments, the fewest first: the first list in which something fits is taken. Within it the
+    same sequences a step are split into micro-batches in every way (the gradients are equal up to rounding, law 5), and
+    the fastest is taken.
+    """
+    numbers = [config.num_segments]
+    if config.choose_segments and config.method in CUT_METHODS and not config.boundary_layers:
+        numbers += range(config.num_segments + 1, min(MOST_SEGMENTS, facts.n_layers) + 1)
+    n_sequences = config.batch_size * config.grad_accum
+    splits = [config.batch_size]
+    if config.choose_micro_batch:
+        splits = [size for size in range(n_sequences, 0, -1) if n_sequences % size == 0]
+    for number in numbers:
+        changes = ({"num_segments": number, "batch_size": size, "grad_accum": n_sequences // size} for size in splits)
+        yield [config.model_copy(update=change) for change in changes]
+
+
+def settled(config: Config, facts: ModelFacts, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> Asked:
+    """Of the variants the one to run; `ask` gives each with its best candidate. If none fits, the last one."""
+    asked = None
+    for group in variants(config, facts):
+        found = [ask(variant) for variant in group]
+        fitting = [(answer, best) for answer, best in found if best is not None]
+        if fitting:
+            return min(fitting, key=lambda pair: three_digits(pair[1].seconds.seconds))[0]
+        asked = found[-1][0]
+    assert asked is not None
+    return asked
+
+
+def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> tuple[Asked, str]:
+    """A run under way: as it is if that fits, else the same sequences in smaller micro-batches, the largest that fit, and a
+    sentence that says so; as it is if none does. With dropout, whose masks go by micro-batch, none is tried."""
+    as_it_is, best = ask(config)
+    if best is not None:
+        return as_it_is, ""
+    sizes = [] if config.lora_dropout else [n for n in range(config.batch_size - 1, 0, -1) if config.batch_size % n == 0]
+    for size in sizes:
+        n_batches = config.grad_accum * config.batch_size // size
+        answer, best = ask(config.model_copy(update={"batch_size": size, "grad_accum": n_batches}))
+        if best is not None:
+            return answer, (f"micro-batches of {config.batch_size} do not fit: they are split into {size}; gradients stay "
+                            "equal up to rounding (1e-5 of their norm), so the adapter's last bits may differ")  # fmt: skip
+    return as_it_is, ""
+
+
+def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
+    """What the planner chose of the settings that it was let to choose."""
+    if asked.choose_micro_batch:
+        yield f"micro-batches chosen: {settled.grad_accum} of {settled.batch_size}"
+    if asked.choose_segments and settled.method in CUT_METHODS:
+        yield f"segments chosen: {settled.num_segments}"
+
+
+def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
+    """One sentence for each memory setting that changes nothing in this combination."""
+    tiers = {*knobs.weights, knobs.saved_inputs, knobs.states, knobs.gradients}
+    moves = tiers - {"device", "resident"} or "page" in knobs.activations
+    given = config.model_fields_set
+    if "prefetch" in given and not moves:
+        yield "prefetch has no effect: nothing is moved between tiers"
+    if config.page_dir and "disk" not in tiers and "page" not in knobs.activations:
+        yield "page_dir has no effect: nothing is paged to disk"
+    longest = config.batch_size * config.max_seq_len
+    if config.token_tile not in (None, TOKEN_TILES[0]) and longest <= min(config.token_tile, TOKEN_TILES[0]):
+        yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
+    if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:
+        yield "saved_inputs has no effect: no layer is recomputed from its saved input"
+    if "gradients" in given and knobs.gradients != "device" and config.apply == "layer":
+        yield "gradients has no effect: apply layer frees each layer's gradients at once"

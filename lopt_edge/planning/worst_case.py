@@ -1,0 +1,204 @@
+"""`plan_run`: says before a run what it will take, and picks the fastest plan that fits. Never imports torch.
+
+A model is a preset's name, a local folder, or a hub id (its config and the headers of its weights only). The step is the
+worst that the settings allow: every sequence max_seq_len tokens long, all of them supervised. Seconds come from a device
+profile: the named card's, this machine's measured one, or a default; the answer says which. With no budget given it takes
+the card's memory, or what is free on this machine now, less a margin. Nothing is written.
+
+`finetune` asks the same search with its data's longest examples instead (from_data.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lopt_edge.config.load import load_config
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError, together
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.plan.costs.teacher_pass import Teacher
+from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
+from lopt_edge.plan.facts.cards import Card, find_card, near_cards
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.plan.facts.presets import find_preset, near_presets
+from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.processes import parts_of
+from lopt_edge.plan.search.processes import in_processes
+from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
+from lopt_edge.plan.search.search import Candidate, Search
+from lopt_edge.plan.search.workload import Workload
+from lopt_edge.planning.budgets import FREE_SHARE, free_bytes
+from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, search_space, settled
+from lopt_edge.units import format_bytes
+
+TOKEN_BYTES = 310  # of the process, for a token of the tokenizer: 44 MiB for 150,000 tokens with their merges
+CONSUMER = ("desktop", "laptop")
+NOT_GIVEN = "(none)"  # stands for data and output, which a plan does not need
+
+
+def plan_run(model: str, *, gpu: str | None = None, **settings: Any) -> RunPlan:
+    """Plan a run of `model` (folder, hub id or preset) on a card, or on this machine; `settings` are those of `Config`.
+
+    Raises InputError(s) for what cannot be; a run that does not fit is an answer (`fits` is False), no error.
+    """
+    return answer(question(load_config(None, {"model": model, **settings}, placeholder=NOT_GIVEN), gpu=gpu))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, read and checked."""
+
+    config: Config
+    search: Search
+    budget: Budget
+    notes: tuple[str, ...]
+
+    @property
+    def device_type(self) -> str:
+        return self.search.workload.shape.device_type
+
+
+def answer(asked: Question) -> RunPlan:
+    kinds = CONSUMER if asked.device_type == "cuda" else ()
+    found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
+    if asked.config.pipeline == 1:
+        return found
+    assert found.chosen is not None
+    workload = asked.search.workload
+    parts = parts_of(workload.kinds[0].segments, asked.config.pipeline)
+    found, reasons = in_processes(found, workload, found.chosen.knobs, parts)
+    return replace(found, notes=(*found.notes, *reasons))
+
+
+def question(config: Config, *, gpu: str | None = None) -> Question:
+    """Raises InputError(s): those of card and model together, then those of settings that need both."""
+    card, (facts, vocabulary_itemsize) = together(
+        lambda: None if gpu is None else _card(gpu), lambda: read_facts(config.model, config.revision)
+    )
+    profile = _profile(card, config.device)
+    device_type = profile.device_type
+    _, (_, targets, max_seq_len), (budget, reason) = together(
+        lambda: check_memory_settings(config, facts, device_type=device_type),
+        lambda: against_facts(config, facts),
+        lambda: _budget(config, card, profile),
+    )
+    itemsize, notes = _itemsize(config, card, device_type)
+    shape = LayerShape(facts, itemsize, config.lora_r, targets, device_type, dropout=config.lora_dropout > 0)
+    teacher = _teacher(config, itemsize, device_type)
+
+    def ask(variant: Config) -> tuple[Question, Candidate | None]:
+        course, *_ = against_facts(variant, facts)
+        workload = _worst_step(variant, course, shape, max_seq_len, profile, vocabulary_itemsize)
+        workload = replace(workload, teacher=teacher)
+        search = Search(workload, search_space(variant, facts, device_type))
+        return Question(variant, search, budget, (reason, *notes)), search.within(budget).best
+
+    if max_seq_len < config.max_seq_len:
+        notes = (*notes, f"the model has {max_seq_len} positions: longer sequences are cut there")
+    if config.boundary is not None:
+        notes = (*notes, "boundary auto is found by short runs: this plan is that of the midpoint")
+    found = settled(config, facts, ask)
+    return replace(found, notes=(*found.notes, *chosen_settings(config, found.config)))
+
+
+def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
+    """Another model that teaches. Raises InputError."""
+    if config.teacher is None:
+        return None
+    return Teacher(*read_facts(config.teacher, None), itemsize, device_type)
+
+
+def _worst_step(
+    config: Config, course: Course, shape: LayerShape, max_seq_len: int, profile: DeviceProfile,
+    vocabulary_itemsize: int,
+) -> Workload:  # fmt: skip
+    """Every sequence of the greatest length, all of it supervised."""
+    evaluates = config.eval_data or config.eval_fraction or config.retention_data
+    batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
+    library_bytes = profile.library_bytes + TOKEN_BYTES * shape.facts.vocab_size
+    return Workload(
+        course, shape, (batch,) * config.grad_accum, profile,
+        profile.context_bytes if shape.device_type == "cuda" else library_bytes, vocabulary_itemsize,
+        evaluation=batch if evaluates else None, clip_scope=config.clip_scope if config.clip else "none",
+    )  # fmt: skip
+
+
+# the model -------------------------------------------------------------------------------------------------------------
+
+
+def read_facts(model: str, revision: str | None) -> tuple[ModelFacts, int]:
+    """Facts, and the bytes of a number of the stored vocabulary, of a preset, a folder or a hub id. Raises InputError."""
+    from lopt_edge.models.folder import find_model, vocabulary_itemsize
+    from lopt_edge.models.hub import hub_facts
+
+    preset = find_preset(model)
+    if preset is not None and not Path(model).is_dir():
+        return facts_from_config(preset.config, where=f"preset {preset.name}"), preset.itemsize
+    if Path(model).expanduser().is_dir():
+        source = find_model(model)
+        return source.facts, vocabulary_itemsize(source.path)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return hub_facts(model, revision=revision)
+    near = near_presets(model)
+    fix = f"did you mean {', '.join(near)}?" if near else "give a folder, a hub id (org/name) or a preset"
+    raise InputError(f"no preset and no folder {model[:80]!r}", where="model", fix=fix)
+
+
+# the machine -----------------------------------------------------------------------------------------------------------
+
+
+def _card(name: str) -> Card:
+    card = find_card(name)
+    if card is None:
+        near = near_cards(name)
+        raise InputError(f"unknown card {name[:60]!r}", where="gpu",
+                         fix=f"did you mean {', '.join(near)}?" if near else "state --device-memory instead")  # fmt: skip
+    return card
+
+
+def _profile(card: Card | None, device: str) -> DeviceProfile:
+    """The card's; else this machine's as measured, if it is of the wanted kind; else a default."""
+    if card is not None:
+        return profile_of_card(card)
+    measured = load_profile(profile_path()) if profile_path().exists() else None
+    if measured is not None and device in ("auto", measured.device_type):
+        return measured
+    if device == "cuda":
+        fix = "name a card (--gpu rtx4090), or run lopt-edge doctor --measure on the machine with it"
+        raise InputError("no GPU was measured on this machine", where="device", fix=fix)
+    return default_cpu_profile()
+
+
+def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the compute dtype, as run/device.py would choose it."""
+    if config.compute_dtype != "auto":
+        return (4 if config.compute_dtype == "float32" else 2), ()
+    if device_type == "cpu":
+        return 4, ("computed in float32 (a CPU with AMX would take bfloat16)",)
+    if card is not None and not card.has_bf16:
+        return 2, (f"computed in float16: {card.name} has no bfloat16",)
+    return 2, ()
+
+
+def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[Budget, str]:
+    """The budgets as stated; without one for the device the card's memory, or what is free here, less a margin."""
+    here = card is None
+    free = free_bytes(profile) if here else FreeBytes(device=card.memory_bytes if card else None)
+    stated = make_budget(device_memory=config.device_memory, host_memory=config.host_memory,
+                         disk_memory=config.disk_memory, pinned_memory=config.pinned_memory, free=free)  # fmt: skip
+    if stated.device_bytes is not None:
+        return stated, "device memory as stated"
+    if card is not None:
+        return replace(
+            stated, device_bytes=card.memory_bytes
+        ), f"all of the card's memory, {format_bytes(card.memory_bytes)}"
+    if free.device is None:
+        return stated, "no device budget: what is free here is not known"
+    margin = round(FREE_SHARE * free.device)
+    return replace(stated, device_bytes=margin), (
+        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now"
+    )

@@ -1,0 +1,252 @@
+"""The link between the processes of a pipeline: the only file that knows torch.distributed.
+
+Two kinds of things pass. Boundaries (hidden states) go from each process to the next one, at most MOST_IN_FLIGHT of them
+sent and not yet taken, so that a quick process does not fill its memory with what a slow one has no time for. Messages
+(JSON, and tensors by name) go between process 0 and each of the others: what to do next, whether all numbers are finite,
+what came out. Both travel by gloo over TCP, boundaries of a GPU through host memory: consumer cards have no peer-to-peer
+copies, two processes may share one card (NCCL refuses that), and a broken connection is noticed at once (an NCCL call
+would hang). A boundary of 2,048 tokens of an 8B model is 16 MiB.
+
+The rules: a peer that died or says nothing for too long becomes a PeerLost that names it, never a hang; waiting happens in
+a thread, so that signals are heard and `alive` is asked meanwhile; after a PeerLost the link is of no use any more.
+Everything is sent in the order in which it is asked for, and nobody asks out of order: what to send is the plan's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from lopt_edge.errors import NotFinite, PeerLost, RunError
+from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT
+from lopt_edge.plan.schedule.processes import Part
+from lopt_edge.run.step.optim import GroupName
+
+CONNECT_TIMEOUT = timedelta(minutes=1)  # for processes that are all there
+POLL_SECONDS = 0.2  # between two looks at signals and at the other processes, while waiting
+MOST_MESSAGE_BYTES = 1 << 30
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class FarGroup:
+    """A parameter group in another process of a pipeline."""
+
+    n_elements: int
+    steps: int
+    has_moments: bool
+
+
+class FarGroups(Protocol):
+    """All of those, and what they hold."""
+
+    groups: Mapping[GroupName, FarGroup]
+
+    def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Its `values` or `moments`, on the CPU."""
+
+
+def host_store(n: int, timeout: timedelta) -> distributed.TCPStore:
+    """Process 0's meeting place on this machine, on a port that is free; torch alone would listen on every interface."""
+    listener = socket.socket()
+    listener.bind((LOOPBACK, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return distributed.TCPStore(LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout,
+                                master_listen_fd=listener.detach())  # fmt: skip
+
+
+def join_store(port: int, timeout: timedelta) -> distributed.TCPStore:
+    return distributed.TCPStore(LOOPBACK, port, None, False, timeout=timeout, wait_for_workers=False)
+
+
+def torchrun_store(timeout: timedelta) -> distributed.Store:
+    """The meeting place that torchrun's variables name."""
+    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=timeout)))
+    return store
+
+
+class Link:
+    """One process' end. `alive` is asked while it waits and raises if a peer is known to be dead.
+
+    `report` gives what process 0 shall know of this one after each step; `reports` are those of the last one, by process.
+    """
+
+    def __init__(
+        self,
+        store: distributed.Store,
+        parts: Sequence[Part],
+        rank: int,
+        *,
+        timeout: timedelta,
+        loopback: bool = True,
+        alive: Callable[[], None] = lambda: None,
+        report: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        self.store, self.parts, self.rank, self.timeout, self.alive = store, tuple(parts), rank, timeout, alive
+        self.report, self.reports = report, [{} for _ in parts]
+        self.broken = False
+        self._in_flight: deque[tuple[Any, Tensor]] = deque()
+        self._meet()
+        self._control, self._data = (self._group(name, loopback) for name in ("control", "data"))
+
+    @property
+    def part(self) -> Part:
+        return self.parts[self.rank]
+
+    def _meet(self) -> None:
+        """Until all processes are there. By asking: whoever waits inside the store keeps others from asking it."""
+        self.store.set(f"here {self.rank}", "")
+        keys = [f"here {part.rank}" for part in self.parts]
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while not self.store.check(keys):
+            self._ask_alive()
+            missing = [part.rank for part in self.parts if not self.store.check([f"here {part.rank}"])]
+            if missing and time.monotonic() > deadline:
+                self.broken = True
+                raise self._lost(missing[0], RuntimeError("timeout"))
+            time.sleep(POLL_SECONDS / 4)
+
+    def _group(self, name: str, loopback: bool) -> Any:
+        """All processes meet. Made directly, so that a program may have several runs one after the other."""
+        gloo = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = CONNECT_TIMEOUT
+        options._devices = [gloo.create_device(hostname=LOOPBACK) if loopback else gloo.create_default_device()]
+        store = distributed.PrefixStore(name, self.store)
+        return self._wait(None, lambda: gloo(store, self.rank, len(self.parts), options))
+
+    def _wait(self, peer: int | None, call: Callable[[], Any]) -> Any:
+        """The call's result. In a thread: it cannot be stopped, and must hold up neither signals nor the exit."""
+        found: list[Any] = []
+
+        def run() -> None:
+            try:
+                found.append((call(), None))
+            except Exception as error:
+                found.append((None, error))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if thread.is_alive():
+                self._ask_alive()
+        result, error = found[0]
+        if error is None:
+            return result
+        self.broken = True
+        if not isinstance(error, RuntimeError):
+            raise error
+        raise self._lost(peer, error) from None
+
+    def _ask_alive(self) -> None:
+        try:
+            self.alive()
+        except Exception:
+            self.broken = True
+            raise
+
+    def _lost(self, peer: int | None, error: RuntimeError) -> PeerLost:
+        who = "the other processes" if peer is None else self.parts[peer].text()
+        silent = "imed out" in str(error) or "imeout" in str(error)
+        minutes = self.timeout.total_seconds() / 60
+        what = f"said nothing for {minutes:g} minutes" if silent else "broke the connection"
+        return PeerLost(f"{who} of the pipeline {what}", fix="--pipeline-minutes sets how long to wait")  # fmt: skip
+
+    # boundaries ------------------------------------------------------------------------------------------------------
+
+    def send(self, hidden: Tensor) -> None:
+        """To the next process. Returns at once, unless too many are under way."""
+        flat = _bytes_of(hidden.detach().contiguous().cpu())
+        while len(self._in_flight) >= MOST_IN_FLIGHT:
+            self._finish_oldest()
+        self._in_flight.append((self._data.send([flat], self.rank + 1, 0), flat))
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """From the process before."""
+        hidden = torch.empty(*shape, dtype=dtype)
+        self._wait(self.rank - 1, lambda: self._data.recv([_bytes_of(hidden)], self.rank - 1, 0).wait(self.timeout))
+        return hidden.to(device)
+
+    def _finish_oldest(self) -> None:
+        work, _ = self._in_flight[0]
+        self._wait(self.rank + 1, lambda: work.wait(self.timeout))
+        self._in_flight.popleft()
+
+    def flush(self) -> None:
+        """Until all that was sent is taken."""
+        while self._in_flight:
+            self._finish_oldest()
+
+    # messages between process 0 and another one ----------------------------------------------------------------------
+
+    def tell(self, peer: int, message: Mapping[str, Any]) -> None:
+        payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        self.tell_tensor(peer, torch.tensor([len(payload)]))
+        self.tell_tensor(peer, payload)
+
+    def hear(self, peer: int) -> dict[str, Any]:
+        n_bytes = int(self.hear_tensor(peer, (1,), torch.int64))
+        if not 0 < n_bytes <= MOST_MESSAGE_BYTES:
+            raise RunError(f"a message of {n_bytes} bytes came from {self.parts[peer].text()}")
+        return dict(json.loads(self.hear_tensor(peer, (n_bytes,), torch.uint8).numpy().tobytes()))
+
+    def tell_tensor(self, peer: int, tensor: Tensor) -> None:
+        flat = _bytes_of(tensor.detach().contiguous().cpu())
+        if len(flat):
+            self._wait(peer, lambda: self._control.send([flat], peer, 0).wait(self.timeout))
+
+    def hear_tensor(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype)
+        if tensor.numel():
+            self._wait(peer, lambda: self._control.recv([_bytes_of(tensor)], peer, 0).wait(self.timeout))
+        return tensor
+
+    @property
+    def others(self) -> range:
+        return range(1, len(self.parts))
+
+    def tell_all(self, message: Mapping[str, Any]) -> None:
+        for peer in self.others:
+            self.tell(peer, message)
+
+    def agree(self, fault: NotFinite | None, op: str) -> None:
+        """Every process says whether its numbers are finite. Raises NotFinite in all of them if one's are not."""
+        own = None if fault is None else {"what": str(fault).splitlines()[0], "op": op, "of_loss": fault.of_loss}
+        if self.rank:
+            self.tell(0, {"fault": own})
+            found = self.hear(0)["fault"]
+        else:
+            votes = [own, *(self.hear(peer)["fault"] for peer in self.others)]
+            found = next(({**vote, "rank": rank} for rank, vote in enumerate(votes) if vote), None)
+            self.tell_all({"fault": found})
+        if found is not None:
+            error = NotFinite(f"{self.parts[found['rank']].text()}: {found['what']}", of_loss=found["of_loss"])
+            error.op = found["op"]
+            raise error
+
+    def gather(self, own: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What came out of a step, in process 0 that of all the others."""
+        if self.rank:
+            self.tell(0, {**own, "report": self.report()})
+            return []
+        found = [self.hear(peer) for peer in self.others]
+        self.reports = [self.report(), *(each["report"] for each in found)]
+        return found
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: gloo does not know every dtype."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,325 @@
+"""A model as units that run one by one: token embedding, decoder layers, and what the head needs.
+
+The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`, the
+gated MLP by a `PackedGatedMLP`, and every other parameter is read from the folder in the compute dtype. The rule:
+layer-by-layer logits equal `AutoModelForCausalLM`'s (design law 4; tests/laws/test_families.py). A 4-bit folder is never
+requantised (what it left unpacked stays so); no adapter is made here.
+
+Dropout that a config may ask for inside attention or residuals is off: layers run in evaluation mode; the only dropout of
+a run is LoRA's, whose masks can be drawn again.
+
+Shapes: B sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.errors import InputError
+from lopt_edge.models.folder import tensor_entries
+from lopt_edge.plan.facts.model import LinearFacts, ModelFacts
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
+from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model.tiled import TokenTiled
+from lopt_edge.run.model.vocabulary import Vocabulary
+from lopt_edge.run.tiers.moves import Mover
+from lopt_edge.run.tiers.weights import Weights, lay_out
+from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
+from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.headers import FolderError, TensorEntry
+from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.nf4 import PackedWeight, pack
+
+POST_NORM = ("gemma2", "gemma3_text", "olmo2")  # families that read the MLP's output once more inside the layer
+EAGER_ONLY = ("gemma2",)  # in transformers, for soft-capped attention scores; here they run in query_tiles
+
+
+@dataclass(eq=False)
+class Frame:
+    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type."""
+
+    position_ids_1T: Tensor
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor | None]
+
+    def tensors(self) -> list[Tensor]:
+        """What all layers share: no layer's graph owns it."""
+        tables = [table for pair in self.rotary.values() for table in pair]
+        return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
+
+
+class FarLayers(Protocol):
+    """The adapters of layers that lie in other processes of a pipeline."""
+
+    def shapes(self, layer: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """(module, shape of A, shape of B) of each adapter of the layer."""
+
+    def matrices(self, layer: int) -> Iterator[Tensor]:
+        """A and B of each, in that order, fp32 on the CPU."""
+
+
+@dataclass(eq=False)
+class Model:
+    """The frozen base in units. `clock` is shared by all layers' dropout."""
+
+    facts: ModelFacts
+    config: Any
+    layers: list[nn.Module]
+    norm: nn.Module
+    rotary: nn.Module
+    embedding: Vocabulary
+    lm_head: Vocabulary
+    device: torch.device
+    dtype: torch.dtype
+    clock: DropoutClock
+    mover: Mover
+    weights: Weights | None = None
+    here: tuple[int, ...] = ()  # the layers that this process has
+    far: FarLayers | None = None  # where the others are
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
+        hidden_BTD = self.embedding.rows(ids_BT.reshape(-1)).view(*ids_BT.shape, -1)
+        if self.facts.model_type in ("gemma2", "gemma3_text"):
+            # transformers rounds this factor to the embedding's dtype before it multiplies
+            return hidden_BTD * torch.tensor(self.facts.hidden_size**0.5, dtype=self.dtype)
+        if self.facts.model_type == "granite":
+            return hidden_BTD * self.config.embedding_multiplier
+        return hidden_BTD
+
+    def frame(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> Frame:
+        """Positions start .. start + T; masks are None where the attention kernel's own causal mask does.
+
+        Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
+        """
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        positions = torch.arange(start, start + hidden_BTD.shape[1], device=self.device).unsqueeze(0)
+        arguments = {"config": self.config, "inputs_embeds": hidden_BTD, "attention_mask": None,
+                     "past_key_values": cache, "position_ids": positions}  # fmt: skip
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        kinds = sorted(set(self.facts.layer_types))
+        by_type = self.facts.model_type == "gemma3_text"  # its rotary tables differ per layer type
+        rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
+        return Frame(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
+
+    def run_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None) -> Tensor:
+        """Layer `layer`'s output (B, T, D)."""
+        kind = self.facts.layer_types[layer]
+        output = self.layers[layer](
+            hidden_BTD,
+            attention_mask=frame.masks[kind],
+            position_embeddings=frame.rotary[kind],
+            position_ids=frame.position_ids_1T,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    def run_all(
+        self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """All layers of this process in order (or these), forward only; streamed ones come and go."""
+        layers = self.here if layers is None else layers
+        for layer in self.weights.stream(layers) if self.weights is not None else layers:
+            hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
+        return hidden_BTD
+
+    def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame) -> Tensor:
+        """A layer's graph for its backward. The output's values are undefined: its last product is left out.
+
+        torch's non-reentrant checkpointing stops early to the same effect.
+        """
+        last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
+        last.value_needed = self.facts.model_type in POST_NORM
+        try:
+            return self.run_layer(layer, hidden_BTD, frame)
+        finally:
+            last.value_needed = True
+
+
+def load_model(
+    folder: Path,
+    facts: ModelFacts,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: tuple[tuple[str, str], ...] | None = None,
+    mover: Mover | None = None,
+) -> Model:
+    """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
+
+    `placement` is a plan's (default: all layers resident); `mover` carries what is streamed.
+    """
+    entries = tensor_entries(folder)
+    knobs = default_knobs(facts, device.type)
+    placement = placement or placement_of(knobs)
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
+    buffer = UnpackBuffer()
+    shared: dict[bytes, Tensor] = {}
+    layouts, maps, places = {}, {}, dict(placement)
+    model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
+    try:
+        for index in model.here:
+            layer = model.layers[index]
+            prefix, matrices = f"model.layers.{index}.", []
+            for module_index, linear in enumerate(facts.linears):
+                packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
+                packed.position = (index, module_index)
+                layer.set_submodule(linear.name, packed)
+                if on_disk is not None:
+                    matrices.append((packed, on_disk))
+                    maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
+            layouts[index] = lay_out(matrices)
+            fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+            _tile_norms(layer)
+            _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
+        packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
+        model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
+        model.weights.load()
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+    return model
+
+
+def import_model_code(folder: Path) -> Any:
+    """transformers' class for the model of a folder, its code imported (some 110 MiB of modules). Raises InputError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, trust_remote_code=False))]
+    except Exception as error:  # transformers raises errors of any kind for values that it cannot use
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    return InputError(f"transformers cannot build this model ({reason})", where=str(folder / "config.json"),
+                      fix="check the config's values against the model's page")  # fmt: skip
+
+
+def make_skeleton(
+    folder: Path,
+    facts: ModelFacts,
+    entries: dict[str, TensorEntry],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: str = "disk",
+    mover: Mover | None = None,
+) -> Model:
+    """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention = "sdpa"
+    if facts.model_type in EAGER_ONLY:
+        query_tiles.register()
+        attention = query_tiles.NAME
+    try:
+        config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+    except Exception as error:  # transformers raises errors of any kind for values that it cannot use
+        raise _unusable(folder, error) from None
+    try:
+        fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+    head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
+    return Model(
+        facts=facts,
+        config=config,
+        layers=list(skeleton.layers),
+        norm=skeleton.norm,
+        rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
+        embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
+        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=head == "resident"),
+        device=device,
+        dtype=dtype,
+        clock=DropoutClock(),
+        mover=mover or Mover(device),
+        here=tuple(range(facts.n_layers)),
+    )
+
+
+def _packed_linear(
+    linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
+) -> tuple[PackedLinear, PackedLayout | None]:
+    """The module, and where its weight lies on disk; None if the weight is in the module already."""
+    packed, on_disk = PackedLinear(linear.in_features, linear.out_features, buffer=buffer), None
+    name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
+    if is_packed(entries, name):
+        on_disk = packed_on_disk(entries, name)
+    elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
+        packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
+    else:
+        packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
+    found = tuple((on_disk or packed.weight).shape)
+    if found != shape:
+        raise FolderError(f"{name} has shape {found}, not what config.json says")
+    if linear.bias:
+        bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
+        packed.bias = bias.to(device=model.device, dtype=model.dtype)
+    packed.clock = model.clock
+    return packed, on_disk
+
+
+def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[bytes, Tensor]) -> dict[str, Tensor]:
+    """The small resident parts of a packed weight; code maps, the same for all matrices, are shared."""
+    found = {}
+    for part in (".quant_map", ".nested_quant_map"):
+        if part in on_disk.parts:
+            tensor = read_tensor(on_disk.parts[part]).view(-1)
+            found[part] = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
+    if on_disk.offset is not None:
+        found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
+    return found
+
+
+def _tile_norms(layer: nn.Module) -> None:
+    """Put every norm of a layer into a `TokenTiled`."""
+    for name, module in list(layer.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            layer.set_submodule(name, TokenTiled(module))
+
+
+def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
+    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
+
+    `block_elements`: quantisation block of each packed linear layer, by the module's id.
+    """
+    mlp = layer.mlp
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    sizes = dict(block_elements)
+    for part in parts:
+        if isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight):
+            sizes[id(part)] = part.weight.block_elements
+    if all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
+        layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
+
+
+def fill_parameters(
+    module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace every meta parameter by the folder's, frozen, in the compute dtype."""
+    for name, parameter in list(module.named_parameters()):
+        value = read_tensor(_entry(entries, prefix + name, tuple(parameter.shape))).to(device=device, dtype=dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    if left:
+        raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")
+
+
+def _entry(entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...] | None = None) -> TensorEntry:
+    if name not in entries:
+        raise FolderError(f"tensor {name!r} is missing")
+    if shape is not None and entries[name].shape != shape:  # a single number would be broadcast without a word
+        raise FolderError(f"tensor {name!r} has shape {entries[name].shape}, config.json says {shape}")
+    return entries[name]

@@ -1,0 +1,182 @@
+"""LoRA adapters: made, found by name, read and written in peft's naming.
+
+Parameters are fp32. A is (in, r), uniform in +-1/sqrt(in) (peft's kaiming-uniform with a = sqrt 5); B is (r, out), zero.
+Initial values are a function of (seed, layer, module) and are drawn on the CPU, so that they do not depend on the device
+or on which other layers train. peft stores both matrices transposed, under
+`base_model.model.model.layers.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.errors import InputError, NotFinite
+from lopt_edge.run.model.load import Model
+from quant.files import read_tensor, tensor_bytes
+from quant.headers import FolderError, SafetensorsWriter, read_header, read_json
+from quant.linear import DropoutClock, PackedLinear
+from quant.untrusted import check_folder
+
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+MAX_ALPHA = 1_000_000
+ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
+
+
+def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
+    """The linear layers of a layer that carry an adapter, with their paths inside the layer."""
+    for linear in model.facts.linears:
+        module = model.layers[layer].get_submodule(linear.name)
+        if isinstance(module, PackedLinear) and module.lora_a is not None:
+            yield linear.name, module
+
+
+def layer_parameters(model: Model, layer: int) -> list[nn.Parameter]:
+    """A layer's adapter matrices, in a fixed order."""
+    pairs = ((module.lora_a, module.lora_b) for _, module in adapted(model, layer))
+    return [matrix for pair in pairs for matrix in pair if matrix is not None]
+
+
+def attach_adapters(
+    model: Model,
+    layers: Iterable[int],
+    *,
+    targets: tuple[str, ...],
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Put fresh adapters on the given layers."""
+    for layer in layers:
+        for index, linear in enumerate(model.facts.linears):
+            if linear.short_name not in targets:
+                continue
+            key = DropoutClock(seed=seed, step=-1).key(layer, index)  # no training step is -1
+            bound = linear.in_features**-0.5
+            a = torch.empty(linear.in_features, r).uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
+            module = model.layers[layer].get_submodule(linear.name)
+            _attach(module, a, torch.zeros(r, linear.out_features), scale=alpha / r, device=model.device)
+            module.dropout_rate = dropout
+
+
+def _attach(module: nn.Module, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
+    assert isinstance(module, PackedLinear)
+    module.attach(nn.Parameter(a.to(device)), nn.Parameter(b.to(device)), scale=scale)
+
+
+def adapter_tensors(model: Model) -> dict[str, Tensor]:
+    """All adapter matrices by peft's names and in peft's layout, fp32 on the CPU."""
+    return {name: _in_peft_layout(matrix) for name, matrix in _matrices(model)}
+
+
+def write_adapter(model: Model, path: Path) -> None:
+    """`adapter_tensors` as a safetensors file, one matrix in memory at a time; synced, then renamed into place.
+
+    Raises NotFinite, and leaves what was there, if a value is not finite; OSError where the file cannot be written.
+    """
+    layout = [(name, "F32", tuple(reversed(shape))) for name, shape in _shapes(model)]
+    with SafetensorsWriter(path, layout) as writer:
+        for name, matrix in _matrices(model):
+            tensor = _in_peft_layout(matrix)
+            if not torch.isfinite(tensor).all():
+                raise NotFinite(f"the adapter holds values that are not finite ({name}); it was not saved", where=str(path))
+            writer.write(name, tensor_bytes(tensor))
+
+
+def adapter_shapes(model: Model, layer: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(module, shape of A, shape of B) of each adapter of a layer of this process."""
+    found = ((name, module.lora_a, module.lora_b) for name, module in adapted(model, layer))
+    return [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in found if a is not None and b is not None]
+
+
+def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all adapter matrices, those of other processes among them."""
+    for layer in range(model.facts.n_layers):
+        is_far = model.far is not None and layer not in model.here
+        for name, *shapes in model.far.shapes(layer) if is_far else adapter_shapes(model, layer):
+            for letter, shape in zip("AB", shapes, strict=True):
+                yield f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight", shape
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """One after the other, in the order of `_shapes`."""
+    names = (name for name, _ in _shapes(model))
+    for layer in range(model.facts.n_layers):
+        is_far = model.far is not None and layer not in model.here
+        for matrix in model.far.matrices(layer) if is_far else layer_parameters(model, layer):
+            yield next(names), matrix
+
+
+def _in_peft_layout(matrix: Tensor) -> Tensor:
+    return matrix.detach().t().contiguous().cpu()
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder that is no readable LoRA adapter, without reading its tensors. Raises InputError."""
+    try:
+        check_folder(folder)
+        _check_adapter_config(read_json(folder / ADAPTER_CONFIG_NAME), str(folder))
+        read_header(folder / ADAPTER_NAME)
+    except FolderError as error:
+        raise InputError(str(error), where=str(folder), fix=ADAPTER_ADVICE) from None
+
+
+def load_adapters(model: Model, folder: Path) -> list[int]:
+    """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit.
+
+    In a pipeline a process attaches those of its own layers.
+    """
+    where = str(folder)
+    try:
+        check_folder(folder)
+        config = read_json(folder / ADAPTER_CONFIG_NAME)
+        entries = read_header(folder / ADAPTER_NAME)
+        _check_adapter_config(config, where)
+        layers = set()
+        left = set(entries)
+        for layer in range(model.facts.n_layers):
+            for linear in model.facts.linears:
+                names = [f"base_model.model.model.layers.{layer}.{linear.name}.lora_{m}.weight" for m in "AB"]
+                if not left >= set(names):
+                    continue
+                left -= set(names)
+                a_shape, b_shape = (entries[name].shape for name in names)
+                rank = a_shape[0] if a_shape else 0
+                if not rank or (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
+                    raise InputError(f"{names[0]} does not fit this model", where=where)
+                layers.add(layer)
+                if layer not in model.here:
+                    continue
+                a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
+                scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
+                module = model.layers[layer].get_submodule(linear.name)
+                _attach(module, a, b, scale=scale, device=model.device)
+    except FolderError as error:
+        raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
+    if left or not layers:
+        detail = f"holds {sorted(left)[0][:80]!r}, which this model has no place for" if left else "holds no LoRA matrices"
+        raise InputError(detail, where=where, fix="use an adapter that was trained on this model")
+    return sorted(layers)
+
+
+def _check_adapter_config(config: object, where: str) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InputError("is not a LoRA adapter (peft_type LORA)", where=where)
+    if not isinstance(config.get("lora_alpha"), int | float) or isinstance(config["lora_alpha"], bool):
+        raise InputError("adapter_config.json lacks a number 'lora_alpha'", where=where)
+    if not abs(config["lora_alpha"]) < MAX_ALPHA:  # NaN and infinity as well, which JSON in Python may hold
+        raise InputError(f"adapter_config.json: lora_alpha must be below {MAX_ALPHA:,}", where=where)
+    keys = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
+    unsupported = [key for key in keys if config.get(key)]
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda")):  # these change the base weights as well
+        unsupported.append(f"init_lora_weights={start}")
+    if unsupported or config.get("bias", "none") != "none":
+        raise InputError(f"the adapter uses {(unsupported or ['bias'])[0]!r}, which is not supported", where=where)

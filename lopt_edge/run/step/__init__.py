@@ -1,0 +1,1 @@
+"""One training step, run: the executor and what its ops compute."""

@@ -1,0 +1,76 @@
+"""Where numbers stopped being finite: the same step once more, looking at what each op leaves.
+
+A step is a function of its inputs, so the second run fails as the first did, and the adapters stay as they are: it is left
+before its first update even if it should be finite this time (steps with early updates are not diagnosed). It costs one
+more step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import NotFinite, RunError
+from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.run.step.batches import Batch
+from lopt_edge.run.step.executor import Executor
+
+
+class _Enough(Exception):
+    """The step came to its updates, which must not be done again."""
+
+
+def first_not_finite(
+    executor: Executor,
+    plan: Plan,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    learning_rates: Mapping[int, float],
+    align_weight: float = 0.0,
+) -> str:
+    """The text of the first op that leaves a NaN or an infinity in hidden states, loss or gradients; "" if none does."""
+    found: list[str] = []
+
+    def observe(op: Op, after: bool) -> None:
+        if op.kind is Kind.STEP:
+            executor.optimizer.judge()
+            raise _Enough
+        if after and not found and not all(_finite(tensor) for tensor in _left_by(executor, op)):
+            found.append(op.text())
+
+    before, executor.observe = executor.observe, observe
+    try:
+        executor.run(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight)
+    except NotFinite as error:
+        found.append(error.op)
+    except RunError as error:
+        if not isinstance(error.__cause__, _Enough):
+            raise
+    finally:
+        executor.observe = before
+    return found[0] if found else ""
+
+
+def _left_by(executor: Executor, op: Op) -> list[Tensor | None]:
+    state = executor.state
+    if state is None:
+        return []
+    if op.kind in (Kind.EMBED, Kind.FORWARD, Kind.WRITE):
+        return [state.hidden_BTD]
+    if op.kind is Kind.READ:
+        return [state.teacher_BTD if op.item == "teacher" else state.hidden_BTD]
+    if op.kind is Kind.ALIGN:
+        return [state.aligned.get((op.micro_batch, op.target))]
+    if op.kind is Kind.LOSS:
+        return [state.grad_BTD]
+    if op.kind is Kind.BACKWARD:
+        gradient = executor.optimizer.groups["layer", op.target].gradient
+        return [state.grad_BTD, None if gradient is None else gradient.tensor]
+    return []
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())

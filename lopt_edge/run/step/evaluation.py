@@ -1,0 +1,97 @@
+"""The task loss of held-out batches, forward only, layer by layer, in tiles of tokens: in one process, or along a pipeline.
+
+It needs no optimizer and no plan, so it can be asked before there is one. In a pipeline process 0 tells the others each
+batch, hidden states flow from process to process, the last one adds up the losses (in the order in which one process
+would, so the sum is the same to the last bit) and tells process 0 the mean. Both ends of that talk stand here. A signal is
+heard between batches; then the others are told that no more come. Shapes: B sequences, T tokens, N selected, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.step.batches import Batch, as_message, from_message
+from lopt_edge.run.step.losses import task_loss
+
+if TYPE_CHECKING:
+    from lopt_edge.run.link import Link
+
+
+def held_out_loss(
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    token_tile: int,
+    layers: Sequence[int] | None = None,
+    between: Callable[[], None],
+    link: Link | None = None,
+) -> float:
+    """Mean task loss per supervised token, in tiles of so many tokens. `between`: before each batch.
+
+    `layers`: those that run, where it is not all of them. `link`: to the other processes of a pipeline.
+    """
+    if link is not None:
+        return _lead(model, link, batches, token_tile, between)
+    total, n_supervised = 0.0, 0
+    for batch in batches:
+        between()
+        for loss in _tile_losses(model, None, batch, token_tile, layers):
+            total += loss
+        n_supervised += batch.n_supervised
+    return total / max(1, n_supervised)
+
+
+def _lead(
+    model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]
+) -> float:  # fmt: skip
+    link.tell_all({"do": "evaluate", "token_tile": token_tile})
+    stopped: KeyboardInterrupt | None = None
+    for batch in batches:
+        try:
+            between()
+        except KeyboardInterrupt as stop:  # of ours (errors.Interrupted)
+            stopped = stop
+            break
+        link.tell_all({"batch": as_message(batch)})
+        _tile_losses(model, link, batch, token_tile)
+    link.tell_all({"batch": None})
+    link.flush()
+    loss = float(link.hear(len(link.parts) - 1)["loss"])
+    if stopped is not None:
+        raise stopped
+    return loss
+
+
+def follow(model: Model, link: Link, token_tile: int) -> None:
+    """A later process' part."""
+    total, n_supervised = 0.0, 0
+    while (values := link.hear(0)["batch"]) is not None:
+        batch = from_message(values, model.device)
+        for loss in _tile_losses(model, link, batch, token_tile):
+            total += loss
+        n_supervised += batch.n_supervised
+    link.flush()
+    if link.part.is_last:
+        link.tell(0, {"loss": total / max(1, n_supervised)})
+
+
+@torch.no_grad()
+def _tile_losses(
+    model: Model, link: Link | None, batch: Batch, token_tile: int, layers: Sequence[int] | None = None
+) -> list[float]:
+    """The summed loss of each tile; none where the hidden states are sent on instead."""
+    if link is None or link.rank == 0:
+        hidden_BTD = model.embed(batch.ids_BT)
+    else:
+        hidden_BTD = link.receive((*batch.ids_BT.shape, model.facts.hidden_size), model.dtype, model.device)
+    hidden_BTD = model.run_all(hidden_BTD, model.frame(hidden_BTD), layers=layers)
+    if link is not None and not link.part.is_last:
+        link.send(hidden_BTD)
+        return []
+    selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
+    tiles = (slice(start, start + token_tile) for start in range(0, len(selected_ND), token_tile))
+    return [task_loss(model, selected_ND[tile], batch.targets_N[tile]).item() for tile in tiles]

@@ -1,0 +1,434 @@
+"""The executor: runs a plan, one short method per op. It decides nothing: what to keep and move, and when, the plan says.
+
+Gradients flow by hand between layers: each layer's graph begins at its input and ends at its output, and
+`BACKWARD i` hands the gradient of its input to `BACKWARD i - 1`. So no graph is ever longer than one layer, and the
+first layer of a segment, whose input needs no gradient, computes none. An exception inside an op is re-raised with the
+plan around it.
+
+In float16 gradients are computed times a loss scale (a power of two, so it changes no bit of what does not under- or
+overflow). If one overflows, the same step is run again with a quarter of the scale; no step is lost to it. After an early
+update in the step it cannot be run again: the caller goes back to a checkpoint (training/run.py).
+
+A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
+movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
+
+State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import NotFinite, PeerLost
+from lopt_edge.plan.schedule.build import groups_of
+from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
+from lopt_edge.plan.schedule.effects import ENTERS
+from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.model.averages import Averages
+from lopt_edge.run.model.load import Frame, Model
+from lopt_edge.run.step.batches import Batch, Totals, window_totals
+from lopt_edge.run.step.losses import ReconstructHead
+from lopt_edge.run.step.movement_ops import MovementOps
+from lopt_edge.run.step.op_faults import op_error
+from lopt_edge.run.step.optim import GroupName, SegmentOptimizer
+from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
+from lopt_edge.run.tiers.feature_cache import FeatureCache
+from lopt_edge.run.tiers.graphs import LayerGraph
+from lopt_edge.run.tiers.moves import Parcel
+
+if TYPE_CHECKING:
+    from lopt_edge.run.link import FarGroups, Link
+
+ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
+FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lowers it
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one).
+
+    `align_loss`: of an alignment beside the task, minus the mean cosine of its tokens.
+    """
+
+    loss: float
+    local_loss: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+    totals: Totals
+    align_loss: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
+
+    `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
+    """
+
+    micro_batch: int
+    losses: Mapping[int, float]
+    gradient: Callable[[GroupName], Tensor | None]
+
+
+@dataclass(eq=False)
+class _Step:
+    """What is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
+
+    plan: Plan
+    batches: Sequence[Batch]
+    totals: Totals
+    learning_rates: Mapping[int, float]
+    losses: dict[int, float]
+    own_blocks: bool  # gradients move: each group's are a tensor of its own
+    early: bool  # some STEP comes before the last BACKWARD
+    hidden_BTD: Tensor | None = None
+    frame: Frame | None = None
+    held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
+    target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
+    grad_BTD: Tensor | None = None
+    align_weight: float = 0.0
+    teacher_BTD: Tensor | None = None
+    aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
+    cleaned: bool = False
+    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
+    fault_op: str = ""
+    inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
+
+
+def _segments_of(plan: Plan) -> dict[GroupName, int]:
+    """The segment of each group that this step updates."""
+    found = {group: segment.index for segment in plan.segments for group in groups_of(segment)}
+    return found | {("layer", layer): segment.index for segment in plan.segments for layer in segment.through}
+
+
+class Executor:
+    """Runs plans on a model. `heads` are the aux heads by segment index. `observe` is called before and after each op."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        heads: Mapping[int, ReconstructHead],
+        optimizer: SegmentOptimizer,
+        local_weight: float,
+        averages: Averages | None = None,
+        cascade_weight: float = 1.0,
+        loss_scale: float | None = None,
+        observe: Callable[[Op, bool], None] | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.losses = SegmentLosses(model, heads, local_weight=local_weight)
+        self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
+        self.mover, self.observe = optimizer.mover, observe
+        self.link: Link | None = None  # to the other processes of a pipeline
+        self.far: FarGroups | None = None  # what they hold, for checkpoints
+        self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
+        self.state: _Step | None = None  # of the step under way, for those who observe
+        self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
+        self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
+            Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
+            Kind.STEP: self._update, Kind.READ: self._read, Kind.WRITE: self._write, Kind.ALIGN: self._align,
+            Kind.HOLD: self._hold, Kind.AVERAGE: self._average, Kind.RECV: self._receive, Kind.SEND: self._send,
+            Kind.AGREE: self._agree, **MovementOps(model, optimizer).methods,
+        }  # fmt: skip
+
+    def run(
+        self,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rates: Mapping[int, float],
+        align_weight: float = 0.0,
+        start: Cut | None = None,
+        between: Callable[[Cut], None] | None = None,
+    ) -> StepResult:
+        """One optimizer step. Raises RunError that shows the plan around the op that failed.
+
+        `align_weight` is that of ALIGN ops. `start`: go on from there. `between` is called before each micro-batch but the
+        first; what it raises ends the step there, and the adapters are those of the last step.
+        """
+        while True:
+            try:
+                return self._run_once(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight,
+                                      start=start, between=between)  # fmt: skip
+            except NotFinite as error:
+                if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
+                    raise
+                self.loss_scale, start = max(1.0, self.loss_scale / SCALE_CUT), None
+
+    def _run_once(
+        self,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rates: Mapping[int, float],
+        align_weight: float,
+        start: Cut | None,
+        between: Callable[[Cut], None] | None,
+    ) -> StepResult:
+        state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
+                      own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
+                      early=plan.has_early_steps, align_weight=align_weight)  # fmt: skip
+        self.optimizer.begin_step(segments=_segments_of(plan), loss_scale=self.loss_scale)
+        clock, self.state = self.model.clock, state
+        clock.step, clock.active = step, True
+        first = 0 if start is None else cut_before(plan, start.micro_batch)
+        try:
+            if start is not None:
+                self._go_on(state, start, movements_before(plan, first))
+            for position, op in enumerate(plan.ops[first:], start=first):
+                if op.kind in ENTERS and op.item != "teacher" and between is not None and position > first:
+                    self._pause(state, op, between)
+                clock.micro_batch = op.micro_batch
+                try:
+                    self._run_op(state, op)
+                except PeerLost:
+                    raise
+                except Exception as error:
+                    intact = self._clean_up(state)
+                    raise op_error(plan, position, step, error, intact=intact) from error
+        except BaseException:
+            if not state.cleaned:
+                self._clean_up(state)
+            raise
+        finally:
+            clock.active, self.state = False, None
+        return self._result(state)
+
+    def _pause(self, state: _Step, op: Op, between: Callable[[Cut], None]) -> None:
+        """Let the caller look at the step where nothing of a micro-batch is alive; not after early updates."""
+        begins = state.plan.ops[cut_before(state.plan, op.micro_batch)].pass_index == op.pass_index
+        if op.micro_batch and begins and not (state.inputs or state.graphs or self.optimizer.any_updated):
+            between(Cut(op.micro_batch, dict(state.losses), self.optimizer.gradient_copy))
+
+    def _go_on(self, state: _Step, start: Cut, movements: Movements) -> None:
+        """Bring losses, gradients and streamed weights to where the ops before the cut left them."""
+        state.losses.update(start.losses)
+        for group in self.optimizer.groups:
+            if (flat := start.gradient(group)) is not None:
+                self.optimizer.put_gradient(group, flat, own_block=state.own_blocks)
+                del flat
+                for op in movements.of_gradients.get(group, ()):
+                    self._run_op(state, op)
+        for op in movements.of_weights:
+            self._run_op(state, op)
+
+    def _run_op(self, state: _Step, op: Op) -> None:
+        if self.observe is not None:
+            self.observe(op, False)
+        self.methods[op.kind](state, op)
+        if self.observe is not None:
+            self.observe(op, True)
+
+    def _clean_up(self, state: _Step) -> bool:
+        """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
+        state.cleaned = True
+        for parcel in state.inputs.values():
+            self.mover.free(parcel)
+        for graph in state.graphs.values():
+            graph.free()
+        self.optimizer.drop_gradients()
+        if self.model.weights is not None:
+            self.model.weights.evict_all()
+        return self.optimizer.roll_back()
+
+    def let_go(self) -> None:
+        """No step follows: moments, gradients and the buffers of streamed layers go; the adapters stay."""
+        self.optimizer.let_go()
+        if self.model.weights is not None:
+            self.model.weights.let_go()
+
+    def _embed(self, state: _Step, op: Op) -> None:
+        ids_BT = state.batches[op.micro_batch].ids_BT
+        with torch.no_grad():
+            state.hidden_BTD = self.model.embed(ids_BT)
+            state.frame = self.model.frame(state.hidden_BTD)
+
+    def _hold(self, state: _Step, op: Op) -> None:
+        state.held_BTD = state.hidden_BTD
+
+    def _read(self, state: _Step, op: Op) -> None:
+        if op.item == "held":
+            state.hidden_BTD, state.held_BTD = state.held_BTD, None
+            return
+        batch = state.batches[op.micro_batch]
+        found_BTD = self.caches[op.item].read(
+            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
+        )
+        if op.item == "teacher":
+            state.teacher_BTD = found_BTD
+            return
+        state.hidden_BTD, state.frame = found_BTD, self.model.frame(found_BTD)
+
+    def _write(self, state: _Step, op: Op) -> None:
+        """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
+        batch, cache = state.batches[op.micro_batch], self.caches[op.item]
+        cache.write(batch.examples, state.hidden_BTD)
+        state.hidden_BTD = cache.read(
+            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
+        )
+
+    def _align(self, state: _Step, op: Op) -> None:
+        segment = state.plan.segment_of(op.target)
+        weight = state.align_weight * self.loss_scale
+        output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
+        state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
+        if weight:
+            state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
+        state.teacher_BTD = None
+
+    def _receive(self, state: _Step, op: Op) -> None:
+        shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
+        state.hidden_BTD = self.link.receive(shape, self.model.dtype, self.model.device)
+        state.frame = self.model.frame(state.hidden_BTD)
+
+    def _send(self, state: _Step, op: Op) -> None:
+        self.link.send(state.hidden_BTD)
+
+    def _agree(self, state: _Step, op: Op) -> None:
+        """One bad number anywhere, and no process updates anything."""
+        self.link.flush()
+        if state.fault is None:
+            try:
+                self.optimizer.judge()
+            except NotFinite as error:
+                state.fault, state.fault_op = error, op.text()
+        self.link.agree(state.fault, state.fault_op)
+        self.optimizer.judged = True
+
+    def _forward(self, state: _Step, op: Op) -> None:
+        hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
+        segment = state.plan.scope(op)
+        if op.target == segment.first:
+            held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
+            state.target_BTD = hidden_BTD if held_here else None
+        if op.keep in (Keep.GRAPH, Keep.PAGES):
+            state.hidden_BTD = None  # the graph holds what it needs
+            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.frame.tensors())
+            state.graphs[key] = graph
+            state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)
+            return
+        if op.keep is Keep.INPUT:
+            state.inputs[key] = Parcel(hidden_BTD)
+        with torch.no_grad(), self._adapters(op):
+            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
+
+    def _run_with_graph(
+        self, state: _Step, op: Op, graph: LayerGraph, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
+    ) -> Tensor:
+        """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
+        first = op.target == state.plan.scope(op).reached[0]
+        with torch.enable_grad(), graph.recording(), self._adapters(op):
+            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
+
+    def _adapters(self, op: Op) -> AbstractContextManager[None]:
+        """The adapter set that the op computes with, in its layer."""
+        return nullcontext() if op.adapters == "train" or self.averages is None else self.averages.used(op.target)
+
+    def _loss(self, state: _Step, op: Op) -> None:
+        """The segment's loss and its gradient with respect to the segment's output."""
+        segment = state.plan.segments[op.target]
+        if segment.has_head:
+            self._accept(state, ("aux", op.target))
+        state.grad_BTD, value = self._gradient(state, op, segment)
+        state.losses[op.target] += value
+        state.target_BTD = None
+        if state.plan.is_last_run(op):
+            state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
+        if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
+            self.optimizer.complete_gradients(("aux", op.target))
+
+    def _gradient(self, state: _Step, op: Op, segment: Segment) -> tuple[Tensor, float]:
+        """A function of its own: nothing that it holds lives on."""
+        target_BTD = self._target(state, op, segment.first) if segment.has_head else None
+
+        def check(value: float, which: str) -> float:
+            try:
+                return finite(value, which)
+            except NotFinite as error:
+                if self.link is None:
+                    raise
+                if state.fault is None:  # the others count on this process until all agree
+                    state.fault, state.fault_op = error, op.text()
+                return value
+
+        output = self._output(state, op, segment, target_BTD)
+        return self.losses.gradient(output, loss_scale=self.loss_scale, check=check)
+
+    def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
+        n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
+        return SegmentOutput(segment, n_local, state.batches[op.micro_batch], state.totals, state.hidden_BTD, target_BTD,
+                             state.teacher_BTD, state.plan.tile)  # fmt: skip
+
+    def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
+        """What a local loss reconstructs: the segment's input."""
+        saved = state.inputs.get((op.micro_batch, first_layer))
+        return state.target_BTD if saved is None else saved.here()
+
+    def _backward(self, state: _Step, op: Op) -> None:
+        key, group = (op.micro_batch, op.target), ("layer", op.target)
+        graph = state.graphs.pop(key, None)
+        if graph is None:
+            graph, parcel = LayerGraph(self.mover), state.inputs.pop(key)
+            hidden_BTD = parcel.here()
+            self.mover.free(parcel)
+            self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.rerun_layer)
+            del hidden_BTD
+        try:
+            if op.adapters == "train":
+                self._accept(state, group)
+            if key in state.aligned:
+                state.grad_BTD = state.aligned.pop(key).add_(state.grad_BTD)
+            graph.feed(state.grad_BTD)
+            state.grad_BTD = None
+            with self._adapters(op):
+                state.grad_BTD = graph.backward()
+        finally:
+            graph.free()
+        if state.plan.completes(op):
+            self.optimizer.complete_gradients(group)
+        segment = state.plan.scope(op)
+        if op.target == segment.first and segment.begin < segment.first and self.cascade_weight != 1.0:
+            state.grad_BTD.mul_(self.cascade_weight)  # it crosses to the segment before
+
+    def _accept(self, state: _Step, group: GroupName) -> None:
+        self.optimizer.accept_gradients(group, own_block=state.own_blocks)
+
+    def _update(self, state: _Step, op: Op) -> None:
+        segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
+        if op.unit == "layer" and op.target in state.plan.segments[segment].through:
+            self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
+        self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
+
+    def _average(self, state: _Step, op: Op) -> None:
+        self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
+
+    def _result(self, state: _Step) -> StepResult:
+        segments = state.plan.segments
+        if self.link is not None:
+            self._exchange(state, self.link)
+        return StepResult(
+            loss=state.losses[segments[-1].index],
+            local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
+            grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
+            totals=state.totals,
+            align_loss=state.losses.get(ALIGNED),
+        )
+
+    def _exchange(self, state: _Step, link: Link) -> None:
+        """Losses and norms of all segments come to process 0."""
+        own = state.plan.own_segments
+        losses = {segment.index: state.losses[segment.index] for segment in own}
+        norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}
+        for other in link.gather({"losses": losses, "norms": norms}):
+            state.losses.update({int(segment): loss for segment, loss in other["losses"].items()})
+            self.optimizer.norms.update({int(segment): norm for segment, norm in other["norms"].items()})

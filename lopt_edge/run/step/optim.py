@@ -1,0 +1,335 @@
+"""AdamW over parameter groups: one group a layer's adapters or a segment's aux head; clipping per segment or over all.
+
+Each group's values, gradients and moments are flat fp32 tensors (parameters are views of them), so that a group moves
+between tiers as one piece and the heap is not cut up by small tensors that come and go. torch's fused AdamW runs on the
+flat tensors; it is elementwise, so grouping changes no bit. `adamw8bit` keeps both moments in bitsandbytes' dynamic 8-bit
+form (blocks of 256, arXiv 2110.02861), unpacked to fp32 for the update: a quarter of the bytes, not the same bits.
+
+The rules: nothing is updated unless every gradient of the step is finite (norms are taken as gradients become complete, and
+judged before the first update; with early STEPs, before each group's), so that one bad batch leaves no trace. A parameter
+without gradient would be skipped, one with a zero gradient is not: momentum and decay still move it; here every trained
+parameter always has one. When a group is updated, where its states lie and which learning rate it gets is the plan's and
+the caller's business.
+
+Where moments are paged, an update reads and writes files and so may fail between two groups. Before a group's update its
+values go down to the journal, in a page file of its own, so that one damaged file never costs the last finished step:
+- the file of the states is damaged: `roll_back` undoes this step's updates from the journal
+- the journal is damaged after updates of this step: they cannot be undone, but nothing else is missing; so the step goes
+  on to its end without a journal, and the fault is raised at the beginning of the next one
+Both damaged within one step is beyond it: `roll_back` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lopt_edge.errors import LoptError, NotFinite, RunError
+from lopt_edge.run.step.moments import Moments, make_moments
+from lopt_edge.run.tiers.moves import Mover, Parcel
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+ALIGNMENT = 16  # elements: each group begins at 64 bytes, so that vector loops cut it alike wherever it lies
+GroupName = tuple[str, int]
+
+
+def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
+    """The rate of step `step` (from 1): linear warm-up over ceil(ratio x steps), then cosine or linear to 0."""
+    n_warmup = math.ceil(warmup_ratio * n_steps)
+    if step <= n_warmup:
+        return peak * step / n_warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - 1 - n_warmup) / max(1, n_steps - n_warmup)
+    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(eq=False)
+class Group:
+    """One parameter group. `values` is flat; `gradient` and `moments` are parcels (None: not made yet)."""
+
+    name: GroupName
+    segment: int  # in the step under way
+    parameters: list[nn.Parameter]
+    values: Tensor
+    gradient: Parcel | None = None
+    moments: Parcel | None = None
+    journal: Parcel | None = None  # the values before this step's update, below, where the moments are paged too
+    steps: int = 0
+    updated: bool = False  # in the step under way
+    square_norm: Tensor | None = None
+
+    @property
+    def n_elements(self) -> int:
+        return self.values.numel()
+
+
+class SegmentOptimizer:
+    """One AdamW over all groups. `groups` gives each group's parameters. `clip` 0: no clipping."""
+
+    def __init__(
+        self,
+        groups: Mapping[GroupName, Sequence[nn.Parameter]],
+        *,
+        mover: Mover,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        clip_scope: str = "segment",
+        optimizer: str = "adamw",
+    ) -> None:
+        self.clip, self.clip_scope, self.weight_decay, self.mover = clip, clip_scope, weight_decay, mover
+        self.moments: Moments = make_moments(optimizer, mover.device)
+        self.groups: dict[GroupName, Group] = {}
+        starts, n_elements = {}, 0
+        for name, parameters in groups.items():
+            starts[name] = n_elements
+            n_elements += -(-sum(p.numel() for p in parameters) // ALIGNMENT) * ALIGNMENT
+        self._values = torch.empty(n_elements, dtype=torch.float32, device=mover.device)
+        self._gradients: Tensor | None = None  # one block for all groups, where gradients lie on the device
+        self._starts = starts
+        for name, parameters in groups.items():
+            self.groups[name] = self._make_group(name, list(parameters))
+        self.norms: dict[int, float] = {}
+        self.judged = False
+        self.loss_scale = 1.0
+        self.journal_fault: LoptError | None = None  # of the step under way, which goes on to its end
+
+    def _make_group(self, name: GroupName, parameters: list[nn.Parameter]) -> Group:
+        """Move the parameters' values into the flat block."""
+        start = position = self._starts[name]
+        for parameter in parameters:
+            view = self._values[position : position + parameter.numel()].view(parameter.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+            position += parameter.numel()
+        return Group(name, 0, parameters, self._values[start:position])
+
+    # gradients -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, *, segments: Mapping[GroupName, int], loss_scale: float = 1.0) -> None:
+        """`segments`: of each group, for the clip norms of this step; a group without is not updated in it.
+
+        Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone."""
+        if self.journal_fault is not None:
+            fault, self.journal_fault = self.journal_fault, None
+            raise RunError(f"the last step's undo copies could not be written: {fault}")
+        self.norms, self.judged, self.loss_scale = {}, False, loss_scale
+        for name, group in self.groups.items():
+            group.square_norm, group.updated, group.segment = None, False, segments.get(name, -1)
+
+    def accept_gradients(self, name: GroupName, *, own_block: bool) -> None:
+        """Make the group ready to add gradients to: zeros at first, later what is there already.
+
+        `own_block`: in a tensor of its own, which can move; else in the block of all groups.
+        """
+        group = self.groups[name]
+        if group.gradient is not None:
+            group.gradient.here()
+            return
+        if own_block:
+            flat = torch.zeros(group.n_elements, dtype=torch.float32, device=self.mover.device)
+        else:
+            if self._gradients is None:
+                self._gradients = torch.empty_like(self._values)
+            flat = self._gradients[self._starts[name] :][: group.n_elements].zero_()
+        group.gradient = Parcel(flat)
+        self._attach(group)
+
+    def _attach(self, group: Group) -> None:
+        flat, position = group.gradient.here(), 0
+        for parameter in group.parameters:
+            parameter.grad = flat[position : position + parameter.numel()].view(parameter.shape)
+            position += parameter.numel()
+
+    def store_gradients(self, name: GroupName, tier: str) -> None:
+        group = self.groups[name]
+        for parameter in group.parameters:
+            parameter.grad = None
+        self.mover.down(group.gradient, tier)
+
+    def load_gradients(self, name: GroupName) -> None:
+        self.mover.up(self.groups[name].gradient)
+
+    def wait_gradients(self, name: GroupName) -> None:
+        group = self.groups[name]
+        self.mover.wait(group.gradient)
+        if group.gradient.tensor is not None:
+            self._attach(group)
+
+    def complete_gradients(self, name: GroupName) -> None:
+        """The group's gradients of this step are complete: take their norm (judged later, in `judge`)."""
+        group = self.groups[name]
+        group.square_norm = group.gradient.here().square().sum()
+
+    # states ----------------------------------------------------------------------------------------------------------
+
+    def store_states(self, name: GroupName, tier: str) -> None:
+        self.mover.down(self.groups[name].moments, tier)
+
+    def load_states(self, name: GroupName) -> None:
+        """Moments come up; the values before the update go down, for `roll_back`."""
+        group = self.groups[name]
+        if group.moments is None:  # before the first step there is nothing below yet
+            group.moments = Parcel(self.moments.zeros(group.n_elements))
+        else:
+            self.mover.up(group.moments)
+        group.journal = group.journal or Parcel(None, file=self.mover.journal_file)
+        group.journal.tensor = group.values
+        self.mover.down(group.journal, "disk" if self.mover.page_file else "host")
+
+    def wait_states(self, name: GroupName) -> None:
+        group = self.groups[name]
+        self.mover.wait(group.moments)
+        if group.journal is None:
+            return
+        try:
+            self.mover.wait(group.journal)
+        except LoptError as error:
+            self.mover.free(group.journal)  # what an earlier step left there must never be taken for this one's values
+            if not any(other.updated for other in self.groups.values()):
+                raise
+            self.journal_fault = self.journal_fault or error
+
+    def roll_back(self) -> bool:
+        """After a fault between updates: undo those of this step. False if that was not possible.
+
+        Where moments are paged an update reads files, so it may fail half way; elsewhere it cannot, and nothing is undone.
+        """
+        for group in self.groups.values():
+            if not group.updated:
+                continue
+            if group.journal is None or not group.journal.is_below:
+                return False
+            try:
+                self.mover.up(group.journal)
+                self.mover.wait(group.journal)
+            except LoptError:
+                return False
+            group.values.copy_(group.journal.here())
+            group.journal.tensor, group.steps, group.updated = None, group.steps - 1, False
+        return True
+
+    # updates ---------------------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """Norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN."""
+        squares: dict[int, list[Tensor]] = {}
+        for group in self.groups.values():
+            if group.square_norm is not None:
+                squares.setdefault(group.segment, []).append(group.square_norm)
+        self.norms = {
+            segment: math.sqrt(torch.stack(found).sum().item()) / self.loss_scale for segment, found in squares.items()
+        }
+        for segment, norm in self.norms.items():
+            if not math.isfinite(norm):
+                raise NotFinite(f"the gradient of segment {segment} is not finite; nothing was updated")
+
+    def step(self, name: GroupName, *, lr: float, early: bool = False) -> None:
+        """Clip, update and free the gradients of one group. `early`: other groups' gradients may still be missing."""
+        if early or not self.judged:
+            self.judge()
+            self.judged = not early
+        group = self.groups[name]
+        gradient = group.gradient.here()
+        factor = self._clip_factor(group.segment) / self.loss_scale  # a power of two: exact
+        if factor != 1.0:
+            gradient.mul_(factor)
+        if group.moments is None:
+            group.moments = Parcel(self.moments.zeros(group.n_elements))
+        with self.moments.unpacked(group.moments.here(), group.n_elements) as (first, second):
+            group.steps += 1
+            group.updated = True
+            adamw(
+                [group.values], [gradient], [first], [second], [],
+                [torch.tensor(float(group.steps - 1), device=gradient.device)],  # adamw counts up itself
+                amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=self.weight_decay, eps=EPSILON,
+                maximize=False, fused=True,
+            )  # fmt: skip
+        self._drop(group)
+
+    def _clip_factor(self, segment: int) -> float:
+        if not self.clip:
+            return 1.0
+        norm = self.norms[segment]
+        if self.clip_scope == "global":
+            norm = math.sqrt(sum(value * value for value in self.norms.values()))
+        return self.clip / (norm + 1e-6) if norm > self.clip else 1.0  # torch.nn.utils.clip_grad_norm_'s guard
+
+    def _drop(self, group: Group) -> None:
+        for parameter in group.parameters:
+            parameter.grad = None
+        if group.gradient is not None:
+            self.mover.free(group.gradient)
+            group.gradient = None
+
+    def drop_gradients(self) -> None:
+        """After a fault: no gradient is left, and no movement is under way."""
+        for group in self.groups.values():
+            self._drop(group)
+            for parcel in (group.moments, group.journal):
+                if parcel is not None:
+                    self.mover.settle(parcel)
+            if group.journal is not None:  # paged moments: what counts is the copy below, if there is one yet
+                group.journal.tensor = None
+                if group.moments.offset is None and group.moments.host is None:
+                    group.moments = None
+                else:
+                    group.moments.tensor = None
+
+    @property
+    def any_updated(self) -> bool:
+        """Whether the step under way has updated a group already."""
+        return any(group.updated for group in self.groups.values())
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def gradient_copy(self, name: GroupName) -> Tensor | None:
+        """The group's accumulated gradient, flat on the CPU, wherever it lies now; None before its first."""
+        parcel = self.groups[name].gradient
+        return None if parcel is None else self.mover.look(parcel).view(-1)
+
+    def put_gradient(self, name: GroupName, flat: Tensor, *, own_block: bool) -> None:
+        """What was accumulated before a cut, on the device."""
+        self.accept_gradients(name, own_block=own_block)
+        self.groups[name].gradient.here().copy_(flat)
+
+    def moments_copy(self, name: GroupName) -> Tensor | None:
+        """The group's stored moments, on the CPU, wherever they lie now; None before its first update."""
+        parcel = self.groups[name].moments
+        return None if parcel is None else self.mover.look(parcel)
+
+    def put_state(self, name: GroupName, *, moments: Tensor | None, steps: int, tier: str) -> None:
+        """The moments and the number of updates of a checkpoint; the moments go to the tier where the plan has them."""
+        group = self.groups[name]
+        group.steps = steps
+        if moments is None:
+            return
+        group.moments = Parcel(moments.to(self.mover.device))
+        if tier != "device":
+            self.mover.down(group.moments, tier)
+            self.mover.wait(group.moments)
+
+    def let_go(self) -> None:
+        """No update follows: gradients and moments go, here and below."""
+        self.drop_gradients()
+        self._gradients = None
+        for group in self.groups.values():
+            for parcel in (group.moments, group.journal):
+                if parcel is not None:
+                    self.mover.free(parcel)
+            group.moments = group.journal = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(category, tensor) of what is held on the device now."""
+        yield "adapters", self._values
+        if self._gradients is not None:
+            yield "gradients", self._gradients
+        for group in self.groups.values():
+            for category, parcel in (("gradients", group.gradient), ("optimizer", group.moments)):
+                if parcel is not None and parcel.tensor is not None:
+                    yield category, parcel.tensor

@@ -1,0 +1,100 @@
+"""What a LOSS op computes: a segment's loss and its gradient with respect to the segment's output, in tiles of tokens.
+
+Which loss it is says the plan's segment (plan/schedule/segments.py); the formulas are in losses.py. Coefficients are 1 /
+totals of the accumulation window (design law 5); local losses are averaged, then weighted by lambda, and returned before
+that weight. The rule: nothing of one tile lives on into the next. Aux heads' gradients are accumulated on the way; who owns
+them and where they lie is the executor's business.
+
+Shapes: B sequences, T tokens, N selected tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import NotFinite
+from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.step.batches import Batch, Totals
+from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentOutput:
+    """`target_BTD` is what a reconstruction aims at, `teacher_BTD` what an alignment does."""
+
+    segment: Segment
+    n_local: int  # segments with a local loss in this kind of step; 0: theirs are not weighed by lambda
+    batch: Batch
+    totals: Totals
+    hidden_BTD: Tensor
+    target_BTD: Tensor | None
+    teacher_BTD: Tensor | None
+    tile: int
+
+
+class SegmentLosses:
+    """`heads` are the aux heads by segment index."""
+
+    def __init__(self, model: Model, heads: Mapping[int, ReconstructHead], *, local_weight: float) -> None:
+        self.model, self.heads, self.local_weight = model, heads, local_weight
+
+    def gradient(
+        self, output: SegmentOutput, *, loss_scale: float, check: Callable[[float, str], float]
+    ) -> tuple[Tensor, float]:
+        """The gradient (B, T, D) times `loss_scale`, and the loss, each part of which goes through `check` (`finite`)."""
+        weighed = output.segment.is_local and output.n_local
+        factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
+        if output.segment.loss == "align":
+            grad_BTD, value = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
+            return grad_BTD, value / factor
+        rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
+        flat_ND, value = output.hidden_BTD.flatten(0, 1), 0.0
+        grad_ND = torch.zeros_like(flat_ND)
+        positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
+        for start in range(0, len(positions), output.tile):
+            tile_N = positions[start : start + output.tile]
+            grad_ND[tile_N], tile_value = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
+            value += check(tile_value, "local" if output.segment.is_local else "task")
+        return grad_ND.view_as(output.hidden_BTD), value
+
+    def _tile(
+        self, output: SegmentOutput, leaf_ND: Tensor, tile_N: Tensor, *, start: int, factor: float
+    ) -> tuple[Tensor, float]:
+        """The gradient of a tile, and its loss."""
+        segment = output.segment
+        leaf_ND.requires_grad_()
+        with torch.enable_grad():
+            if segment.reads_out:
+                loss = task_loss(self.model, leaf_ND, output.batch.targets_N[start : start + output.tile])
+                denominator = max(1, output.totals.supervised)
+            else:
+                loss = self.heads[segment.index](leaf_ND, output.target_BTD.flatten(0, 1)[tile_N])
+                denominator = output.totals.tokens * self.model.facts.hidden_size
+            loss = loss * (1.0 / denominator)
+            (loss if factor == 1.0 else loss * factor).backward()
+        return leaf_ND.grad, loss.item()
+
+
+def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
+    """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss."""
+    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), output.teacher_BTD.flatten(0, 1), 0.0
+    grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
+    positions = torch.arange(len(hidden_ND), device=hidden_ND.device) if rows_N is None else rows_N
+    for start in range(0, len(positions), output.tile):
+        tile_N = positions[start : start + output.tile]
+        loss, grad_ND[tile_N] = alignment(hidden_ND[tile_N], teacher_ND[tile_N], scale=scale)
+        value += finite(loss.item(), "alignment")
+    return grad_ND.view_as(output.hidden_BTD), value
+
+
+def finite(value: float, which: str) -> float:
+    """The value. Raises NotFinite."""
+    if not math.isfinite(value):
+        raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
+    return value

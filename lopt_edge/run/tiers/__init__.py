@@ -1,0 +1,1 @@
+"""Tensors between device, host memory and disk."""

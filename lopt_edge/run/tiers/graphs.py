@@ -1,0 +1,128 @@
+"""One layer's autograd graph, from its input to its output, whose saved tensors may be moved to another tier.
+
+Neither the input nor the output is held here: the gradient of the input is caught by a tap at the graph's beginning, the
+gradient of the output is fed in at its end by a seed and belongs to autograd alone from there on (so that it is freed as
+soon as it is used). The graph holds what autograd saved and nothing else.
+A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one parcel, shared by
+all tensors that view it. Frozen parameters, LoRA matrices and what all layers share (rotary tables, masks) are not the
+graph's own and stay. `page_out` / `page_in` begin to move all parcels, `wait` ends that.
+
+The rule: moving changes no bit. A page that is asked for while it is below raises, it is never fetched silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lopt_edge.run.tiers.moves import Mover, Parcel
+
+View = tuple[Parcel, torch.dtype, torch.Size, tuple[int, ...], int]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity; its backward hands the gradient to the graph. `anchor` makes autograd record it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, graph: LayerGraph) -> Tensor:
+        ctx.graph = graph
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.graph.input_grad = grads[0]
+        return None, None, None
+
+
+class _Seed(torch.autograd.Function):
+    """The end of the graph: a scalar whose backward is the gradient of the output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, graph: LayerGraph) -> Tensor:
+        ctx.graph = graph
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        seed, ctx.graph.seed = ctx.graph.seed, None
+        return seed, None
+
+
+class LayerGraph:
+    """`begin` with the input, run the layer inside `recording`, `end` with the output, later `backward`."""
+
+    def __init__(self, mover: Mover, *, movable: bool = False, constants: Iterable[Tensor] = ()) -> None:
+        self.mover, self.movable = mover, movable
+        self.constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        self.pages: dict[int, Parcel] = {}
+        self.input_grad: Tensor | None = None
+        self.root: Tensor | None = None
+        self.seed: Tensor | None = None
+
+    def begin(self, hidden: Tensor, *, needs_gradient: bool) -> Tensor:
+        if not needs_gradient:
+            return hidden.detach()
+        return _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)
+
+    def recording(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self._save, self._give) if self.movable else nullcontext()
+
+    def end(self, output: Tensor) -> Tensor:
+        self.root = _Seed.apply(output, self)
+        return output.detach()
+
+    def _save(self, tensor: Tensor) -> Tensor | View:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if isinstance(tensor, nn.Parameter) or address in self.constants or not tensor.numel():
+            return tensor
+        if address not in self.pages:
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            self.pages[address] = Parcel(flat)
+        return self.pages[address], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _give(self, saved: Tensor | View) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        parcel, dtype, shape, stride, offset = saved
+        flat = parcel.here()
+        return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
+
+    def feed(self, grad: Tensor) -> None:
+        """The gradient of the output; the caller must not hold it any longer."""
+        self.seed = grad
+
+    def backward(self) -> Tensor | None:
+        """Accumulate the adapters' gradients; the gradient of the input, or None where it is frozen."""
+        root, self.root = self.root, None
+        if root is None or self.seed is None:
+            raise RuntimeError("this graph was not ended, or has no gradient to begin with")
+        root.backward()
+        found, self.input_grad = self.input_grad, None
+        return found
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(parcel.tensor.nbytes for parcel in self.pages.values() if parcel.tensor is not None)
+
+    def page_out(self, tier: str) -> None:
+        for parcel in self.pages.values():
+            self.mover.down(parcel, tier)
+
+    def page_in(self) -> None:
+        for parcel in self.pages.values():
+            self.mover.up(parcel)
+
+    def wait(self) -> None:
+        for parcel in self.pages.values():
+            self.mover.wait(parcel)
+
+    def free(self) -> None:
+        """Let all pages go, here and below."""
+        for parcel in self.pages.values():
+            self.mover.free(parcel)
+        self.pages, self.root, self.seed = {}, None, None

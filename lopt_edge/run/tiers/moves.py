@@ -1,0 +1,267 @@
+"""Movements of tensors between device, host and disk, each begun by one call and ended by another.
+
+A `Parcel` is one tensor that may be on the device, below (in pinned host memory, or in the page file), or both. The rules:
+- what a movement reads or overwrites stays alive and untouched until `wait`: the device copy is let go only there, a new
+  device tensor is handed out only there;
+- disk work is done by worker threads with positioned reads and writes; on CUDA device copies run on a stream of their own,
+  ordered against the computing stream by events in both directions, because a buffer that is overwritten too early trains
+  on garbage while the loss still falls;
+- a fault of a worker appears at `wait`, as a RunError.
+A parcel may name the page file that its copies go to; that is for what must outlive damage to the other one
+(run/step/optim.py).
+
+`delay` is for tests: called in the worker with the name of the movement's stage, it may sleep, so that a missing wait shows
+(tests/laws/test_memory_features.py). What moves where and when is written in the plan; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import RunError
+from lopt_edge.run.tiers.page_file import PageFile
+from lopt_edge.run.tiers.pinned import PinnedPool
+from quant.files import tensor_bytes
+from quant.headers import FolderError
+
+N_WORKERS = 2
+Delay = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Parcel:
+    """One tensor and its copy below. `tensor` is None while it is only below."""
+
+    tensor: Tensor | None
+    host: Tensor | None = None
+    offset: int | None = None  # in the page file
+    file: PageFile | None = None  # another page file than the mover's
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    n_bytes: int = 0
+    pending: Callable[[], None] | None = None  # ends the movement under way
+
+    @property
+    def is_below(self) -> bool:
+        return self.host is not None or self.offset is not None
+
+    def here(self) -> Tensor:
+        if self.tensor is None or self.pending is not None:
+            raise RuntimeError("this tensor is not on the device")
+        return self.tensor
+
+
+class Mover:
+    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a CUDA device.
+
+    `journal_file` takes the optimizer's undo copies; without it they go to `page_file`, and are lost with that.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        page_file: PageFile | None = None,
+        journal_file: PageFile | None = None,
+        pinned: PinnedPool | None = None,
+        delay: Delay | None = None,
+    ) -> None:
+        self.device, self.page_file, self.journal_file, self.delay = device, page_file, journal_file, delay
+        self.pinned = pinned or PinnedPool(device)
+        self.workers = ThreadPoolExecutor(N_WORKERS, thread_name_prefix="lopt-move")
+        self._start_workers()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.bytes_moved = 0
+
+    def _start_workers(self) -> None:
+        """All of them now, not with the first jobs: a thread that begins where memory has just run out may die before it
+        says that it began, and whoever starts it waits for ever (seen under RLIMIT_DATA, Python 3.11)."""
+        barrier = threading.Barrier(N_WORKERS + 1)
+        for _ in range(N_WORKERS):
+            self.workers.submit(barrier.wait)
+        barrier.wait()
+
+    # the side stream -------------------------------------------------------------------------------------------------
+
+    def after_compute(self) -> Any:
+        """A mark on the computing stream that a copy of the side stream must wait for (None on the CPU)."""
+        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def on_side(self, mark: Any) -> AbstractContextManager[Any]:
+        """Work on the side stream after `mark`."""
+        if self.stream is None:
+            return nullcontext()
+        if mark is not None:
+            self.stream.wait_event(mark)
+        return torch.cuda.stream(self.stream)
+
+    def before_compute(self, event: Any) -> None:
+        """Let the computing stream wait for a side-stream event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def submit(self, name: str, work: Callable[[], None]) -> Future[None]:
+        """Run `work` in a worker; faults of files become RunErrors."""
+
+        def run() -> None:
+            self.pause(name)
+            work()
+            self.pause(name)
+
+        return self.workers.submit(run)
+
+    def pause(self, name: str) -> None:
+        if self.delay is not None:
+            self.delay(name)
+
+    # parcels ---------------------------------------------------------------------------------------------------------
+
+    def down(self, parcel: Parcel, tier: str) -> None:
+        """Begin to copy the parcel's tensor to `tier` ("host" or "disk"); at `wait` the device copy is let go."""
+        tensor = parcel.here().contiguous()
+        parcel.tensor, parcel.shape, parcel.dtype, parcel.n_bytes = tensor, tuple(tensor.shape), tensor.dtype, tensor.nbytes
+        self.bytes_moved += tensor.nbytes
+        if tier == "host":
+            if parcel.host is None:
+                parcel.host = self.pinned.take(tensor.nbytes)
+            event = self._copy(parcel.host, _flat(tensor))
+            parcel.pending = lambda: (self.before_compute(event), self._let_go(parcel))[1]
+            return
+        file = self._file(parcel)
+        if parcel.offset is None:
+            parcel.offset = file.allocate(tensor.nbytes)
+        offset = parcel.offset
+        if self.stream is None:
+            job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
+            parcel.pending = lambda: (result_of(job), self._let_go(parcel))[1]
+            return
+        staging = self.pinned.take(tensor.nbytes)
+        event = self._copy(staging, _flat(tensor))
+
+        def write() -> None:
+            event.synchronize()
+            file.write(offset, tensor_bytes(staging))
+            self.pinned.give(staging)
+
+        job = self.submit("write", write)
+        parcel.pending = lambda: (result_of(job), self._let_go(parcel))[1]
+
+    def up(self, parcel: Parcel) -> None:
+        """Begin to bring the parcel back to the device; its copy below stays until `free`."""
+        tensor = torch.empty(parcel.shape, dtype=parcel.dtype, device=self.device)
+        self.bytes_moved += tensor.nbytes
+
+        def arrive() -> None:
+            parcel.tensor = tensor
+
+        if parcel.host is not None:
+            event = self._copy(_flat(tensor), parcel.host)
+            parcel.pending = lambda: (self.before_compute(event), arrive())[1]
+            return
+        if parcel.offset is None:
+            raise RuntimeError("this parcel has no copy below")
+        job = self.submit("read", self._reader(self._file(parcel), parcel.offset, tensor, self.after_compute()))
+        parcel.pending = lambda: (result_of(job), arrive())[1]
+
+    def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
+        if self.stream is None:
+            return lambda: file.read(offset, tensor_bytes(tensor))
+
+        def read() -> None:
+            staging = self.pinned.take(tensor.nbytes)
+            file.read(offset, tensor_bytes(staging))
+            with self.on_side(mark):
+                _flat(tensor).copy_(staging, non_blocking=True)
+                event = torch.cuda.current_stream(self.device).record_event()
+            event.synchronize()
+            self.pinned.give(staging)
+
+        return read
+
+    def _copy(self, target: Tensor, source: Tensor) -> Any:
+        """A copy between device and pinned host memory on the side stream; returns its event (None on the CPU)."""
+        with self.on_side(self.after_compute()):
+            self.pause("copy")
+            target.copy_(source, non_blocking=True)
+            return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, parcel: Parcel) -> None:
+        """End the movement under way. Raises RunError if it failed."""
+        pending, parcel.pending = parcel.pending, None
+        if pending is not None:
+            pending()
+
+    def look(self, parcel: Parcel) -> Tensor:
+        """The parcel's values on the CPU (not to be changed), wherever they are; it stays as it is."""
+        if parcel.tensor is not None:
+            return parcel.tensor.detach().cpu()
+        if parcel.host is not None:
+            if self.stream is not None:
+                self.stream.synchronize()
+            return parcel.host[: parcel.n_bytes].clone().view(parcel.dtype).view(parcel.shape)
+        if parcel.offset is None:
+            raise RuntimeError("this parcel is nowhere")
+        found = torch.empty(parcel.shape, dtype=parcel.dtype)
+        self._file(parcel).read(parcel.offset, tensor_bytes(found))
+        return found
+
+    def drop(self, parcel: Parcel) -> None:
+        """Let the device copy go; the one below stays."""
+        parcel.here()
+        self._let_go(parcel)
+
+    def settle(self, parcel: Parcel) -> None:
+        """After a fault: end what is under way, whatever comes of it (the fault that matters was raised already)."""
+        with suppress(Exception):
+            self.wait(parcel)
+
+    def free(self, parcel: Parcel) -> None:
+        """Let everything go; a movement under way is ended first."""
+        self.settle(parcel)
+        parcel.tensor = None
+        if parcel.host is not None:
+            self.pinned.give(parcel.host, after=self.after_compute())
+        if parcel.offset is not None:
+            self._file(parcel).free(parcel.offset)
+        parcel.host = parcel.offset = None
+
+    def _let_go(self, parcel: Parcel) -> None:
+        parcel.tensor = None
+
+    def _file(self, parcel: Parcel) -> PageFile:
+        file = parcel.file or self.page_file
+        if file is None:
+            raise RuntimeError("the plan pages to disk, but there is no page file")
+        return file
+
+    def close(self) -> None:
+        """Wait for the workers and remove the page files. May be called twice."""
+        self.workers.shutdown(wait=True)
+        for file in (self.page_file, self.journal_file):
+            if file is not None:
+                file.close()
+        self.pinned.close()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def result_of(job: Future[None]) -> None:
+    """The worker's result, its faults as errors of ours."""
+    try:
+        job.result()
+    except FolderError as error:
+        raise RunError(str(error), fix="check the disk, and that nothing changes the model's files during a run") from None
+    except OSError as error:
+        raise RunError(
+            f"a file could not be read or written ({error.strerror or error})", where=str(error.filename or "")
+        ) from None

@@ -1,0 +1,293 @@
+"""The disk tier: the folder in which page files live, and the page file itself.
+
+`check_page_dir` looks and makes nothing, `prepare_page_dir` looks and makes the folder. They refuse what would fail later
+or lie: a file in the folder's place, a folder that cannot be written, too little free space, more than the disk
+budget, and file systems that are memory (tmpfs, ramfs), where paging out would take the memory that it is to free. The
+file system is that of the longest mount point in /proc/self/mounts; without that file (macOS) it is unknown and passes.
+What it cannot see: a disk image, an overlay or a network file system that itself lies in memory, and quotas.
+
+A `PageFile` is one file for all paged tensors of a process, its space reserved ahead, so that a full disk shows at the
+start and not at hour five. (File systems that write every block anew, btrfs and zfs, may still run out in a write.) Its
+rules:
+- the name goes as soon as the space is reserved; the open descriptor keeps the file. So a crash or SIGKILL leaves
+  nothing behind, and `df` sees the space until the process ends but `ls` no file
+- space is handed out first-fit, in grains of 4096 bytes, and freed neighbours join. When no gap fits, the file grows by
+  what is missing, up to `max_bytes`; it never shrinks before it is closed
+- reads and writes are positioned, so threads need no lock between them; a lock guards the list of extents, and `close`
+  waits for the transfers under way (a descriptor number that is closed under a transfer may already be another file's)
+- a transfer outside one live extent is a defect of ours (ValueError), since it would overwrite another tensor: training
+  goes on with garbage while the loss still falls. What the disk does wrong is a RunError with path, bytes and advice
+It keeps no checksums, and it does not bypass the page cache: cached pages are the kernel's to drop, not part of the
+resident set, but a control group counts them.
+
+Only the moment between creation and unlinking can leave a named file, `lopt-pages-<pid>-<name>.bin`, which the next
+`prepare_page_dir` removes: when its process is gone, and also when it bears our own pid, because a live page file has no
+name any more and in a container every run has the same pid.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from bisect import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from lopt_edge.errors import RunError
+from lopt_edge.plan.costs.sizes import DISK_GRAIN
+from lopt_edge.units import format_bytes
+
+GRAIN = DISK_GRAIN
+MOST_AT_ONCE = 1 << 30  # bytes of one system call: Linux stops at 2 GiB, macOS refuses more than that
+_PAGE_FILE = re.compile(r"lopt-pages-([1-9][0-9]{0,8})-.*\.bin", re.DOTALL)
+_WHERE = "page_dir"
+_OTHER_FOLDER = "choose a page folder on a disk with more room"
+_ADVICE = {
+    errno.EEXIST: "remove that file: a live run needs no name",
+    errno.ENOSPC: f"free some space there, or {_OTHER_FOLDER}",
+    errno.EDQUOT: f"your disk quota is used up: free some space, or {_OTHER_FOLDER}",
+    errno.EFBIG: "a file may not be that large there (FAT, or ulimit -f): choose another page folder",
+    errno.EIO: "the disk reports a fault: look at the system log (dmesg) and choose a page folder on another disk",
+}
+
+
+def _exactly(n_bytes: int) -> str:
+    return format_bytes(n_bytes) if n_bytes < 2**20 else f"{format_bytes(n_bytes)} ({n_bytes:,} bytes)"
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+class Extents:
+    """Which ranges of a space are taken and which are free: first-fit, freed neighbours join. No I/O, no lock.
+
+    Both lists hold (start, size), sorted; together they cover [0, size) without overlap.
+    """
+
+    def __init__(self) -> None:
+        self.size = self.used = self.peak = 0
+        self._free: list[tuple[int, int]] = []
+        self._taken: list[tuple[int, int]] = []
+
+    @property
+    def free_extents(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._free)
+
+    @property
+    def tail(self) -> int:
+        """Free bytes at the very end: what growing need not add."""
+        return self._free[-1][1] if self._free and sum(self._free[-1]) == self.size else 0
+
+    def grow(self, n_bytes: int) -> None:
+        self._give(self.size, n_bytes)
+        self.size += n_bytes
+
+    def allocate(self, n_bytes: int) -> int | None:
+        """The start of the first gap that holds `n_bytes`, now taken; None where no gap does."""
+        at = next((at for at, (_, size) in enumerate(self._free) if size >= n_bytes), None)
+        if at is None:
+            return None
+        start, size = self._free[at]
+        self._free[at : at + 1] = [(start + n_bytes, size - n_bytes)] if size > n_bytes else []
+        self._taken.insert(bisect(self._taken, (start, n_bytes)), (start, n_bytes))
+        self.used += n_bytes
+        self.peak = max(self.peak, self.used)
+        return start
+
+    def free(self, start: int) -> None:
+        at = self._at(start)
+        if at is None or self._taken[at][0] != start:
+            raise ValueError(f"nothing is allocated at {start}")
+        _, size = self._taken.pop(at)
+        self.used -= size
+        self._give(start, size)
+
+    def holds(self, start: int, n_bytes: int) -> bool:
+        """Whether [start, start + n_bytes) lies inside one taken extent."""
+        at = self._at(start)
+        return at is not None and start + n_bytes <= sum(self._taken[at])
+
+    def _at(self, position: int) -> int | None:
+        """The index of the last taken extent that starts at or before `position`."""
+        at = bisect(self._taken, position, key=lambda extent: extent[0]) - 1
+        return at if at >= 0 else None
+
+    def _give(self, start: int, size: int) -> None:
+        at = bisect(self._free, (start, size))
+        if at < len(self._free) and start + size == self._free[at][0]:
+            size += self._free.pop(at)[1]
+        if at and sum(self._free[at - 1]) == start:
+            at -= 1
+            start, before = self._free.pop(at)
+            size += before
+        self._free.insert(at, (start, size))
+
+
+class PageFile:
+    """One file for paged tensors, nameless once made. `n_bytes` are reserved now; it grows up to `max_bytes` (None: on).
+
+    Sizes are rounded up to GRAIN. Safe to use from several threads.
+    """
+
+    def __init__(self, directory: Path, *, n_bytes: int, name: str, max_bytes: int | None = None) -> None:
+        self.path = directory / f"lopt-pages-{os.getpid()}-{name}.bin"
+        self._max_bytes = max_bytes
+        self._extents = Extents()
+        self._lock = threading.Condition()  # guards the extents, the count of transfers and the end
+        self._transfers = 0
+        self._closed = False
+        try:
+            self._file = open(self.path, "x+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
+        except OSError as error:
+            raise self._failure("cannot be made", 0, error) from None
+        try:
+            self._grow(_round_up(n_bytes))
+        except BaseException:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def used_bytes(self) -> int:
+        with self._lock:
+            return self._extents.used
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was used at a time."""
+        with self._lock:
+            return self._extents.peak
+
+    @property
+    def size_bytes(self) -> int:
+        """What the file takes of the disk."""
+        with self._lock:
+            return self._extents.size
+
+    def allocate(self, n_bytes: int) -> int:
+        """The offset of `n_bytes` that are now the caller's."""
+        if n_bytes < 1:
+            raise ValueError(f"cannot allocate {n_bytes} bytes")
+        size = _round_up(n_bytes)
+        with self._lock:
+            self._check_open()
+            offset = self._extents.allocate(size)
+            if offset is None:
+                self._grow(size - self._extents.tail)
+                offset = self._extents.allocate(size)
+            assert offset is not None
+            return offset
+
+    def free(self, offset: int) -> None:
+        """Give an allocation back. Nothing happens once the file is closed. Not for finalisers: it takes the lock."""
+        with self._lock:
+            if not self._closed:
+                self._extents.free(offset)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """All of `data` (contiguous) to `offset`, inside one allocation."""
+        with self._transfer(offset, data.nbytes):
+            done, data = 0, _as_bytes(data)
+            while done < len(data):
+                try:
+                    done += os.pwrite(self._file.fileno(), data[done : done + MOST_AT_ONCE], offset + done)
+                except OSError as error:
+                    raise self._failure(f"cannot write at {offset + done}", len(data) - done, error) from None
+
+    def read(self, offset: int, out: memoryview) -> None:
+        """Fill `out` (contiguous, writable) from `offset`, inside one allocation."""
+        with self._transfer(offset, out.nbytes):
+            done, out = 0, _as_bytes(out)
+            while done < len(out):
+                try:
+                    n_read = os.preadv(self._file.fileno(), [out[done : done + MOST_AT_ONCE]], offset + done)
+                except OSError as error:
+                    raise self._failure(f"cannot read at {offset + done}", len(out) - done, error) from None
+                if n_read == 0:
+                    what = f"the page file was truncated: {len(out) - done:,} bytes are missing at {offset + done}"
+                    raise RunError(
+                        what, where=str(self.path), fix="start again from the last checkpoint; keep others off that disk"
+                    )
+                done += n_read
+
+    def close(self) -> None:
+        """Give the space back, once the transfers under way are done. A second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._lock.wait_for(lambda: not self._transfers)
+            self._file.close()
+            if os.name != "posix":
+                self.path.unlink(missing_ok=True)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def __enter__(self) -> PageFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @contextmanager
+    def _transfer(self, offset: int, n_bytes: int) -> Iterator[None]:
+        """The file stays open inside, and the range belongs to one allocation at the start."""
+        with self._lock:
+            self._check_open()
+            if not self._extents.holds(offset, n_bytes):
+                raise ValueError(f"{n_bytes} bytes at {offset} lie outside what is allocated")
+            # A file that was cut grows again with the next write, and the hole reads as zeros: look before each transfer.
+            missing = self.size_bytes - os.fstat(self._file.fileno()).st_size
+            if missing > 0:
+                raise RunError(f"the page file was truncated: {missing:,} bytes are missing", where=str(self.path),
+                               fix="start again from the last checkpoint; keep others off that disk")  # fmt: skip
+            self._transfers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._transfers -= 1
+                self._lock.notify_all()
+
+    def _grow(self, n_bytes: int) -> None:
+        """Reserve `n_bytes` more at the end; all of them or none."""
+        size = self._extents.size
+        if n_bytes == 0:
+            return
+        if self._max_bytes is not None and size + n_bytes > self._max_bytes:
+            what = f"page files would take {_exactly(size + n_bytes)} of disk, {_exactly(self._max_bytes)} are allowed"
+            raise RunError(what, where=str(self.path), fix="allow more disk, or page less out")
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), size, n_bytes)
+            else:  # macOS: the blocks come with the writes
+                os.ftruncate(self._file.fileno(), size + n_bytes)
+        except OSError as error:
+            with suppress(OSError):  # what a failed reservation may have kept
+                os.ftruncate(self._file.fileno(), size)
+            raise self._failure("cannot reserve space", n_bytes, error) from None
+        self._extents.grow(n_bytes)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunError("the page file is closed", where=str(self.path))
+
+    def _failure(self, what: str, n_bytes: int, error: OSError) -> RunError:
+        amount = f", {_exactly(n_bytes)}" if n_bytes else ""
+        fix = _ADVICE.get(error.errno or 0, "choose another page folder")
+        return RunError(f"{what}{amount}: {error.strerror or error}", where=str(self.path), fix=fix)
+
+
+def _round_up(n_bytes: int) -> int:
+    return -(-n_bytes // GRAIN) * GRAIN
+
+
+def _as_bytes(data: memoryview) -> memoryview:
+    return data.cast("B") if data.nbytes else memoryview(b"")

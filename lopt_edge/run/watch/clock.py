@@ -1,0 +1,27 @@
+"""What a run takes in seconds, phase by phase: loading, quantising, training, saving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+class PhaseClock:
+    """Seconds by phase of a run (load, quantise, train, save, ...); phases add up over repeated entries."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def go_on_from(self, seconds: Mapping[str, float]) -> None:
+        """Add what an earlier part of the run took."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,117 @@
+"""The plan against the run: what each op of the first two steps took, beside what was predicted, in `plan.json`.
+
+The first step is the largest one of the run (data/order.py), the second is the first with all optimizer states: what is
+too much shows here and not in hour five. On the CPU an op's bytes are the resident set at its end, and the process' peak
+if the op raised it; on CUDA what the allocator has reserved by then, and the context. Reading them costs some 0.1 ms an
+op, so only two steps are read. A peak beyond the prediction is said, and the prediction corrected by what was measured
+(plan/costs/correction.py) is kept beside it; nothing is changed by either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_edge.plan.costs.correction import Watched, corrected_bytes
+from lopt_edge.plan.costs.predict import Prediction
+from lopt_edge.plan.schedule.ops import Op
+from lopt_edge.plan.search.run_plan import RunPlan
+from lopt_edge.run.device import peak_device_bytes
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.system.files import write_text
+from lopt_edge.system.memory import peak_rss_bytes, resident_bytes
+from lopt_edge.units import format_bytes
+
+PLAN_NAME = "plan.json"
+N_STEPS = 2
+
+
+class FirstSteps:
+    """Watches steps of an executor and keeps both sides of each. `evaluated`: what the run evaluates it did once before."""
+
+    def __init__(self, executor: Executor, *, evaluated: bool = True) -> None:
+        self.executor, self.device, self.evaluated = executor, executor.model.device, evaluated
+        self.steps: list[dict[str, Any]] = []
+        self.watched: list[Watched] = []
+
+    @contextmanager
+    def watching(self, step: int, prediction: Prediction) -> Iterator[None]:
+        """Around one `executor.run`; `prediction` is that of its micro-batches."""
+        measured: list[int] = []
+        peak = self._peak()
+        fresh = any(
+            group.moments is None for group in self.executor.optimizer.groups.values()
+        )  # the first update makes them
+
+        def observe(op: Op, after: bool) -> None:
+            nonlocal peak
+            if after:
+                highest = self._peak()
+                measured.append(highest if highest > peak else self._now(prediction))
+                peak = highest
+
+        self.executor.observe = observe
+        try:
+            yield
+        finally:
+            self.executor.observe = None
+        beside = prediction.library_bytes + prediction.slack_bytes
+        rows = prediction.timeline.rows
+        self.steps.append({
+            "step": step,
+            "predicted_device_bytes": prediction.device_bytes,
+            "measured_device_bytes": max(measured),
+            "ops": [{"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
+                    for row, n_bytes in zip(rows, measured, strict=True)],
+        })  # fmt: skip
+        alone = prediction if self.evaluated else replace(prediction, evaluation_bytes=0)
+        missing = prediction.steady.get("optimizer", 0) if fresh else 0
+        self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction), missing))
+
+    def _peak_so_far(self, prediction: Prediction) -> int:
+        context = prediction.library_bytes if self.device.type == "cuda" else 0
+        return peak_device_bytes(self.device) + context
+
+    def _peak(self) -> int:
+        """Of the process so far. CUDA's is not asked: the allocator keeps what it reserved."""
+        return peak_rss_bytes() if self.device.type == "cpu" else 0
+
+    def _now(self, prediction: Prediction) -> int:
+        if self.device.type == "cpu":
+            return resident_bytes()
+        return torch.cuda.memory_reserved(self.device) + prediction.library_bytes  # the context
+
+    def surprise(self) -> str | None:
+        """A sentence if the last step took more than predicted."""
+        last = self.steps[-1]
+        predicted, measured = last["predicted_device_bytes"], last["measured_device_bytes"]
+        if measured <= predicted:
+            return None
+        at = max(last["ops"], key=lambda row: row["measured_bytes"])["op"]
+        return (f"step {last['step']} took {format_bytes(measured)} at {at}, {measured / predicted - 1:.1%} more than the "
+                f"{format_bytes(predicted)} predicted; keep that much room")  # fmt: skip
+
+    def corrected_bytes(self, largest_bytes: int) -> int | None:
+        """What training will take, as known after the last watched step; `largest_bytes` are predicted for its largest.
+
+        None if no step was watched.
+        """
+        return corrected_bytes(self.watched, largest_bytes, device_type=self.device.type) if self.watched else None
+
+    def correction(self, largest_bytes: int) -> str:
+        """The same in a sentence."""
+        corrected = self.corrected_bytes(largest_bytes)
+        assert corrected is not None
+        return (f"device memory of training, corrected after step {self.steps[-1]['step']}: {format_bytes(corrected)} "
+                f"({format_bytes(largest_bytes)} predicted before)")  # fmt: skip
+
+    def write(self, output: Path, plan: RunPlan) -> None:
+        corrected = self.corrected_bytes(plan.peak_bytes["device"])
+        values = {"plan": plan.as_dict(), "corrected_device_bytes": corrected, "steps": self.steps}
+        write_text(output / PLAN_NAME, json.dumps(values, indent=1) + "\n")

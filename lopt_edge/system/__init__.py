@@ -1,0 +1,1 @@
+"""The operating system: memory, files, locks, signals. No torch."""

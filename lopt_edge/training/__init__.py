@@ -1,0 +1,1 @@
+"""`finetune` and `resume`: a run in program order. No import here: `comparison` reads output_folder.py without torch."""

@@ -1,0 +1,55 @@
+"""The output folder of a run: the names in it, and whether a run may begin there.
+
+The rule: a folder that holds something is never written over, except by the run that it belongs to. No torch: `compare`
+reads it without.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lopt_edge.errors import InputError
+from lopt_edge.system.lock import LOCK_NAME
+
+RUN_NAME = "run.json"
+METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
+SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
+LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, SETTINGS_NAME, LOCK_NAME}
+
+
+def check_output(folder: Path, *, resuming: bool = False) -> None:
+    """Refuse an output folder that cannot be written, or that holds something else than a run which saved nothing yet.
+
+    `resuming`: the files of a run are what is expected there.
+    """
+    try:
+        exists, is_folder = folder.exists(), folder.is_dir()
+        held = {path.name for path in folder.iterdir()} if is_folder else set()
+    except OSError as error:
+        raise InputError(f"cannot be used ({error.strerror})", where=f"output {str(folder)[:80]}") from None
+    if exists and not is_folder:
+        raise InputError("is a file, not a folder", where=f"output {folder}", fix="choose another output folder")
+    if not (resuming and SETTINGS_NAME in held):
+        _check_empty(folder, held)
+    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not parent.is_dir():
+        raise InputError(
+            f"cannot be made: {parent} is a file", where=f"output {folder}", fix="choose another output folder"
+        )
+    if not os.access(parent, os.W_OK):
+        raise InputError("cannot be written", where=f"output {folder}", fix=f"check the permissions of {parent}")
+
+
+def _check_empty(folder: Path, held: set[str]) -> None:
+    """Logs alone are what a run leaves that was stopped before it saved anything; a new run replaces them."""
+    left = {name for name in held if not name.endswith(".partial")} - LOGS
+    if "checkpoints" in left and not any((folder / "checkpoints").glob("step-*")):
+        left -= {"checkpoints"}
+    if not left:
+        return
+    if RUN_NAME not in left and SETTINGS_NAME in held:
+        raise InputError("holds an unfinished run", where=f"output {folder}",
+                         fix=f"go on with it (lopt-edge resume {folder}), or choose a new folder")  # fmt: skip
+    what = "holds another run" if RUN_NAME in left else "is not empty"
+    raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")

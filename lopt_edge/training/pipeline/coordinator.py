@@ -1,0 +1,241 @@
+"""Process 0's hold on the other processes of a pipeline.
+
+Process 0 is the run: it reads the data, keeps the clock, the log, the checkpoints and the signals, and tells the others
+each thing that they shall do (worker.py), one at a time: a step with its batches, an evaluation, to hand out a group's
+values. So nothing needs to be agreed on but whether all numbers of a step are finite (run/link.py), and a checkpoint
+is that of one process, gathered one group at a time: it can be resumed with any number of processes.
+
+The rules: between two things the others wait (`is_idle`), and only then can anything be gathered; when one is lost, so is
+its part of the adapter, and the run ends with the newest checkpoint; none is left when process 0 leaves `crew_of`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost, RunError
+from lopt_edge.plan.schedule.processes import Part, parts_of
+from lopt_edge.run.step.batches import Batch, as_message
+from lopt_edge.run.step.executor import Cut, Executor, StepResult
+from lopt_edge.run.step.optim import GroupName
+from lopt_edge.training.pipeline.launch import SETUP, Children, ended, torchrun_rank
+
+if TYPE_CHECKING:
+    from lopt_edge.plan.schedule.build import StepKind
+    from lopt_edge.plan.schedule.ops import Plan
+    from lopt_edge.run.link import FarGroup, Link
+    from lopt_edge.training.checkpoint.resume import Start
+    from lopt_edge.training.prepare.inputs import Inputs
+CAUSE_SECONDS = 5.0  # to find out why a process was lost
+
+
+@contextmanager
+def crew_of(inputs: Inputs, start: Start | None, *, report: Callable[[], dict[str, int]]) -> Iterator[Crew | None]:
+    """The other processes, started and told what the run is; None without a pipeline. `report`: this process' peaks."""
+    if inputs.part is None:
+        yield None
+        return
+    from lopt_edge.run.link import host_store, torchrun_store  # torch.distributed is for those who need it
+
+    config, timeout = inputs.config, timedelta(minutes=inputs.config.pipeline_minutes)
+    parts = parts_of(inputs.course.kinds[0].segments, config.pipeline)
+    children, is_idle = None, False
+    try:
+        if torchrun_rank() is None:
+            store = host_store(len(parts), timeout)
+            children = Children(len(parts), port=store.port)
+        else:
+            store = torchrun_store(timeout)
+        crew = Crew(store, parts, children, timeout=timeout, report=report)
+        crew.shares_memory = inputs.device.type == "cpu"
+        crew.begin(_setup(inputs, parts, start))
+        try:
+            yield crew
+        except PeerLost as error:
+            raise crew.explained(error) from None
+        if crew.is_idle:
+            crew.link.tell_all({"do": "end"})
+            is_idle = True
+    finally:
+        if children is not None:
+            children.end(at_once=not is_idle)
+
+
+def _setup(inputs: Inputs, parts: Sequence[Part], start: Start | None) -> dict[str, Any]:
+    """All that the others need to know, as JSON values."""
+    config = inputs.config
+    predicted = [replace(inputs.workload, part=part).predict(inputs.knobs) for part in parts]
+    return {
+        "config": config.model_dump(mode="json"),
+        "knobs": asdict(inputs.knobs),
+        "adapter": config.init_adapter if start is None else str(start.checkpoint.folder),
+        "resumed": None if start is None else str(start.checkpoint.folder),
+        "disk_bytes": [one.disk_bytes for one in predicted],
+        "journal_bytes": [one.journal_bytes for one in predicted],
+        "mmap_bytes": inputs.workload.mmap_bytes(inputs.knobs),
+        "device": inputs.device.type,
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),  # as here: products of several threads are summed in another order
+    }
+
+
+def _lost(what: str, *, fix: str = "") -> RunError:
+    error = RunError(what, fix=fix)
+    error.values_intact = False  # a part of them is gone
+    return error
+
+
+class Crew:
+    """`link` leads to the others. Also what executor and model ask for what lies there (FarGroups, FarLayers)."""
+
+    link: Link
+
+    def __init__(
+        self, store: Any, parts: Sequence[Part], children: Children | None, *, timeout: timedelta,
+        report: Callable[[], dict[str, int]],
+    ) -> None:  # fmt: skip
+        self.store, self.parts, self.children, self.timeout, self.report = store, parts, children, timeout, report
+        self.is_idle, self.shares_memory = False, True
+
+    def begin(self, setup: dict[str, Any]) -> None:
+        """Tell them what the run is, and meet them."""
+        from lopt_edge.run.link import Link
+
+        self.store.set(SETUP, json.dumps(setup))
+        alive = self.children.check if self.children is not None else lambda: None
+        try:
+            self.link = Link(self.store, self.parts, 0, timeout=self.timeout, loopback=self.children is not None,
+                             alive=alive, report=self.report)  # fmt: skip
+        except PeerLost as error:
+            raise self.explained(error) from None
+
+    def join(self, executor: Executor) -> None:
+        """The others have loaded; the executor is one of a pipeline from now on."""
+        for peer in self.link.others:
+            self.link.hear(peer)
+        self.is_idle = True
+        executor.link, executor.far, executor.model.far = self.link, self, self
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Whatever is raised inside leaves the others in the midst of something, but what all have agreed on."""
+        self.is_idle = False
+        try:
+            yield
+        except (NotFinite, KeyboardInterrupt):
+            self.is_idle = not self.link.broken
+            raise
+        self.is_idle = True
+
+    def run(
+        self, executor: Executor, kind: StepKind, plan: Plan, batches: Sequence[Batch], *, step: int,
+        learning_rates: dict[int, float], start: Cut | None, between: Callable[[Cut], None],
+    ) -> StepResult:  # fmt: skip
+        """As `Executor.run`, with all processes. A pipeline has micro-batches in several places at once: `between` is not
+        called, and a stop or a checkpoint waits for the step's end."""
+        with self._busy():
+            self.link.tell_all({
+                "do": "step", "step": step, "kind": kind.name, "batches": [as_message(batch) for batch in batches],
+                "rates": learning_rates, "start": None if start is None else start.micro_batch,
+            })  # fmt: skip
+            return executor.run(plan, batches, step=step, learning_rates=learning_rates, start=start)
+
+    def load_adapter(self, folder: Path) -> None:
+        with self._busy():
+            self.link.tell_all({"do": "load adapter", "folder": str(folder)})
+            for peer in self.link.others:
+                self.link.hear(peer)
+
+    def peaks(self) -> dict[str, int]:
+        """Of all processes: on a CPU they share the memory, so their peaks add up (an upper bound); on GPUs the largest."""
+        add = sum if self.shares_memory else max
+        found = {name: sum(report[name] for report in self.link.reports) for name in ("rss", "disk")}
+        return {**found, "device": add(report["device"] for report in self.link.reports)}
+
+    # what lies in other processes ------------------------------------------------------------------------------------
+
+    def _ask(self, peer: int, message: dict[str, Any]) -> dict[str, Any]:
+        with self._busy():
+            self.link.tell(peer, message)
+            return self.link.hear(peer)
+
+    @property
+    def groups(self) -> dict[GroupName, FarGroup]:
+        """As they are now."""
+        from lopt_edge.run.link import FarGroup
+
+        found = (each for peer in self.link.others for each in self._ask(peer, {"do": "groups"})["groups"])
+        return {(unit, target): FarGroup(*facts) for unit, target, *facts in found}
+
+    def _peer(self, group: GroupName) -> int:
+        return next(part.rank for part in self.parts if part.owns(group))
+
+    def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        peer = self._peer(name)
+        with self._busy():
+            self.link.tell(peer, {"do": "give", "what": what, "group": list(name)})
+            return self.link.hear_tensor(peer, shape, dtype)
+
+    @cached_property
+    def _shapes(self) -> dict[int, list[Any]]:
+        found = [self._ask(peer, {"do": "shapes"})["shapes"] for peer in self.link.others]
+        return {layer: shapes for each in found for layer, shapes in each}
+
+    def shapes(self, layer: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        return [(name, (a[0], a[1]), (b[0], b[1])) for name, a, b in self._shapes.get(layer, [])]
+
+    def matrices(self, layer: int) -> Iterator[Tensor]:
+        """One layer's come in one piece."""
+        shapes = [shape for _, *pair in self.shapes(layer) for shape in pair]
+        if not shapes:
+            return
+        peer = self._peer(("layer", layer))
+        with self._busy():
+            self.link.tell(peer, {"do": "give", "what": "matrices", "group": ["layer", layer]})
+            flat = self.link.hear_tensor(peer, (sum(map(prod, shapes)),), torch.float32)
+        for shape in shapes:
+            yield flat[: prod(shape)].view(shape)
+            flat = flat[prod(shape) :]
+
+    # what went wrong -------------------------------------------------------------------------------------------------
+
+    def explained(self, error: RunError) -> RunError:
+        """The error; for a lost process with the reason, as far as it can be known. Raises InputError for one that a
+        process found in its input."""
+        if not isinstance(error, PeerLost):
+            return error
+        deadline, codes, faults = time.monotonic() + CAUSE_SECONDS, {}, {}
+        while time.monotonic() < deadline and not faults and not codes:
+            time.sleep(0.1)
+            codes = {} if self.children is None else self.children.exit_codes()
+            faults = self._faults()
+        for rank, fault in faults.items():
+            text = f"{self.parts[rank].text()} of the pipeline failed: {fault['text']}"
+            if fault["exit_code"] == InputError.exit_code:
+                raise InputError(text)
+            return _lost(text)
+        if codes:
+            rank, code = min(codes.items(), key=lambda item: item[1])  # negative: killed; the others ended for want of it
+            fix = "was memory short? (dmesg says)" if code < 0 else ""
+            return _lost(f"{self.parts[rank].text()} of the pipeline {ended(code)}", fix=fix)
+        return _lost(str(error))
+
+    def _faults(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        with suppress(RuntimeError, LoptError):  # the meeting place may be gone as well
+            for part in self.parts[1:]:
+                if self.store.check([f"fault {part.rank}"]):
+                    found[part.rank] = json.loads(self.store.get(f"fault {part.rank}"))
+        return found

@@ -1,0 +1,233 @@
+"""Processes 1 .. N - 1 of a pipeline: load your own layers, then do what process 0 says until it says `end`.
+
+A follower reads no data and writes no file of the run: batches come with each step, adapters and optimizer states go out
+one group at a time when process 0 writes a checkpoint. What it needs to know of the run is one JSON text (coordinator.py),
+so it cannot come to another opinion of the plan than process 0 has. It ends with process 0, whichever way that ends; its
+own faults are left at the meeting place, where process 0 finds them, and told by it.
+
+    python -m lopt_edge.training.pipeline.worker        started by launch.py, with its variables in the environment
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost
+from lopt_edge.models.folder import ModelFolder, find_model
+from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import step_plan
+from lopt_edge.plan.schedule.knobs import Knobs, placement_of
+from lopt_edge.plan.schedule.ops import Plan
+from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs, parts_of
+from lopt_edge.plan.schedule.validate import validate
+from lopt_edge.planning.settings import against_facts
+from lopt_edge.run.device import DTYPES, peak_device_bytes
+from lopt_edge.run.link import Link, join_store, torchrun_store
+from lopt_edge.run.model.load import load_model
+from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
+from lopt_edge.run.step import evaluation
+from lopt_edge.run.step.batches import from_message
+from lopt_edge.run.step.executor import Cut
+from lopt_edge.run.step.optim import GroupName
+from lopt_edge.run.tiers.moves import Mover
+from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.system.memory import peak_rss_bytes
+from lopt_edge.training.checkpoint.folder import STATE
+from lopt_edge.training.checkpoint.snapshot import restore
+from lopt_edge.training.pipeline.launch import PARENT, PORT, RANK, SETUP, end_with_parent, torchrun_rank
+from lopt_edge.training.prepare.build import build_executor
+from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
+from quant.headers import read_json
+
+START_MINUTES = 5.0  # to find process 0's meeting place, which is there before this process is
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What process 0 said, read: this process' counterpart of preparation.Inputs."""
+
+    config: Config
+    source: ModelFolder
+    course: Course
+    targets: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    knobs: Knobs  # this process'
+    parts: tuple[Part, ...]
+    part: Part
+
+    def plan(self, n_micro_batches: int, kind: str) -> Plan:
+        whole = step_plan(self.course.method, self.course.named[kind], n_micro_batches=n_micro_batches)
+        clip_scope = self.config.clip_scope if self.config.clip else "none"
+        return validate(arrange(cut_for_process(whole, self.part), self.knobs), clip_scope=clip_scope)
+
+
+def read_task(setup: dict[str, Any], rank: int) -> Task:
+    config = Config(**setup["config"])
+    source = find_model(config.model, revision=config.revision)
+    course, targets, _ = against_facts(config, source.facts)
+    parts = parts_of(course.kinds[0].segments, config.pipeline)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()}
+    device = torch.device(setup["device"])
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    knobs = own_knobs(Knobs(**values), parts[rank])
+    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], knobs, parts, parts[rank])
+
+
+class Follower:
+    """The process between `setup` and `end`."""
+
+    def __init__(self, task: Task, link: Link, mover: Mover, setup: dict[str, Any]) -> None:
+        self.task, self.link, self.mover = task, link, mover
+        folder, _ = four_bit_folder(task.source, cache_dir=task.config.cache_dir)
+        self.model = load_model(folder, task.source.facts, device=task.device, dtype=task.dtype,
+                                placement=placement_of(task.knobs), mover=mover)  # fmt: skip
+        self.executor, _ = build_executor(task, self.model, adapter=setup["adapter"])
+        self.executor.link = link
+        self.losses: dict[int, float] = {}
+        self.gradient: Callable[[GroupName], Tensor | None] = lambda name: None
+        if setup["resumed"] is not None:
+            self._go_on_from(Path(setup["resumed"]))
+        link.report = self._peaks
+        release_free_memory()
+        link.tell(0, {"ready": True})
+
+    def _go_on_from(self, folder: Path) -> None:
+        values = read_json(folder / STATE)
+        self.gradient = restore(self.executor, folder, values, tier=self.task.knobs.states)
+        self.executor.loss_scale = values["run"]["loss_scale"]
+        losses = {int(segment): loss for segment, loss in values["run"]["losses"].items()}
+        self.losses = {segment: losses[segment] for segment in self.task.part.segments if segment in losses}
+
+    def _peaks(self) -> dict[str, int]:
+        device = peak_device_bytes(self.task.device)
+        return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
+
+    def go(self) -> None:
+        while (message := self.link.hear(0))["do"] != "end":
+            {"step": self._step, "evaluate": self._evaluate, "groups": self._groups, "shapes": self._shapes,
+             "give": self._give, "load adapter": self._load_adapter}[message["do"]](message)  # fmt: skip
+
+    def _step(self, message: dict[str, Any]) -> None:
+        batches = [from_message(values, self.task.device) for values in message["batches"]]
+        plan = self.task.plan(len(batches), message["kind"])
+        start = None if message["start"] is None else Cut(message["start"], self.losses, self.gradient)
+        rates = {int(segment): rate for segment, rate in message["rates"].items()}
+        try:
+            self.executor.run(plan, batches, step=message["step"], learning_rates=rates, start=start)
+        except NotFinite:
+            if self.link.broken:
+                raise
+            # else all processes have agreed on it: nothing was updated, and process 0 says what comes next
+
+    def _evaluate(self, message: dict[str, Any]) -> None:
+        evaluation.follow(self.model, self.link, message["token_tile"])
+
+    def _groups(self, message: dict[str, Any]) -> None:
+        groups = self.executor.optimizer.groups.values()
+        self.link.tell(0, {"groups": [[*group.name, group.n_elements, group.steps, group.moments is not None]
+                                      for group in groups]})  # fmt: skip
+
+    def _shapes(self, message: dict[str, Any]) -> None:
+        self.link.tell(0, {"shapes": [[layer, adapter_shapes(self.model, layer)] for layer in self.model.here]})
+
+    def _give(self, message: dict[str, Any]) -> None:
+        what, (unit, target) = message["what"], message["group"]
+        if what == "matrices":
+            tensor = torch.cat([matrix.detach().reshape(-1).cpu() for matrix in layer_parameters(self.model, target)])
+        elif what == "moments":
+            tensor = self.executor.optimizer.moments_copy((unit, target))
+        else:
+            tensor = self.executor.optimizer.groups[unit, target].values
+        self.link.tell_tensor(0, tensor)
+
+    def _load_adapter(self, message: dict[str, Any]) -> None:
+        load_adapters(self.model, Path(message["folder"]))
+        self.link.tell(0, {"done": True})
+
+
+def follow(store: Any, rank: int, *, loopback: bool) -> None:
+    """The whole life of this process in the run. Raises LoptError."""
+    setup = json.loads(store.get(SETUP))
+    for number in (signal.SIGINT, signal.SIGTERM):  # process 0 hears them
+        signal.signal(number, signal.SIG_IGN)
+    task = read_task(setup, rank)
+    torch.set_num_threads(setup["threads"])
+    link = Link(store, task.parts, rank, timeout=timedelta(minutes=task.config.pipeline_minutes), loopback=loopback)
+    settle_host_allocator(setup["mmap_bytes"])
+    disk_bytes, journal_bytes = setup["disk_bytes"][rank], setup["journal_bytes"][rank]
+    tiers = open_tiers(task.config, task.knobs, device=task.device, budget=Budget(), need_disk_bytes=disk_bytes,
+                       journal_bytes=journal_bytes)  # fmt: skip
+    with tiers as mover:
+        Follower(task, link, mover, setup).go()
+
+
+def _follow(store: Any, rank: int, *, loopback: bool) -> int:
+    """The exit code. A fault of this process is left for process 0; a lost peer is told by whoever knows why."""
+    try:
+        follow(store, rank, loopback=loopback)
+    except PeerLost:
+        return 1
+    except Exception as error:
+        text = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, LoptError) else 1
+        store.set(f"fault {rank}", json.dumps({"text": text, "exit_code": code}))
+        if not isinstance(error, LoptError):
+            sys.excepthook(type(error), error, error.__traceback__)
+        return code
+    return 0
+
+
+def follow_torchrun(rank: int, n: int, *, minutes: float) -> None:
+    code = _follow(torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    end_with_parent(int(os.environ[PARENT]))
+    rank, port = int(os.environ[RANK]), int(os.environ[PORT])
+    code = _follow(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
+    sys.stderr.flush()
+    os._exit(code)  # a thread may still wait for a peer that is gone
+
+
+if __name__ == "__main__":
+    main()
+
+
+def is_follower(config: Config) -> bool:
+    """Under torchrun, in all processes but the first: follow process 0 to the end of the run. Else False at once.
+
+    Raises InputError where torchrun started another number of processes.
+    """
+    found = torchrun_rank()
+    if found is None:
+        return False
+    rank, n = found
+    if n != config.pipeline:
+        raise InputError(f"torchrun started {n} processes, the settings say {config.pipeline}", where="pipeline",
+                         fix=f"use torchrun --nproc-per-node {config.pipeline}, or --pipeline {n}")  # fmt: skip
+    if rank and not config.dry_run:
+        from lopt_edge.training.pipeline.worker import follow_torchrun
+
+        follow_torchrun(rank, n, minutes=config.pipeline_minutes)
+    return bool(rank)

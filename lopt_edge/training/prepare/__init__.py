@@ -1,0 +1,1 @@
+"""Everything that is read and decided before the first weight is loaded."""

@@ -1,0 +1,138 @@
+"""A run's boundary caches: of what they are, whether they may be, and the space that they take.
+
+Where the segments before a boundary do not change, their output for an example is always the same: `--boundary-cache
+FOLDER` keeps it, so that from the second time on an example is seen those layers are neither fetched nor run. The folder
+outlives the run and serves every later one with the same model, data, boundary and dtype (another learning rate, say). With
+stages (segprop) the boundary is another one in each, and so are the adapters before it: each stage has a cache in a folder
+of its own, named by the adapters' sum, and the stage before is removed. The bytes are apart from the page files' budget and
+are checked against the free space before the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopt_edge.errors import InputError, RunError
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.tiers.feature_cache import FeatureCache, claim
+from lopt_edge.system.file_systems import check_free_space
+from lopt_edge.system.lock import output_lock
+from lopt_edge.units import format_bytes
+
+if TYPE_CHECKING:
+    from lopt_edge.training.prepare.inputs import Inputs
+
+STAGE = "stage-"
+
+
+class BoundaryCaches:
+    """The caches in the folder that the settings name; one is open at a time."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        assert inputs.config.boundary_cache is not None
+        self.inputs, self.root = inputs, Path(inputs.config.boundary_cache)
+        self.open: FeatureCache | None = None
+        self.boundary = -1
+
+    def identity(self, boundary: int | None) -> dict[str, Any]:
+        """What the boundary's hidden states depend on; without one, what all stages share."""
+        inputs, adapter = self.inputs, self.inputs.config.init_adapter
+        carried = hashlib.sha256((Path(adapter) / ADAPTER_NAME).read_bytes()).hexdigest() if adapter else None
+        return {
+            "model": inputs.model,
+            "data": inputs.train.fingerprint,
+            "boundary": boundary if boundary is not None else "by stage",
+            "compute_dtype": str(inputs.dtype).removeprefix("torch."),
+            "adapter": carried,
+        }
+
+    def check(self) -> None:
+        """Before anything is written. Raises InputError(s)."""
+        where = f"boundary_cache {self.root}"
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise InputError("is no folder", where=where, fix="name a new folder")
+            if self.root.is_dir() and any(self.root.iterdir()):
+                self._claim()
+                return
+        except OSError as error:
+            raise InputError(f"cannot be used: {error.strerror}", where=where, fix="name another folder") from None
+        need = 2 * self.inputs.source.facts.hidden_size * self.inputs.train.n_tokens
+        check_free_space(self.root, need_bytes=need, what="the boundary cache")
+
+    def _claim(self) -> None:
+        if self.inputs.course.restarts:
+            claim(self.root, self.identity(None))
+        else:
+            (kind,) = (kind for kind in self.inputs.course.kinds if kind.reads is not None)
+            self._cache(self.root, kind.reads or 0).close()
+
+    def of(self, kind: StepKind, executor: Executor) -> FeatureCache:
+        """That of a kind of step which reads or fills."""
+        boundary = kind.reads or kind.writes or 0
+        if self.open is None or self.boundary != boundary:
+            self.close()
+            self.boundary = boundary
+            self.open = self._cache(self._folder(boundary, executor), boundary)
+        return self.open
+
+    def _folder(self, boundary: int, executor: Executor) -> Path:
+        if not self.inputs.course.restarts:
+            return self.root
+        claim(self.root, self.identity(None))
+        digest = hashlib.sha256()
+        for (unit, layer), group in executor.optimizer.groups.items():
+            if unit == "layer" and layer < boundary:
+                digest.update(group.values.detach().cpu().numpy())
+        folder = self.root / f"{STAGE}{boundary}-{digest.hexdigest()[:16]}"
+        for other in self.root.glob(f"{STAGE}*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot be made: {error.strerror}", where=str(folder), fix="check the disk") from None
+        return folder
+
+    def _cache(self, folder: Path, boundary: int) -> FeatureCache:
+        inputs = self.inputs
+        return FeatureCache(folder, identity=self.identity(boundary), lengths=inputs.train.lengths,
+                            width=inputs.source.facts.hidden_size)  # fmt: skip
+
+    def summary(self, *, n_read: int, n_steps: int) -> str:
+        """A sentence for the end of a run, of whose steps so many read."""
+        assert self.open is not None
+        there, size = f"{len(self.open.known):,} of {len(self.open.lengths):,} examples", format_bytes(self.open.held_bytes)
+        return f"boundary cache {self.open.folder}: {there}, {size} of disk; {n_read} of {n_steps} steps read it"
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.open.close()
+            self.open = None
+
+
+def check_boundary_cache(inputs: Inputs) -> None:
+    """Before anything is written. Raises InputError(s)."""
+    if inputs.config.boundary_cache is not None:
+        BoundaryCaches(inputs).check()
+
+
+@contextmanager
+def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
+    """Those that the settings name, their folder locked; None without any."""
+    if inputs.config.boundary_cache is None:
+        yield None
+        return
+    found = BoundaryCaches(inputs)
+    with output_lock(found.root, setting="boundary_cache"):
+        try:
+            yield found
+        finally:
+            found.close()

@@ -1,0 +1,99 @@
+"""An executor from a loaded model and a run's decisions: adapters, aux heads, optimizer.
+
+The rule: one builder for a whole run and for each process of a pipeline, which builds its own layers and segments only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lopt_edge.adapters.save import AdapterShape
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError
+from lopt_edge.models.folder import ModelFolder
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.processes import Part
+from lopt_edge.run.model.averages import Averages
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.lora import attach_adapters, load_adapters
+from lopt_edge.run.model.replaced import group_parameters
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.losses import ReconstructHead
+from lopt_edge.run.step.optim import SegmentOptimizer
+from quant.linear import DropoutClock
+
+
+class Makings(Protocol):
+    """What an executor is made from: a run's Inputs, or what process 0 tells another one (training/pipeline/worker.py)."""
+
+    config: Config
+    source: ModelFolder
+    course: Course
+    targets: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def part(self) -> Part | None: ...
+
+
+def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
+    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor.
+
+    In a pipeline those of this process' layers and segments.
+    """
+    config, facts = inputs.config, inputs.source.facts
+    model.clock.seed = config.seed  # of the dropout masks
+    trained = inputs.course.adapted
+    carried: list[int] = []
+    if adapter is not None:
+        carried = load_adapters(model, Path(adapter))
+        setting = "init_adapter" if adapter == config.init_adapter else "adapter"
+        _check_same_shape(inputs, model, [i for i in carried if i in model.here], where=f"{setting} {adapter}")
+    fresh = [layer for layer in trained if layer not in carried and layer in model.here]
+    own = [group for group in inputs.course.groups if inputs.part is None or inputs.part.owns(group)]
+    attach_adapters(
+        model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
+        seed=config.seed,
+    )  # fmt: skip
+    heads = {
+        index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(index, 0)).to(inputs.device)
+        for unit, index in own
+        if unit == "aux"
+    }
+    parameters = {
+        (unit, target): group_parameters(model, target) if unit == "layer" else list(heads[target].parameters())
+        for unit, target in own
+    }
+    optimizer = SegmentOptimizer(
+        parameters, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
+        clip_scope=config.clip_scope, optimizer=config.optimizer,
+    )  # fmt: skip
+    averages = Averages(model, inputs.course.averaged, momentum=config.ema_momentum) if inputs.course.averaged else None
+    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight, averages=averages,
+                        cascade_weight=config.cascade_weight)  # fmt: skip
+    layers = tuple(sorted({*trained, *carried}))
+    shape = AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers, facts.n_layers,
+                         inputs.source.name, inputs.source.commit)  # fmt: skip
+    return executor, shape
+
+
+def _check_same_shape(inputs: Makings, model: Model, layers: list[int], *, where: str) -> None:
+    """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
+    config = inputs.config
+    for layer in layers:
+        for linear in inputs.source.facts.linears:
+            module = model.layers[layer].get_submodule(linear.name)
+            wanted = linear.short_name in inputs.targets
+            found = module.lora_a is not None
+            if wanted != found or (found and (module.lora_a.shape[1], module.scale) !=
+                                   (config.lora_r, config.lora_alpha / config.lora_r)):  # fmt: skip
+                raise InputError(
+                    "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
+                    where=where,
+                    fix="set these three to the values of its adapter_config.json",
+                )
+            if found:
+                module.dropout_rate = config.lora_dropout

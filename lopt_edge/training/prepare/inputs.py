@@ -1,0 +1,110 @@
+"""`Inputs`: all that a run has decided before it loads a weight, as one frozen record.
+
+The rule: whatever needs the user's attention has been raised before an Inputs exists; who holds one may start. It knows
+how to ask for its plans and its batches; it loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from math import ceil, prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from lopt_edge.config.settings import Config
+from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, split_window
+from lopt_edge.models.folder import ModelFolder
+from lopt_edge.plan.costs.predict import Prediction
+from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.ops import Plan
+from lopt_edge.plan.schedule.processes import Part, own_knobs
+from lopt_edge.plan.search.run_plan import RunPlan
+from lopt_edge.plan.search.workload import Workload
+from lopt_edge.run.step.batches import Batch, make_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything that was read and decided before the weights are touched."""
+
+    config: Config
+    source: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    train: Dataset
+    held_out: Dataset | None
+    retention: Dataset | None
+    course: Course
+    targets: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    knobs: Knobs
+    budget: Budget
+    workload: Workload
+    run_plan: RunPlan
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    asked: Config | None = None  # the settings as given: `config` has what was settled
+    order: tuple[int, int] = (1, 1)  # batch_size and grad_accum of the windows; `config` may split their micro-batches
+    model: str = ""  # fingerprint
+    teacher: ModelFolder | None = None  # where it is another model than the base
+    teacher_model: str = ""  # its fingerprint
+
+    @property
+    def n_steps(self) -> int:
+        per_epoch = ceil(len(self.train.examples) / prod(self.order))
+        return self.config.max_steps or self.config.epochs * per_epoch
+
+    def windows(self, *, first: int) -> Iterator[Window]:
+        """Accumulation windows, epoch after epoch, without end; `first` counts from 0."""
+        batch_size, grad_accum = self.order
+        per_epoch = ceil(len(self.train.examples) / (batch_size * grad_accum))
+        for epoch in count(first // per_epoch):
+            found = epoch_windows(self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size,
+                                  grad_accum=grad_accum)  # fmt: skip
+            skipped = first % per_epoch if epoch == first // per_epoch else 0
+            yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
+
+    @property
+    def part(self) -> Part | None:
+        """What this process runs of a pipeline: process 0, the others have no Inputs (training/pipeline/worker.py)."""
+        return self.workload.part
+
+    @property
+    def own_knobs(self) -> Knobs:
+        """With other processes' layers elsewhere."""
+        return self.knobs if self.part is None else own_knobs(self.knobs, self.part)
+
+    def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
+        """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
+
+        Of the first kind of step, unless another is named.
+        """
+        return self.workload.plan(self.knobs, n_micro_batches=n_micro_batches, kind=kind)
+
+    def predict(self, batches: Sequence[MicroBatchSize] | None = None, kind: StepKind | None = None) -> Prediction:
+        """What a step takes: the largest one of the run, or one over these micro-batches."""
+        if batches is None:
+            return self.workload.predict(self.knobs)
+        return replace(self.workload, batches=tuple(batches)).predict(self.knobs, whole=True, kind=kind)
+
+    def batches(self, dataset: Dataset) -> list[Batch]:
+        """The whole dataset in micro-batches of similar lengths, for evaluation."""
+        order = sorted(range(len(dataset.examples)), key=dataset.lengths.__getitem__)
+        size = self.config.batch_size
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        return [self.batch(dataset, group) for group in groups]
+
+    def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
+        # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
+        return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device, examples=indices)

@@ -1,0 +1,196 @@
+"""What a run needs before its first step: the checks that cost nothing first, then data, model, adapters and plan.
+
+Order: everything that can be refused without loading (config, output folder, the checkpoint to go on from, model facts, the
+method's course, data, teacher, caches) comes before the first expensive act (quantising), so that a mistake is told in
+seconds. Nothing is written to the output folder here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lopt_edge.config.load import file_errors
+from lopt_edge.config.rules import no_effect_warnings
+from lopt_edge.config.settings import Config
+from lopt_edge.data import Dataset, load_dataset, split
+from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
+from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
+from lopt_edge.models.tokenizer import load_tokenizer
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.processes import parts_of
+from lopt_edge.plan.search.processes import in_processes
+from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
+from lopt_edge.plan.search.search import Candidate, Search
+from lopt_edge.planning.budgets import planned_budget, stated_budget
+from lopt_edge.planning.from_data import search_for
+from lopt_edge.planning.settings import (
+    against_facts,
+    check_memory_settings,
+    chosen_settings,
+    memory_warnings,
+    settled,
+    split_to_fit,
+)
+from lopt_edge.run.device import choose_device, choose_dtype
+from lopt_edge.run.model.lora import check_adapter_folder
+from lopt_edge.run.model.replaced import check_plain_adapter
+from lopt_edge.training.checkpoint.resume import Start, check_same, find_start
+from lopt_edge.training.output_folder import check_output
+from lopt_edge.training.prepare.boundary_cache import check_boundary_cache
+from lopt_edge.training.prepare.inputs import Inputs
+from lopt_edge.training.prepare.teacher import check_teacher, find_teacher
+from lopt_edge.training.prepare.tiers import check_folders
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
+    """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s)."""
+    check_output(Path(config.output), resuming=config.resume is not None)
+    given = config
+    config, start, resumed = find_start(config)
+    (device, device_reason), source = _device_and_model(config)
+    dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
+    facts = source.facts
+    _, (course, targets, max_seq_len) = together(
+        lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
+    )
+    check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
+    if config.init_adapter:
+        check_adapter_folder(Path(config.init_adapter))
+        check_plain_adapter(Path(config.init_adapter))
+    tokenizer = load_tokenizer(source.path)
+    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    teacher = find_teacher(config, tokenizer)
+    teacher_model = model_fingerprint(teacher) if teacher is not None else ""
+    fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
+    if start is not None:
+        resumed += check_same(start, model=fingerprint, teacher=teacher_model, train=train, device_type=device.type,
+                              dtype=dtype_name, threads=torch.get_num_threads())  # fmt: skip
+    stated = stated_budget(config, device)
+    budget, reason = planned_budget(stated, device)
+    datasets = (train, held_out, retention)
+
+    def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
+        search = search_for(variant, source, device=device, dtype=dtype, datasets=datasets, teacher=teacher)
+        return (variant, search), search.within(budget).best
+
+    asked = config
+    if start is None:
+        config, search = settled(config, facts, ask)
+        order = config.batch_size, config.grad_accum
+    else:  # what was settled stays; micro-batches are split only if nothing fits otherwise
+        (config, search), split = split_to_fit(config, ask)
+        order = asked.batch_size, asked.grad_accum
+        resumed += [split] if split else []
+    workload, course = search.workload, search.workload.course
+    run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
+    pipeline_reasons: tuple[str, ...] = ()
+    parts = parts_of(course.kinds[0].segments, config.pipeline) if config.pipeline > 1 else ()
+    if parts:
+        run_plan, pipeline_reasons = in_processes(run_plan, workload, knobs, parts)
+        workload = replace(workload, part=parts[0])
+    folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
+    reasons = (
+        f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
+        f"device {device} ({device_reason}), compute dtype {dtype_name} ({dtype_reason})",
+        f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
+        f"; format {train.format} ({train.reason}); template: {train.template_reason}",
+        *(f"method {course.method}, {_described_kind(kind)}" for kind in course.kinds),
+        f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
+        *pipeline_reasons,
+        *chosen_settings(asked, config),
+        *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
+    )
+    warnings = tuple(_warnings(given, source, train, max_seq_len=max_seq_len))  # settled ones were not said
+    inputs = Inputs(
+        config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
+        stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
+        given, order, fingerprint, teacher, teacher_model,
+    )  # fmt: skip
+    if course.restarts and inputs.n_steps < len(course.phases):
+        raise InputError(f"{len(course.phases)} stages need as many steps, the run has {inputs.n_steps}", where="stages",
+                         fix="lower --stages, or raise --max-steps or --epochs")  # fmt: skip
+    check_boundary_cache(inputs)
+    check_teacher(inputs)
+    return inputs, start
+
+
+def _device_and_model(config: Config) -> list[Any]:
+    """(device and reason, model), with what else is wrong in files; a hub's model is fetched only if nothing is."""
+    cheap = (lambda: choose_device(config.device), lambda: _check_files(config))
+
+    def find() -> ModelFolder:
+        return find_model(config.model, revision=config.revision)
+
+    if Path(config.model).expanduser().exists() or config.model.count("/") != 1:
+        device, _, source = together(*cheap, find)
+        return [device, source]
+    device, _ = together(*cheap)
+    return [device, find()]
+
+
+def _check_files(config: Config) -> None:
+    names = ("data", "eval_data", "retention_data", "chat_template")
+    raise_collected(file_errors({name: getattr(config, name) for name in names}))
+
+
+def _described_kind(kind: StepKind) -> str:
+    """A kind of step in a line."""
+    segments = ", ".join(segment.text().split(" layers=")[1].replace("loss=", "") for segment in kind.segments)
+    fresh = ", each updated before the next one runs" if kind.fresh else ""
+    return f"segments{f' of {kind.name} steps' if kind.name else ''}: {segments}{fresh}"
+
+
+def _planned(config: Config, search: Search, budget: Budget, reason: str) -> tuple[RunPlan, Knobs, int]:
+    """The answer of the planner, its knobs, and the bytes of page files. Raises DoesNotFit, unless forced."""
+    found = make_run_plan(search, budget, notes=(reason,), brief=True)
+    if not found.fits and not config.force:
+        would_fit = "".join(f"{change}, or " for change in found.would_fit)
+        raise DoesNotFit("; ".join(("nothing fits the memory budgets", *found.missing)), where="device_memory",
+                         fix=f"{would_fit}--force, which starts in spite of it")  # fmt: skip
+    assert found.chosen is not None
+    chosen = found.chosen
+    # without the timeline, which would take memory through the run
+    return replace(found, chosen=None), chosen.knobs, chosen.prediction.disk_bytes
+
+
+def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_len: int) -> Iterator[str]:
+    yield from no_effect_warnings(config)
+    if config.revision and source.commit is None:
+        yield "revision has no effect: the model is a local folder"
+    if max_seq_len < config.max_seq_len:
+        yield f"sequences are cut at {max_seq_len} tokens: the model has no more positions"
+    lost = {"cut at max_seq_len": train.n_truncated, "dropped (no token to learn)": train.n_dropped,
+            "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only}  # fmt: skip
+    yield from (
+        f"{count} of {train.n_rows} rows are {what}; see lopt-edge data check" for what, count in lost.items() if count
+    )
+
+
+def _datasets(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
+) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    options = {"max_seq_len": max_seq_len, "chat_template": config.chat_template}
+    train = load_dataset(config.data, tokenizer, data_format=config.data_format, **options)
+    held_out = retention = None
+    if config.eval_data:
+        held_out = load_dataset(config.eval_data, tokenizer, data_format=config.data_format, **options)
+    elif config.eval_fraction:
+        train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
+    if config.retention_data:
+        retention = load_dataset(config.retention_data, tokenizer, **options)
+    for dataset in (train, held_out, retention):
+        largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
+        if largest >= vocab_size:
+            raise InputError(f"the tokenizer gives id {largest}, the model has {vocab_size} rows", where="model",
+                             fix="use the tokenizer that belongs to the model")  # fmt: skip
+    return train, held_out, retention

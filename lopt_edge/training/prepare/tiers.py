@@ -1,0 +1,122 @@
+"""The tiers of a run, opened and closed: page folder and page files, pinned pool, and the budgets held by the system.
+
+`check_folders` is called before anything is made, so that a cache or page folder that is memory in disguise is told in
+seconds, not after the model was quantised; `open_tiers` after all checks and before the model is loaded. Budgets are held,
+not hoped for: on CUDA the allocator refuses what is beyond the device budget (set_per_process_memory_fraction), on the CPU
+the kernel refuses private memory beyond it (RLIMIT_DATA, system/memory.py), so that a wrong prediction ends in our
+message and not in the machine's swap. Page files cannot grow beyond the disk budget. What lies where plan/ decides.
+
+There are two page files where optimizer states are paged: one for everything, and one for the undo copies of the step under
+way (the journal, run/step/optim.py). Whoever damages one of them leaves the other, and the last finished step with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+
+from lopt_edge.config.settings import Config, page_folder
+from lopt_edge.errors import InputError, RunError, raise_collected
+from lopt_edge.models.folder import ModelFolder
+from lopt_edge.models.four_bit import folder_bytes, four_bit_path
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.run.tiers.moves import Mover
+from lopt_edge.run.tiers.page_file import PageFile
+from lopt_edge.run.tiers.page_folder import check_page_dir, prepare_page_dir
+from lopt_edge.run.tiers.pinned import PinnedPool
+from lopt_edge.system.file_systems import memory_file_system
+from lopt_edge.system.memory import cap_data_bytes, pinned_limit_bytes, resident_bytes
+from lopt_edge.units import format_bytes
+
+PAGES_NAME, JOURNAL_NAME = "run", "journal"  # of the page files
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Peaks of the tiers below the device, so far."""
+
+    host: int = 0
+    pinned: int = 0
+    disk: int = 0
+
+
+def check_folders(config: Config, source: ModelFolder, knobs: Knobs, budget: Budget, *, need_disk_bytes: int) -> list[str]:
+    """Refuse a cache or page folder that this run would use and cannot, both together (InputErrors). Returns warnings."""
+    errors: list[InputError] = []
+    warnings: list[str] = []
+    weights = four_bit_path(source, cache_dir=config.cache_dir)
+    if kind := memory_file_system(weights):
+        if source.facts.quantised:  # the user's own folder: it was there before the run, and does not grow in it
+            warnings.append(f"the 4-bit model {weights} lies in memory (file system {kind}): its "
+                            f"{format_bytes(folder_bytes(weights))} count in no budget, and --weights disk frees nothing; "
+                            "copy it to a disk")  # fmt: skip
+        else:
+            what = (f"{weights.parent} lies in memory, not on a disk (file system {kind}): the 4-bit copy there would take "
+                    "memory outside the budget")  # fmt: skip
+            errors.append(InputError(what, where="cache_dir", fix="choose a folder on a disk with --cache-dir"))
+    if "disk" in knobs.tiers:
+        try:
+            check_page_dir(page_folder(config), need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
+        except InputError as error:
+            errors.append(error)
+    raise_collected(errors)
+    return warnings
+
+
+@contextmanager
+def open_tiers(
+    config: Config, knobs: Knobs, *, device: torch.device, budget: Budget, need_disk_bytes: int, journal_bytes: int
+) -> Iterator[Mover]:
+    """The mover of a run, with what its plan needs; page files and folder are gone afterwards.
+
+    `journal_bytes` of `need_disk_bytes` are the journal's.
+    """
+    folder, limit = page_folder(config), budget.pinned_bytes
+    if limit is None and device.type == "cuda":
+        limit = pinned_limit_bytes()[0]
+    ours = config.page_dir is None or not folder.exists()  # beside the output it is ours, also if a killed run made it
+    try:
+        with ExitStack() as stack:
+            page_file = journal_file = None
+            if "disk" in knobs.tiers:
+                prepare_page_dir(folder, need_bytes=need_disk_bytes, disk_budget_bytes=budget.disk_bytes)
+                if journal_bytes:
+                    journal_file = PageFile(folder, n_bytes=journal_bytes, name=JOURNAL_NAME, max_bytes=journal_bytes)
+                    stack.enter_context(journal_file)
+                left = None if budget.disk_bytes is None else budget.disk_bytes - journal_bytes
+                page_file = PageFile(folder, n_bytes=need_disk_bytes - journal_bytes, name=PAGES_NAME, max_bytes=left)
+                stack.enter_context(page_file)
+            pinned = PinnedPool(device, limit_bytes=limit)
+            yield stack.enter_context(closing(Mover(device, page_file=page_file, journal_file=journal_file, pinned=pinned)))
+    finally:
+        if ours:
+            with suppress(OSError):  # it was never made, or something else was put there
+                folder.rmdir()
+
+
+def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Callable[[], None]:
+    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that. Raises RunError.
+
+    On CUDA the allocator gets the budget less `context_bytes`, which the driver takes beside it.
+    """
+    if budget.device_bytes is None:
+        return lambda: None
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.device_bytes - context_bytes) / total), device)
+        return lambda: torch.cuda.set_per_process_memory_fraction(1.0, device)
+    left = budget.device_bytes - resident_bytes()
+    if left <= 0:
+        raise RunError(f"the process already takes {format_bytes(resident_bytes())} of its "
+                       f"{format_bytes(budget.device_bytes)}", where="device_memory", fix="raise the budget")  # fmt: skip
+    return cap_data_bytes(left)
+
+
+def peaks_below(mover: Mover) -> PeakBytes:
+    pool, files = mover.pinned, [file for file in (mover.page_file, mover.journal_file) if file is not None]
+    on_host = pool.peak_bytes if pool.on_cuda else 0
+    return PeakBytes(host=on_host, pinned=pool.peak_pinned_bytes, disk=sum(file.peak_bytes for file in files))

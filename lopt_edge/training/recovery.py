@@ -1,0 +1,57 @@
+"""After a step that memory did not hold: the planner's next plan.
+
+The next plan is the fastest one that is predicted to take a tenth less device memory than the last, or the smallest one if
+none does, among the same combinations as before (so whatever the user fixed stays fixed). These knobs change no bit
+(design law 3). Where no combination takes less, micro-batches are split: equal up to rounding (law 5), and said. Where
+that cannot be either, there is no next plan. The run then goes on from the checkpoint of the step's start (run.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.search.run_plan import described, make_run_plan
+from lopt_edge.plan.search.search import Search
+from lopt_edge.planning.from_data import search_for
+from lopt_edge.training.prepare.inputs import Inputs
+
+STEP = 0.9  # of the predicted bytes of the plan that failed
+MOST_PLANS = 3
+LEAST = 0.99  # of a step's tensors: what is not at least that much less is no smaller plan
+
+
+def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
+    """The inputs with the next plan, and a sentence about it; None if there is none."""
+    before = inputs.predict()
+    search = _search(inputs)
+    allowed = replace(inputs.budget, device_bytes=round(STEP * before.device_bytes))
+    found = search.within(allowed)
+    least = search.smallest.prediction.timeline.peak_bytes
+    if found.best is not None or least < LEAST * before.timeline.peak_bytes:
+        return _with(inputs, search, allowed, "")
+    size = inputs.config.batch_size
+    if size == 1 or inputs.config.lora_dropout:
+        return None
+    smaller = max(n for n in range(1, size) if size % n == 0)
+    n_batches = inputs.config.grad_accum * size // smaller
+    split = replace(inputs, config=inputs.config.model_copy(update={"batch_size": smaller, "grad_accum": n_batches}))
+    note = f"micro-batches of {size} are split into {smaller} (gradients equal up to rounding, 1e-5 of their norm); "
+    return _with(split, _search(split), allowed, note)
+
+
+def _search(inputs: Inputs) -> Search:
+    config = inputs.config.model_copy(update={"token_tile": inputs.knobs.token_tile})  # another tile changes bits
+    found = search_for(config, inputs.source, device=inputs.device, dtype=inputs.dtype,
+                       datasets=(inputs.train, inputs.held_out, inputs.retention))  # fmt: skip
+    library_bytes = inputs.workload.library_bytes  # as measured before anything was loaded
+    return Search(replace(found.workload, library_bytes=library_bytes), found.space)
+
+
+def _with(inputs: Inputs, search: Search, allowed: Budget, note: str) -> tuple[Inputs, str]:
+    run_plan = make_run_plan(search, allowed, notes=("after a step that memory did not hold",), brief=True)
+    assert run_plan.chosen is not None
+    chosen = run_plan.chosen
+    run_plan = replace(run_plan, chosen=None, fits=chosen.prediction.fits(inputs.budget))  # what is held stays the same
+    found = replace(inputs, knobs=chosen.knobs, workload=search.workload, run_plan=run_plan)
+    return found, f"{note}next plan: {described(run_plan.knobs)}"

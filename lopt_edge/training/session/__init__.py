@@ -1,0 +1,1 @@
+"""One attempt at a run: what it has in hand, its loop, what it saves."""

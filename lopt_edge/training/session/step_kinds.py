@@ -1,0 +1,91 @@
+"""Which kind of step a run takes next, at which learning rates: the course (plan/methods/course.py) as one run lives it.
+
+The course says what a step's number decides. Here comes what the run itself decides: whether a boundary cache has the
+step's examples, and stages that end early on the held-out loss. Both are functions of the run's state and its data, so a
+resumed run decides as the undisturbed one did.
+"""
+
+from __future__ import annotations
+
+from lopt_edge.data import Window
+from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.optim import learning_rate
+from lopt_edge.training.checkpoint.run_state import RunState
+from lopt_edge.training.prepare.boundary_cache import BoundaryCaches
+from lopt_edge.training.prepare.inputs import Inputs
+
+
+class StepKinds:
+    """`caches` are the boundary caches, if the run has any."""
+
+    def __init__(self, inputs: Inputs, state: RunState, executor: Executor, caches: BoundaryCaches | None) -> None:
+        self.inputs, self.state, self.executor, self.caches = inputs, state, executor, caches
+        self.n_read = 0  # steps of this session that read a boundary cache
+
+    def of(self, step: int, window: Window) -> StepKind:
+        """Of a step over this window; the executor is given the cache that it needs."""
+        kind = self._planned(step)
+        if self.caches is None or kind.writes is None:
+            return kind
+        cache = self.caches.of(kind, self.executor)
+        self.executor.caches["boundary"] = cache
+        if not all(cache.has(indices) for indices in window):
+            return kind
+        self.n_read += 1
+        return self.inputs.course.reading(kind)
+
+    def _planned(self, step: int) -> StepKind:
+        return self.inputs.course.kind(step, self.inputs.n_steps, ended=self.state.stage_ends)
+
+    def rates(self, step: int, kind: StepKind) -> dict[int, float]:
+        """By segment: the task's rate where the gradient is the task's."""
+        config, course, n_steps = self.inputs.config, self.inputs.course, self.inputs.n_steps
+        if course.restarts:  # each stage has a schedule of its own
+            _, first, last = course.phase(step, n_steps, ended=self.state.stage_ends)
+            step, n_steps = step - first + 1, last - first + 1
+        rates = {}
+        for segment in kind.segments:
+            if segment.trains:
+                fades = segment.is_local and config.method == "let-local"  # linearly, until its phase is over
+                rates[segment.index] = learning_rate(
+                    step,
+                    n_steps=course.phase(step, n_steps)[2] if fades else n_steps,
+                    peak=config.local_lr if segment.is_local else config.lr,
+                    schedule="linear" if fades else config.schedule,
+                    warmup_ratio=config.warmup_ratio,
+                )
+        return rates
+
+    def align_weight(self, step: int) -> float:
+        """Of an alignment beside the task (LET): falls linearly to 0 at the end of the first phase."""
+        course = self.inputs.course
+        if not course.phases:
+            return 0.0
+        index, _, last = course.phase(step, self.inputs.n_steps)
+        return 0.0 if index else self.inputs.config.align_weight * (1 - (step - 1) / last)
+
+    def layers(self, step: int) -> tuple[int, ...] | None:
+        """Those that an evaluation after this step runs, where it is not all of them: a stage's network."""
+        if not 0 < step < self.inputs.n_steps:
+            return None
+        absent = {layer for segment in self._planned(step).segments for layer in segment.absent}
+        return tuple(layer for layer in range(self.inputs.source.facts.n_layers) if layer not in absent) if absent else None
+
+    def stage_over(self, step: int, loss: float | None) -> str | None:
+        """After an evaluation: a sentence if the stage ends here, ahead of its time."""
+        state, patience = self.state, self.inputs.config.stage_patience
+        if patience is None or loss is None or not step:
+            return None
+        index, _, last = self.inputs.course.phase(step, self.inputs.n_steps, ended=state.stage_ends)
+        if index == len(self.inputs.course.phases) - 1 or step == last:
+            return None
+        if state.stage != index or state.stage_loss is None or loss < state.stage_loss:
+            state.stage, state.stage_loss, state.stage_waits = index, loss, 0
+            return None
+        state.stage_waits += 1
+        if state.stage_waits < patience:
+            return None
+        state.stage_ends.append(step)
+        before = f"its held-out loss was lower before ({state.stage_loss:.4f})"
+        return f"stage {index + 1} ends after step {step}, not {last}: {before}"

@@ -1,0 +1,104 @@
+"""Presets against what their makers publish: the parameters that follow from a shape are those of the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from lopt_edge.plan.facts.families import FAMILIES
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.plan.facts.presets import PRESETS, Preset, find_preset, near_presets
+
+# Billions of parameters, as exact as they are published: Qwen2.5 and Qwen3 reports; the model pages of Llama, Mistral,
+# Gemma, Phi, SmolLM3, OLMo 2 and Granite 3.
+PUBLISHED = {
+    "qwen2.5-0.5b": 0.49,
+    "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
+    "qwen2.5-7b": 7.61,
+    "qwen2.5-14b": 14.7,
+    "qwen2.5-32b": 32.5,
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0,
+    "qwen3-8b": 8.2,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "llama-3.2-1b": 1.23,
+    "llama-3.2-3b": 3.21,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
+    "llama-3.3-70b": 70.6,
+    "mistral-7b-v0.3": 7.25,
+    "gemma-2-2b": 2.61,
+    "gemma-2-9b": 9.24,
+    "gemma-3-1b": 1.0,
+    "phi-3-mini": 3.82,
+    "phi-4-mini": 3.84,
+    "smollm3-3b": 3.08,
+    "olmo-2-7b": 7.3,
+    "granite-3.2-2b": 2.53,
+    "granite-3.2-8b": 8.17,
+}
+
+
+def facts_of(preset: Preset) -> ModelFacts:
+    return facts_from_config(preset.config, where=preset.name)
+
+
+def n_parameters(facts: ModelFacts) -> int:
+    """Matrices, biases and the norms on the hidden size; what is left out (norms of heads) is below a millionth."""
+    layer = sum(x.in_features * x.out_features + (x.out_features if x.bias else 0) for x in facts.linears)
+    norms = 4 if facts.model_type.startswith("gemma") else 2
+    vocabulary = facts.vocab_size * facts.hidden_size * (1 if facts.tied else 2)
+    return vocabulary + facts.n_layers * (layer + norms * facts.hidden_size) + facts.hidden_size
+
+
+def test_every_preset_has_a_published_size():
+    assert set(PUBLISHED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_shape_gives_the_published_size(preset):
+    assert n_parameters(facts_of(preset)) / 1e9 == pytest.approx(PUBLISHED[preset.name], rel=0.02)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_facts(preset):
+    facts = facts_of(preset)
+    assert not facts.quantised and facts.max_positions >= 4096
+    assert facts.recorded_dtype == ("float32" if preset.name == "olmo-2-7b" else "bfloat16")
+    assert preset.source and preset.hub_id.count("/") == 1
+    windowed = facts.model_type in ("gemma2", "gemma3_text", "phi3")
+    assert (facts.sliding_window is not None) == windowed
+
+
+def test_windows_of_gemma():
+    def n_full(name: str) -> int:
+        return facts_of(PRESETS[name]).layer_types.count("full_attention")
+
+    assert (n_full("gemma-2-2b"), n_full("gemma-3-1b")) == (13, 4)
+
+
+def test_all_families_are_there():
+    assert {preset.config["model_type"] for preset in PRESETS.values()} == set(FAMILIES)
+
+
+def test_names_are_unique():
+    names = [preset.name for preset in PRESETS.values()] + [preset.hub_id.lower() for preset in PRESETS.values()]
+    assert len(set(names)) == len(names)
+    assert all(name == preset.name == preset.name.lower() for name, preset in PRESETS.items())
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_found_by_name_and_hub_id(preset):
+    for name in (preset.name, preset.name.upper(), preset.name.replace("-", "_"), f" {preset.name.replace('-', ' ')} "):
+        assert find_preset(name) is preset
+    assert find_preset(preset.hub_id) is find_preset(preset.hub_id.lower()) is preset
+
+
+def test_not_found():
+    assert find_preset("gpt-2") is None
+    assert find_preset("") is None
+    assert near_presets("Qwen/Qwen2.5-7B-Instruct")[0] == "qwen2.5-7b"
+    assert near_presets("llama3.1-8b")[0] == "llama-3.1-8b"
+    assert near_presets("zzz") == []

@@ -1,0 +1,241 @@
+"""Law 6's workbench: random settings of a run, one step of it watched tensor by tensor, and what the timeline says of it.
+
+Not a test itself. `python -m tools.timeline_settings FIRST LAST [WORD ...]` prints settings by number, `-v` op by op;
+words are families, `dropout` (on the LoRA inputs) and `odd` (odd sizes).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import quantise_model
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import Sizes
+from lopt_edge.plan.costs.timeline import Timeline, timeline
+from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.run.step.batches import Batch
+from lopt_edge.run.tiers.feature_cache import FeatureCache
+from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
+from tests.laws.bench import Bench, make_bench, random_batch
+from tools.tiny_models import FAMILIES, make_folder
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. `lengths` has an entry a micro-batch, with the lengths of its sequences; `changes` are the model's."""
+
+    family: str
+    dtype: torch.dtype
+    lengths: tuple[tuple[int, ...], ...]
+    knobs: Knobs
+    method: Any = "e2e"
+    num_segments: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] | None = None
+    rank: int = 4
+    dropout: float = 0.0
+    stored: torch.dtype = torch.float32  # of the vocabulary
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own
+    kind: str | None = None  # of step that is watched, where a run has several
+
+
+def random_setting(number: int, *, dropout: bool = False) -> Setting:
+    """The same for the same number."""
+    pick = random.Random(number)
+    family = pick.choice(list(FAMILIES))
+    n_layers = pick.choice([2, 3, 5])
+    method = pick.choice(["e2e", "lopt", "frozen"])
+    apply = pick.choice(["step", "step", "segment", "layer"])
+    knobs = Knobs(
+        weights=_some(pick, ["resident", "disk"], n_layers),
+        activations=_some(pick, ["keep", "recompute", "page"], n_layers),
+        saved_inputs=pick.choice(["device", "disk"]),
+        states=pick.choice(["device", "disk"]),
+        gradients=pick.choice(["device", "disk"]),
+        optimizer=pick.choice(["adamw", "adamw", "adamw8bit"]),
+        apply=apply,
+        prefetch=pick.choice([0, 1, 2]),
+        token_tile=random.Random(20_008 + number).choice([1024, 1024, 512, 256, 48]),  # leaves the other draws as they are
+    )
+    longest = pick.choice([16, 64, 200, 500, 900, 2000])
+    n_micro_batches = 1 if apply == "layer" else pick.choice([1, 1, 2])
+    lengths = tuple(
+        tuple(pick.randint(longest // 2, longest) for _ in range(pick.choice([1, 1, 2]))) for _ in range(n_micro_batches)
+    )
+    heads, kv_heads = pick.choice([(4, 2), (4, 4), (8, 2), (2, 1)])
+    names = FUSED if family == "phi3" else LINEARS
+    return Setting(
+        family, pick.choice([torch.float32, torch.bfloat16]), lengths, knobs, method,
+        num_segments=1 if method == "e2e" else pick.randint(1, min(3, n_layers)),
+        changes={"hidden_size": 64 * pick.randint(1, 8), "intermediate_size": 64 * pick.choice([1, 3, 8, 15, 17, 24, 32]),
+                 "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": pick.choice([320, 320, 1500]),
+                 "sliding_window": pick.choice([8, 4096])},
+        targets=pick.choice([names, names, *[tuple(pick.sample(names, pick.randint(1, len(names)))) for _ in range(2)]]),
+        rank=pick.choice([4, 16]),
+        dropout=0.1 if dropout else 0.0,
+        stored=pick.choice([torch.float32, torch.bfloat16]),
+    )  # fmt: skip
+
+
+def method_setting(number: int, method: str, kind: str | None = None, **options: Any) -> Setting:
+    """Random settings of that number with a method and its options."""
+    found = random_setting(number)
+    if options.get("boundary_update") == "fresh" and found.knobs.apply == "layer":
+        found = replace(found, knobs=replace(found.knobs, apply="segment"))
+    cut = method in ("lopt", "frozen")
+    return replace(found, method=method, num_segments=2 if cut else 1, options=options, kind=kind)
+
+
+def odd_setting(number: int) -> Setting:
+    """Sizes that real models and data seldom have: widths no multiple of 64, many or very short sequences."""
+    pick = random.Random(10_000 + number)
+    found = random_setting(5_000 + number, dropout=pick.random() < 0.5)
+    kind = pick.choice(["widths", "short", "many", "micro-batches"])
+    if kind == "widths":
+        hidden = pick.choice([64, 128, 192, 384] if found.family == "phi3" else [32, 96, 160, 224, 416])
+        widths = {"hidden_size": hidden, "intermediate_size": pick.choice([32, 64, 96, 160, 352, 1120])}
+        return replace(found, changes=found.changes | widths)
+    shapes = {"short": (2, 3, 5), "many": (1, 6, 200), "micro-batches": (4, 2, 300)}
+    n_micro_batches, n_sequences, longest = shapes[kind]
+    n_micro_batches = 1 if found.knobs.apply == "layer" else n_micro_batches
+    # the first one has a supervised token: without any in a window the lm_head is never read, which nobody predicts
+    lengths = [
+        [max(5, longest), *(pick.randint(1, longest) for _ in range(n_sequences - 1))] for _ in range(n_micro_batches)
+    ]
+    return replace(found, lengths=tuple(map(tuple, lengths)))
+
+
+def _some(pick: random.Random, choices: list[str], n_layers: int) -> tuple[str, ...]:
+    """The same for all layers, or one for each."""
+    choice = pick.choice(choices)
+    return pick.choice([(choice,) * n_layers, tuple(pick.choice(choices) for _ in range(n_layers))])
+
+
+@dataclass
+class Comparison:
+    """A step as measured and as predicted."""
+
+    setting: Setting
+    rows: list[MeasuredOp]
+    predicted: Timeline
+
+    @property
+    def peak(self) -> int:
+        return max(row.peak_bytes for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted.peak_bytes / self.peak
+
+    @property
+    def same_op(self) -> bool:
+        """Whether the op of the predicted peak has the measured one, up to a thousandth."""
+        at = self.predicted.rows.index(self.predicted.peak_row)
+        return self.rows[at].peak_bytes >= 0.999 * self.peak
+
+    @property
+    def held_off(self) -> int:
+        """The largest difference at an op's beginning."""
+        pairs = zip(self.rows, self.predicted.rows, strict=True)
+        return max((sum(found.held.values()) - sum(row.held.values()) for row, found in pairs), key=abs)
+
+    def text(self) -> str:
+        s = self.setting
+        measured = max(self.rows, key=lambda row: row.peak_bytes)
+        return (
+            f"{self.ratio:.5f} held {self.held_off:+d} {'' if self.same_op else 'OTHER OP '}{s.family} {str(s.dtype)[6:]} "
+            f"{s.method}/{s.num_segments} {s.lengths} {measured.text}, predicted {self.predicted.peak_row.op.text()}"
+        )
+
+    def table(self) -> str:
+        """Op by op."""
+        lines = []
+        for row, found in zip(self.rows, self.predicted.rows, strict=True):
+            held = sum(row.held.values())
+            lines.append(f"{row.text:34s} held {held:10d} {sum(found.held.values()) - held:+8d}   "
+                         f"peak {row.peak_bytes:10d} {found.peak_bytes / row.peak_bytes:.5f}")  # fmt: skip
+        return "\n".join(lines)
+
+
+def compare(setting: Setting, root: Path) -> Comparison:
+    """Run two steps in a new folder under `root`, the second one watched."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    n_layers = len(setting.knobs.weights)
+    source = make_folder(folder / "source", setting.family, dtype=setting.stored, num_hidden_layers=n_layers,
+                         max_position_embeddings=4096, **setting.changes)  # fmt: skip
+    quantise_model(find_model(str(source)), folder / "q")
+    bench = make_bench(
+        folder / "q", method=setting.method, num_segments=setting.num_segments, n_micro_batches=len(setting.lengths),
+        dtype=setting.dtype, knobs=setting.knobs, page_dir=folder, targets=setting.targets, rank=setting.rank,
+        dropout=setting.dropout, clip=0.0 if setting.knobs.apply == "layer" else 1.0, **setting.options,
+    )  # fmt: skip
+    vocabulary = setting.changes.get("vocab_size", 320)
+    batches = [random_batch(lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
+    batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
+    lengths = [length for batch in batches for length in batch.lengths]
+    cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
+    teacher = FeatureCache(_new(folder / "teacher"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
+    teacher.write(range(len(lengths)), torch.ones(len(lengths), max(lengths), bench.model.facts.hidden_size))
+    bench.executor.caches = {"boundary": cache, "teacher": teacher}
+    rates = dict.fromkeys(range(9), 1e-3)
+    for step, plan in enumerate(bench.plans.values(), start=1):  # all moments are there, and what a step reads
+        bench.executor.run(plan, batches, step=step, learning_rates=rates)
+    bench = bench if setting.kind is None else bench.of_kind(setting.kind)
+    meter = MemoryMeter(bench.executor)
+    with meter.watching(batches):
+        bench.executor.run(bench.plan, batches, step=9, learning_rates=rates)
+    meter.stop()
+    bench.executor.mover.close()
+    return Comparison(setting, meter.rows, predicted(setting, bench.model.facts, bench, batches))
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _numbered(batches: list[Batch], index: int) -> tuple[int, ...]:
+    """The examples of a micro-batch, counted through the window."""
+    first = sum(len(batch.lengths) for batch in batches[:index])
+    return tuple(range(first, first + len(batches[index].lengths)))
+
+
+def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[Batch]) -> Timeline:
+    targets = setting.targets or facts.linear_names
+    shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
+    groups = tuple(bench.executor.optimizer.groups)
+    replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
+    sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)
+    return timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "-v"]
+    first, last, *wanted = words
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        for number in range(int(first), int(last)):
+            setting = odd_setting(number) if "odd" in wanted else random_setting(number, dropout="dropout" in wanted)
+            if set(wanted) - {"dropout", "odd"} and setting.family not in wanted:
+                continue
+            found = compare(setting, Path(root))
+            print(number, found.text(), flush=True)
+            if "-v" in sys.argv:
+                print(setting, found.table(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
