@@ -243,8 +243,16 @@ def four_bit_tensors(
 
 def copy_small_files(source: Path, target: Path) -> None:
     """Copy what belongs to a model folder beside its weights and config: tokenizer, template, generation settings."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-                    "generation_config.json", "chat_template*", "LICENSE*"):  # fmt: skip
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "generation_config.json",
+        "chat_template*",
+        "LICENSE*",
+    ):
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)

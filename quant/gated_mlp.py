@@ -58,8 +58,10 @@ class _Pass:
         self.linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         self.packed = [_resident(linear) for linear in self.linears]
         self.scales = [unpack_scales(weight) for weight in self.packed]
-        self.lora = [None if linear.lora_a is None else (linear.lora_a.to(x_ND.dtype), linear.lora_b.to(x_ND.dtype))
-                     for linear in self.linears]  # fmt: skip
+        self.lora = [
+            None if linear.lora_a is None else (linear.lora_a.to(x_ND.dtype), linear.lora_b.to(x_ND.dtype))
+            for linear in self.linears
+        ]
         self.low_NR = [None if pair is None else x_ND @ pair[0] for pair in self.lora[:2]]
 
     def blocks(self) -> Iterator[slice]:
@@ -150,9 +152,12 @@ class _BackwardSums:
     def __init__(self, run: _Pass, g_ND: Tensor, *, need_x: bool) -> None:
         x_ND, down = run.x_ND, run.lora[2]
         self.g_ND = g_ND
-        self.adapters = [None if pair is None else (torch.zeros_like(pair[0], dtype=torch.float32),
-                                                    torch.zeros_like(pair[1], dtype=torch.float32))
-                         for pair in run.lora]  # fmt: skip
+        self.adapters = [
+            None
+            if pair is None
+            else (torch.zeros_like(pair[0], dtype=torch.float32), torch.zeros_like(pair[1], dtype=torch.float32))
+            for pair in run.lora
+        ]
         self.dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device) if need_x else None
         self.g_low_NR = None if down is None else g_ND @ down[1].t()
         self.low_NR = None if down is None else torch.zeros(len(x_ND), down[0].shape[1], device=x_ND.device)

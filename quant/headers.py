@@ -80,8 +80,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def _pickle_reason(name: str) -> str:
-    return (f"the folder holds pickle weights only ({name}); loading them could run foreign code. "
-            "Use the safetensors form")  # fmt: skip
+    return f"the folder holds pickle weights only ({name}); loading them could run foreign code. Use the safetensors form"
 
 
 def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) -> TensorEntry:

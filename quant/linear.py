@@ -129,9 +129,16 @@ def add_lora(
 
 
 def lora_gradients(
-    layer: PackedLinear, flat: Tensor, a: Tensor, b: Tensor, g: Tensor, *, key: int | None, dx: Tensor | None,
+    layer: PackedLinear,
+    flat: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    *,
+    key: int | None,
+    dx: Tensor | None,
     needed: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB), those that are `needed`, from the gradient g (N, out) of the output; the branch's share is added to dx."""
     mask = da = db = None
     if key is not None:

@@ -88,8 +88,9 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     if weight.device.type != "cpu":
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-        nested = QuantState(absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32,
-                            blocksize=weight.nested_block_elements)  # fmt: skip
+        nested = QuantState(
+            absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32, blocksize=weight.nested_block_elements
+        )
         return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)
     # The same arithmetic here, so that a run on a ready 4-bit folder never imports bitsandbytes (45 MiB of modules).
     scales = weight.nested_map[weight.absmax.int()]

@@ -252,8 +252,14 @@ def test_a_quantisation_state_that_is_one_number_allocates_nothing(tmp_path):
     """bytes(8_000_000_000) are 8 GB of zeros: the state was a scalar of 64 bits."""
     path = tmp_path / "model.safetensors"
     state = "w.weight.quant_state.bitsandbytes__nf4"
-    save_file({"w.weight": torch.zeros(4, 1, dtype=torch.uint8), "w.weight.absmax": torch.zeros(1),
-               state: torch.tensor(8_000_000_000)}, path)  # fmt: skip
+    save_file(
+        {
+            "w.weight": torch.zeros(4, 1, dtype=torch.uint8),
+            "w.weight.absmax": torch.zeros(1),
+            state: torch.tensor(8_000_000_000),
+        },
+        path,
+    )
     with pytest.raises(FolderError, match="not a row of bytes"):
         packed_on_disk(read_headers(tmp_path), "w.weight")
 
@@ -302,10 +308,12 @@ def test_a_parquet_bomb_is_stopped(tmp_path):
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), pa.array(["x" * 1_000_000]))
     pq.write_table(pa.table({"text": column}), path, compression="zstd")
     assert path.stat().st_size < 200_000
-    code = ("import sys\nfrom lopt_edge.data import read_records, records\n"
-            "from lopt_edge.errors import InputError\nrecords.MAX_WHOLE_BYTES = 200_000_000\n"
-            "try: read_records(sys.argv[1])\nexcept InputError as error: print(error)\n"
-            "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")  # fmt: skip
+    code = (
+        "import sys\nfrom lopt_edge.data import read_records, records\n"
+        "from lopt_edge.errors import InputError\nrecords.MAX_WHOLE_BYTES = 200_000_000\n"
+        "try: read_records(sys.argv[1])\nexcept InputError as error: print(error)\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=60)
     assert "unpacks to" in done.stdout
     assert int(done.stdout.split()[-1]) < 1_000_000, "kilobytes"
@@ -342,8 +350,10 @@ def test_the_claims_of_a_parquet_file_are_checked_first(tmp_path, monkeypatch):
 def test_damaged_parquet_statistics_do_not_end_the_process(tmp_path):
     """pyarrow's metadata of a column calls std::terminate for these; found by tools/fuzz.py (input 20641 of seed 1)."""
     path = Path(__file__).parent / "data" / "damaged-statistics.parquet"
-    code = ("import sys\nfrom lopt_edge.data import read_records\nfrom lopt_edge.errors import InputError\n"
-            "try: read_records(sys.argv[1])\nexcept InputError as error: print(error)")  # fmt: skip
+    code = (
+        "import sys\nfrom lopt_edge.data import read_records\nfrom lopt_edge.errors import InputError\n"
+        "try: read_records(sys.argv[1])\nexcept InputError as error: print(error)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "not a readable Parquet file" in done.stdout, done.stderr
 
@@ -365,8 +375,10 @@ def test_memory_of_json_is_bounded(tmp_path):
     """The worst text that we know takes 28 bytes a byte; in a process of its own."""
     path = tmp_path / "config.json"
     path.write_bytes(b"[" + b"{}," * 2_000_000 + b"0]")
-    code = ("import resource, sys\nfrom pathlib import Path\nfrom quant.headers import read_json\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\nbefore = peak()\n"
-            "read_json(Path(sys.argv[1]))\nprint(peak() - before)")  # fmt: skip
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom quant.headers import read_json\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\nbefore = peak()\n"
+        "read_json(Path(sys.argv[1]))\nprint(peak() - before)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 30 * path.stat().st_size

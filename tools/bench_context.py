@@ -82,8 +82,13 @@ def predicted(facts: ModelFacts, options: argparse.Namespace, *, method: str, se
     found = run(knobs)
     if found.host_bytes > HOST_LIMIT:
         found = run(replace(knobs, saved_inputs="disk"))
-    return {"kind": "predicted", "peak_device_mib": found.device_bytes / 2**20, "peak_host_mib": found.host_bytes / 2**20,
-            "peak_disk_mib": found.disk_bytes / 2**20, "note": found.peak_op}  # fmt: skip
+    return {
+        "kind": "predicted",
+        "peak_device_mib": found.device_bytes / 2**20,
+        "peak_host_mib": found.host_bytes / 2**20,
+        "peak_disk_mib": found.disk_bytes / 2**20,
+        "note": found.peak_op,
+    }
 
 
 def measured(
@@ -153,12 +158,20 @@ def child(given: dict[str, Any]) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-    print(json.dumps({
-        "peak_device_mib": peak_device_bytes(device) / 2**20, "peak_host_mib": mover.pinned.peak_bytes / 2**20,
-        "peak_disk_mib": page_file.peak_bytes / 2**20, "step_seconds": seconds,
-        "tokens_per_second": given["tokens"] / seconds,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "peak_device_mib": peak_device_bytes(device) / 2**20,
+                "peak_host_mib": mover.pinned.peak_bytes / 2**20,
+                "peak_disk_mib": page_file.peak_bytes / 2**20,
+                "step_seconds": seconds,
+                "tokens_per_second": given["tokens"] / seconds,
+                "machine": torch.cuda.get_device_name()
+                if device.type == "cuda"
+                else platform.processor() or platform.machine(),
+            }
+        )
+    )
     mover.close()
 
 
@@ -231,9 +244,11 @@ def _rows(
                "layers": facts.n_layers, "hidden": facts.hidden_size, "dtype": options.dtype, "method": method,
                "settings": settings, "card_gb": card_gb or "", "tokens": tokens, "machine": "", **run(tokens)}  # fmt: skip
         row = {key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()}
-        print({key: row[key] for key in ("kind", "method", "settings", "card_gb", "tokens", "note") if key in row},
-              {key: row.get(key) for key in ("peak_device_mib", "peak_host_mib", "peak_disk_mib", "step_seconds")},
-              flush=True)  # fmt: skip
+        print(
+            {key: row[key] for key in ("kind", "method", "settings", "card_gb", "tokens", "note") if key in row},
+            {key: row.get(key) for key in ("peak_device_mib", "peak_host_mib", "peak_disk_mib", "step_seconds")},
+            flush=True,
+        )
         rows.append(row)
     return rows
 

@@ -54,11 +54,14 @@ PLACES = "--weights {0} --saved-inputs {1} --optimizer-states {2} --gradients {2
 SETTINGS = {
     name: PLACES.format(*places.split()).split()
     for name, places in {
-        "resident": "resident device device recompute", "streamed": "disk disk device recompute",
-        "smallest": "disk disk disk recompute", "keep": "resident device device keep",
-        "page": "resident device device page", "recompute": "resident device device recompute",
+        "resident": "resident device device recompute",
+        "streamed": "disk disk device recompute",
+        "smallest": "disk disk disk recompute",
+        "keep": "resident device device keep",
+        "page": "resident device device page",
+        "recompute": "resident device device recompute",
     }.items()
-}  # fmt: skip
+}
 COLUMNS = (
     "date", "hardware", "threads", "versions", "commit", "model", "shape", "n_layers", "hidden_size", "device",
     "dtype", "memory_fraction", "lora_r", "seq_len", "steps", "method", "settings", "flags", "repeat",
@@ -95,8 +98,11 @@ def run_ours(options: Namespace, case: Case, method: str, flags: list[str], scra
         started = time.perf_counter()
         done = subprocess.run(
             [*([str(TIME), "-v", "-o", str(times)] if TIME.exists() else []), *command],
-            env=environment(options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=environment(options),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         measured: Row = {"wall_seconds": time.perf_counter() - started, "peak_rss_time_bytes": peak_of_time(times)}
         if done.returncode:
             print(done.stderr[-4000:], file=sys.stderr)
@@ -126,8 +132,10 @@ def data_file(case: Case, options: Namespace, scratch: Path) -> Path:
     if not path.exists():
         drawn = random.Random(SEED)
         words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=drawn.randint(2, 9))) for _ in range(5000)]
-        rows = [{"prompt": "Words:", "completion": " " + " ".join(drawn.choices(words, k=case.seq_len))}
-                for _ in range(options.steps)]  # fmt: skip
+        rows = [
+            {"prompt": "Words:", "completion": " " + " ".join(drawn.choices(words, k=case.seq_len))}
+            for _ in range(options.steps)
+        ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -215,8 +223,13 @@ def case_columns(options: Namespace, case: Case) -> Row:
     facts = find_model(str(case.model)).facts
     common = common_columns(Namespace(**{**vars(options), "model": case.model, "seq_len": case.seq_len}))
     hardware = f"{options.gpu}; {common['hardware']}" if options.gpu else common["hardware"]
-    return {**common, "hardware": hardware, "n_layers": facts.n_layers, "hidden_size": facts.hidden_size,
-            "memory_fraction": options.memory_fraction}  # fmt: skip
+    return {
+        **common,
+        "hardware": hardware,
+        "n_layers": facts.n_layers,
+        "hidden_size": facts.hidden_size,
+        "memory_fraction": options.memory_fraction,
+    }
 
 
 def quantise_once(options: Namespace, case: Case, scratch: Path) -> str:
@@ -323,8 +336,11 @@ def groups(rows: list[Row], keys: tuple[str, ...]) -> Iterator[list[Row]]:
 
 def growth(rows: list[Row]) -> Iterator[str]:
     """A line for each method and setting that was measured at several lengths, or at several depths of one shape."""
-    measured = [{**row, "family": row["shape"].replace(f" {row['n_layers']} x ", " ")} for row in rows
-                if row.get("peak_rss_bytes") and not row.get("error")]  # fmt: skip
+    measured = [
+        {**row, "family": row["shape"].replace(f" {row['n_layers']} x ", " ")}
+        for row in rows
+        if row.get("peak_rss_bytes") and not row.get("error")
+    ]
     peaks = {"peak_rss_bytes": "peak RSS", "peak_device_bytes": "device"}
     if all(row["device"] == "cpu" for row in measured):  # there the two are one
         del peaks["peak_device_bytes"]
@@ -336,8 +352,10 @@ def growth(rows: list[Row]) -> Iterator[str]:
             what = f"{group[0]['family']}, {fixed} {group[0][fixed]:,}: {group[0]['method']} {group[0].get('settings', '')}"
             for peak, name in peaks.items():
                 slope, start, off = fit([row[column] / unit for row in group], [row[peak] / 2**20 for row in group])
-                yield (f"{what.strip()}: {name} {slope:+,.2f} MiB per {unit_name} (line from {start:,.0f} MiB at 0; "
-                       f"{len(group)} rows, worst {off:,.1f} MiB off it)")  # fmt: skip
+                yield (
+                    f"{what.strip()}: {name} {slope:+,.2f} MiB per {unit_name} (line from {start:,.0f} MiB at 0; "
+                    f"{len(group)} rows, worst {off:,.1f} MiB off it)"
+                )
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:

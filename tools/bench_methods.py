@@ -87,8 +87,12 @@ def run_variant(options: argparse.Namespace, variant: Variant, scratch: Path) ->
     steps = [line for line in lines if "loss" in line and line.get("kind", "").startswith(variant.kind)][1:]
     share = sum(line["supervised_tokens"] for line in steps) / sum(line["tokens"] for line in steps)
     peaks = {name: run["peaks"][name] for name in ("peak_rss_bytes", "peak_device_bytes", "peak_disk_bytes")}
-    return {"supervised_share": round(share, 3), "step_seconds": mean(line["step_seconds"] for line in steps), **peaks,
-            "error": ""}  # fmt: skip
+    return {
+        "supervised_share": round(share, 3),
+        "step_seconds": mean(line["step_seconds"] for line in steps),
+        **peaks,
+        "error": "",
+    }
 
 
 def finetune(options: argparse.Namespace, flags: list[str], data: Path, output: Path, *, n_steps: int) -> Any:

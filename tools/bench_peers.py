@@ -150,9 +150,20 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
     from lopt_edge.training.prepare.build import build_executor
     from lopt_edge.training.prepare.inputs import Inputs
 
-    config = Config(model=str(options.model), data="(random ids)", output="(none)", method=options.child, grad_accum=1,
-                    max_seq_len=options.seq_len, lr=options.lr, clip=CLIP, lora_r=options.lora_r,
-                    lora_alpha=2 * options.lora_r, device=options.device, compute_dtype=options.dtype)  # fmt: skip
+    config = Config(
+        model=str(options.model),
+        data="(random ids)",
+        output="(none)",
+        method=options.child,
+        grad_accum=1,
+        max_seq_len=options.seq_len,
+        lr=options.lr,
+        clip=CLIP,
+        lora_r=options.lora_r,
+        lora_alpha=2 * options.lora_r,
+        device=options.device,
+        compute_dtype=options.dtype,
+    )
     settle_host_allocator()  # as finetune does
     with clock.phase("load"):
         source = find_model(config.model)
@@ -165,10 +176,23 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
         whole: Any = SimpleNamespace(part=None)  # one process
         unread: Any = None  # there is no tokenizer and no data set: the batches are made below
         inputs = Inputs(
-            config=config, source=source, tokenizer=unread, template=None, train=unread, held_out=None, retention=None,
-            course=course, targets=target_modules(source.facts, config.lora_targets), device=device, dtype=dtype,
-            knobs=knobs, budget=Budget(), workload=whole, run_plan=unread, reasons=(),
-        )  # fmt: skip
+            config=config,
+            source=source,
+            tokenizer=unread,
+            template=None,
+            train=unread,
+            held_out=None,
+            retention=None,
+            course=course,
+            targets=target_modules(source.facts, config.lora_targets),
+            device=device,
+            dtype=dtype,
+            knobs=knobs,
+            budget=Budget(),
+            workload=whole,
+            run_plan=unread,
+            reasons=(),
+        )
         model = load_model(folder, source.facts, device=device, dtype=dtype)
         executor, _ = build_executor(inputs, model)
     plan = validate(arrange(step_plan(config.method, course.kinds[0], n_micro_batches=1), knobs))
@@ -192,16 +216,26 @@ def load_peers(options: argparse.Namespace, clock: Any) -> Step:
 
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     dtype = getattr(torch, options.dtype)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype)  # fmt: skip
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config")  # then it wins
-    lora = LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, lora_dropout=0.0, bias="none",
-                      target_modules="all-linear", task_type="CAUSAL_LM")  # fmt: skip
+    lora = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=2 * options.lora_r,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     with clock.phase("load"):
         model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=dtype, attn_implementation="sdpa", device_map={"": device},
+            options.model,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
             **({} if quantised else {"quantization_config": four_bit}),
-        )  # fmt: skip
+        )
         model.config.use_cache = False
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = get_peft_model(model, lora)  # adapters are fp32
@@ -231,9 +265,13 @@ def measure(options: argparse.Namespace, arguments: list[str], *, method: str, f
     result.unlink(missing_ok=True)
     command = [sys.executable, __file__, *arguments, "--child", method, "--result", str(result)]
     command += ["--cache-dir", str(options.cache_dir), "--threads", str(options.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1",
-                   "OMP_WAIT_POLICY": "passive",  # as our command line sets it; for all alike
-                   "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "passive",  # as our command line sets it; for all alike
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     print(f"{method}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if done.returncode == 0:
@@ -317,8 +355,10 @@ def check_dtype(options: argparse.Namespace) -> None:
     quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config") or {}
     recorded = str(quantised.get("bnb_4bit_compute_dtype", options.dtype)).removeprefix("torch.")
     if "peers" in options.methods and recorded != options.dtype:
-        sys.exit(f"{options.model} is in 4 bits already and makes the baseline compute in {recorded}: run with --dtype "
-                 f"{recorded}, or give the full-precision folder")  # fmt: skip
+        sys.exit(
+            f"{options.model} is in 4 bits already and makes the baseline compute in {recorded}: run with --dtype "
+            f"{recorded}, or give the full-precision folder"
+        )
 
 
 def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:

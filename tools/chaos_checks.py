@@ -38,8 +38,11 @@ def final_of(output: Path, cache: Path) -> Final:
 
 def hashes(folder: Path) -> dict[str, str]:
     """By path inside `folder`; nothing half written counts."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file() and ".partial" not in str(path)}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".partial" not in str(path)
+    }
 
 
 def final_faults(output: Path, cache: Path, whole: Final) -> Iterator[str]:
@@ -105,6 +108,8 @@ class Chain:
 
 def half_written(output: Path, cache: Path, *, child: int) -> frozenset[str]:
     """The phases in which this process must have been, by what lies half written under its id."""
-    left = {"checkpoint": (output / checkpoint.CHECKPOINTS).glob(f".writing-*-{child}"),
-            "quantise": cache.glob(f"*.partial-{child}")}  # fmt: skip
+    left = {
+        "checkpoint": (output / checkpoint.CHECKPOINTS).glob(f".writing-*-{child}"),
+        "quantise": cache.glob(f"*.partial-{child}"),
+    }
     return frozenset(phase for phase, found in left.items() if any(found))

@@ -102,14 +102,21 @@ class Watch:
         from lopt_edge.training.session import saving, session
 
         for home, name, phase in (
-            (training, "read_inputs", "read inputs"), (training, "_make_ready", "make ready"),
-            (models, "quantise_model", "quantise"), (session, "load_model", "load"), (session, "restore", "restore"),
-            (saving, "prune", "prune"), (session, "evaluate", "evaluate"),
-            (session, "save_adapter", "save adapter"), (JsonLines, "write", "log"),
-        ):  # fmt: skip
+            (training, "read_inputs", "read inputs"),
+            (training, "_make_ready", "make ready"),
+            (models, "quantise_model", "quantise"),
+            (session, "load_model", "load"),
+            (session, "restore", "restore"),
+            (saving, "prune", "prune"),
+            (session, "evaluate", "evaluate"),
+            (session, "save_adapter", "save adapter"),
+            (JsonLines, "write", "log"),
+        ):
             setattr(home, name, self._marked(phase, getattr(home, name)))
-        for home, name, wrapped in ((session.Session, "_run_and_evaluate", self._after_start),
-                                    (saving, "new_checkpoint", self._marked_checkpoint)):  # fmt: skip
+        for home, name, wrapped in (
+            (session.Session, "_run_and_evaluate", self._after_start),
+            (saving, "new_checkpoint", self._marked_checkpoint),
+        ):
             setattr(home, name, wrapped(getattr(home, name)))
         for name in ("write", "read"):
             setattr(PageFile, name, self._transfer(f"page {name}", getattr(PageFile, name)))

@@ -101,8 +101,10 @@ def has_place(error: Exception, path: Path) -> bool:
     text = str(error)
     if "MemoryError" in text or text != printable(text):
         return False
-    return all(getattr(one, "where", "") or str(path.parent) in str(one) or str(one).startswith("line ")
-               for one in getattr(error, "errors", (error,)))  # fmt: skip
+    return all(
+        getattr(one, "where", "") or str(path.parent) in str(one) or str(one).startswith("line ")
+        for one in getattr(error, "errors", (error,))
+    )
 
 
 def limit_process() -> None:
@@ -184,8 +186,9 @@ def save_failure(folder: Path, name: str, content: bytes, found: str, *, total: 
 def child(target: str, options: Namespace, first: int, last: int, folder: Path, end: float, shared: Any) -> None:
     warm_up(target, folder)
     limit_process()
-    run_range(target, seed=options.seed, first=first, last=last, folder=folder, failures=options.failures, end=end,
-              shared=shared)  # fmt: skip
+    run_range(
+        target, seed=options.seed, first=first, last=last, folder=folder, failures=options.failures, end=end, shared=shared
+    )
 
 
 def run_target(target: str, options: Namespace, n_inputs: int) -> Counts:
@@ -307,11 +310,20 @@ def write_rows(options: Namespace, found: dict[str, Counts]) -> None:
         "mode": "mutations",
         "seed": options.seed,
     }
-    rows = [common | {"target": target, "inputs": counts.inputs, "accepted": counts.accepted, "rejected": counts.rejected,
-                      "failures": counts.failures, "seconds": round(counts.seconds, 1),
-                      "inputs_per_second": round(counts.inputs / max(counts.seconds, 1e-9)),
-                      "peak_growth_mib": round(counts.growth_bytes / 2**20)}
-            for target, counts in found.items()]  # fmt: skip
+    rows = [
+        common
+        | {
+            "target": target,
+            "inputs": counts.inputs,
+            "accepted": counts.accepted,
+            "rejected": counts.rejected,
+            "failures": counts.failures,
+            "seconds": round(counts.seconds, 1),
+            "inputs_per_second": round(counts.inputs / max(counts.seconds, 1e-9)),
+            "peak_growth_mib": round(counts.growth_bytes / 2**20),
+        }
+        for target, counts in found.items()
+    ]
     check_csv(options.csv, COLUMNS)
     append(options.csv, rows, COLUMNS)
     print(f"{len(rows)} rows appended to {options.csv}")

@@ -37,15 +37,18 @@ class Target:
 # --- data files -------------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-ROWS = tuple(json.dumps(row) for row in (
-    {"messages": CHAT},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    {"instruction": "add", "input": "1 2", "output": "3"},
-    {"prompt": "a", "completion": "b"},
-    {"prompt": CHAT[:2], "completion": CHAT[2:]},
-    {"text": "some text"},
-))  # fmt: skip
+ROWS = tuple(
+    json.dumps(row)
+    for row in (
+        {"messages": CHAT},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": CHAT[:2], "completion": CHAT[2:]},
+        {"text": "some text"},
+    )
+)
 TABLES = ('prompt,completion\n"a\nb",c\n\nd,"e ""f"""\n', "text\nhello\nworld\n", "instruction,input,output\n1,,2\n3,4,5\n")
 
 
@@ -109,13 +112,22 @@ SHORT = "model: {a: [b, {c: d}]}\nlr: 1_000\nclip: .inf\nepochs: 0x10\nseed: 1:3
 MODEL = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
          "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "sliding_window": 8}  # fmt: skip
-MODELS = tuple(json.dumps({**MODEL, "model_type": family, **more}) for family, more in (
-    ("llama", {"attention_bias": True}), ("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
-    ("qwen3", {"layer_types": ["full_attention"] * 4}), ("gemma2", {}), ("gemma3_text", {"sliding_window_pattern": 2}),
-    ("phi3", {}), ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 4}), ("olmo2", {}),
-    ("granite", {"logits_scaling": 2.0}), ("llama", {"quantization_config": {"quant_method": "bitsandbytes",
-    "load_in_4bit": True}}),
-))  # fmt: skip
+MODELS = tuple(
+    json.dumps({**MODEL, "model_type": family, **more})
+    for family, more in (
+        ("llama", {"attention_bias": True}),
+        ("mistral", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"layer_types": ["full_attention"] * 4}),
+        ("gemma2", {}),
+        ("gemma3_text", {"sliding_window_pattern": 2}),
+        ("phi3", {}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 4}),
+        ("olmo2", {}),
+        ("granite", {"logits_scaling": 2.0}),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}),
+    )
+)
 ADAPTER_VALUES = {"peft_type": "LORA", "lora_alpha": 32, "r": 4, "bias": "none", "use_rslora": False, "rank_pattern": {},
                   "target_modules": ["q_proj"], "init_lora_weights": True, "base_model_name_or_path": "a/b"}  # fmt: skip
 ADAPTER = (json.dumps(ADAPTER_VALUES),)
@@ -150,14 +162,21 @@ def read_config(path: Path) -> None:
 
 # --- safetensors headers, index files, quantisation states ------------------------------------------------------------
 
-HEADERS = tuple(json.dumps(header) for header in (
-    {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2, 3],
-    "data_offsets": [8, 32]},
-     "__metadata__": {"format": "pt"}},
-    {"x.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [0, 16]}},
-    {"e": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}, "f": {"dtype": "F32", "shape": [0, 4],
-    "data_offsets": [8, 8]}},
-))  # fmt: skip
+HEADERS = tuple(
+    json.dumps(header)
+    for header in (
+        {
+            "a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2, 3], "data_offsets": [8, 32]},
+            "__metadata__": {"format": "pt"},
+        },
+        {"x.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [0, 16]}},
+        {
+            "e": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
+            "f": {"dtype": "F32", "shape": [0, 4], "data_offsets": [8, 8]},
+        },
+    )
+)
 N_DATA_BYTES = 32
 
 
@@ -199,8 +218,13 @@ def read_index(path: Path) -> None:
 
 STATE = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 32], "nested_blocksize": 256,
                     "nested_dtype": "float32", "nested_offset": 0.5})  # fmt: skip
-PARTS = {"": ("U8", [128, 1]), ".absmax": ("U8", [4]), ".quant_map": ("F32", [16]), ".nested_absmax": ("F32", [1]),
-         ".nested_quant_map": ("F32", [256])}  # fmt: skip
+PARTS = {
+    "": ("U8", [128, 1]),
+    ".absmax": ("U8", [4]),
+    ".quant_map": ("F32", [16]),
+    ".nested_absmax": ("F32", [1]),
+    ".nested_quant_map": ("F32", [256]),
+}
 ITEMSIZE = {"U8": 1, "F32": 4, "I64": 8, "BF16": 2, "BOOL": 1}
 STATE_NAME = ".quant_state.bitsandbytes__"
 

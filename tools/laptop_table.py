@@ -29,8 +29,9 @@ def rows() -> list[tuple[str, ...]]:
     found = []
     for card in CARDS:
         for length in LENGTHS:
-            one = plan_run("llama-3.1-8b", gpu=card, max_seq_len=length, grad_accum=1, host_memory=HOST_MEMORY,
-                           disk_memory=DISK_MEMORY)  # fmt: skip
+            one = plan_run(
+                "llama-3.1-8b", gpu=card, max_seq_len=length, grad_accum=1, host_memory=HOST_MEMORY, disk_memory=DISK_MEMORY
+            )
             found.append((card, f"{length:,}", *cells(one)))
     return found
 
@@ -41,10 +42,14 @@ def cells(one: RunPlan) -> tuple[str, ...]:
     if not one.fits:
         return "does not fit", "", "", "", "", "", f"{one.longest_context:,}"
     return (
-        format_bytes(one.peak_bytes["device"]), format_bytes(budget), str(one.knobs["weights"]),
-        str(one.knobs["activations"]), format_bytes(one.peak_bytes["host"]), f"{one.tokens_per_second:,.0f}",
+        format_bytes(one.peak_bytes["device"]),
+        format_bytes(budget),
+        str(one.knobs["weights"]),
+        str(one.knobs["activations"]),
+        format_bytes(one.peak_bytes["host"]),
+        f"{one.tokens_per_second:,.0f}",
         f"{one.longest_context:,}",
-    )  # fmt: skip
+    )
 
 
 def table() -> str:

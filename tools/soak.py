@@ -115,8 +115,11 @@ def verdict(samples: Sequence[Sample]) -> list[str]:
     if len(samples) < LEAST_SAMPLES:
         return [f"{len(samples)} samples are too few: {LEAST_SAMPLES * EVERY} steps are the least"]
     first, last = ends(samples)
-    said = [f"{name} grew from {first[name]:,.0f} to {last[name]:,.0f}" for name in GROWING
-            if last[name] > first[name] * (1 + MOST_GROWTH)]  # fmt: skip
+    said = [
+        f"{name} grew from {first[name]:,.0f} to {last[name]:,.0f}"
+        for name in GROWING
+        if last[name] > first[name] * (1 + MOST_GROWTH)
+    ]
     said += [f"{name} went from {first[name]:g} to {last[name]:g}" for name in COUNTED if last[name] != first[name]]
     if abs(last["step_seconds"] / first["step_seconds"] - 1) > MOST_SECONDS_CHANGE:
         said.append(f"a step took {first['step_seconds']:.4f} s first and {last['step_seconds']:.4f} s at the end")
@@ -140,8 +143,11 @@ def soak(options: Namespace, folder: Path) -> list[Sample]:
 def row_of(samples: Sequence[Sample], options: Namespace, seconds: float) -> dict[str, Any]:
     cpu, (first, last) = cpu_device(), ends(samples)
     ratios = {f"{name}_ratio": round(last[name] / first[name], 4) for name in ("step_seconds", "cpu_seconds")}
-    medians = {f"{when}_{name}": round(value, 5) if "seconds" in name else round(value)
-               for when, found in (("first", first), ("last", last)) for name, value in found.items()}  # fmt: skip
+    medians = {
+        f"{when}_{name}": round(value, 5) if "seconds" in name else round(value)
+        for when, found in (("first", first), ("last", last))
+        for name, value in found.items()
+    }
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": f"{cpu.model}, {cpu.cores} cores",

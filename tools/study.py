@@ -61,8 +61,9 @@ def compare(task: str, name: str, methods: tuple[str, ...], options: argparse.Na
 def tables() -> str:
     """The README's two tables. A test compares."""
     head = ("variant", "narrow: loss", "exact", "forgetting", "broad: loss", "forgetting", "lr")
-    return "\n".join("\n".join(_line(cells) for cells in (head, ("---", *["---:"] * 6), *_rows(part))) + "\n"
-                     for part in ("", "-more"))  # fmt: skip
+    return "\n".join(
+        "\n".join(_line(cells) for cells in (head, ("---", *["---:"] * 6), *_rows(part))) + "\n" for part in ("", "-more")
+    )
 
 
 def _rows(part: str) -> list[tuple[str, ...]]:
@@ -72,8 +73,17 @@ def _rows(part: str) -> list[tuple[str, ...]]:
         other = broad[name]
         rates = dict.fromkeys(f"{float(figures['lr']):g}" for figures in (one, other))
         exact = f"{100 * float(one['exact_match']):.0f} ± {100 * float(one['exact_match_std']):.0f}%"
-        found.append((f"`{name}`", _spread(one, "eval_loss"), exact, _spread(one, "forgetting"),
-                      _spread(other, "eval_loss"), _spread(other, "forgetting"), " / ".join(rates)))  # fmt: skip
+        found.append(
+            (
+                f"`{name}`",
+                _spread(one, "eval_loss"),
+                exact,
+                _spread(one, "forgetting"),
+                _spread(other, "eval_loss"),
+                _spread(other, "forgetting"),
+                " / ".join(rates),
+            )
+        )
     return found
 
 

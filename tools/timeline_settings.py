@@ -77,16 +77,25 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
     heads, kv_heads = pick.choice([(4, 2), (4, 4), (8, 2), (2, 1)])
     names = FUSED if family == "phi3" else LINEARS
     return Setting(
-        family, pick.choice([torch.float32, torch.bfloat16]), lengths, knobs, method,
+        family,
+        pick.choice([torch.float32, torch.bfloat16]),
+        lengths,
+        knobs,
+        method,
         num_segments=1 if method == "e2e" else pick.randint(1, min(3, n_layers)),
-        changes={"hidden_size": 64 * pick.randint(1, 8), "intermediate_size": 64 * pick.choice([1, 3, 8, 15, 17, 24, 32]),
-                 "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": pick.choice([320, 320, 1500]),
-                 "sliding_window": pick.choice([8, 4096])},
+        changes={
+            "hidden_size": 64 * pick.randint(1, 8),
+            "intermediate_size": 64 * pick.choice([1, 3, 8, 15, 17, 24, 32]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": pick.choice([320, 320, 1500]),
+            "sliding_window": pick.choice([8, 4096]),
+        },
         targets=pick.choice([names, names, *[tuple(pick.sample(names, pick.randint(1, len(names)))) for _ in range(2)]]),
         rank=pick.choice([4, 16]),
         dropout=0.1 if dropout else 0.0,
         stored=pick.choice([torch.float32, torch.bfloat16]),
-    )  # fmt: skip
+    )
 
 
 def method_setting(number: int, method: str, kind: str | None = None, **options: Any) -> Setting:
@@ -165,8 +174,10 @@ class Comparison:
         lines = []
         for row, found in zip(self.rows, self.predicted.rows, strict=True):
             held = sum(row.held.values())
-            lines.append(f"{row.text:34s} held {held:10d} {sum(found.held.values()) - held:+8d}   "
-                         f"peak {row.peak_bytes:10d} {found.peak_bytes / row.peak_bytes:.5f}")  # fmt: skip
+            lines.append(
+                f"{row.text:34s} held {held:10d} {sum(found.held.values()) - held:+8d}   "
+                f"peak {row.peak_bytes:10d} {found.peak_bytes / row.peak_bytes:.5f}"
+            )
         return "\n".join(lines)
 
 
@@ -174,14 +185,29 @@ def compare(setting: Setting, root: Path) -> Comparison:
     """Run two steps in a new folder under `root`, the second one watched."""
     folder = Path(tempfile.mkdtemp(dir=root))
     n_layers = len(setting.knobs.weights)
-    source = make_folder(folder / "source", setting.family, dtype=setting.stored, num_hidden_layers=n_layers,
-                         max_position_embeddings=4096, **setting.changes)  # fmt: skip
+    source = make_folder(
+        folder / "source",
+        setting.family,
+        dtype=setting.stored,
+        num_hidden_layers=n_layers,
+        max_position_embeddings=4096,
+        **setting.changes,
+    )
     quantise_model(find_model(str(source)), folder / "q")
     bench = make_bench(
-        folder / "q", method=setting.method, num_segments=setting.num_segments, n_micro_batches=len(setting.lengths),
-        dtype=setting.dtype, knobs=setting.knobs, page_dir=folder, targets=setting.targets, rank=setting.rank,
-        dropout=setting.dropout, clip=0.0 if setting.knobs.apply == "layer" else 1.0, **setting.options,
-    )  # fmt: skip
+        folder / "q",
+        method=setting.method,
+        num_segments=setting.num_segments,
+        n_micro_batches=len(setting.lengths),
+        dtype=setting.dtype,
+        knobs=setting.knobs,
+        page_dir=folder,
+        targets=setting.targets,
+        rank=setting.rank,
+        dropout=setting.dropout,
+        clip=0.0 if setting.knobs.apply == "layer" else 1.0,
+        **setting.options,
+    )
     vocabulary = setting.changes.get("vocab_size", 320)
     batches = [random_batch(lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]

@@ -23,8 +23,12 @@ def save_tokenizer(folder: Path, *, vocab_size: int = 300) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
@@ -40,8 +44,10 @@ def make_model(folder: Path, family: str = "llama", *, dtype: torch.dtype = torc
 
 def write_rows(path: Path, n_rows: int, *, first: int = 0) -> Path:
     """Prompts and completions of uneven lengths."""
-    rows = [{"prompt": f"What is {i}? " * (1 + i % 3), "completion": REPLIES[i % len(REPLIES)]}
-            for i in range(first, first + n_rows)]  # fmt: skip
+    rows = [
+        {"prompt": f"What is {i}? " * (1 + i % 3), "completion": REPLIES[i % len(REPLIES)]}
+        for i in range(first, first + n_rows)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -52,8 +52,9 @@ class Case:
     @property
     def key(self) -> str:
         """How plan/costs/layer_bytes.py names it."""
-        return case_key(self.family, self.dtype.itemsize, "two kinds" if self.both else self.heads, masked=self.masked,
-                        one=self.one)  # fmt: skip
+        return case_key(
+            self.family, self.dtype.itemsize, "two kinds" if self.both else self.heads, masked=self.masked, one=self.one
+        )
 
 
 def cases(family: str) -> Iterator[Case]:
@@ -142,8 +143,13 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     if case.family == "smollm3":
         changes["no_rope_layers"] = [1] * n_layers  # a layer without rotation takes less
     config = tiny_config(case.family, **changes)
-    for name, letter in (("hidden_size", "d"), ("num_attention_heads", "h"), ("num_key_value_heads", "k"),
-                         ("head_dim", "e"), ("intermediate_size", "i")):  # fmt: skip
+    for name, letter in (
+        ("hidden_size", "d"),
+        ("num_attention_heads", "h"),
+        ("num_key_value_heads", "k"),
+        ("head_dim", "e"),
+        ("intermediate_size", "i"),
+    ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
     config._attn_implementation = put_attention(log) if case.family in EAGER_ONLY else "sdpa"
     facts = facts_from_config(config.to_dict(), where="trace")
@@ -154,8 +160,19 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         _put_stand_ins(layer, facts, log)
     skeleton.norm.weight = nn.Parameter(torch.ones(sizes["d"], dtype=case.dtype), requires_grad=False)
     vocabulary: Any = OpaqueVocabulary(sizes["v"], sizes["d"], case.dtype, log)
-    return Model(facts, config, layers, skeleton.norm, type(skeleton.rotary_emb)(config=config), vocabulary, vocabulary,
-                 torch.device("cpu"), case.dtype, DropoutClock(), Mover(torch.device("cpu")))  # fmt: skip
+    return Model(
+        facts,
+        config,
+        layers,
+        skeleton.norm,
+        type(skeleton.rotary_emb)(config=config),
+        vocabulary,
+        vocabulary,
+        torch.device("cpu"),
+        case.dtype,
+        DropoutClock(),
+        Mover(torch.device("cpu")),
+    )
 
 
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, log: EventLog) -> None:

@@ -188,8 +188,10 @@ def show(options: Namespace) -> None:
         beyond = sum(row.get("within_budget") == "no" for row in rows)
         other = sum(row.get("op_is_right") == "False" for row in rows)
         middle = statistics.median(ratios)
-        print(f"{path.name} {column}: {len(ratios)} runs, {min(ratios):.4f} to {max(ratios):.4f}, median {middle:.4f}; "
-              f"failed {failed}, over the budget {beyond}, another op {other}")  # fmt: skip
+        print(
+            f"{path.name} {column}: {len(ratios)} runs, {min(ratios):.4f} to {max(ratios):.4f}, median {middle:.4f}; "
+            f"failed {failed}, over the budget {beyond}, another op {other}"
+        )
         picture = path.with_name(f"{path.stem}_{column}.svg")
         picture.write_text(histogram(ratios, title=f"{path.stem}: {column.replace('_', ' ')}, predicted / measured"))
 
@@ -215,8 +217,10 @@ def _bars(counts: Sequence[int], low: float, high: float, title: str) -> Iterato
     for index, count in enumerate(counts):
         height = count / tallest * (bottom - top)
         if count:
-            yield (f'<rect x="{number(LEFT + index * each)}" y="{number(bottom - height)}" width="{number(each - 1)}" '
-                   f'height="{number(height)}" fill="#0072b2"/>')  # fmt: skip
+            yield (
+                f'<rect x="{number(LEFT + index * each)}" y="{number(bottom - height)}" width="{number(each - 1)}" '
+                f'height="{number(height)}" fill="#0072b2"/>'
+            )
     yield axis_line(bottom)
     place = f'x1="{number(x(1))}" x2="{number(x(1))}" y1="{top}" y2="{bottom}"'
     yield f'<line {place} stroke="#d55e00" stroke-dasharray="4 3"/>'

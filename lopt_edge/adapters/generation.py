@@ -43,8 +43,11 @@ class Sampling:
     def __post_init__(self) -> None:
         sound = self.max_new_tokens >= 1 and 0 <= self.temperature < 1e6 and 0 < self.top_p <= 1
         if not sound or not 0 <= self.seed < 2**63:
-            raise InputError("max-new-tokens must be at least 1, temperature at least 0, top-p above 0 and at most 1, "
-                             "seed from 0 to 2^63 - 1", where="generate")  # fmt: skip
+            raise InputError(
+                "max-new-tokens must be at least 1, temperature at least 0, top-p above 0 and at most 1, "
+                "seed from 0 to 2^63 - 1",
+                where="generate",
+            )
 
 
 class Speaker:

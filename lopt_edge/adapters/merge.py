@@ -57,9 +57,13 @@ class Merged:
 
 
 def export(
-    adapter: str | Path, *, merged: str | Path, onto: str = "original", dtype: str = "bfloat16",
+    adapter: str | Path,
+    *,
+    merged: str | Path,
+    onto: str = "original",
+    dtype: str = "bfloat16",
     cache_dir: str | None = None,
-) -> Merged:  # fmt: skip
+) -> Merged:
     """Merge the adapter of a finetune output folder into a model folder `merged` (new).
 
     Raises InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.

@@ -133,9 +133,11 @@ plan_command.__signature__ = signature(  # type: ignore[attr-defined]
 app.command("plan")(plan_command)
 folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
 resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
-     *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume"))]
-)  # fmt: skip
+    [
+        inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
+        *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume")),
+    ]
+)
 app.command("resume")(resume_command)
 
 
@@ -157,8 +159,11 @@ def _print_result(result: Any) -> None:
     for sentence in sentences(result.replacement, after):
         out.print(sentence, markup=False)
     if result.replacement:
-        out.print(f"peft alone would put this adapter on the intact model; lopt-edge export {result.output} --merged DIR "
-                  "writes the model that was trained", markup=False)  # fmt: skip
+        out.print(
+            f"peft alone would put this adapter on the intact model; lopt-edge export {result.output} --merged DIR "
+            "writes the model that was trained",
+            markup=False,
+        )
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)
@@ -185,8 +190,18 @@ def compare_command(
         err.print(text, markup=False, soft_wrap=True)
 
     with _stoppable():
-        found = compare(config_file, methods, seeds=seeds, output=output, lr_grid=lr_grid, test_data=test_data,
-                        exact_match=exact_match, only=only, jobs=jobs, say=say)  # fmt: skip
+        found = compare(
+            config_file,
+            methods,
+            seeds=seeds,
+            output=output,
+            lr_grid=lr_grid,
+            test_data=test_data,
+            exact_match=exact_match,
+            only=only,
+            jobs=jobs,
+            say=say,
+        )
     print(found.markdown, end="")
     say(f"tables and plots: {found.study.output / 'compare.html'}")
     for problem in found.problems:
@@ -267,8 +282,15 @@ def generate_command(
     from lopt_edge.adapters.generation import Sampling, load_speaker
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    speaker = load_speaker(model, adapter, revision=revision, cache_dir=cache_dir, device=device,
-                           compute_dtype=compute_dtype, chat_template=chat_template)  # fmt: skip
+    speaker = load_speaker(
+        model,
+        adapter,
+        revision=revision,
+        cache_dir=cache_dir,
+        device=device,
+        compute_dtype=compute_dtype,
+        chat_template=chat_template,
+    )
     if raw:
         speaker.continue_text(prompt, sampling, on_text=_stream)
     else:
@@ -294,8 +316,15 @@ def chat(
     from lopt_edge.adapters.generation import Sampling, load_speaker
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    speaker = load_speaker(model, adapter, revision=revision, cache_dir=cache_dir, device=device,
-                           compute_dtype=compute_dtype, chat_template=chat_template)  # fmt: skip
+    speaker = load_speaker(
+        model,
+        adapter,
+        revision=revision,
+        cache_dir=cache_dir,
+        device=device,
+        compute_dtype=compute_dtype,
+        chat_template=chat_template,
+    )
     err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
     messages: list[tuple[str, str]] = []
     while True:
@@ -330,10 +359,13 @@ def export_command(
 
     with _stoppable():
         result = export(adapter, merged=merged, onto=onto, dtype=dtype, cache_dir=cache_dir)
-    out.print(f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights",
-              markup=False)  # fmt: skip
-    out.print(f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
-              f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}")  # fmt: skip
+    out.print(
+        f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights", markup=False
+    )
+    out.print(
+        f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
+        f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}"
+    )
 
 
 @app.command()

@@ -31,9 +31,16 @@ Point = tuple[str, float]  # a value as text and as a number
 
 
 def plan(
-    config: Config, out: Console, *, gpu: str | None, as_json: bool, sweep: str | None, picture: str | None,
-    timeline: str | None, explain: bool,
-) -> bool:  # fmt: skip
+    config: Config,
+    out: Console,
+    *,
+    gpu: str | None,
+    as_json: bool,
+    sweep: str | None,
+    picture: str | None,
+    timeline: str | None,
+    explain: bool,
+) -> bool:
     """Show the answer; whether it fits (with a sweep: whether any point does). Raises InputError(s)."""
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
@@ -107,10 +114,16 @@ def timeline_picture(asked: Question, found: RunPlan) -> str:
     prediction, workload = found.chosen.prediction, asked.search.workload
     beside_tensors = prediction.library_bytes + prediction.slack_bytes
     rows = [
-        OpRow(row.op.text(), {"library": beside_tensors, **row.held}, row.peak_bytes + beside_tensors, None,
-              host_bytes=row.host_bytes, disk_bytes=row.disk_bytes)
+        OpRow(
+            row.op.text(),
+            {"library": beside_tensors, **row.held},
+            row.peak_bytes + beside_tensors,
+            None,
+            host_bytes=row.host_bytes,
+            disk_bytes=row.disk_bytes,
+        )
         for row in prediction.timeline.rows
-    ]  # fmt: skip
+    ]
     title = f"{workload.shape.facts.architecture}, {found.method}, {workload.batches[0].n_tokens} tokens: predicted"
     return draw_timeline(rows, title=title, budget_bytes=asked.budget.device_bytes)
 
@@ -123,14 +136,28 @@ def _sweep(config: Config, out: Console, *, gpu: str | None, as_json: bool, swee
     points, note = _within_model(config, name, points)
     found = [(text, value, _point(config, name, text, gpu=gpu)) for text, value in points]
     marks = [
-        CurvePoint(value, text, one.fits, one.peak_bytes["device"], one.peak_bytes["host"], one.peak_bytes["disk"],
-                   one.step_seconds)
+        CurvePoint(
+            value,
+            text,
+            one.fits,
+            one.peak_bytes["device"],
+            one.peak_bytes["host"],
+            one.peak_bytes["disk"],
+            one.step_seconds,
+        )
         for text, value, one in found
-    ]  # fmt: skip
+    ]
     path = Path(picture or CURVE_NAME)
     budgets = {one.budget_bytes["device"] for _, _, one in found}
-    _write(path, draw_curve(marks, title=f"{config.model}, {config.method}", x_name=name,
-                            budget_bytes=budgets.pop() if len(budgets) == 1 else None))  # fmt: skip
+    _write(
+        path,
+        draw_curve(
+            marks,
+            title=f"{config.model}, {config.method}",
+            x_name=name,
+            budget_bytes=budgets.pop() if len(budgets) == 1 else None,
+        ),
+    )
     if as_json:
         print(json.dumps([{name: text, **one.as_dict()} for text, _, one in found], indent=2))
     else:
@@ -152,8 +179,9 @@ def _within_model(config: Config, name: str, points: list[Point]) -> tuple[list[
     inside = [point for point in points if limit is None or point[1] <= limit]
     beyond = [text for text, value in points if limit is not None and value > limit]
     if not inside:
-        raise InputError(f"all points are beyond the model's {limit} positions", where="--sweep",
-                         fix=f"begin at {limit} or less")  # fmt: skip
+        raise InputError(
+            f"all points are beyond the model's {limit} positions", where="--sweep", fix=f"begin at {limit} or less"
+        )
     return inside, f"left out, beyond the model's {limit} positions: {', '.join(beyond)}" if beyond else ""
 
 

@@ -53,8 +53,9 @@ class TerminalProgress(Progress):
         if now - self.last_line >= 2 or last:
             left = (now - self.started) / (metrics["step"] - self.done) * (self.n_steps - metrics["step"])
             self.last_line = now
-            self.console.print(f"step {metrics['step']}/{self.n_steps}  {text}  {left:.0f} s left", highlight=False,
-                               soft_wrap=True)  # fmt: skip
+            self.console.print(
+                f"step {metrics['step']}/{self.n_steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
 
     def stop(self) -> None:
         if self.bar is not None:

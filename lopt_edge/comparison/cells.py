@@ -35,10 +35,12 @@ PATHS = ("model", "data", "eval_data", "retention_data", "chat_template", "init_
 PAUSE_SECONDS = 0.05
 LONGEST_REASON = 300
 ATTEMPT = "lopt-edge compare: runs at once: "  # before each attempt in the log
-QUANTISE = ("import sys; from lopt_edge.models.folder import find_model; "
-            "from lopt_edge.models.four_bit import four_bit_folder; "
-            "model, revision, cache = (word or None for word in sys.argv[1:]); "
-            "four_bit_folder(find_model(model, revision=revision), cache_dir=cache)")  # fmt: skip
+QUANTISE = (
+    "import sys; from lopt_edge.models.folder import find_model; "
+    "from lopt_edge.models.four_bit import four_bit_folder; "
+    "model, revision, cache = (word or None for word in sys.argv[1:]); "
+    "four_bit_folder(find_model(model, revision=revision), cache_dir=cache)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +87,11 @@ class Cell:
         was, now = comparable(before), comparable(load_config(None, self.settings))
         differing = [f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in now if was.get(key) != now[key]]
         if differing:
-            raise InputError(f"holds a run with other settings: {'; '.join(differing)}", where=str(self.folder),
-                             fix="put them back, move the folder away, or choose another --output")  # fmt: skip
+            raise InputError(
+                f"holds a run with other settings: {'; '.join(differing)}",
+                where=str(self.folder),
+                fix="put them back, move the folder away, or choose another --output",
+            )
 
     @property
     def attempts(self) -> list[str]:
@@ -194,8 +199,9 @@ def _start(job: Job, at_once: int) -> tuple[Job, subprocess.Popen[bytes], IO[byt
         log.flush()
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(job.log)) from None
-    child = subprocess.Popen(job.words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(at_once),
-                             start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        job.words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(at_once), start_new_session=True
+    )
     return job, child, log, time.monotonic()
 
 

@@ -48,9 +48,15 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
 
     config = load_config(folder / "config.yaml")
     asked = questions(path, n_rows, config.data_format)
-    speaker = load_speaker(config.model, str(folder), revision=config.revision, cache_dir=config.cache_dir,
-                           device=config.device, compute_dtype=config.compute_dtype,
-                           chat_template=config.chat_template)  # fmt: skip
+    speaker = load_speaker(
+        config.model,
+        str(folder),
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        device=config.device,
+        compute_dtype=config.compute_dtype,
+        chat_template=config.chat_template,
+    )
     matches = 0
     for prompt, reference in asked:
         n_tokens = len(speaker.tokenizer(reference, add_special_tokens=False)["input_ids"])

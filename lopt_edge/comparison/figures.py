@@ -215,6 +215,10 @@ class Row:
 
 def shown_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """The columns: figures that some run has and that are not 0 everywhere, and those that are always shown."""
-    return {name: figure for name, figure in FIGURES.items()
-            if figure.always or any(any(row.spread(name).values) for row in rows)
-            or (figure.digits is not None and any(row.spread(name).values for row in rows))}  # fmt: skip
+    return {
+        name: figure
+        for name, figure in FIGURES.items()
+        if figure.always
+        or any(any(row.spread(name).values) for row in rows)
+        or (figure.digits is not None and any(row.spread(name).values for row in rows))
+    }

@@ -79,13 +79,18 @@ def dots(rows: Sequence[Row], *, across: str, upwards: str) -> str:
         row.name: (x_axis.at(row.spread(across).mean or 0), y_axis.at(row.spread(upwards).mean or 0)) for row in shown
     }
     hues = {name: f"hue{index % N_HUES}" for index, name in enumerate(_from_above(places))}
-    return _svg(title, said, height, [
-        *_grid(x_axis, y_axis, bottom),
-        _text((LEFT + RIGHT) / 2, bottom + 38, _axis_name(across, unit), anchor="middle", kind="soft"),
-        _text(4, TOP - 12, FIGURES[upwards].heading, kind="soft"),
-        *_names(places, hues, bottom),
-        *(part for row in shown for part in _dot(row, across, upwards, x_axis, y_axis, hue=hues[row.name])),
-    ])  # fmt: skip
+    return _svg(
+        title,
+        said,
+        height,
+        [
+            *_grid(x_axis, y_axis, bottom),
+            _text((LEFT + RIGHT) / 2, bottom + 38, _axis_name(across, unit), anchor="middle", kind="soft"),
+            _text(4, TOP - 12, FIGURES[upwards].heading, kind="soft"),
+            *_names(places, hues, bottom),
+            *(part for row in shown for part in _dot(row, across, upwards, x_axis, y_axis, hue=hues[row.name])),
+        ],
+    )
 
 
 def _bytes(figure: str) -> bool:
@@ -126,8 +131,10 @@ def _dot(row: Row, across: str, upwards: str, x_axis: _Axis, y_axis: _Axis, *, h
         yield _line(x_axis.at(_reach(over)[0]), y, x_axis.at(_reach(over)[1]), y, "whisker")
     if up.std is not None:
         yield _line(x, y_axis.at(_reach(up)[0]), x, y_axis.at(_reach(up)[1]), "whisker")
-    yield (f'<circle class="dot {hue}" cx="{number(x)}" cy="{number(y)}" r="4.5"><title>{safe(_said(row, upwards, across))}'
-           "</title></circle>")  # fmt: skip
+    yield (
+        f'<circle class="dot {hue}" cx="{number(x)}" cy="{number(y)}" r="4.5"><title>{safe(_said(row, upwards, across))}'
+        "</title></circle>"
+    )
 
 
 def _names(dots_at: Mapping[str, tuple[float, float]], hues: Mapping[str, str], bottom: float) -> Iterator[str]:
@@ -172,8 +179,10 @@ def _bar(row: Row, figure: str, axis: _Axis, y: float) -> Iterator[str]:
     spread = row.spread(figure)
     ends = sorted((axis.at(0), axis.at(spread.mean or 0)))
     yield _text(BARS_LEFT - 10, y + 4, _short(row.name), anchor="end")
-    yield (f'<rect class="bar" x="{number(ends[0])}" y="{number(y - 8)}" width="{number(max(ends[1] - ends[0], 1))}" '
-           f'height="16"><title>{safe(_said(row, figure))}</title></rect>')  # fmt: skip
+    yield (
+        f'<rect class="bar" x="{number(ends[0])}" y="{number(y - 8)}" width="{number(max(ends[1] - ends[0], 1))}" '
+        f'height="16"><title>{safe(_said(row, figure))}</title></rect>'
+    )
     if spread.std is not None:
         low, high = (axis.at(edge) for edge in _reach(spread))
         yield _line(low, y, high, y, "whisker")

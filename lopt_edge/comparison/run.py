@@ -59,12 +59,25 @@ def compare(
     `config` is a file or a Config; `say` hears of each run. Raises InputError(s) before anything runs; a run that fails is
     in the answer.
     """
-    study = read_study(config, _text(methods), seeds=_text(seeds), output=output, lr_grid=_text(lr_grid),
-                       test_data=test_data, exact_match=exact_match, only=_text(only), jobs=jobs)  # fmt: skip
+    study = read_study(
+        config,
+        _text(methods),
+        seeds=_text(seeds),
+        output=output,
+        lr_grid=_text(lr_grid),
+        test_data=test_data,
+        exact_match=exact_match,
+        only=_text(only),
+        jobs=jobs,
+    )
     with output_lock(study.output, warn=say):
         _run_missing(study, [cell for variant in study.only for cell in study.tuning_cells(variant)], say)
-        finals = [cell for variant in study.only if (lr := study.chosen_lr(variant)) is not None
-                  for cell in study.final_cells(variant, lr)]  # fmt: skip
+        finals = [
+            cell
+            for variant in study.only
+            if (lr := study.chosen_lr(variant)) is not None
+            for cell in study.final_cells(variant, lr)
+        ]
         _run_missing(study, finals, say)
         unmatched = _count_matches(study, finals, say)
         rows = tuple(_row(study, variant) for variant in study.variants)
@@ -100,8 +113,11 @@ def _count_matches(study: Study, cells: Sequence[Cell], say: Say) -> list[str]:
         return []
     todo = [cell for cell in cells if cell.done and match_of(cell.folder, asked) is None]
     run_jobs([_match_job(cell, asked) for cell in todo], at_once=study.jobs, say=say)
-    return [f"exact matches of {cell.name} were not counted: {_match_failure(cell)}" for cell in todo
-            if match_of(cell.folder, asked) is None]  # fmt: skip
+    return [
+        f"exact matches of {cell.name} were not counted: {_match_failure(cell)}"
+        for cell in todo
+        if match_of(cell.folder, asked) is None
+    ]
 
 
 def _match_job(cell: Cell, asked: Asked) -> Job:
@@ -142,8 +158,13 @@ def shared_settings(study: Study) -> dict[str, Any]:
     varied = {"output", "seed", "method", *(key for variant in study.variants for key, _ in variant.settings)}
     varied |= {"lr"} if study.grid else set()
     given = study.base.model_dump(mode="json", exclude_unset=True)
-    own = {"seeds": list(study.seeds), "lr_grid": list(study.grid) or None, "test_data": study.test_data,
-           "exact_match_rows": study.n_exact or None, "runs_at_once": study.jobs}  # fmt: skip
+    own = {
+        "seeds": list(study.seeds),
+        "lr_grid": list(study.grid) or None,
+        "test_data": study.test_data,
+        "exact_match_rows": study.n_exact or None,
+        "runs_at_once": study.jobs,
+    }
     found = {key: value for key, value in given.items() if key not in varied and value is not None}
     return {**found, **({} if study.grid else {"lr": study.base.lr}), **{key: value for key, value in own.items() if value}}
 
@@ -166,8 +187,10 @@ def _remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
         yield "the final runs train on all of the data, the tuning runs without the part that was held out"
     yield "peaks: on a CPU the whole process, on a GPU what the allocator reserved; evaluation included"
     shared = any(outcome.cell.shared_machine for row in rows for outcome in row.outcomes)
-    yield ("step s: median of a run's steps but the first two" +
-           ("; from a shared machine (several runs at once): not to be compared" if shared else ""))  # fmt: skip
+    yield (
+        "step s: median of a run's steps but the first two"
+        + ("; from a shared machine (several runs at once): not to be compared" if shared else "")
+    )
     yield "tokens/s: over the same steps together (their seconds differ where a method has several kinds of step)"
     yield "moved a step: bytes between tiers that the plan predicts for its largest step"
     yield from _differences([outcome for row in rows for outcome in row.outcomes if outcome.figures])

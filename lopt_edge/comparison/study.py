@@ -74,9 +74,17 @@ class Study:
 
 
 def read_study(
-    config: str | Path | Config, methods: str, *, seeds: str, output: str | None, lr_grid: str, test_data: str | None,
-    exact_match: int, only: str, jobs: int,
-) -> Study:  # fmt: skip
+    config: str | Path | Config,
+    methods: str,
+    *,
+    seeds: str,
+    output: str | None,
+    lr_grid: str,
+    test_data: str | None,
+    exact_match: int,
+    only: str,
+    jobs: int,
+) -> Study:
     """Everything, checked. Raises InputError(s), all that were found."""
     variants, errors = parse_variants(methods, "--methods")
     wanted, more = parse_variants(only, "--only") if only else (variants, [])
@@ -93,8 +101,9 @@ def read_study(
     folder = Path(base.output).expanduser()
     errors += _strangers(folder)
     raise_collected(errors)
-    study = Study(base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data,
-                  exact_match, jobs)  # fmt: skip
+    study = Study(
+        base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data, exact_match, jobs
+    )
     raise_collected(_foreign_cells(study))
     return study
 
@@ -222,5 +231,6 @@ def _against_model(base: Config, variants: Sequence[Variant], lr: float) -> Iter
             against_facts(config, facts)
         except InputError as error:
             faults = error.errors if isinstance(error, InputErrors) else (error,)
-            yield from (InputError(f"{one.where}: {one.what}", where=f"--methods {variant.name}", fix=one.fix)
-                        for one in faults)  # fmt: skip
+            yield from (
+                InputError(f"{one.where}: {one.what}", where=f"--methods {variant.name}", fix=one.fix) for one in faults
+            )

@@ -42,8 +42,10 @@ def tuning_table(rows: Sequence[Row]) -> Table:
         return []
     table = [["variant", *(f"lr {outcome.cell.lr:g}" for outcome in tuned[0].tuning), "taken"]]
     for row in tuned:
-        losses = [("failed" if outcome.failed else "not run") if outcome.eval_loss is None else f"{outcome.eval_loss:.4f}"
-                  for outcome in row.tuning]  # fmt: skip
+        losses = [
+            ("failed" if outcome.failed else "not run") if outcome.eval_loss is None else f"{outcome.eval_loss:.4f}"
+            for outcome in row.tuning
+        ]
         table.append([row.name, *losses, "-" if row.lr is None else f"{row.lr:g}"])
     return table
 
@@ -107,8 +109,14 @@ def _row_values(row: Row) -> dict[str, Any]:
 
 def _outcome_values(outcome: Outcome) -> dict[str, Any]:
     figures = None if outcome.figures is None else dict(outcome.figures)
-    return {"seed": outcome.cell.seed, "lr": outcome.cell.lr, "folder": str(outcome.cell.folder), "figures": figures,
-            "facts": dict(outcome.facts), "reason": outcome.reason}  # fmt: skip
+    return {
+        "seed": outcome.cell.seed,
+        "lr": outcome.cell.lr,
+        "folder": str(outcome.cell.folder),
+        "figures": figures,
+        "facts": dict(outcome.facts),
+        "reason": outcome.reason,
+    }
 
 
 def is_ours(folder: Path) -> bool:

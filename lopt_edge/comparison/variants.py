@@ -100,8 +100,11 @@ def _parse(text: str, flag: str) -> Variant:
     if not method:
         raise InputError("names an empty variant", where=flag, fix="write e.g. e2e,lopt:k=4,frozen")
     if "=" in method or method.isdigit():
-        raise InputError(f"{method!r} is no method", where=f"{flag} {text}",
-                         fix="commas stand between variants: write a list with + (boundary_layers=3+5)")  # fmt: skip
+        raise InputError(
+            f"{method!r} is no method",
+            where=f"{flag} {text}",
+            fix="commas stand between variants: write a list with + (boundary_layers=3+5)",
+        )
     settings: dict[str, str] = {}
     for piece in rest:
         key, equals, value = (word.strip() for word in piece.partition("="))
@@ -123,8 +126,9 @@ def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]
     try:
         own = variant.overrides(lr)
     except ValueError:
-        raise InputErrors([InputError("is no number or factor", where=f"{where}: lr or lr_local",
-                                      fix="write e.g. 1e-4 or 0.1x")]) from None  # fmt: skip
+        raise InputErrors(
+            [InputError("is no number or factor", where=f"{where}: lr or lr_local", fix="write e.g. 1e-4 or 0.1x")]
+        ) from None
     try:
         given = base.model_dump(mode="json", exclude_unset=True)
         shared = {key: value for key, value in given.items() if variant.method in OPTIONS.get(key, (variant.method,))}
@@ -150,8 +154,10 @@ def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[f
             else:
                 faults = list(_untrue(variant, configs[0], base, where))
                 same = [other for other, config in seen if _effective(config) == _effective(configs[0])]
-                faults += [InputError(f"comes to the same settings as {same[0].name}", where=where, fix="keep one")
-                           for _ in same[:1]]  # fmt: skip
+                faults += [
+                    InputError(f"comes to the same settings as {same[0].name}", where=where, fix="keep one")
+                    for _ in same[:1]
+                ]
                 seen.append((variant, configs[0]))
         errors += faults
     return errors
@@ -172,9 +178,12 @@ def _unequal(variant: Variant, where: str, *, tuned: bool) -> Iterator[InputErro
 
 def _untrue(variant: Variant, config: Config, base: Config, where: str) -> Iterator[InputError]:
     if config.batch_size * config.grad_accum != base.batch_size * base.grad_accum:
-        yield InputError(f"takes {config.batch_size * config.grad_accum} sequences a step, the config "
-                         f"{base.batch_size * base.grad_accum}", where=where,
-                         fix="keep batch_size x grad_accum, so that all see the same tokens")  # fmt: skip
+        yield InputError(
+            f"takes {config.batch_size * config.grad_accum} sequences a step, the config "
+            f"{base.batch_size * base.grad_accum}",
+            where=where,
+            fix="keep batch_size x grad_accum, so that all see the same tokens",
+        )
     for warning in no_effect_warnings(config):
         if any(warning.startswith(f"{key} has no effect") for key, _ in variant.settings):
             yield InputError(warning, where=where, fix="leave it out")

@@ -26,8 +26,11 @@ from lopt_edge.plan.methods import OPTIONS
 def file_errors(named: Mapping[str, str | None]) -> list[InputError]:
     """Of the files that settings name, those that are not there, or folders."""
     found = {name: Path(value) for name, value in named.items() if value is not None}
-    return [InputError("is a folder" if path.exists() else "no such file", where=f"{name} {path}", fix="check the path")
-            for name, path in found.items() if not path.exists() or path.is_dir()]  # fmt: skip
+    return [
+        InputError("is a folder" if path.exists() else "no such file", where=f"{name} {path}", fix="check the path")
+        for name, path in found.items()
+        if not path.exists() or path.is_dir()
+    ]
 
 
 def load_config(

@@ -24,22 +24,34 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     for name, methods in OPTIONS.items():
         default = Config.model_fields[name].default
         if name in given and config.method not in methods and getattr(config, name) != default:
-            yield (name, f"belongs to method {' or '.join(methods)}, this is {config.method}",
-                   f"add --method {methods[0]}, or leave {name} out")  # fmt: skip
+            yield (
+                name,
+                f"belongs to method {' or '.join(methods)}, this is {config.method}",
+                f"add --method {methods[0]}, or leave {name} out",
+            )
     trains_early = config.method == "lopt" and (config.local_every or config.open_every)
     if config.boundary_cache and (config.method not in CACHED or trains_early):
-        yield ("boundary_cache", "needs early segments that never train",
-               "use --method frozen, top-layers or segprop, or lopt with --local-every 0 and no --open-every")  # fmt: skip
+        yield (
+            "boundary_cache",
+            "needs early segments that never train",
+            "use --method frozen, top-layers or segprop, or lopt with --local-every 0 and no --open-every",
+        )
     elif config.boundary_cache and config.lora_dropout and (config.init_adapter or config.method == "segprop"):
-        yield ("boundary_cache", "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it "
-               "each time", "add --lora-dropout 0")  # fmt: skip
+        yield (
+            "boundary_cache",
+            "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time",
+            "add --lora-dropout 0",
+        )
     if config.method == "segprop" and config.keep_best:
         yield "keep_best", "cannot be with segprop: its stages train other networks than the whole model", "leave it out"
     if config.teacher and config.method == "lopt" and config.local_loss != "align":
         yield "teacher", f"belongs to local_loss align, this is {config.local_loss}", "add --local-loss align"
     if config.stage_patience and not (config.eval_every and (config.eval_data or config.eval_fraction)):
-        yield ("stage_patience", "needs evaluations: eval_every, and eval_data or eval_fraction",
-               "add --eval-every and --eval-fraction")  # fmt: skip
+        yield (
+            "stage_patience",
+            "needs evaluations: eval_every, and eval_data or eval_fraction",
+            "add --eval-every and --eval-fraction",
+        )
     if config.method == "top-layers" and config.train_layers is None:
         yield "train_layers", "is needed by method top-layers", "say how many of the last layers train"
     if config.method == "repl":
@@ -57,29 +69,45 @@ def method_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.open_every == 1:
         yield "open_every", "1 opens the boundary on every step: that is end to end", "use --method e2e, or 2 and more"
     if config.boundary_update == "fresh" and config.clip and config.clip_scope == "global":
-        yield ("boundary_update", "fresh needs clip_scope segment: an early segment is updated before the norm of the "
-               "others is known", "use --clip-scope segment or --clip 0")  # fmt: skip
+        yield (
+            "boundary_update",
+            "fresh needs clip_scope segment: an early segment is updated before the norm of the others is known",
+            "use --clip-scope segment or --clip 0",
+        )
 
 
 def _repl_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     if "disk" in config.weights or "host" in config.weights:
-        yield ("weights", "must be resident with method repl: a replaced layer reads both layers beside it",
-               "leave weights out, or use another method")  # fmt: skip
+        yield (
+            "weights",
+            "must be resident with method repl: a replaced layer reads both layers beside it",
+            "leave weights out, or use another method",
+        )
     if config.init_adapter:
-        yield ("init_adapter", "cannot be with method repl: adapters of the intact model do not fit the replaced layers",
-               "leave it out, or merge it first (lopt-edge export) and train the merged model")  # fmt: skip
+        yield (
+            "init_adapter",
+            "cannot be with method repl: adapters of the intact model do not fit the replaced layers",
+            "leave it out, or merge it first (lopt-edge export) and train the merged model",
+        )
 
 
 def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
     """What cannot be where a run's segments lie in several processes."""
     if config.method not in PIPELINED:
-        yield ("pipeline", f"belongs to method {' or '.join(PIPELINED)}: in {config.method} a gradient would cross from "
-               "process to process", "add --method lopt, or leave pipeline out")  # fmt: skip
+        yield (
+            "pipeline",
+            f"belongs to method {' or '.join(PIPELINED)}: in {config.method} a gradient would cross from "
+            "process to process",
+            "add --method lopt, or leave pipeline out",
+        )
         return
     n_segments = len(config.boundary_layers) + 1 if config.boundary_layers else config.num_segments
     if config.pipeline > n_segments:
-        yield ("pipeline", f"{config.pipeline} processes for {n_segments} segments: each needs one of its own",
-               f"choose at most {n_segments}, or more segments (--num-segments)")  # fmt: skip
+        yield (
+            "pipeline",
+            f"{config.pipeline} processes for {n_segments} segments: each needs one of its own",
+            f"choose at most {n_segments}, or more segments (--num-segments)",
+        )
     crossing = {
         "local_loss": (config.local_loss == "align", "a teacher's features lie with one process", "use another local_loss"),
         "boundary": (config.boundary is not None, "the short runs of auto are runs of one process",
@@ -98,8 +126,11 @@ def _pipeline_errors(config: Config) -> Iterator[tuple[str, str, str]]:
         "memory_report": (config.memory_report is not None, "tells of one process", "leave one of the two out"),
     }  # fmt: skip
     for name in ("device_memory", "host_memory", "disk_memory", "pinned_memory"):
-        crossing[name] = (getattr(config, name) is not None, "budgets are held for one process, not yet for several",
-                          "leave one of the two out")  # fmt: skip
+        crossing[name] = (
+            getattr(config, name) is not None,
+            "budgets are held for one process, not yet for several",
+            "leave one of the two out",
+        )
     for name, (found, what, fix) in crossing.items():
         if found:
             yield name, f"cannot be with pipeline: {what}", fix
@@ -132,15 +163,20 @@ def no_effect_warnings(config: Config) -> list[str]:
         local = ("lr_local", "local_weight", "local_loss", "boundary_update", "teacher")
         found += [f"{name} has no effect: local_every is 0" for name in local if name in given]
     elif "local_weight" in given and config.clip > 0 and config.clip_scope == "segment":
-        found.append("local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's "
-                     "scale; lr_local is the knob")  # fmt: skip
+        found.append(
+            "local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's "
+            "scale; lr_local is the knob"
+        )
     if "clip_scope" in given and config.clip == 0:
         found.append("clip_scope has no effect: clip is 0")
     if "epochs" in given and config.max_steps is not None:
         found.append("epochs has no effect: max_steps wins")
     if not config.eval_data and not config.eval_fraction:
-        found += [f"{name} has no effect: there is no eval_data and no eval_fraction"
-                  for name in ("eval_every", "keep_best") if getattr(config, name)]  # fmt: skip
+        found += [
+            f"{name} has no effect: there is no eval_data and no eval_fraction"
+            for name in ("eval_every", "keep_best")
+            if getattr(config, name)
+        ]
     if "max_skipped" in given and config.on_nan == "stop":
         found.append("max_skipped has no effect: on_nan is stop")
     if config.eval_data and config.eval_fraction:

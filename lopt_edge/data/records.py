@@ -265,8 +265,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 def _check_claims(metadata: Any, *, path: Path) -> None:
     """Hold what the file says of itself against the limits, before anything is unpacked on its word."""
     if metadata.num_rows > MAX_ROWS:
-        raise InputError(f"the file says it holds {metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read",
-                         where=str(path), fix="take a part of it")  # fmt: skip
+        raise InputError(
+            f"the file says it holds {metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read",
+            where=str(path),
+            fix="take a part of it",
+        )
     # of the row groups: pyarrow's metadata of a single column ends the process (std::terminate) where that is damaged
     claims = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
     if sum(claims) > MAX_WHOLE_BYTES or min(claims, default=0) < 0:
@@ -280,8 +283,11 @@ def _check_types(schema: Any, *, path: Path) -> None:
         kind = str(field.type)
         inner = kind.split("<", 1)[1] if kind.startswith("dictionary<") else kind
         if any(mark in inner for mark in coded):
-            raise InputError(f"column {field.name[:80]!r} has type {kind[:80]}, which is not read", where=str(path),
-                             fix="save its texts as plain strings")  # fmt: skip
+            raise InputError(
+                f"column {field.name[:80]!r} has type {kind[:80]}, which is not read",
+                where=str(path),
+                fix="save its texts as plain strings",
+            )
 
 
 def _without_dictionaries(batch: Any, *, path: Path) -> Any:

@@ -71,8 +71,13 @@ def render(
         raise TemplateLimit(f"it has more than {MAX_SOURCE_BYTES:,} bytes")
     token = METER.set(Meter(units_for(messages)))
     try:
-        return _compiled(source).render(messages=[dict(message) for message in messages], tools=None, documents=None,
-                                        add_generation_prompt=add_generation_prompt, **(special_tokens or {}))  # fmt: skip
+        return _compiled(source).render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **(special_tokens or {}),
+        )
     finally:
         METER.reset(token)
 
@@ -99,15 +104,20 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols],
-                         finalize=_finalize)  # fmt: skip
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_finalize
+        )
         self.filters["tojson"] = _tojson
         self.filters = {name: _paying_filter(name, function) for name, function in self.filters.items() if name != "urlize"}
         self.filters |= {"lopt_pay": _pay, "lopt_concat": _concat, "lopt_made": _made}
         self.tests = {name: _paying_test(function) for name, function in self.tests.items()}
         del self.globals["lipsum"]
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(),
-                         "namespace": _Namespace}  # fmt: skip
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Payments().visit(super()._parse(source, name, filename))

@@ -72,8 +72,10 @@ class ChatTemplate:
     ) -> str:
         """The conversation as one text, special tokens included."""
         chat = [{"role": role, "content": content} for role, content in messages]
-        tokens = {name: [*map(str, token)] if isinstance(token, list) else str(token)
-                  for name, token in tokenizer.special_tokens_map.items()}  # fmt: skip
+        tokens = {
+            name: [*map(str, token)] if isinstance(token, list) else str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+        }
         try:
             return sandbox.render(self.source, chat, add_generation_prompt=add_generation_prompt, special_tokens=tokens)
         except Exception as error:  # the template is foreign code: it may raise anything

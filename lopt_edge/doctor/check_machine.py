@@ -233,17 +233,34 @@ def _software_problems(report: Report) -> list[Problem]:
         what = "-c constraints.txt -e . in lopt-edge's folder" if name == "lopt-edge" else name
         found.append((f"{name} is not installed", f"run pip install {what}"))
     for fault in system.faults:
-        found.append((f"torch, or a package above it, does not work: {fault}",
-                      "install lopt-edge again in a fresh virtual environment"))  # fmt: skip
+        found.append(
+            (
+                f"torch, or a package above it, does not work: {fault}",
+                "install lopt-edge again in a fresh virtual environment",
+            )
+        )
     if system.nvidia and not has_gpu and system.torch_cuda is None and report.versions["torch"]:
-        found.append(("there is an NVIDIA GPU, but this torch is built for the CPU", "install torch's CUDA build: pip "
-                      "install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"))  # fmt: skip
+        found.append(
+            (
+                "there is an NVIDIA GPU, but this torch is built for the CPU",
+                "install torch's CUDA build: pip "
+                "install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+            )
+        )
     elif system.nvidia and not has_gpu and system.torch_cuda:
-        found.append((f"there is an NVIDIA driver, but torch (CUDA {system.torch_cuda}) finds no GPU",
-                      "update the driver, or give the container its GPU (docker run --gpus all)"))  # fmt: skip
+        found.append(
+            (
+                f"there is an NVIDIA driver, but torch (CUDA {system.torch_cuda}) finds no GPU",
+                "update the driver, or give the container its GPU (docker run --gpus all)",
+            )
+        )
     if system.wsl and has_gpu:
-        found.append(("WSL lets a process pin about 1 GB of host memory",
-                      "plan no more than that for the host tier; native Linux has no such limit"))  # fmt: skip
+        found.append(
+            (
+                "WSL lets a process pin about 1 GB of host memory",
+                "plan no more than that for the host tier; native Linux has no such limit",
+            )
+        )
     return found
 
 
@@ -254,28 +271,48 @@ def _check_problems(report: Report) -> list[Problem]:
     for check in (check for check in report.checks if not check.passed):
         where, until = f"{check.device} in {check.dtype}", "" if check.device == "cpu" else "; until then use --device cpu"
         if check.fault is not None:
-            found.append((f"the NF4 + LoRA layer failed on {where}: {check.fault}",
-                          f"install torch and bitsandbytes again, in versions that belong together{until}"))  # fmt: skip
+            found.append(
+                (
+                    f"the NF4 + LoRA layer failed on {where}: {check.fault}",
+                    f"install torch and bitsandbytes again, in versions that belong together{until}",
+                )
+            )
             continue
         wrong = ", ".join(f"{name} {value:.1e}" for name, value in check.errors.items() if not value <= check.bounds[name])
-        found.append((f"the NF4 + LoRA layer is wrong on {where}: relative error of {wrong}",
-                      f"do not train in {check.dtype} there; update torch and bitsandbytes{until}"))  # fmt: skip
+        found.append(
+            (
+                f"the NF4 + LoRA layer is wrong on {where}: relative error of {wrong}",
+                f"do not train in {check.dtype} there; update torch and bitsandbytes{until}",
+            )
+        )
     return found
 
 
 def _memory_problems(tier: Tier) -> list[Problem]:
     free, found = _free_text(tier), []
     if tier.where.startswith("RAM") and tier.free_bytes < LITTLE_RAM:
-        found.append((f"little RAM is free: {free}", "close other programs, raise the container's limit, or choose a "
-                      "smaller model and a shorter --max-seq-len"))  # fmt: skip
+        found.append(
+            (
+                f"little RAM is free: {free}",
+                "close other programs, raise the container's limit, or choose a smaller model and a shorter --max-seq-len",
+            )
+        )
     if tier.where.startswith("cuda") and tier.free_bytes < tier.total_bytes / 2:
         found.append((f"other programs hold most of the memory of {tier.where}: {free}", "see nvidia-smi and close them"))
     if tier.where.startswith("model cache") and tier.file_system in MEMORY_FILE_SYSTEMS:
-        found.append((f"the {tier.where} lies in memory ({tier.file_system})",
-                      "choose a folder on a disk with --cache-dir: a 4-bit copy there takes RAM"))  # fmt: skip
+        found.append(
+            (
+                f"the {tier.where} lies in memory ({tier.file_system})",
+                "choose a folder on a disk with --cache-dir: a 4-bit copy there takes RAM",
+            )
+        )
     if tier.where.startswith("model cache") and tier.free_bytes < LITTLE_DISK:
-        found.append((f"little disk is free for the {tier.where}: {free}", "free space, or choose another folder with "
-                      "--cache-dir: an 8B model's 4-bit copy takes about 6 GB"))  # fmt: skip
+        found.append(
+            (
+                f"little disk is free for the {tier.where}: {free}",
+                "free space, or choose another folder with --cache-dir: an 8B model's 4-bit copy takes about 6 GB",
+            )
+        )
     return found
 
 
@@ -313,6 +350,11 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("a run takes", f"{choice.device} ({choice.device_reason}), {choice.dtype} ({choice.dtype_reason})"))
     for check in report.checks:
         errors = ", ".join(f"{name} {value:.1e}" for name, value in check.errors.items())
-        rows.append(("layer check", f"{check.device} {check.dtype}: {'pass' if check.passed else 'FAIL'}; "
-                     f"{check.fault or f'relative errors {errors}'}"))  # fmt: skip
+        rows.append(
+            (
+                "layer check",
+                f"{check.device} {check.dtype}: {'pass' if check.passed else 'FAIL'}; "
+                f"{check.fault or f'relative errors {errors}'}",
+            )
+        )
     return rows

@@ -297,8 +297,11 @@ def _disk(folder: Path, seconds: float, *, fraction: float) -> tuple[float, floa
         with tempfile.TemporaryFile(dir=folder, prefix="lopt-measure-", buffering=0) as file:
             return _disk_rates(file.fileno(), n_pieces, seconds / 2)
     except OSError as error:
-        raise InputError(f"cannot write in {folder} ({error.strerror or error})", where="page_dir",
-                         fix="choose a folder on a disk that you may write in") from None  # fmt: skip
+        raise InputError(
+            f"cannot write in {folder} ({error.strerror or error})",
+            where="page_dir",
+            fix="choose a folder on a disk that you may write in",
+        ) from None
 
 
 def _disk_rates(number: int, n_pieces: int, seconds: float) -> tuple[float, float, str]:

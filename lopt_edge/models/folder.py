@@ -84,8 +84,11 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
             found = "is missing" if entry is None else f"has shape {entry.shape}, config.json says {shape}"
             raise InputError(f"{name} {found}", where=str(model.path), fix="weights and config.json do not belong together")
         if entry.dtype not in ("F32", "BF16", "F16"):
-            raise InputError(f"{name} has dtype {entry.dtype}, which is not supported", where=str(entry.path),
-                             fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+            raise InputError(
+                f"{name} has dtype {entry.dtype}, which is not supported",
+                where=str(entry.path),
+                fix="use the bfloat16, float16 or float32 form of the model",
+            )
 
 
 HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint

@@ -51,8 +51,11 @@ def _make_room(model: ModelFolder, target: Path) -> None:
     existing = next(path for path in target.absolute().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < need:
-        raise InputError(f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
-                         where=f"cache_dir {target.parent}", fix="free space, or choose another --cache-dir")  # fmt: skip
+        raise InputError(
+            f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
+            where=f"cache_dir {target.parent}",
+            fix="free space, or choose another --cache-dir",
+        )
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
@@ -86,8 +89,11 @@ def quantise_model(
     except OSError as error:
         if (target / "config.json").exists():
             return  # another process finished the same copy first
-        raise InputError(f"cannot write the 4-bit copy: {error.strerror}", where=str(target),
-                         fix="check free space and permissions there, or choose another folder") from None  # fmt: skip
+        raise InputError(
+            f"cannot write the 4-bit copy: {error.strerror}",
+            where=str(target),
+            fix="check free space and permissions there, or choose another folder",
+        ) from None
 
 
 def _cache_key(folder: Path, entries: dict[str, TensorEntry]) -> str:

@@ -46,8 +46,15 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
         config_path = Path(hf_hub_download(name, "config.json", revision=revision))
         config, commit = read_json(config_path), config_path.parent.name  # .../snapshots/<commit>/config.json
         headers = get_safetensors_metadata(name, revision=commit).files_metadata.values()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError,
-            FolderError, OSError) as error:  # fmt: skip
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+        FolderError,
+        OSError,
+    ) as error:
         raise _not_from_hub(name, error) from None
     facts = facts_from_config(config, where=f"{name} config.json")
     found = [
@@ -55,8 +62,11 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     ]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:
-        raise InputError(f"the token embedding has dtype {str(found[0].dtype)[:20]!r}", where=name,
-                         fix="use the bfloat16, float16 or float32 form of the model")  # fmt: skip
+        raise InputError(
+            f"the token embedding has dtype {str(found[0].dtype)[:20]!r}",
+            where=name,
+            fix="use the bfloat16, float16 or float32 form of the model",
+        )
     return facts, itemsize
 
 

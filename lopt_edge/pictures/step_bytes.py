@@ -301,8 +301,10 @@ def _legend(
     yield text(LEGEND_LEFT, y, f"at op {peak.position:,}, the peak", weight="bold")
     for name, colour in reversed(list(categories.items())):
         y += height
-        yield (f'<rect x="{LEGEND_LEFT}" y="{number(y - 10)}" width="14" height="12" fill="{colour}" '
-               'stroke="#555555" stroke-width="0.5"/>')  # fmt: skip
+        yield (
+            f'<rect x="{LEGEND_LEFT}" y="{number(y - 10)}" width="14" height="12" fill="{colour}" '
+            'stroke="#555555" stroke-width="0.5"/>'
+        )
         yield from legend_row(y, name, bytes_text(held.get(name, 0), unit))
     y += height + 6
     rule = number(y - height / 2 - 7)

@@ -51,8 +51,7 @@ def budget_line(y: float) -> Iterator[str]:
 def grid(lines: Iterator[tuple[float, str]]) -> Iterator[str]:
     """A pale line at each height, its text to the left of the plot."""
     for y, words in lines:
-        yield (f'<line x1="{number(LEFT)}" x2="{number(RIGHT)}" y1="{number(y)}" y2="{number(y)}" '
-               'stroke="#dddddd"/>')  # fmt: skip
+        yield (f'<line x1="{number(LEFT)}" x2="{number(RIGHT)}" y1="{number(y)}" y2="{number(y)}" stroke="#dddddd"/>')
         yield text(LEFT - 8, y + 4, words, anchor="end")
 
 
@@ -102,16 +101,27 @@ def legend_budget(y: float, value: str, note: str = "", *, note_below: float = 1
 
 
 def text(
-    x: float, y: float, words: str, *, most: int = 80, size: int = 12, weight: str = "normal", anchor: str = "start",
+    x: float,
+    y: float,
+    words: str,
+    *,
+    most: int = 80,
+    size: int = 12,
+    weight: str = "normal",
+    anchor: str = "start",
     fill: str = "",
-) -> str:  # fmt: skip
+) -> str:
     """A text element of at most `most` characters; nothing for an empty text."""
     extras = "".join(
         f' {name}="{value}"'
-        for name, value, usual in (("font-size", size, 12), ("font-weight", weight, "normal"),
-                                   ("text-anchor", anchor, "start"), ("fill", fill, ""))
+        for name, value, usual in (
+            ("font-size", size, 12),
+            ("font-weight", weight, "normal"),
+            ("text-anchor", anchor, "start"),
+            ("fill", fill, ""),
+        )
         if value != usual
-    )  # fmt: skip
+    )
     return f'<text x="{number(x)}" y="{number(y)}"{extras}>{safe(shortened(words, most))}</text>' if words else ""
 
 

@@ -88,8 +88,12 @@ def _tier_line(tier: str) -> _Line:
 
 
 def _seconds_line() -> _Line:
-    return _Line("seconds", SECONDS_COLOUR, lambda point: point.step_seconds,
-                 lambda point: f"{_seconds_text(point.step_seconds)} a step")  # fmt: skip
+    return _Line(
+        "seconds",
+        SECONDS_COLOUR,
+        lambda point: point.step_seconds,
+        lambda point: f"{_seconds_text(point.step_seconds)} a step",
+    )
 
 
 @dataclass(frozen=True)
@@ -337,9 +341,12 @@ def _mark(name: str, x: float, y: float, *, filled: bool, told: str = "") -> str
 
 
 def _legend(
-    points: Sequence[CurvePoint], edge: tuple[CurvePoint, str], tiers: Sequence[str], budget_bytes: int | None,
+    points: Sequence[CurvePoint],
+    edge: tuple[CurvePoint, str],
+    tiers: Sequence[str],
+    budget_bytes: int | None,
     budget_fits: bool,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """The numbers at one point, the budget, the hollow mark."""
     point, what = edge
     at = f"at {_x_text(point)}{', ' if what else ''}{what}"

@@ -35,8 +35,13 @@ def stated_budget(config: Config, device: torch.device) -> Budget:
         disk=shutil.disk_usage(parent).free,
         pinned=pinned_limit_bytes()[0] if on_cuda else None,
     )
-    return make_budget(device_memory=config.device_memory, host_memory=config.host_memory,
-                       disk_memory=config.disk_memory, pinned_memory=config.pinned_memory, free=free)  # fmt: skip
+    return make_budget(
+        device_memory=config.device_memory,
+        host_memory=config.host_memory,
+        disk_memory=config.disk_memory,
+        pinned_memory=config.pinned_memory,
+        free=free,
+    )
 
 
 def free_bytes(profile: DeviceProfile) -> FreeBytes:

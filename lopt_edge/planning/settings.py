@@ -35,17 +35,36 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
         errors += _host_without_gpu(name, device_type) if getattr(config, name) == "host" else []
     for name in ("host_memory", "pinned_memory"):
         if device_type == "cpu" and getattr(config, name) is not None:
-            errors.append(InputError("there is no host tier without a GPU: RAM is the device", where=name,
-                                     fix="state --device-memory"))  # fmt: skip
+            errors.append(
+                InputError(
+                    "there is no host tier without a GPU: RAM is the device", where=name, fix="state --device-memory"
+                )
+            )
     if config.apply == "layer" and config.clip:
-        errors.append(InputError("layer needs clip 0: a layer is updated before the norm of the others is known",
-                                 where="apply", fix="add --clip 0, or use --apply segment"))  # fmt: skip
+        errors.append(
+            InputError(
+                "layer needs clip 0: a layer is updated before the norm of the others is known",
+                where="apply",
+                fix="add --clip 0, or use --apply segment",
+            )
+        )
     if config.apply == "layer" and config.grad_accum > 1:
-        errors.append(InputError(f"layer needs grad_accum 1, not {config.grad_accum}: a layer's gradients are complete "
-                                 "only in the last micro-batch", where="apply", fix="add --grad-accum 1"))  # fmt: skip
+        errors.append(
+            InputError(
+                f"layer needs grad_accum 1, not {config.grad_accum}: a layer's gradients are complete "
+                "only in the last micro-batch",
+                where="apply",
+                fix="add --grad-accum 1",
+            )
+        )
     if config.apply == "segment" and config.clip and config.clip_scope == "global":
-        errors.append(InputError("segment needs clip_scope segment: the global norm is known only at the step's end",
-                                 where="apply", fix="use --clip-scope segment, --clip 0 or --apply step"))  # fmt: skip
+        errors.append(
+            InputError(
+                "segment needs clip_scope segment: the global norm is known only at the step's end",
+                where="apply",
+                fix="use --clip-scope segment, --clip 0 or --apply step",
+            )
+        )
     raise_collected(errors)
 
 
@@ -70,8 +89,13 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
         errors.append(error)
     limit = facts.max_positions or config.max_seq_len
     if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
-        errors.append(InputError(f"{config.max_seq_len} is beyond the model's {limit} positions", where="max_seq_len",
-                                 fix=f"use at most {limit}"))  # fmt: skip
+        errors.append(
+            InputError(
+                f"{config.max_seq_len} is beyond the model's {limit} positions",
+                where="max_seq_len",
+                fix=f"use at most {limit}",
+            )
+        )
     raise_collected(errors)
     assert course is not None
     return course, targets, min(config.max_seq_len, limit)
@@ -82,8 +106,11 @@ def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]
     wanted = set(targets)
     unknown = sorted(wanted - {*facts.linear_names, "all-linear"})
     if unknown:
-        raise InputError(f"{', '.join(unknown)} is not in this model", where="lora_targets",
-                         fix=f"choose all-linear or from {', '.join(facts.linear_names)}")  # fmt: skip
+        raise InputError(
+            f"{', '.join(unknown)} is not in this model",
+            where="lora_targets",
+            fix=f"choose all-linear or from {', '.join(facts.linear_names)}",
+        )
     return facts.linear_names if "all-linear" in wanted else tuple(name for name in facts.linear_names if name in wanted)
 
 
@@ -154,8 +181,10 @@ def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate 
         n_batches = config.grad_accum * config.batch_size // size
         answer, best = ask(config.model_copy(update={"batch_size": size, "grad_accum": n_batches}))
         if best is not None:
-            return answer, (f"micro-batches of {config.batch_size} do not fit: they are split into {size}; gradients stay "
-                            "equal up to rounding (1e-5 of their norm), so the adapter's last bits may differ")  # fmt: skip
+            return answer, (
+                f"micro-batches of {config.batch_size} do not fit: they are split into {size}; gradients stay "
+                "equal up to rounding (1e-5 of their norm), so the adapter's last bits may differ"
+            )
     return as_it_is, ""
 
 

@@ -113,18 +113,27 @@ def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
 
 
 def _worst_step(
-    config: Config, course: Course, shape: LayerShape, max_seq_len: int, profile: DeviceProfile,
+    config: Config,
+    course: Course,
+    shape: LayerShape,
+    max_seq_len: int,
+    profile: DeviceProfile,
     vocabulary_itemsize: int,
-) -> Workload:  # fmt: skip
+) -> Workload:
     """Every sequence of the greatest length, all of it supervised."""
     evaluates = config.eval_data or config.eval_fraction or config.retention_data
     batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
     library_bytes = profile.library_bytes + TOKEN_BYTES * shape.facts.vocab_size
     return Workload(
-        course, shape, (batch,) * config.grad_accum, profile,
-        profile.context_bytes if shape.device_type == "cuda" else library_bytes, vocabulary_itemsize,
-        evaluation=batch if evaluates else None, clip_scope=config.clip_scope if config.clip else "none",
-    )  # fmt: skip
+        course,
+        shape,
+        (batch,) * config.grad_accum,
+        profile,
+        profile.context_bytes if shape.device_type == "cuda" else library_bytes,
+        vocabulary_itemsize,
+        evaluation=batch if evaluates else None,
+        clip_scope=config.clip_scope if config.clip else "none",
+    )
 
 
 # the model -------------------------------------------------------------------------------------------------------------
@@ -155,8 +164,11 @@ def _card(name: str) -> Card:
     card = find_card(name)
     if card is None:
         near = near_cards(name)
-        raise InputError(f"unknown card {name[:60]!r}", where="gpu",
-                         fix=f"did you mean {', '.join(near)}?" if near else "state --device-memory instead")  # fmt: skip
+        raise InputError(
+            f"unknown card {name[:60]!r}",
+            where="gpu",
+            fix=f"did you mean {', '.join(near)}?" if near else "state --device-memory instead",
+        )
     return card
 
 
@@ -188,8 +200,13 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
     """The budgets as stated; without one for the device the card's memory, or what is free here, less a margin."""
     here = card is None
     free = free_bytes(profile) if here else FreeBytes(device=card.memory_bytes if card else None)
-    stated = make_budget(device_memory=config.device_memory, host_memory=config.host_memory,
-                         disk_memory=config.disk_memory, pinned_memory=config.pinned_memory, free=free)  # fmt: skip
+    stated = make_budget(
+        device_memory=config.device_memory,
+        host_memory=config.host_memory,
+        disk_memory=config.disk_memory,
+        pinned_memory=config.pinned_memory,
+        free=free,
+    )
     if stated.device_bytes is not None:
         return stated, "device memory as stated"
     if card is not None:

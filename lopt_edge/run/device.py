@@ -23,8 +23,9 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"{name!r} is unknown", where="device", fix="choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("this machine offers no CUDA device to torch", where="device", fix="use --device cpu, or see "
-                         "lopt-edge doctor")  # fmt: skip
+        raise InputError(
+            "this machine offers no CUDA device to torch", where="device", fix="use --device cpu, or see lopt-edge doctor"
+        )
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device found"
@@ -35,8 +36,9 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name not in ("auto", *DTYPES):
         raise InputError(f"{name!r} is unknown", where="compute_dtype", fix=f"choose auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
-        raise InputError("float16 overflows in training and is slow on a CPU", where="compute_dtype",
-                         fix="use auto, bfloat16 or float32")  # fmt: skip
+        raise InputError(
+            "float16 overflows in training and is slow on a CPU", where="compute_dtype", fix="use auto, bfloat16 or float32"
+        )
     if name != "auto":
         return DTYPES[name], "asked for"
     if device.type == "cuda":

@@ -63,8 +63,9 @@ def host_store(n: int, timeout: timedelta) -> distributed.TCPStore:
     listener.bind((LOOPBACK, 0))
     listener.listen()
     port = listener.getsockname()[1]
-    return distributed.TCPStore(LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout,
-                                master_listen_fd=listener.detach())  # fmt: skip
+    return distributed.TCPStore(
+        LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+    )
 
 
 def join_store(port: int, timeout: timedelta) -> distributed.TCPStore:
@@ -163,7 +164,7 @@ class Link:
         silent = "imed out" in str(error) or "imeout" in str(error)
         minutes = self.timeout.total_seconds() / 60
         what = f"said nothing for {minutes:g} minutes" if silent else "broke the connection"
-        return PeerLost(f"{who} of the pipeline {what}", fix="--pipeline-minutes sets how long to wait")  # fmt: skip
+        return PeerLost(f"{who} of the pipeline {what}", fix="--pipeline-minutes sets how long to wait")
 
     # boundaries ------------------------------------------------------------------------------------------------------
 

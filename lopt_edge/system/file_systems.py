@@ -19,8 +19,11 @@ def check_free_space(folder: Path, *, need_bytes: int, what: str) -> None:
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
-        raise InputError(f"{what} need up to {format_bytes(need_bytes)}, {format_bytes(free)} are free there",
-                         where=str(folder), fix="free space, or choose another output folder")  # fmt: skip
+        raise InputError(
+            f"{what} need up to {format_bytes(need_bytes)}, {format_bytes(free)} are free there",
+            where=str(folder),
+            fix="free space, or choose another output folder",
+        )
 
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")

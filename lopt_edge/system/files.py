@@ -76,5 +76,6 @@ class JsonLines:
         self.file.close()
 
     def _failure(self, error: OSError) -> RunError:
-        return RunError(f"cannot be written: {error.strerror}", where=str(self.path), fix="free space or mend the "
-                        "permissions there")  # fmt: skip
+        return RunError(
+            f"cannot be written: {error.strerror}", where=str(self.path), fix="free space or mend the permissions there"
+        )

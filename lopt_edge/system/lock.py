@@ -30,8 +30,11 @@ def output_lock(
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, warn, setting)
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror}", where=str(path), fix="check the folder's permissions and "
-                       "the disk's free space") from None  # fmt: skip
+        raise RunError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            fix="check the folder's permissions and the disk's free space",
+        ) from None
     try:
         yield
     finally:

@@ -56,9 +56,11 @@ class Probe:
         if self.earned is None:
             return f"{name}: {self.note}"
         assert self.before is not None and self.after is not None and self.device_bytes is not None
-        return (f"{name}: held-out loss {self.before:.4f} -> {self.after:.4f}, {self.step_seconds:.3g} s a step "
-                f"({self.measured_seconds:.3g} measured), {format_bytes(self.device_bytes)}; earned {self.earned:.4g} per "
-                "GiB and second")  # fmt: skip
+        return (
+            f"{name}: held-out loss {self.before:.4f} -> {self.after:.4f}, {self.step_seconds:.3g} s a step "
+            f"({self.measured_seconds:.3g} measured), {format_bytes(self.device_bytes)}; earned {self.earned:.4g} per "
+            "GiB and second"
+        )
 
 
 def candidates(n_layers: int) -> list[tuple[int, ...]]:
@@ -88,8 +90,11 @@ def choose_boundary(config: Config, run: Callable[[Config], Any], progress: Prog
         progress.note(found[-1].text())
     measured = [probe for probe in found if probe.earned is not None]
     if not measured:
-        raise InputError("no boundary could be measured: " + "; ".join(probe.text() for probe in found), where="boundary",
-                         fix="allow more memory, lower --lr, or name --boundary-layers")  # fmt: skip
+        raise InputError(
+            "no boundary could be measured: " + "; ".join(probe.text() for probe in found),
+            where="boundary",
+            fix="allow more memory, lower --lr, or name --boundary-layers",
+        )
     best = max(measured, key=lambda probe: probe.earned or 0.0)
     layers = ", ".join(map(str, best.boundary_layers))
     progress.note(f"boundary chosen: {layers} (it earned most: {best.earned:.4g} per GiB and second)")
@@ -103,9 +108,11 @@ def _probe(config: Config, run: Callable[[Config], Any]) -> Probe:
     try:
         folder = tempfile.TemporaryDirectory(prefix=".boundary-probe-", dir=parent)
     except OSError as error:
-        raise InputError(f"auto makes its short runs in a folder beside the output, and {parent} takes none: "
-                         f"{error.strerror}", where="boundary", fix="choose another output, or name "
-                         "--boundary-layers") from None  # fmt: skip
+        raise InputError(
+            f"auto makes its short runs in a folder beside the output, and {parent} takes none: {error.strerror}",
+            where="boundary",
+            fix="choose another output, or name --boundary-layers",
+        ) from None
     with folder as root:
         output = Path(root) / "run"
         try:

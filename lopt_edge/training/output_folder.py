@@ -49,7 +49,10 @@ def _check_empty(folder: Path, held: set[str]) -> None:
     if not left:
         return
     if RUN_NAME not in left and SETTINGS_NAME in held:
-        raise InputError("holds an unfinished run", where=f"output {folder}",
-                         fix=f"go on with it (lopt-edge resume {folder}), or choose a new folder")  # fmt: skip
+        raise InputError(
+            "holds an unfinished run",
+            where=f"output {folder}",
+            fix=f"go on with it (lopt-edge resume {folder}), or choose a new folder",
+        )
     what = "holds another run" if RUN_NAME in left else "is not empty"
     raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")

@@ -42,8 +42,13 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
 
 def _search(inputs: Inputs) -> Search:
     config = inputs.config.model_copy(update={"token_tile": inputs.knobs.token_tile})  # another tile changes bits
-    found = search_for(config, inputs.source, device=inputs.device, dtype=inputs.dtype,
-                       datasets=(inputs.train, inputs.held_out, inputs.retention))  # fmt: skip
+    found = search_for(
+        config,
+        inputs.source,
+        device=inputs.device,
+        dtype=inputs.dtype,
+        datasets=(inputs.train, inputs.held_out, inputs.retention),
+    )
     library_bytes = inputs.workload.library_bytes  # as measured before anything was loaded
     return Search(replace(found.workload, library_bytes=library_bytes), found.space)
 

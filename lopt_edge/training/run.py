@@ -185,8 +185,9 @@ def _sessions(inputs: Inputs, start: Start | None, around: Surroundings) -> RunR
                 )
             inputs, what = smaller
             around.progress.warn(f"after step {found.steps} memory ran out ({_first_line(found.error)}); {what}")
-            around.events.write({"event": "out of memory", "after_step": found.steps, "next": what,
-                                 "reason": _first_line(found.error)})  # fmt: skip
+            around.events.write(
+                {"event": "out of memory", "after_step": found.steps, "next": what, "reason": _first_line(found.error)}
+            )
         elif found.loss_scale is not None:
             loss_scale = found.loss_scale
             what = f"gradients overflowed after an early update; the run goes back, loss scale {loss_scale:g}"

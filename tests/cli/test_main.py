@@ -34,8 +34,24 @@ def data(tmp_path: Path) -> Path:
 
 
 def finetune_words(data: Path, output: Path, *more: object) -> list[object]:
-    return ["finetune", "--model", TINY, "--data", data, "--output", output, "--cache-dir", output.parent / "cache",
-            "--max-seq-len", 64, "--max-steps", 1, "--grad-accum", 2, *more]  # fmt: skip
+    return [
+        "finetune",
+        "--model",
+        TINY,
+        "--data",
+        data,
+        "--output",
+        output,
+        "--cache-dir",
+        output.parent / "cache",
+        "--max-seq-len",
+        64,
+        "--max-steps",
+        1,
+        "--grad-accum",
+        2,
+        *more,
+    ]
 
 
 def test_version(run):
@@ -270,8 +286,21 @@ def test_a_config_that_transformers_cannot_use(run, tmp_path, data):
     folder = make_model(tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "hidden_act": "foo"}))
-    code, _, err = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out", "--max-steps", 1,
-                       "--max-seq-len", 64, "--cache-dir", tmp_path / "cache")  # fmt: skip
+    code, _, err = run(
+        "finetune",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--max-steps",
+        1,
+        "--max-seq-len",
+        64,
+        "--cache-dir",
+        tmp_path / "cache",
+    )
     assert code == 2
     assert "config.json" in err
     assert "foo" in err

@@ -53,10 +53,21 @@ def run(
 def test_what_fits_is_shown_with_its_figures(run, tmp_path):
     code, out, err = run(*MODEL)
     assert (code, err) == (0, "")
-    for words in ("fits: device ", "the device's peak falls at ", "a step of 16,384 tokens", "4-bit weights",
-                  "CUDA context", "allocator slack", "together", "knobs, the best of", "the fastest, and it fits",
-                  "longest context that fits: ", "smallest consumer card", "seconds from the profile RTX 4090: ",
-                  "all of the card's memory"):  # fmt: skip
+    for words in (
+        "fits: device ",
+        "the device's peak falls at ",
+        "a step of 16,384 tokens",
+        "4-bit weights",
+        "CUDA context",
+        "allocator slack",
+        "together",
+        "knobs, the best of",
+        "the fastest, and it fits",
+        "longest context that fits: ",
+        "smallest consumer card",
+        "seconds from the profile RTX 4090: ",
+        "all of the card's memory",
+    ):
         assert words in out, words
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
@@ -189,8 +200,9 @@ def test_mistakes_end_in_one_message(run, words, expected):
 # fresh processes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [MODEL, (str(ROOT / "examples/8b-on-8gb-laptop.yaml"), "--model", "llama-3.1-8b", "--gpu",
-                                           "rtx 4060 laptop")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [MODEL, (str(ROOT / "examples/8b-on-8gb-laptop.yaml"), "--model", "llama-3.1-8b", "--gpu", "rtx 4060 laptop")]
+)
 def test_an_8b_plan_takes_a_second_and_80_mib_and_no_torch(words):
     """Seconds of the processor, which other work on the machine does not change. A launcher stands between: a child's
     count of memory begins with its parent's."""

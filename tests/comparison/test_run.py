@@ -125,7 +125,13 @@ def test_a_variant_is_a_method_and_settings(root):
     assert all(re.fullmatch(r"[A-Za-z0-9=+._-]+", one.slug) for one in (plain, other, lists))
     config = resolve(other, 3e-4, base=base, common={"seed": 2})
     assert (config.method, config.num_segments, config.lora_r, config.lr, config.lr_local, config.seed) == (
-        "lopt", 4, 8, 3e-4, 3e-5, 2)  # fmt: skip
+        "lopt",
+        4,
+        8,
+        3e-4,
+        3e-5,
+        2,
+    )
     assert config.max_steps == 4, "the rest is the file's"
     config = resolve(lists, 1e-3, base=base, common={})
     assert (config.boundary_layers, config.weights) == ((1, 3), "disk,0-1=resident")

@@ -139,8 +139,14 @@ def make_bench(
     }
     optimizer = SegmentOptimizer(parameters, mover=mover, clip=clip, clip_scope=clip_scope, optimizer=knobs.optimizer)
     averages = Averages(model, course.averaged, momentum=options.get("ema_momentum", 0.99)) if course.averaged else None
-    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=LOCAL_WEIGHT, averages=averages,
-                        cascade_weight=options.get("cascade_weight", 0.999))  # fmt: skip
+    executor = Executor(
+        model,
+        heads=heads,
+        optimizer=optimizer,
+        local_weight=LOCAL_WEIGHT,
+        averages=averages,
+        cascade_weight=options.get("cascade_weight", 0.999),
+    )
     return Bench(model, plan, plans, heads, executor)
 
 

@@ -142,8 +142,13 @@ KNOBS = st.builds(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(knobs=KNOBS, shape=st.sampled_from([("e2e", 1), ("lopt", 2), ("lopt", 4), ("frozen", 2)]),
-       n_micro_batches=st.sampled_from([1, 2]), dropout=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    knobs=KNOBS,
+    shape=st.sampled_from([("e2e", 1), ("lopt", 2), ("lopt", 4), ("frozen", 2)]),
+    n_micro_batches=st.sampled_from([1, 2]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
+)
 def test_any_combination_under_random_delays(four_bit, tmp_path, knobs, shape, n_micro_batches, dropout, seed):
     """A buffer that is overwritten too early, or read before it is filled, would show here."""
     arguments = {"method": shape[0], "num_segments": shape[1], "n_micro_batches": n_micro_batches, "dropout": dropout}
@@ -160,8 +165,14 @@ PLAIN: dict[tuple, tuple] = {}
 
 @pytest.mark.parametrize("stage", ["fetch", "write", "read"])
 def test_one_long_delay_in_each_direction(four_bit, tmp_path, stage):
-    everything = Knobs(("disk",) * N_LAYERS, ("recompute", "page", "recompute", "recompute"), saved_inputs="disk",
-                       states="disk", gradients="disk", prefetch=2)  # fmt: skip
+    everything = Knobs(
+        ("disk",) * N_LAYERS,
+        ("recompute", "page", "recompute", "recompute"),
+        saved_inputs="disk",
+        states="disk",
+        gradients="disk",
+        prefetch=2,
+    )
     plain = two_steps(make_bench(four_bit(), method="e2e", n_micro_batches=2), 2)
 
     def pause(name: str) -> None:

@@ -237,8 +237,10 @@ def test_a_uniform_draw_is_a_function_of_seed_and_step():
     assert {layer for drawn in draws(0) for layer in drawn} == set(range(DEPTH))
 
 
-@pytest.mark.parametrize(("method", "options"), [("frozen", {"num_segments": 3}), ("top-layers", {"train_layers": 2}),
-                                                 ("lopt", {"local_every": 0})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("frozen", {"num_segments": 3}), ("top-layers", {"train_layers": 2}), ("lopt", {"local_every": 0})],
+)
 def test_a_step_that_reads_the_boundary_equals_the_one_that_wrote_it(folder, tmp_path, method, options):
     """And both equal one graph whose boundary is rounded to bfloat16."""
     bench = make_bench(folder, method=method, boundary_cache="unused", **options)

@@ -244,8 +244,12 @@ def test_every_layer_of_a_window_runs_once_in_it_and_nothing_before():
         assert [op.keep for op in ops] == [Keep.INPUT] * (len(ops) - 1) + [Keep.GRAPH]
         assert {op.target for op in ops if op.adapters == "ema"} == set(segment.tail)
     assert [op.text() for op in plan.ops if op.kind in (Kind.EMBED, Kind.HOLD, Kind.READ)] == [
-        "EMBED mb=0 pass=1", "HOLD 2 mb=0 pass=1", "READ held 2 mb=0 pass=2", "HOLD 4 mb=0 pass=2",
-        "READ held 4 mb=0 pass=3"]  # fmt: skip
+        "EMBED mb=0 pass=1",
+        "HOLD 2 mb=0 pass=1",
+        "READ held 2 mb=0 pass=2",
+        "HOLD 4 mb=0 pass=2",
+        "READ held 4 mb=0 pass=3",
+    ]
 
 
 BROKEN = {

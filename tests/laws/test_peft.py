@@ -105,8 +105,9 @@ def test_a_run_goes_on_from_an_adapter(models, tmp_path):
     """--init-adapter: a step of next to nothing gives the adapter back, real steps move on from there."""
     first = make_config(models["float32"], tmp_path, max_steps=3)
     finetune(first)
-    second = make_config(models["float32"], tmp_path, output="second", max_steps=1, init_adapter=first.output,
-                         warmup_ratio=0.9, lr=1e-9)  # fmt: skip
+    second = make_config(
+        models["float32"], tmp_path, output="second", max_steps=1, init_adapter=first.output, warmup_ratio=0.9, lr=1e-9
+    )
     finetune(second)
     before, after = (load_file(Path(config.output) / ADAPTER_NAME) for config in (first, second))
     assert before.keys() == after.keys()
@@ -121,8 +122,9 @@ def test_a_run_goes_on_from_an_adapter(models, tmp_path):
 def test_frozen_layers_keep_the_adapter_that_they_came_with(models, tmp_path):
     first = make_config(models["float32"], tmp_path, max_steps=2)
     finetune(first)
-    second = make_config(models["float32"], tmp_path, output="second", max_steps=2, init_adapter=first.output,
-                         method="frozen")  # fmt: skip
+    second = make_config(
+        models["float32"], tmp_path, output="second", max_steps=2, init_adapter=first.output, method="frozen"
+    )
     finetune(second)
     before, after = (load_file(Path(config.output) / ADAPTER_NAME) for config in (first, second))
     assert before.keys() == after.keys()

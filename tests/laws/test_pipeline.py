@@ -99,8 +99,12 @@ def three_plans() -> list[Plan]:
 def test_a_process_plan_in_words():
     first, middle, last = three_plans()
     assert [op.text() for op in middle.ops if op.micro_batch == 1] == [
-        "RECV 4 mb=1", "FORWARD 4 mb=1 keep=graph", "SEND 5 mb=1", "LOSS 2 mb=1", "BACKWARD 4 mb=1",
-    ]  # fmt: skip
+        "RECV 4 mb=1",
+        "FORWARD 4 mb=1 keep=graph",
+        "SEND 5 mb=1",
+        "LOSS 2 mb=1",
+        "BACKWARD 4 mb=1",
+    ]
     assert " own=0-1\n" in first.text() and " own=2\n" in middle.text() and f"unit layer 0 {ELSEWHERE}\n" in last.text()
 
 
@@ -408,8 +412,10 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(mod
 def test_processes_end_with_a_killed_process_0(model, tmp_path):
     config = make_config(model, tmp_path, pipeline=2, num_segments=2, max_steps=5000)
     (tmp_path / "run.yaml").write_text(config.as_yaml())
-    run = subprocess.Popen([sys.executable, "-c", "from lopt_edge.cli.main import main; main()", "finetune",
-                            str(tmp_path / "run.yaml")], stderr=subprocess.DEVNULL)  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from lopt_edge.cli.main import main; main()", "finetune", str(tmp_path / "run.yaml")],
+        stderr=subprocess.DEVNULL,
+    )
     children: list[psutil.Process] = []
     when_steps(config, 2, lambda: children.extend(psutil.Process(run.pid).children())).join()
     run.kill()

@@ -129,11 +129,25 @@ def knobs(n_layers: int, **changes: Any) -> Knobs:
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 SETTINGS = {
     "kept": Setting("llama", torch.float32, ((200, 90),), knobs(5, activations=("keep",) * 5), "repl", changes=SIZES),
-    "recomputed": Setting("qwen2", torch.float32, ((300,), (120,)), knobs(5, saved_inputs="disk", gradients="disk"), "repl",
-                          changes=SIZES, targets=("q_proj", "up_proj")),
-    "paged": Setting("llama", torch.bfloat16, ((150, 150),), knobs(5, activations=("page",) * 5, states="disk"), "repl",
-                     changes=SIZES | {"intermediate_size": 1600}, stored=torch.bfloat16),
-}  # fmt: skip
+    "recomputed": Setting(
+        "qwen2",
+        torch.float32,
+        ((300,), (120,)),
+        knobs(5, saved_inputs="disk", gradients="disk"),
+        "repl",
+        changes=SIZES,
+        targets=("q_proj", "up_proj"),
+    ),
+    "paged": Setting(
+        "llama",
+        torch.bfloat16,
+        ((150, 150),),
+        knobs(5, activations=("page",) * 5, states="disk"),
+        "repl",
+        changes=SIZES | {"intermediate_size": 1600},
+        stored=torch.bfloat16,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

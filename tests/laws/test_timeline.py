@@ -144,7 +144,11 @@ def test_the_chosen_runs_reach_every_knob():
     moved = {(one.apply, len(run.lengths) > 1) for one, run in zip(knobs, runs, strict=True) if one.gradients == "disk"}
     assert moved == {("step", False), ("step", True), ("segment", False), ("segment", True), ("layer", False)}
     assert {(one.apply, one.optimizer) for one in knobs if one.states == "disk"} >= {
-        ("step", "adamw"), ("step", "adamw8bit"), ("segment", "adamw"), ("layer", "adamw")}  # fmt: skip
+        ("step", "adamw"),
+        ("step", "adamw8bit"),
+        ("segment", "adamw"),
+        ("layer", "adamw"),
+    }
     assert any(len(set(lengths)) > 1 for run in runs for lengths in run.lengths), "padding"
     assert any(max(lengths) > 1024 for run in runs for lengths in run.lengths), "more than a tile"
     assert {one.token_tile for one in knobs} == {1024, 512, 256, 48}

@@ -73,8 +73,10 @@ class _Hub(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
         if path == f"/api/models/org/tiny/tree/{COMMIT}":
-            tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT}
-                    for file in sorted(self.folder.iterdir())]  # fmt: skip
+            tree = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT}
+                for file in sorted(self.folder.iterdir())
+            ]
             self._send(json.dumps(tree).encode(), "application/json", body=body)
         elif path.startswith("/api/models/org/tiny") and path.rpartition("/")[2] in ("main", "v1", COMMIT, "tiny"):
             files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
@@ -125,8 +127,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def ask(hub: str, cache: Path, name: str, revision: str = "", *, code: str = ASK) -> object:
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, name, revision], env=environment, capture_output=True, text=True,
-                          timeout=60, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, revision],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -211,9 +211,15 @@ def assert_inside(picture: ElementTree.Element) -> None:
 
 AMOUNTS = st.integers(0, 1 << 44) | st.just(0)
 POINTS = st.builds(
-    CurvePoint, st.floats(1e-6, 1e15), st.text(max_size=15), st.booleans(), AMOUNTS, AMOUNTS, AMOUNTS,
+    CurvePoint,
+    st.floats(1e-6, 1e15),
+    st.text(max_size=15),
+    st.booleans(),
+    AMOUNTS,
+    AMOUNTS,
+    AMOUNTS,
     st.floats(1e-6, 1e8) | st.just(0.0),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)

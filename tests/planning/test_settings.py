@@ -94,13 +94,28 @@ def test_settings_that_can_be(device_type, values):
 def test_what_the_user_said_is_fixed_and_nothing_else():
     found = fixed_knobs(make_config(), FACTS)
     assert not set(found) & {"weights", "activations", "saved_inputs", "states", "gradients", "prefetch", "token_tile"}
-    said = make_config(weights="disk,0-1=resident", activations="keep", saved_inputs="disk", optimizer_states="disk",
-                       gradients="device", prefetch=1, token_tile=512, optimizer="adamw8bit", apply="segment")  # fmt: skip
+    said = make_config(
+        weights="disk,0-1=resident",
+        activations="keep",
+        saved_inputs="disk",
+        optimizer_states="disk",
+        gradients="device",
+        prefetch=1,
+        token_tile=512,
+        optimizer="adamw8bit",
+        apply="segment",
+    )
     assert fixed_knobs(said, FACTS) == {
-        "weights": ("resident", "resident", "disk", "disk"), "activations": ("keep",) * 4, "saved_inputs": "disk",
-        "states": "disk", "gradients": "device", "prefetch": 1, "token_tile": 512, "optimizer": "adamw8bit",
+        "weights": ("resident", "resident", "disk", "disk"),
+        "activations": ("keep",) * 4,
+        "saved_inputs": "disk",
+        "states": "disk",
+        "gradients": "device",
+        "prefetch": 1,
+        "token_tile": 512,
+        "optimizer": "adamw8bit",
         "apply": "segment",
-    }  # fmt: skip
+    }
     for knobs in search_space(said, FACTS, "cpu"):
         assert (knobs.weights, knobs.states, knobs.prefetch) == (("resident", "resident", "disk", "disk"), "disk", 1)
         assert knobs.token_tile == 512

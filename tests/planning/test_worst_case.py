@@ -150,8 +150,15 @@ def test_what_cannot_be_planned_is_refused_with_advice(settings, words):
 def test_mistakes_are_told_together():
     text = refusal("llama-3.1-8c", gpu="rtx 4091")
     assert "2 problems" in text and "rtx 4091" in text and "llama-3.1-8c" in text
-    text = refusal(device="cpu", weights="host", method="lopt", num_segments=99, lora_targets="x", device_memory="24",
-                   disk_memory="0GB")  # fmt: skip
+    text = refusal(
+        device="cpu",
+        weights="host",
+        method="lopt",
+        num_segments=99,
+        lora_targets="x",
+        device_memory="24",
+        disk_memory="0GB",
+    )
     assert "5 problems" in text
     assert all(
         word in text for word in ("host is refused", "32 layers", "x is not in this model", "no unit", "more than zero")

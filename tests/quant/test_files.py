@@ -92,8 +92,9 @@ def test_what_is_not_packed_is_unchanged_and_small_files_come_along(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_saved_by_transformers_loads_without_requantising(tmp_path, dtype, double):
     source = make_folder(tmp_path / "source", "llama", dtype=dtype, num_hidden_layers=2)
-    settings_ = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
-                                   bnb_4bit_compute_dtype=dtype)  # fmt: skip
+    settings_ = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
+    )
     theirs = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings_, dtype=dtype).train()
     theirs.save_pretrained(tmp_path / "saved")
     found = find_model(str(tmp_path / "saved"))
@@ -139,8 +140,20 @@ def test_a_failed_quantisation_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8,
-                                   torch.uint8, torch.bool, torch.float8_e4m3fn])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.float8_e4m3fn,
+    ],
+)
 def test_tensors_are_read_as_they_were_saved(tmp_path, dtype):
     tensor = torch.arange(24).view(2, 3, 4).to(dtype)
     save_file({"a": tensor, "empty": tensor[:0].clone(), "scalar": tensor[0, 0, 1].clone()}, tmp_path / "x.safetensors")
@@ -148,8 +161,10 @@ def test_tensors_are_read_as_they_were_saved(tmp_path, dtype):
     for name, original in (("a", tensor), ("empty", tensor[:0]), ("scalar", tensor[0, 0, 1])):
         found = read_tensor(entries[name])
         assert (found.dtype, found.shape) == (dtype, original.shape)
-        assert torch.equal(found.view(torch.uint8) if dtype.itemsize == 1 else found,
-                           original.view(torch.uint8) if dtype.itemsize == 1 else original)  # fmt: skip
+        assert torch.equal(
+            found.view(torch.uint8) if dtype.itemsize == 1 else found,
+            original.view(torch.uint8) if dtype.itemsize == 1 else original,
+        )
 
 
 def packed_file(folder: Path, **changes: object) -> Path:
@@ -263,8 +278,9 @@ def test_quantising_holds_one_tensor_at_a_time(tmp_path):
     shapes = [(f"layers.{i}.up_proj.weight", (256, 1024)) for i in range(40)]
     shapes += [(f"{name}.weight", (3072, 4096)) for name in ("a_proj", "b_proj", "embed", "head")]
     begins = [4 * sum(a * b for _, (a, b) in shapes[:i]) for i in range(len(shapes) + 1)]
-    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": begins[i : i + 2]}
-              for i, (name, shape) in enumerate(shapes)}  # fmt: skip
+    header = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": begins[i : i + 2]} for i, (name, shape) in enumerate(shapes)
+    }
     assert begins[-1] == 40 * small + 4 * large
     text = json.dumps(header).encode()
     source = tmp_path / "source"

@@ -42,8 +42,14 @@ def by_definition(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def by_bitsandbytes(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    state = QuantState(absmax=unpack_scales(packed), shape=torch.Size(packed.shape), code=packed.code_map, dtype=dtype,
-                       blocksize=packed.block_elements, quant_type=packed.quant_type)  # fmt: skip
+    state = QuantState(
+        absmax=unpack_scales(packed),
+        shape=torch.Size(packed.shape),
+        code=packed.code_map,
+        dtype=dtype,
+        blocksize=packed.block_elements,
+        quant_type=packed.quant_type,
+    )
     return dequantize_4bit(packed.codes.view(-1, 1), state)
 
 
@@ -101,8 +107,9 @@ def test_other_forms_that_folders_hold(quant_type, block):
     codes, state = quantize_4bit(
         random_weight((16, 256)), blocksize=block, compress_statistics=False, quant_type=quant_type
     )
-    packed = PackedWeight(codes.view(-1), state.absmax, state.code, (16, 256), torch.float32, block_elements=block,
-                          quant_type=quant_type)  # fmt: skip
+    packed = PackedWeight(
+        codes.view(-1), state.absmax, state.code, (16, 256), torch.float32, block_elements=block, quant_type=quant_type
+    )
     assert torch.equal(unpacked(packed, torch.float32), dequantize_4bit(codes, state))
 
 

@@ -131,9 +131,12 @@ def test_the_second_signal_ends_it_at_once_and_the_last_checkpoint_is_whole(mode
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", CHILD, str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: another number of threads gives other bits
-    )  # fmt: skip
+    )
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGTERM)
     time.sleep(0.3)

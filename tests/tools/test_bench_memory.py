@@ -41,8 +41,13 @@ def bench(path: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[s
         4,
         *arguments,
     ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if not path.exists():
         return done, []
     with path.open(newline="") as file:

@@ -116,8 +116,14 @@ def test_a_killed_child_is_where_its_marks_say(tools):
     assert board.inside() == frozenset()
     child = os.fork()
     if not child:
-        for phase, change in (("load", 1), ("load", -1), ("page read", 1), ("page read", 1), ("page read", -1),
-                              ("checkpoint", 1)):  # fmt: skip
+        for phase, change in (
+            ("load", 1),
+            ("load", -1),
+            ("page read", 1),
+            ("page read", 1),
+            ("page read", -1),
+            ("checkpoint", 1),
+        ):
             board.add(phase, change)
         time.sleep(60)
         os._exit(1)
@@ -163,8 +169,16 @@ def test_a_spoilt_result_is_noticed(checks, tmp_path):
     assert len(faults()) == 1 and "cannot be read" in faults()[0]
 
 
-@pytest.mark.parametrize("name", ["run/checkpoints/.writing-step-000001-7", "run/.lock", "run/README.md.partial",
-                                  "cache/model.partial-7", "run.pages/lopt-pages-7-run.bin"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run/checkpoints/.writing-step-000001-7",
+        "run/.lock",
+        "run/README.md.partial",
+        "cache/model.partial-7",
+        "run.pages/lopt-pages-7-run.bin",
+    ],
+)
 def test_what_lies_about_is_noticed(checks, tmp_path, name):
     output = a_run(tmp_path / "run")
     whole = checks.final_of(output, tmp_path / "cache")
@@ -209,8 +223,16 @@ def test_what_is_half_written_names_its_process(checks, tmp_path):
 
 def samples_of(soak: ModuleType, **last: float) -> list:
     """A hundred equal samples, of which the last tenth is as told."""
-    first = soak.Sample(step=50, resident_bytes=10**9, private_bytes=10**9, descriptors=20, threads=5, page_bytes=10**8,
-                        step_seconds=0.1, cpu_seconds=0.1)  # fmt: skip
+    first = soak.Sample(
+        step=50,
+        resident_bytes=10**9,
+        private_bytes=10**9,
+        descriptors=20,
+        threads=5,
+        page_bytes=10**8,
+        step_seconds=0.1,
+        cpu_seconds=0.1,
+    )
     warm = replace(first, resident_bytes=1, descriptors=1, step_seconds=9.0)
     return [warm] + [first] * 89 + [replace(first, **last)] * 10
 
@@ -218,8 +240,13 @@ def samples_of(soak: ModuleType, **last: float) -> list:
 def test_the_soak_verdict(tools):
     soak = tools["soak"]
     assert soak.verdict(samples_of(soak)) == []
-    within = {"resident_bytes": 1.009e9, "private_bytes": 5e8, "page_bytes": 1.009e8, "step_seconds": 0.1049,
-              "cpu_seconds": 0.3}  # fmt: skip
+    within = {
+        "resident_bytes": 1.009e9,
+        "private_bytes": 5e8,
+        "page_bytes": 1.009e8,
+        "step_seconds": 0.1049,
+        "cpu_seconds": 0.3,
+    }
     assert soak.verdict(samples_of(soak, **within)) == []
     beyond = {"resident_bytes": 1.011e9, "private_bytes": 1.011e9, "page_bytes": 1.011e8, "descriptors": 21, "threads": 4,
               "step_seconds": 0.094}  # fmt: skip

@@ -30,8 +30,12 @@ def tool() -> ModuleType:
 
 def finished(folder: Path, *, device: str) -> Path:
     predicted = {"device_bytes": 1100, "library_bytes": 100, "slack_bytes": 50, "disk_bytes": 70, "step_seconds": 2.0}
-    run = {"device": device, "predicted": predicted, "reasons": ["model m", "memory: weights disk"],
-           "peaks": {"peak_device_bytes": 1000, "peak_disk_bytes": 60}}  # fmt: skip
+    run = {
+        "device": device,
+        "predicted": predicted,
+        "reasons": ["model m", "memory: weights disk"],
+        "peaks": {"peak_device_bytes": 1000, "peak_disk_bytes": 60},
+    }
     steps = [{"step": n, "loss": 1.0, "step_seconds": 9.0 / n, "peak_device_bytes": 700 + 50 * n} for n in (1, 2, 3)]
     lines = [{"step": 0, "eval_loss": 1.0}, *steps]
     (folder / "run.json").write_text(json.dumps(run))

@@ -206,8 +206,13 @@ def test_too_little_disk_for_what_must_be_there(refuses):
 
 def test_page_files_stay_within_the_disk_budget_that_was_predicted(tmp_path):
     """Not a byte more is allowed than what the plan is said to need: whole blocks and gaps are part of that."""
-    knobs = {"optimizer_states": "disk", "gradients": "disk", "saved_inputs": "disk", "max_steps": 3,
-             "activations": "page,0-1=recompute,4-5=recompute"}  # fmt: skip
+    knobs = {
+        "optimizer_states": "disk",
+        "gradients": "disk",
+        "saved_inputs": "disk",
+        "max_steps": 3,
+        "activations": "page,0-1=recompute,4-5=recompute",
+    }
     need = read_inputs(make_config(TINY, tmp_path, cache_dir=str(tmp_path / "cache"), **knobs))[0].predict().disk_bytes
     config = make_config(TINY, tmp_path, cache_dir=str(tmp_path / "cache"), disk_memory=f"{need}B", **knobs)
     assert finetune(config) is not None

@@ -101,9 +101,20 @@ def chosen(points: list[Point]) -> Iterator[Point]:
 
 def test_there_are_points_of_every_kind(model, tmp_path, monkeypatch):
     found = {(point.kind, point.call) for point in Scene(model, tmp_path, monkeypatch).found}
-    assert found >= {("checkpoint", "write"), ("checkpoint", "fsync"), ("checkpoint", "rename"), ("pages", "pwrite"),
-                     ("pages", "preadv"), ("pages", "posix_fallocate"), ("cache", "write"), ("cache", "preadv"),
-                     ("log", "write"), ("log", "fsync"), ("result", "write"), ("result", "replace")}  # fmt: skip
+    assert found >= {
+        ("checkpoint", "write"),
+        ("checkpoint", "fsync"),
+        ("checkpoint", "rename"),
+        ("pages", "pwrite"),
+        ("pages", "preadv"),
+        ("pages", "posix_fallocate"),
+        ("cache", "write"),
+        ("cache", "preadv"),
+        ("log", "write"),
+        ("log", "fsync"),
+        ("result", "write"),
+        ("result", "replace"),
+    }
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "pages", "cache", "log", "result"])
@@ -156,8 +167,9 @@ class Ballast(Progress):
 
 def test_a_real_full_disk(model, tmp_path, small_disk):
     """The checkpoint of step 2 is not written, training goes on, the end fails for want of space; then there is room."""
-    config = make_config(model, tmp_path, output="small/out", n_rows=16, max_steps=4, save_every=1,
-                         page_dir=str(tmp_path / "pages"))  # fmt: skip
+    config = make_config(
+        model, tmp_path, output="small/out", n_rows=16, max_steps=4, save_every=1, page_dir=str(tmp_path / "pages")
+    )
     ballast = Ballast(small_disk)
     with pytest.raises(LoptError, match="No space left"):
         finetune(config, ballast)

@@ -33,8 +33,13 @@ from lopt_edge.training.progress import Progress
 from lopt_edge.training.session import session
 from tools.tiny_runs import make_config, make_model
 
-PAGED = {"weights": "disk", "activations": "page,0=recompute,2=recompute", "saved_inputs": "disk",
-         "optimizer_states": "disk", "gradients": "disk"}  # fmt: skip
+PAGED = {
+    "weights": "disk",
+    "activations": "page,0=recompute,2=recompute",
+    "saved_inputs": "disk",
+    "optimizer_states": "disk",
+    "gradients": "disk",
+}
 STEADY = {"max_steps": 4, "schedule": "constant", "warmup_ratio": 0.0}  # so that N steps of any run are the same steps
 Act = Callable[[], object]
 on_linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for its descriptors in /proc")
@@ -159,8 +164,16 @@ class Scene:
     def config(self, **changes: Any) -> Config:
         return make_config(self.model, self.root, **{**STEADY, **changes})
 
-    def fails(self, config: Config, progress: Progress | None = None, *, steps: int, says: str, lost: bool = False,
-              moments_lost: bool = False) -> str:  # fmt: skip
+    def fails(
+        self,
+        config: Config,
+        progress: Progress | None = None,
+        *,
+        steps: int,
+        says: str,
+        lost: bool = False,
+        moments_lost: bool = False,
+    ) -> str:
         """Run it: the message, after the checks. `steps` have finished; `lost`: their state cannot be had back;
         `moments_lost`: all but the adapter cannot."""
         before = {"threads": set(threading.enumerate()), "files": open_files(), "limit": data_limit()}

@@ -202,8 +202,15 @@ def test_memory_that_the_kernel_refuses(tmp_path, mib, code):
              "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), "--max-steps", "2", "--batch-size",
              "8", "--grad-accum", "1", "--max-seq-len", "256", "--device", "cpu", "--compute-dtype", "float32",
              "--method", "lopt"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=180, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
     assert "memory ran out" in done.stderr

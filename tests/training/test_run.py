@@ -66,8 +66,10 @@ def test_what_a_run_writes(model, tmp_path, method, segments, n_segments, local)
         assert line["peak_rss_bytes"] > 100 << 20
     assert [line["step"] for line in evaluations] == [0, 1, 2]
     assert all(set(line) == {"step", "eval_loss"} for line in evaluations)
-    assert result.evaluation == {"before": {"eval_loss": evaluations[0]["eval_loss"]},
-                                 "after": {"eval_loss": evaluations[2]["eval_loss"]}}  # fmt: skip
+    assert result.evaluation == {
+        "before": {"eval_loss": evaluations[0]["eval_loss"]},
+        "after": {"eval_loss": evaluations[2]["eval_loss"]},
+    }
     run = json.loads((output / "run.json").read_text())
     assert set(run) >= RUN_KEYS
     assert run["config"]["lr"] == 1e-2
@@ -94,8 +96,10 @@ def test_training_lowers_the_loss(model, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, tmp_path):
-    runs = [make_config(model, tmp_path, output=name, seed=seed, max_steps=3, lora_dropout=0.2)
-            for name, seed in (("a", 1), ("b", 1), ("c", 2))]  # fmt: skip
+    runs = [
+        make_config(model, tmp_path, output=name, seed=seed, max_steps=3, lora_dropout=0.2)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
     for config in runs:
         finetune(config)
     a, b, c = map(adapter_bytes, runs)
@@ -104,7 +108,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model, tmp_path
     first, second = (metrics_of(config)[0] for config in runs[:2])
     for one, other in zip(first, second, strict=True):
         assert [one[key] for key in ("loss", "local_loss", "grad_norm")] == [
-            other[key] for key in ("loss", "local_loss", "grad_norm")]  # fmt: skip
+            other[key] for key in ("loss", "local_loss", "grad_norm")
+        ]
 
 
 def test_the_seed_reaches_the_dropout_masks(model, tmp_path):

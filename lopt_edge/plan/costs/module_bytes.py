@@ -263,8 +263,9 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
         inner = run.tile * run.width * c
         heap.touch(6 * inner)
         heap.touch(4 * inner + max(run.tile, run.width) * down_rank * c)
-        heap.touch(2 * inner + max(max(run.tile, run.width) * max(gate_rank, up_rank),
-                                   run.tile * hidden * (need_x and cast)) * c)  # fmt: skip
+        heap.touch(
+            2 * inner + max(max(run.tile, run.width) * max(gate_rank, up_rank), run.tile * hidden * (need_x and cast)) * c
+        )
         low = n_rows * max(gate_rank, up_rank) * c if cast else 0
         earlier = low if gate_rank and up_rank else 0  # the loop's variable
         heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * (need_x and cast)) * c)

@@ -165,5 +165,6 @@ def predict(
     paged = found.disk_bytes - sizes.persistent_below(plan.own_segments)["disk"]
     gaps = on_disk(round(GAP_SHARE * paged) + GAP_BYTES) if paged else 0
     taught = teaching_bytes and teaching_bytes + sum(_without_training(by_category).values())
-    return Prediction(found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.own_segments), gaps,
-                      teaching_bytes=taught)  # fmt: skip
+    return Prediction(
+        found, library, slack, evaluated, by_category, sizes.journal_bytes(plan.own_segments), gaps, teaching_bytes=taught
+    )

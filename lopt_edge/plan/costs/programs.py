@@ -181,8 +181,9 @@ class Replay:
         """Its saved tensors live from the forward's mark to the backward's."""
         x_trains = not self.from_mlp
         if name == "mlp_forward":
-            kept = module_bytes.plain_mlp_forward(self.heap, self.shape, self._rows, graph=graph, value=value,
-                                                  x_trains=x_trains)  # fmt: skip
+            kept = module_bytes.plain_mlp_forward(
+                self.heap, self.shape, self._rows, graph=graph, value=value, x_trains=x_trains
+            )
             self.alive["mlp"] = self.heap.take(kept)
         else:
             module_bytes.plain_mlp_backward(self.heap, self.shape, self._rows, x_trains=x_trains, paged=paged, given=given)

@@ -95,9 +95,12 @@ class StepSeconds:
 
 
 def step_seconds(
-    plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile,
+    plan: Plan,
+    sizes: Sizes,
+    batches: Sequence[MicroBatchSize],
+    profile: DeviceProfile,
     arrivals: dict[int, float] | None = None,
-) -> StepSeconds:  # fmt: skip
+) -> StepSeconds:
     """Walk the plan; `batches` has one entry a micro-batch.
 
     `arrivals`: when each boundary comes from the process before; then when each one reaches the process after.
@@ -118,8 +121,13 @@ class Costs:
         self.sizes, self.batches, self.profile = sizes, batches, profile
         itemsize = sizes.shape.itemsize
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
-        self.rates = _Rates(profile.flops(itemsize), attention or profile.attention_flops, profile.memory_bandwidth,
-                            profile.unpack_rate, profile.op_overhead_seconds)  # fmt: skip
+        self.rates = _Rates(
+            profile.flops(itemsize),
+            attention or profile.attention_flops,
+            profile.memory_bandwidth,
+            profile.unpack_rate,
+            profile.op_overhead_seconds,
+        )
 
     def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
         shape = replace(self.sizes.shape, mixed=mixed)

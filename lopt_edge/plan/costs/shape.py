@@ -69,8 +69,9 @@ class LayerShape:
         """The key of the traced programs."""
         facts = self.facts
         heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
-        return case_key(facts.model_type, self.itemsize, "two kinds" if two_kinds else heads, masked=masked,
-                        one=n_sequences == 1)  # fmt: skip
+        return case_key(
+            facts.model_type, self.itemsize, "two kinds" if two_kinds else heads, masked=masked, one=n_sequences == 1
+        )
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,7 @@ class Sizes:
         knobs = self.knobs
         groups = self.groups_of(segments)
         places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        found = {"host": sum(place == "host" for place in places) * self.layer_bytes,
-                 "disk": self.journal_bytes(segments)}  # fmt: skip
+        found = {"host": sum(place == "host" for place in places) * self.layer_bytes, "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
         elif knobs.states == "host":
@@ -288,9 +287,14 @@ class Sizes:
         """The gradient of the output, and a tile's loss with its backward."""
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
-            self.shape, self._stored, batch.n_sequences, batch.n_tokens, task=task,
-            n_selected=batch.n_supervised if task else batch.n_real_most, tile=self.knobs.token_tile,
-        )  # fmt: skip
+            self.shape,
+            self._stored,
+            batch.n_sequences,
+            batch.n_tokens,
+            task=task,
+            n_selected=batch.n_supervised if task else batch.n_real_most,
+            tile=self.knobs.token_tile,
+        )
 
     # layers ----------------------------------------------------------------------------------------------------------
 
@@ -311,5 +315,6 @@ class Sizes:
         shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)
         kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
-        return LayerRun(shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first,
-                        shape.window(kind, n_tokens))  # fmt: skip
+        return LayerRun(
+            shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first, shape.window(kind, n_tokens)
+        )

@@ -33,8 +33,12 @@ class Teacher:
         """At most, over a sequence of so many tokens; `width`: hidden size of the model that it teaches."""
         n_layers, batch = self.facts.n_layers, MicroBatchSize(1, n_tokens, n_tokens)
         knobs = Knobs(("disk",) * n_layers, ("recompute",) * n_layers)
-        sizes = Sizes(LayerShape(self.facts, self.itemsize, 1, (), self.device_type), knobs,
-                      vocabulary_itemsize=self.vocabulary_itemsize, evaluates=True)  # fmt: skip
+        sizes = Sizes(
+            LayerShape(self.facts, self.itemsize, 1, (), self.device_type),
+            knobs,
+            vocabulary_itemsize=self.vocabulary_itemsize,
+            evaluates=True,
+        )
         forward = Segment(0, 0, n_layers - 1, "none")
         steady = sizes.steady((forward,), gradients_move=True)
         own = steady["weights"] + steady["workspace"]  # the head is not read

@@ -79,26 +79,63 @@ def _geforce(
     memory = gib * GIB - lost if seen_mib is None else seen_mib * MIB
     how = "estimated from its GiB" if seen_mib is None else "as torch reported it"
     flops = per_fp32 * fp32 if bf16 is None else bf16
-    return Card(name, memory, bandwidth * GB, flops * TERA, fp32 * TERA, _link(*link), has_bf16=True, kind=kind,
-                source=f"{source}; memory {how}")  # fmt: skip
+    return Card(
+        name,
+        memory,
+        bandwidth * GB,
+        flops * TERA,
+        fp32 * TERA,
+        _link(*link),
+        has_bf16=True,
+        kind=kind,
+        source=f"{source}; memory {how}",
+    )
 
 
-def _turing(name: str, gib: int, bandwidth: float, fp32: float, *, seen_mib: int | None = None, per_fp32: float = 4,
-            source: str = _TABLE) -> Card:  # fmt: skip
+def _turing(
+    name: str,
+    gib: int,
+    bandwidth: float,
+    fp32: float,
+    *,
+    seen_mib: int | None = None,
+    per_fp32: float = 4,
+    source: str = _TABLE,
+) -> Card:
     card = _geforce(name, gib, bandwidth, fp32, (3, 16), seen_mib=seen_mib, per_fp32=per_fp32, source=source)
     return replace(card, has_bf16=False)
 
 
-def _laptop(name: str, gib: int, bandwidth: float, cores: int, boost_mhz: int, generation: int,
-            source: str = _WIKIPEDIA) -> Card:  # fmt: skip
+def _laptop(
+    name: str, gib: int, bandwidth: float, cores: int, boost_mhz: int, generation: int, source: str = _WIKIPEDIA
+) -> Card:
     fp32 = 2 * cores * boost_mhz * 1e6 / TERA  # a multiplication and an addition per core and tick
     return _geforce(name, gib, bandwidth, fp32, (generation, 8), kind="laptop", source=source)
 
 
-def _centre(name: str, mib: int, bandwidth: float, fp32: float, bf16: float, generation: int, source: str, *,
-            has_bf16: bool = True, kind: Kind = "data-centre") -> Card:  # fmt: skip
-    return Card(name, mib * MIB, bandwidth * GB, bf16 * TERA, fp32 * TERA, _link(generation, 16), has_bf16=has_bf16,
-                kind=kind, source=source)  # fmt: skip
+def _centre(
+    name: str,
+    mib: int,
+    bandwidth: float,
+    fp32: float,
+    bf16: float,
+    generation: int,
+    source: str,
+    *,
+    has_bf16: bool = True,
+    kind: Kind = "data-centre",
+) -> Card:
+    return Card(
+        name,
+        mib * MIB,
+        bandwidth * GB,
+        bf16 * TERA,
+        fp32 * TERA,
+        _link(generation, 16),
+        has_bf16=has_bf16,
+        kind=kind,
+        source=source,
+    )
 
 
 def _apple(name: str, gib: int, bandwidth: float) -> Card:

@@ -37,8 +37,11 @@ def _slides(known: dict[str, Any], family: str, layer: int, window: int | None) 
         return window is not None and bool(layer >= known.get("max_window_layers", 28))
     if family == "smollm3":
         rope = known.get("no_rope_layers")
-        has_rope = rope[layer] if isinstance(rope, list) and layer < len(rope) else (layer + 1) % known.get(
-            "no_rope_layer_interval", 4)  # fmt: skip
+        has_rope = (
+            rope[layer]
+            if isinstance(rope, list) and layer < len(rope)
+            else (layer + 1) % known.get("no_rope_layer_interval", 4)
+        )
         return window is not None and not has_rope
     pattern = {"gemma2": 2, "gemma3_text": known.get("sliding_window_pattern", 6)}.get(family, 1)
     return bool((layer + 1) % pattern)

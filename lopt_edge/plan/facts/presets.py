@@ -64,8 +64,9 @@ def _qwen2(name: str, hub_id: str, *shape: int, tied: bool, positions: int) -> P
 
 def _qwen3(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     d, f, n, h, kv = shape
-    return _preset(name, hub_id, "qwen3", (151936, d, f, n, h, kv), tied=tied, positions=40960, head_dim=128,
-                   use_sliding_window=False)  # fmt: skip
+    return _preset(
+        name, hub_id, "qwen3", (151936, d, f, n, h, kv), tied=tied, positions=40960, head_dim=128, use_sliding_window=False
+    )
 
 
 def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:

@@ -123,11 +123,15 @@ class DeviceProfile:
                 ("unpacking of 4-bit weights", f"{_si(self.unpack_rate)}elements/s"),
                 ("memory", f"{_si(self.memory_bandwidth)}B/s")]  # fmt: skip
         if self.device_type == "cuda":
-            rows += [("copies up, pinned / pageable", f"{_si(self.copy_up_pinned)}B/s / {_si(self.copy_up_pageable)}B/s"),
-                     ("copies down", f"{_si(self.copy_down_pinned)}B/s / {_si(self.copy_down_pageable)}B/s"),
-                     ("context", format_bytes(self.context_bytes))]  # fmt: skip
-        rows += [("disk, read / write", f"{_si(self.disk_read)}B/s / {_si(self.disk_write)}B/s"),
-                 ("overhead of a layer", f"{1e3 * self.op_overhead_seconds:.2g} ms")]  # fmt: skip
+            rows += [
+                ("copies up, pinned / pageable", f"{_si(self.copy_up_pinned)}B/s / {_si(self.copy_up_pageable)}B/s"),
+                ("copies down", f"{_si(self.copy_down_pinned)}B/s / {_si(self.copy_down_pageable)}B/s"),
+                ("context", format_bytes(self.context_bytes)),
+            ]
+        rows += [
+            ("disk, read / write", f"{_si(self.disk_read)}B/s / {_si(self.disk_write)}B/s"),
+            ("overhead of a layer", f"{1e3 * self.op_overhead_seconds:.2g} ms"),
+        ]
         return [*rows, ("libraries", format_bytes(self.library_bytes))] if self.library_bytes else rows
 
 
@@ -146,8 +150,11 @@ def profile_of_card(card: Card) -> DeviceProfile:
         source = f"{card.source}; rates: {known.source}"
         return replace(known, name=card.name, memory_bytes=card.memory_bytes, source=source)
     fp32, tensor = card.fp32_flops, card.bf16_flops
-    rates = {"float32": MATMUL_SHARE * fp32, "float16": MATMUL_SHARE * tensor if tensor else SHADER_FP16 * fp32,
-             "bfloat16": MATMUL_SHARE * (tensor if card.has_bf16 else EMULATED_BF16 * fp32)}  # fmt: skip
+    rates = {
+        "float32": MATMUL_SHARE * fp32,
+        "float16": MATMUL_SHARE * tensor if tensor else SHADER_FP16 * fp32,
+        "bfloat16": MATMUL_SHARE * (tensor if card.has_bf16 else EMULATED_BF16 * fp32),
+    }
     attention = {"float32": ATTENTION_SHARE * fp32, "float16": ATTENTION_SHARE * (tensor or fp32)}
     if card.has_bf16:
         attention["bfloat16"] = ATTENTION_SHARE * tensor

@@ -125,8 +125,10 @@ def cached(course: Course, *, epochs: float) -> Course:
     kinds: list[StepKind] = []
     for kind in course.kinds:
         boundary = kind.segments[-1].first
-        forms = (replace(kind, name=_form(kind.name, FILL), writes=boundary),
-                 replace(kind, name=_form(kind.name, READ), reads=boundary))  # fmt: skip
+        forms = (
+            replace(kind, name=_form(kind.name, FILL), writes=boundary),
+            replace(kind, name=_form(kind.name, READ), reads=boundary),
+        )
         kinds += forms if boundary else (kind,)
     if all(kind.writes is None for kind in kinds):
         raise InputError("there is no boundary: all layers train", where="boundary_cache", fix="leave it out")

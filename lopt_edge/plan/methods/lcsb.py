@@ -46,8 +46,11 @@ def course(config: Config, n_layers: int) -> Course:
         every = tuple(("layer", layer) for layer in range(n_layers))
         return Course("lcsb", shown, drawn=drawn, also=every)
     if abs(1 / max(1, round(1 / config.select_ratio)) - config.select_ratio) > MOST_OFF:
-        raise InputError(f"cyclic takes one layer in 1, 2, 3, ..., which {config.select_ratio:g} is not near",
-                         where="select_ratio", fix="choose 1, 0.5, 0.33, 0.25, ..., or --selection uniform")  # fmt: skip
+        raise InputError(
+            f"cyclic takes one layer in 1, 2, 3, ..., which {config.select_ratio:g} is not near",
+            where="select_ratio",
+            fix="choose 1, 0.5, 0.33, 0.25, ..., or --selection uniform",
+        )
     n_groups = min(n_layers, max(1, round(1 / config.select_ratio)))
     groups = [tuple(range(group, n_layers, n_groups)) for group in range(n_groups)]
     kinds = tuple(_kind(config, n_layers, group, f"group-{i}") for i, group in enumerate(groups))

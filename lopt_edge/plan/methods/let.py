@@ -37,8 +37,9 @@ ALIGN, PLAIN = "align", "plain"  # kinds of step
 def course(config: Config, n_layers: int) -> Course:
     align = min(2, n_layers - 1) if config.align_layer is None else config.align_layer
     if align >= n_layers:
-        raise InputError(f"layer {align} is beyond the last one, {n_layers - 1}", where="align_layer",
-                         fix=f"choose 0 to {n_layers - 1}")  # fmt: skip
+        raise InputError(
+            f"layer {align} is beyond the last one, {n_layers - 1}", where="align_layer", fix=f"choose 0 to {n_layers - 1}"
+        )
     whole = (Segment(0, 0, n_layers - 1, "task"),)
     kinds = StepKind(ALIGN, whole, teacher=True, align=align), StepKind(PLAIN, whole)
     return _until(config, "let", kinds)

@@ -60,8 +60,11 @@ def course(config: Config, n_layers: int) -> Course:
     )
     if len(cut) < 3:
         where = "boundary_layers" if config.boundary_layers else "num_segments"
-        raise InputError(f"mlaan needs 3 segments or more, not {len(cut)}: a window of two would be the whole depth",
-                         where=where, fix="use --method e2e, or more segments")  # fmt: skip
+        raise InputError(
+            f"mlaan needs 3 segments or more, not {len(cut)}: a window of two would be the whole depth",
+            where=where,
+            fix="use --method e2e, or more segments",
+        )
     return Course("mlaan", (StepKind("", tuple(_windowed(cut, segment, config.leap_layers) for segment in cut)),))
 
 

@@ -53,8 +53,9 @@ def course(config: Config, n_layers: int) -> Course:
 def _chosen(n_layers: int) -> tuple[int, ...]:
     """Every third layer of the middle half."""
     if n_layers < 3:
-        raise InputError(f"repl needs a model of at least 3 layers, this one has {n_layers}", where="method",
-                         fix="use another method")  # fmt: skip
+        raise InputError(
+            f"repl needs a model of at least 3 layers, this one has {n_layers}", where="method", fix="use another method"
+        )
     return tuple(range(max(1, n_layers // 4), min(n_layers - 1, n_layers - n_layers // 4), EVERY))
 
 
@@ -65,6 +66,7 @@ def _checked(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
         what = f"a replaced layer has one on both sides: {', '.join(map(str, found))} of layers 0 to {n_layers - 1}"
         raise InputError(what, where="replace_layers", fix=fix)
     if any(right - left == 1 for left, right in pairwise(found)):
-        raise InputError(f"{', '.join(map(str, found))}: adjacent layers cannot be made from each other",
-                         where="replace_layers", fix=fix)  # fmt: skip
+        raise InputError(
+            f"{', '.join(map(str, found))}: adjacent layers cannot be made from each other", where="replace_layers", fix=fix
+        )
     return tuple(found)

@@ -38,11 +38,17 @@ def course(config: Config, n_layers: int) -> Course:
     n_tail = config.tail_layers or max(1, n_layers // TAIL_SHARE)
     n_body = n_layers - n_tail
     if n_body < 1:
-        raise InputError(f"{n_tail} leave no layer before them: the model has {n_layers}", where="tail_layers",
-                         fix=f"choose at most {n_layers - 1}")  # fmt: skip
+        raise InputError(
+            f"{n_tail} leave no layer before them: the model has {n_layers}",
+            where="tail_layers",
+            fix=f"choose at most {n_layers - 1}",
+        )
     if config.stages > n_body:
-        raise InputError(f"{config.stages} are more than the {n_body} layers before the tail", where="stages",
-                         fix=f"choose at most {n_body}")  # fmt: skip
+        raise InputError(
+            f"{config.stages} are more than the {n_body} layers before the tail",
+            where="stages",
+            fix=f"choose at most {n_body}",
+        )
     kinds = tuple(_stage(stage, n_body, n_layers, config.stages) for stage in range(config.stages))
     phases = tuple(Phase((i + 1) / len(kinds), (kind.name,)) for i, kind in enumerate(kinds))
     return Course("segprop", kinds, phases, restarts=True)

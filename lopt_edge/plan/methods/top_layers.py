@@ -23,8 +23,9 @@ def course(config: Config, n_layers: int) -> Course:
     if wanted is None:
         raise InputError("is needed by method top-layers", where="train_layers", fix=f"choose 1 to {n_layers}")
     if wanted > n_layers:
-        raise InputError(f"{wanted} is more than the model's {n_layers} layers", where="train_layers",
-                         fix=f"choose 1 to {n_layers}")  # fmt: skip
+        raise InputError(
+            f"{wanted} is more than the model's {n_layers} layers", where="train_layers", fix=f"choose 1 to {n_layers}"
+        )
     first = n_layers - wanted
     early = (Segment(0, 0, first - 1, "none"),) if first else ()
     return Course("top-layers", (StepKind("", (*early, Segment(len(early), first, n_layers - 1, "task"))),))

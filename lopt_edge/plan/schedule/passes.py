@@ -22,8 +22,15 @@ from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
 def arrange(plan: Plan, knobs: Knobs) -> Plan:
     """The plan with all of `knobs` carried out."""
     plan = replace(plan, tile=knobs.token_tile)
-    for one_pass in (choose_activations, move_pages, move_saved_inputs, place_steps, move_gradients, move_states,
-                     stream_weights):  # fmt: skip
+    for one_pass in (
+        choose_activations,
+        move_pages,
+        move_saved_inputs,
+        place_steps,
+        move_gradients,
+        move_states,
+        stream_weights,
+    ):
         plan = one_pass(plan, knobs)
     return plan
 

@@ -51,8 +51,11 @@ def parts_of(segments: Sequence[Segment], n: int) -> tuple[Part, ...]:
     """Neighbouring segments for each process, as evenly as can be; the remainder to the first ones, since the last one has
     the lm_head as well. Raises InputError for more processes than segments."""
     if not 1 <= n <= len(segments):
-        raise InputError(f"{n} processes for {len(segments)} segments: each needs one of its own", where="pipeline",
-                         fix=f"choose at most {len(segments)}, or more segments (--num-segments)")  # fmt: skip
+        raise InputError(
+            f"{n} processes for {len(segments)} segments: each needs one of its own",
+            where="pipeline",
+            fix=f"choose at most {len(segments)}, or more segments (--num-segments)",
+        )
     size, rest = divmod(len(segments), n)
     starts = [rank * size + min(rank, rest) for rank in range(n + 1)]
     return tuple(

@@ -105,9 +105,11 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
         return list(dict.fromkeys([knobs, low]))
     axes: dict[str, list[Any]] = {
         "weights": [last_layers(n_layers, quarter, below, "resident") for quarter in QUARTERS[::-1]],
-        "activations": [wanted["activations"], ("page",) * n_layers], "saved_inputs": [below, "device"],
-        "states": [below, "device"], "gradients": [below, "device"],
-    }  # fmt: skip
+        "activations": [wanted["activations"], ("page",) * n_layers],
+        "saved_inputs": [below, "device"],
+        "states": [below, "device"],
+        "gradients": [below, "device"],
+    }
     axes = {name: values for name, values in axes.items() if name not in fixed}
     found = [replace(low, **dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
     return list(dict.fromkeys(form for each in (knobs, *found) for form in (each, *space.lowered(each))))

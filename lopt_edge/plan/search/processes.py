@@ -43,17 +43,25 @@ def in_processes(
         together.update(items(one, candidate))
     budget = whole.budget_bytes["device"]
     if budget is not None and device_bytes > budget:
-        reasons.append(f"together they may take {format_bytes(device_bytes)}, more than the {format_bytes(budget)} that "
-                       "are free: page more (--weights, --saved-inputs), or take fewer processes")  # fmt: skip
+        reasons.append(
+            f"together they may take {format_bytes(device_bytes)}, more than the {format_bytes(budget)} that "
+            "are free: page more (--weights, --saved-inputs), or take fewer processes"
+        )
     seconds_most = max(candidate.seconds.seconds for _, candidate in found)
     plan = replace(
         whole,
-        peak_bytes={**whole.peak_bytes, "device": device_bytes,
-                    "disk": sum(candidate.prediction.disk_bytes for _, candidate in found)},
+        peak_bytes={
+            **whole.peak_bytes,
+            "device": device_bytes,
+            "disk": sum(candidate.prediction.disk_bytes for _, candidate in found),
+        },
         peak_op=f"{found[largest][1].prediction.peak_op} of process {largest}",
-        items=dict(together), step_seconds=three_digits(seconds_most),
+        items=dict(together),
+        step_seconds=three_digits(seconds_most),
         tokens_per_second=workload.n_tokens / seconds_most,
         bytes_moved=sum(candidate.seconds.bytes_moved for _, candidate in found),
-        alternatives=(), longest_context=None, smallest_card=None,
-    )  # fmt: skip
+        alternatives=(),
+        longest_context=None,
+        smallest_card=None,
+    )
     return plan, tuple(reasons)

@@ -112,8 +112,12 @@ def make_run_plan(
         longest_context=None if brief or budget.device_bytes is None else longest_context(search, budget),
         profile=f"{workload.profile.name}: {workload.profile.source}",
         plan_hash=plan.hash(),
-        budget_bytes={"device": budget.device_bytes, "host": budget.host_bytes, "pinned": budget.pinned_bytes,
-                      "disk": budget.disk_bytes},
+        budget_bytes={
+            "device": budget.device_bytes,
+            "host": budget.host_bytes,
+            "pinned": budget.pinned_bytes,
+            "disk": budget.disk_bytes,
+        },
         missing=misfits,
         would_fit=() if found.best else tuple(nearest_that_fit(search, budget)),
         smallest_card=None if brief else smallest_card(search.smallest, kinds_of_cards),
@@ -121,7 +125,7 @@ def make_run_plan(
         n_combinations=found.n_combinations,
         notes=notes,
         chosen=chosen,
-    )  # fmt: skip
+    )
 
 
 def _lowest(search: Search, smallest: Candidate, budget: Budget) -> Candidate:
@@ -240,8 +244,13 @@ def _alternatives(search: Search, chosen: Candidate, budget: Budget, *, fits: bo
 
 
 def _alternative(search: Search, other: Candidate, change: str, budget: Budget, *, fits: bool) -> Alternative:
-    return Alternative(change, fits, peak_bytes(other.prediction, search, budget), three_digits(other.seconds.seconds),
-                       shown_knobs(other.knobs))  # fmt: skip
+    return Alternative(
+        change,
+        fits,
+        peak_bytes(other.prediction, search, budget),
+        three_digits(other.seconds.seconds),
+        shown_knobs(other.knobs),
+    )
 
 
 # words -----------------------------------------------------------------------------------------------------------------
@@ -255,8 +264,10 @@ def summary(found: RunPlan) -> Iterator[str]:
     yield from (f"missing: {sentence}" for sentence in found.missing)
     if found.would_fit:
         yield f"one of these would fit: {'; '.join(found.would_fit)}"
-    yield (f"about {_seconds(found.step_seconds)} a step of {found.step_tokens:,} tokens, {found.tokens_per_second:,.0f} "
-           f"tokens/s, {format_bytes(found.bytes_moved)} moved a step")  # fmt: skip
+    yield (
+        f"about {_seconds(found.step_seconds)} a step of {found.step_tokens:,} tokens, {found.tokens_per_second:,.0f} "
+        f"tokens/s, {format_bytes(found.bytes_moved)} moved a step"
+    )
 
 
 def _of(found: RunPlan, tier: str) -> str:

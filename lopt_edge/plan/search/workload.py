@@ -88,8 +88,14 @@ class Workload:
         part, groups = self.part, self.course.groups
         if part is not None:
             knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
-        return Sizes(self.shape, knobs, vocabulary_itemsize=self.vocabulary_itemsize, evaluates=self.evaluation is not None,
-                     groups=groups, replaced=self.course.replaced)  # fmt: skip
+        return Sizes(
+            self.shape,
+            knobs,
+            vocabulary_itemsize=self.vocabulary_itemsize,
+            evaluates=self.evaluation is not None,
+            groups=groups,
+            replaced=self.course.replaced,
+        )
 
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """Of the first kind of step, unless another is named. Not validated: the search makes many."""
@@ -117,8 +123,15 @@ class Workload:
         beside = sum(sizes.batch_bytes(batch) for batch in others)
         longest, width = max(batch.n_tokens for batch in self.batches), self.shape.facts.hidden_size
         taught = self.teacher.pass_bytes(longest, width=width) if self.teacher is not None else 0
-        return predict(self.arranged(knobs, len(few), kind), sizes, few, library_bytes=self.library_bytes,
-                       evaluation=self.evaluation, beside_bytes=beside, teaching_bytes=taught)  # fmt: skip
+        return predict(
+            self.arranged(knobs, len(few), kind),
+            sizes,
+            few,
+            library_bytes=self.library_bytes,
+            evaluation=self.evaluation,
+            beside_bytes=beside,
+            teaching_bytes=taught,
+        )
 
     def seconds(self, knobs: Knobs) -> StepSeconds:
         """Of the largest step, in the mean over the kinds of step."""

@@ -101,8 +101,13 @@ class Model:
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
         positions = torch.arange(start, start + hidden_BTD.shape[1], device=self.device).unsqueeze(0)
-        arguments = {"config": self.config, "inputs_embeds": hidden_BTD, "attention_mask": None,
-                     "past_key_values": cache, "position_ids": positions}  # fmt: skip
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": hidden_BTD,
+            "attention_mask": None,
+            "past_key_values": cache,
+            "position_ids": positions,
+        }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = sorted(set(self.facts.layer_types))
         by_type = self.facts.model_type == "gemma3_text"  # its rotary tables differ per layer type
@@ -200,8 +205,11 @@ def import_model_code(folder: Path) -> Any:
 
 def _unusable(folder: Path, error: Exception) -> InputError:
     reason = f"{type(error).__name__}: {str(error)[:200]}"
-    return InputError(f"transformers cannot build this model ({reason})", where=str(folder / "config.json"),
-                      fix="check the config's values against the model's page")  # fmt: skip
+    return InputError(
+        f"transformers cannot build this model ({reason})",
+        where=str(folder / "config.json"),
+        fix="check the config's values against the model's page",
+    )
 
 
 def make_skeleton(

@@ -53,8 +53,16 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, make_mask)
 
 
-def make_mask(*, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, attention_mask: Tensor | None = None,
-              allow_is_causal_skip: bool = True, **rest: Any) -> Tensor | None:  # fmt: skip
+def make_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **rest: Any,
+) -> Tensor | None:
     """None where a tile knows itself what it sees: no padding, and the last query is at the last key."""
     from transformers.masking_utils import eager_mask
 
@@ -62,13 +70,28 @@ def make_mask(*, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: in
     if aligned and allow_is_causal_skip and attention_mask is None:
         return None
     rest["allow_is_bidirectional_skip"] = False  # None means causal here
-    return eager_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-                      attention_mask=attention_mask, **rest)  # fmt: skip
+    return eager_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        **rest,
+    )
 
 
-def attend(module: nn.Module, query_BHTE: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-           scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
-           sliding_window: int | None = None, **_: Any) -> tuple[Tensor, None]:  # fmt: skip
+def attend(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """transformers' signature; the result (B, T, H, E)."""
     if dropout:
         raise NotImplementedError("attention in tiles of queries has no dropout")
@@ -115,8 +138,9 @@ class _Group:
     @property
     def tiles(self) -> list[QueryTile]:
         n_queries, n_keys = self.query_GTE.shape[1], len(self.key_SE)
-        tiles = query_tiles(n_queries, n_keys, group=self.size, window=self.scores.window,
-                            device_type=self.key_SE.device.type)  # fmt: skip
+        tiles = query_tiles(
+            n_queries, n_keys, group=self.size, window=self.scores.window, device_type=self.key_SE.device.type
+        )
         return tiles if self.mask_TS is None else [tile._replace(keys=slice(0, n_keys)) for tile in tiles]
 
 

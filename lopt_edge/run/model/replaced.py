@@ -107,8 +107,11 @@ def replaced_values(model: Model) -> dict[str, Any] | None:
 def check_plain_adapter(folder: Path) -> None:
     """Refuse an adapter that belongs to a model with replaced layers. Raises InputError."""
     if (folder / REPLACED_NAME).exists():
-        raise InputError("its adapter belongs to a model with replaced layers (method repl)", where=str(folder),
-                         fix="make a model of it (lopt-edge export) and train that")  # fmt: skip
+        raise InputError(
+            "its adapter belongs to a model with replaced layers (method repl)",
+            where=str(folder),
+            fix="make a model of it (lopt-edge export) and train that",
+        )
 
 
 def apply_replaced(model: Model, folder: Path) -> tuple[int, ...]:
@@ -138,8 +141,11 @@ def _parsed(values: Any, model: Model, where: str) -> dict[int, dict[str, tuple[
     order = sorted(found)
     apart = all(right - left > 1 for left, right in pairwise(order))
     if not (order and apart and order[0] > 0 and order[-1] < last):
-        raise InputError(f"names layers {order} of {last + 1}, which cannot be replaced", where=where,
-                         fix="use the model that it was trained on")  # fmt: skip
+        raise InputError(
+            f"names layers {order} of {last + 1}, which cannot be replaced",
+            where=where,
+            fix="use the model that it was trained on",
+        )
     return {layer: found[layer] for layer in order}
 
 

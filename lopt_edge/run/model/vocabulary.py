@@ -40,8 +40,11 @@ class Vocabulary:
             return self.matrix_VD[ids_N].to(self.dtype)
         unique, inverse = torch.unique(ids_N.cpu(), return_inverse=True)
         if len(unique) and not (unique[0] >= 0 and unique[-1] < self.n_rows):  # they are sorted
-            raise InputError(f"token id {int(unique[-1])} is beyond the model's {self.n_rows} rows", where="model",
-                             fix="use the tokenizer that belongs to the model")  # fmt: skip
+            raise InputError(
+                f"token id {int(unique[-1])} is beyond the model's {self.n_rows} rows",
+                where="model",
+                fix="use the tokenizer that belongs to the model",
+            )
         raw = torch.empty(len(unique), self.n_columns, dtype=self.stored_dtype)
         data = tensor_bytes(raw)
         for i, row in enumerate(unique.tolist()):

@@ -78,8 +78,12 @@ def _real_positions(lengths: Sequence[int], n_tokens: int) -> Tensor | None:
 
 def as_message(batch: Batch) -> dict[str, Any]:
     """What the later processes of a pipeline need of a batch, as JSON values: all but its token ids."""
-    return {"n_tokens": batch.ids_BT.shape[1], "lengths": list(batch.lengths),
-            "supervised": batch.supervised_N.tolist(), "targets": batch.targets_N.tolist()}  # fmt: skip
+    return {
+        "n_tokens": batch.ids_BT.shape[1],
+        "lengths": list(batch.lengths),
+        "supervised": batch.supervised_N.tolist(),
+        "targets": batch.targets_N.tolist(),
+    }
 
 
 def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:

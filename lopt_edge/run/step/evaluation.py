@@ -45,9 +45,7 @@ def held_out_loss(
     return total / max(1, n_supervised)
 
 
-def _lead(
-    model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]
-) -> float:  # fmt: skip
+def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]) -> float:
     link.tell_all({"do": "evaluate", "token_tile": token_tile})
     stopped: KeyboardInterrupt | None = None
     for batch in batches:

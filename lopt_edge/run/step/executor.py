@@ -157,8 +157,15 @@ class Executor:
         """
         while True:
             try:
-                return self._run_once(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight,
-                                      start=start, between=between)  # fmt: skip
+                return self._run_once(
+                    plan,
+                    batches,
+                    step=step,
+                    learning_rates=learning_rates,
+                    align_weight=align_weight,
+                    start=start,
+                    between=between,
+                )
             except NotFinite as error:
                 if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
                     raise
@@ -175,9 +182,16 @@ class Executor:
         start: Cut | None,
         between: Callable[[Cut], None] | None,
     ) -> StepResult:
-        state = _Step(plan, batches, window_totals(batches), learning_rates, {s.index: 0.0 for s in plan.segments},
-                      own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
-                      early=plan.has_early_steps, align_weight=align_weight)  # fmt: skip
+        state = _Step(
+            plan,
+            batches,
+            window_totals(batches),
+            learning_rates,
+            {s.index: 0.0 for s in plan.segments},
+            own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
+            early=plan.has_early_steps,
+            align_weight=align_weight,
+        )
         self.optimizer.begin_step(segments=_segments_of(plan), loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
@@ -366,8 +380,16 @@ class Executor:
 
     def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
         n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
-        return SegmentOutput(segment, n_local, state.batches[op.micro_batch], state.totals, state.hidden_BTD, target_BTD,
-                             state.teacher_BTD, state.plan.tile)  # fmt: skip
+        return SegmentOutput(
+            segment,
+            n_local,
+            state.batches[op.micro_batch],
+            state.totals,
+            state.hidden_BTD,
+            target_BTD,
+            state.teacher_BTD,
+            state.plan.tile,
+        )
 
     def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
         """What a local loss reconstructs: the segment's input."""

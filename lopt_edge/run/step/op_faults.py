@@ -30,8 +30,11 @@ def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: 
     reason = str(error) if isinstance(error, LoptError) else f"{type(error).__name__}: {error}"
     reason += "" if intact else "\nSome groups were updated in this step already: the adapter is between two steps."
     kind = NotFinite if isinstance(error, NotFinite) else OutOfMemory if memory else RunError
-    fault = kind(f"{reason}\nThe plan around it:\n{plan.around(position)}", where=f"step {step}, op {position} ({text})",
-                 fix=LESS_MEMORY if memory else "")  # fmt: skip
+    fault = kind(
+        f"{reason}\nThe plan around it:\n{plan.around(position)}",
+        where=f"step {step}, op {position} ({text})",
+        fix=LESS_MEMORY if memory else "",
+    )
     fault.values_intact = intact
     if isinstance(error, NotFinite) and isinstance(fault, NotFinite):
         fault.of_loss, fault.op = error.of_loss, error.op or text

@@ -245,11 +245,21 @@ class SegmentOptimizer:
             group.steps += 1
             group.updated = True
             adamw(
-                [group.values], [gradient], [first], [second], [],
+                [group.values],
+                [gradient],
+                [first],
+                [second],
+                [],
                 [torch.tensor(float(group.steps - 1), device=gradient.device)],  # adamw counts up itself
-                amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=self.weight_decay, eps=EPSILON,
-                maximize=False, fused=True,
-            )  # fmt: skip
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=lr,
+                weight_decay=self.weight_decay,
+                eps=EPSILON,
+                maximize=False,
+                fused=True,
+            )
         self._drop(group)
 
     def _clip_factor(self, segment: int) -> float:

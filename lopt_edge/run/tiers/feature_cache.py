@@ -42,8 +42,9 @@ class FeatureCache:
         self.known: set[int] = set()  # written or verified by this process
         claim(folder, dict(identity) | {"width": width, "examples": len(self.lengths), "tokens": self.starts[-1]})
         try:
-            self._rows, self._marks = (os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                                       for name in (ROWS_NAME, MARKS_NAME))  # fmt: skip
+            self._rows, self._marks = (
+                os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644) for name in (ROWS_NAME, MARKS_NAME)
+            )
         except OSError as error:
             raise self._failure(error) from None
 
@@ -112,8 +113,11 @@ class FeatureCache:
             raise self._failure(error) from None
 
     def _failure(self, error: OSError) -> RunError:
-        return RunError(f"the cache cannot be read or written ({error.strerror})", where=str(self.folder),
-                        fix="check the disk and its free space; what is whole in it is used again")  # fmt: skip
+        return RunError(
+            f"the cache cannot be read or written ({error.strerror})",
+            where=str(self.folder),
+            fix="check the disk and its free space; what is whole in it is used again",
+        )
 
     def close(self) -> None:
         for descriptor in (self._rows, self._marks):
@@ -135,10 +139,14 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         raise InputError(str(error), where=str(path), fix="remove the cache, or name another folder") from None
     if found != json.loads(json.dumps(dict(identity))):
         values = found if isinstance(found, dict) else {}
-        others = [f"{name} was {_short(values.get(name))}, is {_short(identity[name])}" for name in identity
-                  if values.get(name) != identity[name]] or ["it has another form"]  # fmt: skip
-        raise InputError(f"is a cache of another run: {'; '.join(others)}", where=str(folder),
-                         fix="remove it, or name another folder")  # fmt: skip
+        others = [
+            f"{name} was {_short(values.get(name))}, is {_short(identity[name])}"
+            for name in identity
+            if values.get(name) != identity[name]
+        ] or ["it has another form"]
+        raise InputError(
+            f"is a cache of another run: {'; '.join(others)}", where=str(folder), fix="remove it, or name another folder"
+        )
 
 
 def _short(value: Any) -> str:

@@ -246,8 +246,11 @@ class PageFile:
             # A file that was cut grows again with the next write, and the hole reads as zeros: look before each transfer.
             missing = self.size_bytes - os.fstat(self._file.fileno()).st_size
             if missing > 0:
-                raise RunError(f"the page file was truncated: {missing:,} bytes are missing", where=str(self.path),
-                               fix="start again from the last checkpoint; keep others off that disk")  # fmt: skip
+                raise RunError(
+                    f"the page file was truncated: {missing:,} bytes are missing",
+                    where=str(self.path),
+                    fix="start again from the last checkpoint; keep others off that disk",
+                )
             self._transfers += 1
         try:
             yield

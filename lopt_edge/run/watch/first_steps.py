@@ -63,13 +63,17 @@ class FirstSteps:
             self.executor.observe = None
         beside = prediction.library_bytes + prediction.slack_bytes
         rows = prediction.timeline.rows
-        self.steps.append({
-            "step": step,
-            "predicted_device_bytes": prediction.device_bytes,
-            "measured_device_bytes": max(measured),
-            "ops": [{"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
-                    for row, n_bytes in zip(rows, measured, strict=True)],
-        })  # fmt: skip
+        self.steps.append(
+            {
+                "step": step,
+                "predicted_device_bytes": prediction.device_bytes,
+                "measured_device_bytes": max(measured),
+                "ops": [
+                    {"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
+                    for row, n_bytes in zip(rows, measured, strict=True)
+                ],
+            }
+        )
         alone = prediction if self.evaluated else replace(prediction, evaluation_bytes=0)
         missing = prediction.steady.get("optimizer", 0) if fresh else 0
         self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction), missing))
@@ -94,8 +98,10 @@ class FirstSteps:
         if measured <= predicted:
             return None
         at = max(last["ops"], key=lambda row: row["measured_bytes"])["op"]
-        return (f"step {last['step']} took {format_bytes(measured)} at {at}, {measured / predicted - 1:.1%} more than the "
-                f"{format_bytes(predicted)} predicted; keep that much room")  # fmt: skip
+        return (
+            f"step {last['step']} took {format_bytes(measured)} at {at}, {measured / predicted - 1:.1%} more than the "
+            f"{format_bytes(predicted)} predicted; keep that much room"
+        )
 
     def corrected_bytes(self, largest_bytes: int) -> int | None:
         """What training will take, as known after the last watched step; `largest_bytes` are predicted for its largest.
@@ -108,8 +114,10 @@ class FirstSteps:
         """The same in a sentence."""
         corrected = self.corrected_bytes(largest_bytes)
         assert corrected is not None
-        return (f"device memory of training, corrected after step {self.steps[-1]['step']}: {format_bytes(corrected)} "
-                f"({format_bytes(largest_bytes)} predicted before)")  # fmt: skip
+        return (
+            f"device memory of training, corrected after step {self.steps[-1]['step']}: {format_bytes(corrected)} "
+            f"({format_bytes(largest_bytes)} predicted before)"
+        )
 
     def write(self, output: Path, plan: RunPlan) -> None:
         corrected = self.corrected_bytes(plan.peak_bytes["device"])

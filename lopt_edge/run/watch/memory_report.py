@@ -125,12 +125,18 @@ def write_report(
     rows, picture = [], []
     library = prediction.library_bytes
     for predicted, measured in zip(prediction.timeline.rows, meter.rows, strict=True):
-        rows.append({
-            "op": predicted.op.text(),
-            "predicted": {"held": predicted.held, "peak_bytes": predicted.peak_bytes,
-                          "host_bytes": predicted.host_bytes, "disk_bytes": predicted.disk_bytes},
-            "measured": {"held": measured.held, "peak_bytes": measured.peak_bytes, "rss_bytes": measured.rss_bytes},
-        })  # fmt: skip
+        rows.append(
+            {
+                "op": predicted.op.text(),
+                "predicted": {
+                    "held": predicted.held,
+                    "peak_bytes": predicted.peak_bytes,
+                    "host_bytes": predicted.host_bytes,
+                    "disk_bytes": predicted.disk_bytes,
+                },
+                "measured": {"held": measured.held, "peak_bytes": measured.peak_bytes, "rss_bytes": measured.rss_bytes},
+            }
+        )
         held = {"library": library, **predicted.held} if library else predicted.held
         picture.append(
             OpRow(

@@ -82,8 +82,11 @@ def _failure(folder: Path, error: OSError, need_bytes: int) -> RunError:
     with suppress(OSError):
         room += f" ({format_bytes(shutil.disk_usage(folder.parent).free)} are free there)"
     place = error.filename if isinstance(error.filename, str) else folder
-    return RunError(f"the checkpoint cannot be written: {error.strerror or error}{room}", where=str(place),
-                    fix="free space or mend the permissions there")  # fmt: skip
+    return RunError(
+        f"the checkpoint cannot be written: {error.strerror or error}{room}",
+        where=str(place),
+        fix="free space or mend the permissions there",
+    )
 
 
 def prune(root: Path, *, keep: int) -> None:

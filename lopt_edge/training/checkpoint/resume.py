@@ -113,8 +113,11 @@ def _locate(config: Config) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _another_run(found: Checkpoint, differences: list[InputError]) -> InputErrors:
-    head = InputError(f"{found.folder} is a checkpoint of another run: these settings must be as they were",
-                      where="resume", fix="put them back, or begin a new run in another folder")  # fmt: skip
+    head = InputError(
+        f"{found.folder} is a checkpoint of another run: these settings must be as they were",
+        where="resume",
+        fix="put them back, or begin a new run in another folder",
+    )
     return InputErrors([head, *differences])
 
 
@@ -142,12 +145,19 @@ def check_same(
     if values.get("teacher", "") != teacher:
         differences.append(InputError("its weights or its config.json are others than before", where="teacher"))
     if data.get("fingerprint") != train.fingerprint:
-        what = (f"gave {data.get('examples')} examples before and {len(train.examples)} now, or others (the file, its "
-                "form, the template, max_seq_len or the held-out share changed)")  # fmt: skip
+        what = (
+            f"gave {data.get('examples')} examples before and {len(train.examples)} now, or others (the file, its "
+            "form, the template, max_seq_len or the held-out share changed)"
+        )
         differences.append(InputError(what, where="data"))
     if values.get("compute_dtype") != dtype:
-        differences.append(InputError(f"was {values.get('compute_dtype')}, is {dtype} now", where="compute_dtype",
-                                      fix=f"add --compute-dtype {values.get('compute_dtype')}"))  # fmt: skip
+        differences.append(
+            InputError(
+                f"was {values.get('compute_dtype')}, is {dtype} now",
+                where="compute_dtype",
+                fix=f"add --compute-dtype {values.get('compute_dtype')}",
+            )
+        )
     if differences:
         raise _another_run(start.checkpoint, differences)
     if values.get("device") != device_type:
@@ -155,6 +165,8 @@ def check_same(
             f"the run began on {values.get('device')} and goes on on {device_type}: bits differ from an undisturbed run"
         ]
     if device_type == "cpu" and values.get("threads") != threads:
-        return [f"the run began with {values.get('threads')} threads and goes on with {threads}: bits may differ from an "
-                "undisturbed run (OMP_NUM_THREADS sets them)"]  # fmt: skip
+        return [
+            f"the run began with {values.get('threads')} threads and goes on with {threads}: bits may differ from an "
+            "undisturbed run (OMP_NUM_THREADS sets them)"
+        ]
     return []

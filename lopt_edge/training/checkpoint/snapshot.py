@@ -80,8 +80,15 @@ def write_snapshot(folder: Path, executor: Executor, snapshot: Snapshot, *, cut:
     if executor.far is not None:
         groups |= {_key(name): group.steps for name, group in executor.far.groups.items()}
     python_random = random.getstate()
-    write_json(folder / STATE, {"run": snapshot.state.as_dict(), "updates": groups, **snapshot.facts,
-                                "python_random": [python_random[0], list(python_random[1]), python_random[2]]})  # fmt: skip
+    write_json(
+        folder / STATE,
+        {
+            "run": snapshot.state.as_dict(),
+            "updates": groups,
+            **snapshot.facts,
+            "python_random": [python_random[0], list(python_random[1]), python_random[2]],
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,9 @@ def _parts(executor: Executor, cut: Cut | None) -> Iterator[_Part]:
         if name[0] == "aux":
             yield _Part(f"{_key(name)}.values", torch.float32, flat, partial(group.values.detach().cpu))
         if group.moments is not None:
-            yield _Part(f"{_key(name)}.moments", *optimizer.moments.form(group.n_elements),
-                        partial(optimizer.moments_copy, name))  # fmt: skip
+            yield _Part(
+                f"{_key(name)}.moments", *optimizer.moments.form(group.n_elements), partial(optimizer.moments_copy, name)
+            )
         if cut is not None and group.gradient is not None:
             yield _Part(f"{_key(name)}.gradient", torch.float32, flat, partial(cut.gradient, name))
     for layer, average in _averages(executor).items():
@@ -118,8 +126,12 @@ def _far_parts(executor: Executor, far: FarGroups) -> Iterator[_Part]:
     for name, group in far.groups.items():
         dtype, shape = executor.optimizer.moments.form(group.n_elements)
         if name[0] == "aux":
-            yield _Part(f"{_key(name)}.values", torch.float32, (group.n_elements,),
-                        partial(far.tensor, "values", name, (group.n_elements,), torch.float32))  # fmt: skip
+            yield _Part(
+                f"{_key(name)}.values",
+                torch.float32,
+                (group.n_elements,),
+                partial(far.tensor, "values", name, (group.n_elements,), torch.float32),
+            )
         if group.has_moments:
             yield _Part(f"{_key(name)}.moments", dtype, shape, partial(far.tensor, "moments", name, shape, dtype))
 

@@ -103,9 +103,14 @@ class Crew:
     link: Link
 
     def __init__(
-        self, store: Any, parts: Sequence[Part], children: Children | None, *, timeout: timedelta,
+        self,
+        store: Any,
+        parts: Sequence[Part],
+        children: Children | None,
+        *,
+        timeout: timedelta,
         report: Callable[[], dict[str, int]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.store, self.parts, self.children, self.timeout, self.report = store, parts, children, timeout, report
         self.is_idle, self.shares_memory = False, True
 
@@ -116,8 +121,15 @@ class Crew:
         self.store.set(SETUP, json.dumps(setup))
         alive = self.children.check if self.children is not None else lambda: None
         try:
-            self.link = Link(self.store, self.parts, 0, timeout=self.timeout, loopback=self.children is not None,
-                             alive=alive, report=self.report)  # fmt: skip
+            self.link = Link(
+                self.store,
+                self.parts,
+                0,
+                timeout=self.timeout,
+                loopback=self.children is not None,
+                alive=alive,
+                report=self.report,
+            )
         except PeerLost as error:
             raise self.explained(error) from None
 
@@ -140,16 +152,30 @@ class Crew:
         self.is_idle = True
 
     def run(
-        self, executor: Executor, kind: StepKind, plan: Plan, batches: Sequence[Batch], *, step: int,
-        learning_rates: dict[int, float], start: Cut | None, between: Callable[[Cut], None],
-    ) -> StepResult:  # fmt: skip
+        self,
+        executor: Executor,
+        kind: StepKind,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rates: dict[int, float],
+        start: Cut | None,
+        between: Callable[[Cut], None],
+    ) -> StepResult:
         """As `Executor.run`, with all processes. A pipeline has micro-batches in several places at once: `between` is not
         called, and a stop or a checkpoint waits for the step's end."""
         with self._busy():
-            self.link.tell_all({
-                "do": "step", "step": step, "kind": kind.name, "batches": [as_message(batch) for batch in batches],
-                "rates": learning_rates, "start": None if start is None else start.micro_batch,
-            })  # fmt: skip
+            self.link.tell_all(
+                {
+                    "do": "step",
+                    "step": step,
+                    "kind": kind.name,
+                    "batches": [as_message(batch) for batch in batches],
+                    "rates": learning_rates,
+                    "start": None if start is None else start.micro_batch,
+                }
+            )
             return executor.run(plan, batches, step=step, learning_rates=learning_rates, start=start)
 
     def load_adapter(self, folder: Path) -> None:

@@ -46,9 +46,11 @@ class Children:
         try:
             for rank in range(1, n):
                 self.processes[rank] = subprocess.Popen(
-                    [sys.executable, "-m", "lopt_edge.training.pipeline.worker"], stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, env={**os.environ, **own, RANK: str(rank)},
-                )  # fmt: skip
+                    [sys.executable, "-m", "lopt_edge.training.pipeline.worker"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, **own, RANK: str(rank)},
+                )
         except BaseException:
             self.end(at_once=True)
             raise

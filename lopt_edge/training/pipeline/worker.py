@@ -98,8 +98,9 @@ class Follower:
     def __init__(self, task: Task, link: Link, mover: Mover, setup: dict[str, Any]) -> None:
         self.task, self.link, self.mover = task, link, mover
         folder, _ = four_bit_folder(task.source, cache_dir=task.config.cache_dir)
-        self.model = load_model(folder, task.source.facts, device=task.device, dtype=task.dtype,
-                                placement=placement_of(task.knobs), mover=mover)  # fmt: skip
+        self.model = load_model(
+            folder, task.source.facts, device=task.device, dtype=task.dtype, placement=placement_of(task.knobs), mover=mover
+        )
         self.executor, _ = build_executor(task, self.model, adapter=setup["adapter"])
         self.executor.link = link
         self.losses: dict[int, float] = {}
@@ -123,8 +124,14 @@ class Follower:
 
     def go(self) -> None:
         while (message := self.link.hear(0))["do"] != "end":
-            {"step": self._step, "evaluate": self._evaluate, "groups": self._groups, "shapes": self._shapes,
-             "give": self._give, "load adapter": self._load_adapter}[message["do"]](message)  # fmt: skip
+            {
+                "step": self._step,
+                "evaluate": self._evaluate,
+                "groups": self._groups,
+                "shapes": self._shapes,
+                "give": self._give,
+                "load adapter": self._load_adapter,
+            }[message["do"]](message)
 
     def _step(self, message: dict[str, Any]) -> None:
         batches = [from_message(values, self.task.device) for values in message["batches"]]
@@ -143,8 +150,9 @@ class Follower:
 
     def _groups(self, message: dict[str, Any]) -> None:
         groups = self.executor.optimizer.groups.values()
-        self.link.tell(0, {"groups": [[*group.name, group.n_elements, group.steps, group.moments is not None]
-                                      for group in groups]})  # fmt: skip
+        self.link.tell(
+            0, {"groups": [[*group.name, group.n_elements, group.steps, group.moments is not None] for group in groups]}
+        )
 
     def _shapes(self, message: dict[str, Any]) -> None:
         self.link.tell(0, {"shapes": [[layer, adapter_shapes(self.model, layer)] for layer in self.model.here]})
@@ -174,8 +182,14 @@ def follow(store: Any, rank: int, *, loopback: bool) -> None:
     link = Link(store, task.parts, rank, timeout=timedelta(minutes=task.config.pipeline_minutes), loopback=loopback)
     settle_host_allocator(setup["mmap_bytes"])
     disk_bytes, journal_bytes = setup["disk_bytes"][rank], setup["journal_bytes"][rank]
-    tiers = open_tiers(task.config, task.knobs, device=task.device, budget=Budget(), need_disk_bytes=disk_bytes,
-                       journal_bytes=journal_bytes)  # fmt: skip
+    tiers = open_tiers(
+        task.config,
+        task.knobs,
+        device=task.device,
+        budget=Budget(),
+        need_disk_bytes=disk_bytes,
+        journal_bytes=journal_bytes,
+    )
     with tiers as mover:
         Follower(task, link, mover, setup).go()
 
@@ -224,8 +238,11 @@ def is_follower(config: Config) -> bool:
         return False
     rank, n = found
     if n != config.pipeline:
-        raise InputError(f"torchrun started {n} processes, the settings say {config.pipeline}", where="pipeline",
-                         fix=f"use torchrun --nproc-per-node {config.pipeline}, or --pipeline {n}")  # fmt: skip
+        raise InputError(
+            f"torchrun started {n} processes, the settings say {config.pipeline}",
+            where="pipeline",
+            fix=f"use torchrun --nproc-per-node {config.pipeline}, or --pipeline {n}",
+        )
     if rank and not config.dry_run:
         from lopt_edge.training.pipeline.worker import follow_torchrun
 

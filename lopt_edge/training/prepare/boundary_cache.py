@@ -103,8 +103,9 @@ class BoundaryCaches:
 
     def _cache(self, folder: Path, boundary: int) -> FeatureCache:
         inputs = self.inputs
-        return FeatureCache(folder, identity=self.identity(boundary), lengths=inputs.train.lengths,
-                            width=inputs.source.facts.hidden_size)  # fmt: skip
+        return FeatureCache(
+            folder, identity=self.identity(boundary), lengths=inputs.train.lengths, width=inputs.source.facts.hidden_size
+        )
 
     def summary(self, *, n_read: int, n_steps: int) -> str:
         """A sentence for the end of a run, of whose steps so many read."""

@@ -55,9 +55,14 @@ def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None)
     fresh = [layer for layer in trained if layer not in carried and layer in model.here]
     own = [group for group in inputs.course.groups if inputs.part is None or inputs.part.owns(group)]
     attach_adapters(
-        model, fresh, targets=inputs.targets, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
+        model,
+        fresh,
+        targets=inputs.targets,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
         seed=config.seed,
-    )  # fmt: skip
+    )
     heads = {
         index: ReconstructHead(facts.hidden_size, seed=DropoutClock(config.seed, step=-2).key(index, 0)).to(inputs.device)
         for unit, index in own
@@ -68,15 +73,33 @@ def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None)
         for unit, target in own
     }
     optimizer = SegmentOptimizer(
-        parameters, mover=model.mover, weight_decay=config.weight_decay, clip=config.clip,
-        clip_scope=config.clip_scope, optimizer=config.optimizer,
-    )  # fmt: skip
+        parameters,
+        mover=model.mover,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        clip_scope=config.clip_scope,
+        optimizer=config.optimizer,
+    )
     averages = Averages(model, inputs.course.averaged, momentum=config.ema_momentum) if inputs.course.averaged else None
-    executor = Executor(model, heads=heads, optimizer=optimizer, local_weight=config.local_weight, averages=averages,
-                        cascade_weight=config.cascade_weight)  # fmt: skip
+    executor = Executor(
+        model,
+        heads=heads,
+        optimizer=optimizer,
+        local_weight=config.local_weight,
+        averages=averages,
+        cascade_weight=config.cascade_weight,
+    )
     layers = tuple(sorted({*trained, *carried}))
-    shape = AdapterShape(config.lora_r, config.lora_alpha, config.lora_dropout, inputs.targets, layers, facts.n_layers,
-                         inputs.source.name, inputs.source.commit)  # fmt: skip
+    shape = AdapterShape(
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        inputs.targets,
+        layers,
+        facts.n_layers,
+        inputs.source.name,
+        inputs.source.commit,
+    )
     return executor, shape
 
 
@@ -88,8 +111,9 @@ def _check_same_shape(inputs: Makings, model: Model, layers: list[int], *, where
             module = model.layers[layer].get_submodule(linear.name)
             wanted = linear.short_name in inputs.targets
             found = module.lora_a is not None
-            if wanted != found or (found and (module.lora_a.shape[1], module.scale) !=
-                                   (config.lora_r, config.lora_alpha / config.lora_r)):  # fmt: skip
+            if wanted != found or (
+                found and (module.lora_a.shape[1], module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)
+            ):
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
                     where=where,

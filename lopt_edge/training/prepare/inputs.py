@@ -70,8 +70,9 @@ class Inputs:
         batch_size, grad_accum = self.order
         per_epoch = ceil(len(self.train.examples) / (batch_size * grad_accum))
         for epoch in count(first // per_epoch):
-            found = epoch_windows(self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size,
-                                  grad_accum=grad_accum)  # fmt: skip
+            found = epoch_windows(
+                self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size, grad_accum=grad_accum
+            )
             skipped = first % per_epoch if epoch == first // per_epoch else 0
             yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
 

@@ -73,8 +73,15 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
     if start is not None:
-        resumed += check_same(start, model=fingerprint, teacher=teacher_model, train=train, device_type=device.type,
-                              dtype=dtype_name, threads=torch.get_num_threads())  # fmt: skip
+        resumed += check_same(
+            start,
+            model=fingerprint,
+            teacher=teacher_model,
+            train=train,
+            device_type=device.type,
+            dtype=dtype_name,
+            threads=torch.get_num_threads(),
+        )
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
     datasets = (train, held_out, retention)
@@ -112,13 +119,35 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     )
     warnings = tuple(_warnings(given, source, train, max_seq_len=max_seq_len))  # settled ones were not said
     inputs = Inputs(
-        config, source, tokenizer, train.template, train, held_out, retention, course, targets, device, dtype, knobs,
-        stated, workload, run_plan, reasons, (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
-        given, order, fingerprint, teacher, teacher_model,
-    )  # fmt: skip
+        config,
+        source,
+        tokenizer,
+        train.template,
+        train,
+        held_out,
+        retention,
+        course,
+        targets,
+        device,
+        dtype,
+        knobs,
+        stated,
+        workload,
+        run_plan,
+        reasons,
+        (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
+        given,
+        order,
+        fingerprint,
+        teacher,
+        teacher_model,
+    )
     if course.restarts and inputs.n_steps < len(course.phases):
-        raise InputError(f"{len(course.phases)} stages need as many steps, the run has {inputs.n_steps}", where="stages",
-                         fix="lower --stages, or raise --max-steps or --epochs")  # fmt: skip
+        raise InputError(
+            f"{len(course.phases)} stages need as many steps, the run has {inputs.n_steps}",
+            where="stages",
+            fix="lower --stages, or raise --max-steps or --epochs",
+        )
     check_boundary_cache(inputs)
     check_teacher(inputs)
     return inputs, start
@@ -155,8 +184,11 @@ def _planned(config: Config, search: Search, budget: Budget, reason: str) -> tup
     found = make_run_plan(search, budget, notes=(reason,), brief=True)
     if not found.fits and not config.force:
         would_fit = "".join(f"{change}, or " for change in found.would_fit)
-        raise DoesNotFit("; ".join(("nothing fits the memory budgets", *found.missing)), where="device_memory",
-                         fix=f"{would_fit}--force, which starts in spite of it")  # fmt: skip
+        raise DoesNotFit(
+            "; ".join(("nothing fits the memory budgets", *found.missing)),
+            where="device_memory",
+            fix=f"{would_fit}--force, which starts in spite of it",
+        )
     assert found.chosen is not None
     chosen = found.chosen
     # without the timeline, which would take memory through the run
@@ -169,8 +201,11 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
         yield "revision has no effect: the model is a local folder"
     if max_seq_len < config.max_seq_len:
         yield f"sequences are cut at {max_seq_len} tokens: the model has no more positions"
-    lost = {"cut at max_seq_len": train.n_truncated, "dropped (no token to learn)": train.n_dropped,
-            "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only}  # fmt: skip
+    lost = {
+        "cut at max_seq_len": train.n_truncated,
+        "dropped (no token to learn)": train.n_dropped,
+        "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only,
+    }
     yield from (
         f"{count} of {train.n_rows} rows are {what}; see lopt-edge data check" for what, count in lost.items() if count
     )
@@ -191,6 +226,9 @@ def _datasets(
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:
-            raise InputError(f"the tokenizer gives id {largest}, the model has {vocab_size} rows", where="model",
-                             fix="use the tokenizer that belongs to the model")  # fmt: skip
+            raise InputError(
+                f"the tokenizer gives id {largest}, the model has {vocab_size} rows",
+                where="model",
+                fix="use the tokenizer that belongs to the model",
+            )
     return train, held_out, retention

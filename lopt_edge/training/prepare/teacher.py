@@ -46,11 +46,15 @@ def find_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelFol
     try:
         found = find_model(config.teacher)
     except InputError as error:
-        raise InputError(error.what, where=f"teacher {error.where.removeprefix('model').lstrip(' :')}".rstrip(),
-                         fix=error.fix) from None  # fmt: skip
+        raise InputError(
+            error.what, where=f"teacher {error.where.removeprefix('model').lstrip(' :')}".rstrip(), fix=error.fix
+        ) from None
     if load_tokenizer(found.path).get_vocab() != tokenizer.get_vocab():
-        raise InputError("its tokenizer is another one: its features would belong to other tokens",
-                         where=f"teacher {config.teacher}", fix="choose a model with the same tokenizer")  # fmt: skip
+        raise InputError(
+            "its tokenizer is another one: its features would belong to other tokens",
+            where=f"teacher {config.teacher}",
+            fix="choose a model with the same tokenizer",
+        )
     return found
 
 
@@ -85,8 +89,12 @@ def teacher_features(inputs: Inputs) -> Iterator[FeatureCache | None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot be made: {error.strerror}", where=str(folder), fix="check the disk") from None
-    identity = {"model": inputs.model, "data": inputs.train.fingerprint, "teacher": inputs.teacher_model or "base",
-                "compute_dtype": str(inputs.dtype).removeprefix("torch.")}  # fmt: skip
+    identity = {
+        "model": inputs.model,
+        "data": inputs.train.fingerprint,
+        "teacher": inputs.teacher_model or "base",
+        "compute_dtype": str(inputs.dtype).removeprefix("torch."),
+    }
     cache = FeatureCache(folder, identity=identity, lengths=inputs.train.lengths, width=inputs.source.facts.hidden_size)
     try:
         yield cache
@@ -124,8 +132,9 @@ def _teacher(inputs: Inputs, base: Model, mover: Mover) -> Model:
     folder, _ = four_bit_folder(source, cache_dir=inputs.config.cache_dir)
     n_layers = source.facts.n_layers
     streamed = Knobs(("disk",) * n_layers, ("recompute",) * n_layers)
-    return load_model(folder, source.facts, device=inputs.device, dtype=inputs.dtype, placement=placement_of(streamed),
-                      mover=mover)  # fmt: skip
+    return load_model(
+        folder, source.facts, device=inputs.device, dtype=inputs.dtype, placement=placement_of(streamed), mover=mover
+    )
 
 
 def at_width(hidden_BTD: Tensor, width: int) -> Tensor:

@@ -51,12 +51,16 @@ def check_folders(config: Config, source: ModelFolder, knobs: Knobs, budget: Bud
     weights = four_bit_path(source, cache_dir=config.cache_dir)
     if kind := memory_file_system(weights):
         if source.facts.quantised:  # the user's own folder: it was there before the run, and does not grow in it
-            warnings.append(f"the 4-bit model {weights} lies in memory (file system {kind}): its "
-                            f"{format_bytes(folder_bytes(weights))} count in no budget, and --weights disk frees nothing; "
-                            "copy it to a disk")  # fmt: skip
+            warnings.append(
+                f"the 4-bit model {weights} lies in memory (file system {kind}): its "
+                f"{format_bytes(folder_bytes(weights))} count in no budget, and --weights disk frees nothing; "
+                "copy it to a disk"
+            )
         else:
-            what = (f"{weights.parent} lies in memory, not on a disk (file system {kind}): the 4-bit copy there would take "
-                    "memory outside the budget")  # fmt: skip
+            what = (
+                f"{weights.parent} lies in memory, not on a disk (file system {kind}): the 4-bit copy there would take "
+                "memory outside the budget"
+            )
             errors.append(InputError(what, where="cache_dir", fix="choose a folder on a disk with --cache-dir"))
     if "disk" in knobs.tiers:
         try:
@@ -111,8 +115,11 @@ def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0)
         return lambda: torch.cuda.set_per_process_memory_fraction(1.0, device)
     left = budget.device_bytes - resident_bytes()
     if left <= 0:
-        raise RunError(f"the process already takes {format_bytes(resident_bytes())} of its "
-                       f"{format_bytes(budget.device_bytes)}", where="device_memory", fix="raise the budget")  # fmt: skip
+        raise RunError(
+            f"the process already takes {format_bytes(resident_bytes())} of its {format_bytes(budget.device_bytes)}",
+            where="device_memory",
+            fix="raise the budget",
+        )
     return cap_data_bytes(left)
 
 

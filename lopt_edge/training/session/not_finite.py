@@ -20,9 +20,17 @@ from lopt_edge.training.prepare.inputs import Inputs
 
 
 def dump_not_finite(
-    inputs: Inputs, executor: Executor, *, step: int, window: Window, batches: Sequence[Batch], plan: Plan,
-    rates: Mapping[int, float], align_weight: float, error: NotFinite,
-) -> tuple[Path, str]:  # fmt: skip
+    inputs: Inputs,
+    executor: Executor,
+    *,
+    step: int,
+    window: Window,
+    batches: Sequence[Batch],
+    plan: Plan,
+    rates: Mapping[int, float],
+    align_weight: float,
+    error: NotFinite,
+) -> tuple[Path, str]:
     """Write the file; its path, and the text of the op where it began."""
     op = error.op
     if not plan.has_early_steps and executor.link is None:  # a pipeline's processes say it when they agree
@@ -32,8 +40,14 @@ def dump_not_finite(
         )
     examples = inputs.train.examples
     file = Path(inputs.config.output) / f"not-finite-step-{step}.json"
-    write_json(file, {
-        "step": step, "op": op, "found_at": error.op, "reason": str(error).split("\n")[0],
-        "micro_batches": [[{"index": i, "where": examples[i].where} for i in indices] for indices in window],
-    })  # fmt: skip
+    write_json(
+        file,
+        {
+            "step": step,
+            "op": op,
+            "found_at": error.op,
+            "reason": str(error).split("\n")[0],
+            "micro_batches": [[{"index": i, "where": examples[i].where} for i in indices] for indices in window],
+        },
+    )
     return file, op

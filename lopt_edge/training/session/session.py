@@ -105,9 +105,14 @@ class Session:
             made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
             size = format_bytes(self.cache_bytes)
             self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
-        tiers = open_tiers(self.config, inputs.own_knobs, device=inputs.device, budget=inputs.budget,
-                           need_disk_bytes=self.predicted["disk_bytes"],
-                           journal_bytes=self.predicted["journal_bytes"])  # fmt: skip
+        tiers = open_tiers(
+            self.config,
+            inputs.own_knobs,
+            device=inputs.device,
+            budget=inputs.budget,
+            need_disk_bytes=self.predicted["disk_bytes"],
+            journal_bytes=self.predicted["journal_bytes"],
+        )
         crew = crew_of(inputs, self.start, report=self._own_peaks)
         caches, features = boundary_caches(inputs), teacher_features(inputs)
         with caches as self.caches, features as self.features, tiers as self.mover, crew as self.crew:
@@ -130,8 +135,14 @@ class Session:
     def _load(self) -> None:
         inputs, start = self.inputs, self.start
         replaced = inputs.course.replaced
-        self.model = load_model(self.folder, inputs.source.facts, device=inputs.device, dtype=inputs.dtype,
-                                placement=loading_placement(inputs.own_knobs, replaced), mover=self.mover)  # fmt: skip
+        self.model = load_model(
+            self.folder,
+            inputs.source.facts,
+            device=inputs.device,
+            dtype=inputs.dtype,
+            placement=loading_placement(inputs.own_knobs, replaced),
+            mover=self.mover,
+        )
         self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
         self.retention = inputs.batches(inputs.retention) if inputs.retention else []
         if start is not None:
@@ -150,8 +161,7 @@ class Session:
         if start is not None:
             self._go_on_from(start)
         self.executor.loss_scale = min(self.executor.loss_scale, self.most_loss_scale)
-        self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start,
-                           seconds=self.clock.seconds)  # fmt: skip
+        self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start, seconds=self.clock.seconds)
         self.first_steps = FirstSteps(self.executor, evaluated=self.state.evaluated < 0)
         release_free_memory()
 
@@ -171,8 +181,10 @@ class Session:
         left = fit_layers(self.model, layers)
         self.state.unexplained = {str(layer): by_linear for layer, by_linear in left.items()}
         shares = [share for by_linear in left.values() for share in by_linear.values()]
-        self.progress.note(f"replaced layers {', '.join(map(str, layers))}: mixtures of the layers beside them leave "
-                           f"{min(shares):.1%} to {max(shares):.1%} of each matrix unexplained")  # fmt: skip
+        self.progress.note(
+            f"replaced layers {', '.join(map(str, layers))}: mixtures of the layers beside them leave "
+            f"{min(shares):.1%} to {max(shares):.1%} of each matrix unexplained"
+        )
 
     def _go_on_from(self, start: Start) -> None:
         folder, state = start.checkpoint.folder, self.state
@@ -316,8 +328,17 @@ class Session:
         self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, rates: Mapping[int, float], error: NotFinite
     ) -> None:
         """Nothing was updated: say where it began, then go on without this batch, or stop."""
-        file, op = dump_not_finite(self.inputs, self.executor, step=step, window=window, batches=batches, plan=plan,
-                                   rates=rates, align_weight=self.kinds.align_weight(step), error=error)  # fmt: skip
+        file, op = dump_not_finite(
+            self.inputs,
+            self.executor,
+            step=step,
+            window=window,
+            batches=batches,
+            plan=plan,
+            rates=rates,
+            align_weight=self.kinds.align_weight(step),
+            error=error,
+        )
         self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
         if self.config.on_nan == "stop":
@@ -371,10 +392,13 @@ class Session:
         meter.stop()
         prediction = self.inputs.predict([batch.size for batch in batches], kind)
         files = write_report(
-            self.config.memory_report, prediction, meter, plan_hash=plan.hash(),
+            self.config.memory_report,
+            prediction,
+            meter,
+            plan_hash=plan.hash(),
             title=f"{self.inputs.source.facts.architecture}, {self.config.method}, step {step}",
             budget_bytes=self.inputs.budget.device_bytes,
-        )  # fmt: skip
+        )
         self.progress.note(f"memory report: {files[0]} and {files[1]}")
 
     def _record(self, step: int, kind: StepKind, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:

@@ -36,8 +36,9 @@ BATCH = MicroBatchSize(1, 300, 250)
 def predicted(
     case: Case, batches: list[MicroBatchSize] | None = None, *, device_type: str = "cpu", rank: int = 4, **how: Any
 ) -> Prediction:
-    facts = replace(make_facts(), n_layers=len(case.knobs.weights),
-                    layer_types=("full_attention",) * len(case.knobs.weights))  # fmt: skip
+    facts = replace(
+        make_facts(), n_layers=len(case.knobs.weights), layer_types=("full_attention",) * len(case.knobs.weights)
+    )
     shape = LayerShape(facts, 4, rank, facts.linear_names, device_type)
     return predict(case.plan, Sizes(shape, case.knobs), batches or [BATCH] * case.n_micro_batches, **how)
 

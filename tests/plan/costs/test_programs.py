@@ -219,7 +219,11 @@ def test_a_first_layers_backward_takes_less():
         plain, first = (backward_within(make_run(targets, first=first), "input", 0) for first in (False, True))
         assert first < plain, targets
     assert [make_run(t, first=True).backward_op for t in (*entries, ())] == [
-        "backward first", "backward from o_proj", "backward from mlp", "backward"]  # fmt: skip
+        "backward first",
+        "backward from o_proj",
+        "backward from mlp",
+        "backward",
+    ]
     assert make_run(("down_proj",), family="phi3", first=True).backward_op == "backward from down_proj"
 
 

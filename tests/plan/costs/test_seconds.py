@@ -126,12 +126,15 @@ def test_a_faster_rate_is_never_slower(case, machine, rate, factor):
 
 
 def test_each_rate_matters_somewhere():
-    streamed = Case("lopt", 2, 2, make_knobs(4, weights="host", states="disk", gradients="disk", saved_inputs="host",
-                                             prefetch=0))  # fmt: skip
+    streamed = Case(
+        "lopt", 2, 2, make_knobs(4, weights="host", states="disk", gradients="disk", saved_inputs="host", prefetch=0)
+    )
     paged = Case("lopt", 2, 2, make_knobs(4, activations="page", pages="disk", prefetch=0))
     for rate in RATES:
-        gains = [timed(case, "rtx4090", rate=rate, factor=1e3).seconds < timed(case, "rtx4090").seconds
-                 for case in (streamed, paged)]  # fmt: skip
+        gains = [
+            timed(case, "rtx4090", rate=rate, factor=1e3).seconds < timed(case, "rtx4090").seconds
+            for case in (streamed, paged)
+        ]
         assert any(gains) or rate == "attention_flops", rate  # which a profile may have by dtype
     by_dtype = make_workload("lopt", "rtx4090").profile
     assert by_dtype.attention_by_dtype
@@ -168,8 +171,10 @@ def arithmetic_of_passes(case: Case) -> float:
 @given(cases(max_layers=5))
 def test_keeping_is_not_slower_than_recomputing(case):
     n_layers = len(case.knobs.weights)
-    kept, again = (replace(case, knobs=replace(case.knobs, activations=(word,) * n_layers, saved_inputs="device"))
-                   for word in ("keep", "recompute"))  # fmt: skip
+    kept, again = (
+        replace(case, knobs=replace(case.knobs, activations=(word,) * n_layers, saved_inputs="device"))
+        for word in ("keep", "recompute")
+    )
     assert timed(kept).seconds <= timed(again).seconds * (1 + 1e-9)
 
 
@@ -177,8 +182,9 @@ def test_keeping_is_not_slower_than_recomputing(case):
 @given(cases(max_layers=5), st.sampled_from(["cpu", "rtx4090, slow link"]), st.integers(16, 3000))
 def test_a_smaller_tile_is_never_faster(case, machine, n_tokens):
     """Its arithmetic takes longer; the step may not, where it waits for movements."""
-    found = [timed(replace(case, knobs=replace(case.knobs, token_tile=tile)), machine, n_tokens=n_tokens)
-             for tile in TOKEN_TILES]  # fmt: skip
+    found = [
+        timed(replace(case, knobs=replace(case.knobs, token_tile=tile)), machine, n_tokens=n_tokens) for tile in TOKEN_TILES
+    ]
     seconds, computing = ([getattr(one, name) for one in found] for name in ("seconds", "compute_seconds"))
     assert seconds == sorted(seconds) and computing == sorted(computing)
     assert len(set(computing)) == (1 if n_tokens <= 257 else 2 if n_tokens <= 513 else 3)

@@ -122,8 +122,9 @@ def test_what_is_paged_or_frozen_is_not_held():
 
 def test_bytes_below_the_device():
     plain = make_sizes()
-    states, values = (sum(f(("layer", i)) for i in range(N_LAYERS)) + f(("aux", 0))
-                      for f in (plain.states_bytes, plain.group_bytes))  # fmt: skip
+    states, values = (
+        sum(f(("layer", i)) for i in range(N_LAYERS)) + f(("aux", 0)) for f in (plain.states_bytes, plain.group_bytes)
+    )
     assert plain.persistent_below(TWO) == {"host": 0, "disk": 0}
     weights = ("host", "disk", "host", "resident")
     assert make_sizes(weights=weights).persistent_below(TWO) == {"host": 2 * plain.layer_bytes, "disk": 0}
@@ -164,8 +165,15 @@ def test_more_tokens_take_more_of_everything():
     small, large = (MicroBatchSize(2, n, n) for n in (100, 101))
 
     def taken(batch: MicroBatchSize) -> list[int]:
-        return [sizes.batch_bytes(batch), sizes.hidden_bytes(batch), sizes.frame_bytes(batch), sizes.embed_within(batch),
-                sizes.forward_within(batch, 0, segment), sizes.graph(batch, 0, segment).rest,
-                sizes.loss_within(batch, task=True), sizes.loss_within(batch, task=False)]  # fmt: skip
+        return [
+            sizes.batch_bytes(batch),
+            sizes.hidden_bytes(batch),
+            sizes.frame_bytes(batch),
+            sizes.embed_within(batch),
+            sizes.forward_within(batch, 0, segment),
+            sizes.graph(batch, 0, segment).rest,
+            sizes.loss_within(batch, task=True),
+            sizes.loss_within(batch, task=False),
+        ]
 
     assert all(less < more for less, more in zip(taken(small), taken(large), strict=True))

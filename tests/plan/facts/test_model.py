@@ -90,8 +90,11 @@ def test_facts_of_a_saved_folder(tmp_path, family):
 def test_packed_names_are_the_linear_layers(family):
     """What is stored in 4 bits is exactly the linear layers' matrices, by name."""
     config, model = build(tiny_config(family).to_dict() | {"model_type": family})
-    expected = {f"model.layers.{layer}.{linear.name}.weight"
-                for layer in range(config.num_hidden_layers) for linear in linears(model, layer)}  # fmt: skip
+    expected = {
+        f"model.layers.{layer}.{linear.name}.weight"
+        for layer in range(config.num_hidden_layers)
+        for linear in linears(model, layer)
+    }
     assert {name for name in model.state_dict() if packs(name)} == expected
 
 
@@ -199,8 +202,18 @@ def test_all_missing_numbers_are_told_together():
         assert part in text
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                 "num_attention_heads", "num_key_value_heads", "head_dim"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ],
+)
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "8", [], {}, 2**31])
 def test_numbers_must_be_positive_integers(key, value):
     with pytest.raises(InputError, match=f"{key} must be a positive integer"):

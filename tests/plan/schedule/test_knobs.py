@@ -88,8 +88,12 @@ def test_the_ring_holds_the_computing_layer_and_those_on_their_way(prefetch):
 
 def test_every_unit_has_a_place():
     assert placement_of(make_knobs(3, weights=(R, H, D), head="resident")) == (
-        ("embed", "disk"), ("layer 0", "resident"), ("layer 1", "host"), ("layer 2", "disk"), ("head", "resident"),
-    )  # fmt: skip
+        ("embed", "disk"),
+        ("layer 0", "resident"),
+        ("layer 1", "host"),
+        ("layer 2", "disk"),
+        ("head", "resident"),
+    )
 
 
 @pytest.mark.parametrize(("device", "head"), [("cpu", "disk"), ("cuda", "resident")])

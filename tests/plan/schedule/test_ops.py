@@ -63,8 +63,12 @@ def test_the_plans_of_all_methods_come_back(method, n_layers, k, n):
 
 
 def test_the_text_of_a_small_plan():
-    plan = step_plan("frozen", make_segments("frozen", n_layers=3, num_segments=3, boundary_layers=[1]), n_micro_batches=1,
-                     placement=(("embed", "disk"), ("layer 0", "resident")))  # fmt: skip
+    plan = step_plan(
+        "frozen",
+        make_segments("frozen", n_layers=3, num_segments=3, boundary_layers=[1]),
+        n_micro_batches=1,
+        placement=(("embed", "disk"), ("layer 0", "resident")),
+    )
     assert plan.text() == (
         "plan 4 method=frozen layers=3 micro_batches=1 ring=0 tile=1024\n"
         "segment 0 layers=0-0 loss=none\n"
@@ -95,10 +99,21 @@ def test_the_text_of_every_movement():
     plan = replace(PLAN, ops=ops, ring=2, tile=256)
     assert plan.text().splitlines()[0] == "plan 4 method=lopt layers=4 micro_batches=2 ring=2 tile=256"
     assert plan.text().splitlines()[9:] == [
-        "FETCH layer 3", "WAIT layer 3", "EVICT layer 3", "SPILL 3 mb=0 to=disk", "WAIT input 3 mb=0", "RESTORE 3 mb=0",
-        "EVICT input 3 mb=0", "PAGE_OUT 3 mb=0 to=host", "WAIT pages 3 mb=0", "PAGE_IN 3 mb=0", "LOAD states layer 3",
-        "STORE states layer 3 to=disk", "WAIT states layer 3", "STORE gradients aux 0 to=host",
-    ]  # fmt: skip
+        "FETCH layer 3",
+        "WAIT layer 3",
+        "EVICT layer 3",
+        "SPILL 3 mb=0 to=disk",
+        "WAIT input 3 mb=0",
+        "RESTORE 3 mb=0",
+        "EVICT input 3 mb=0",
+        "PAGE_OUT 3 mb=0 to=host",
+        "WAIT pages 3 mb=0",
+        "PAGE_IN 3 mb=0",
+        "LOAD states layer 3",
+        "STORE states layer 3 to=disk",
+        "WAIT states layer 3",
+        "STORE gradients aux 0 to=host",
+    ]
     assert parse_plan(plan.text()) == plan
 
 
@@ -106,10 +121,23 @@ def test_the_sequential_order_of_lopt():
     """Each segment ends before the next begins; all STEPs come last."""
     ops = [op.text() for op in step_plan("lopt", SMALL, n_micro_batches=1).ops]
     assert ops == [
-        "EMBED mb=0", "FORWARD 0 mb=0 keep=input", "FORWARD 1 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 1 mb=0",
-        "BACKWARD 0 mb=0", "FORWARD 2 mb=0 keep=input", "FORWARD 3 mb=0 keep=graph", "LOSS 1 mb=0", "BACKWARD 3 mb=0",
-        "BACKWARD 2 mb=0", "STEP layer 0", "STEP layer 1", "STEP aux 0", "STEP layer 2", "STEP layer 3",
-    ]  # fmt: skip
+        "EMBED mb=0",
+        "FORWARD 0 mb=0 keep=input",
+        "FORWARD 1 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 1 mb=0",
+        "BACKWARD 0 mb=0",
+        "FORWARD 2 mb=0 keep=input",
+        "FORWARD 3 mb=0 keep=graph",
+        "LOSS 1 mb=0",
+        "BACKWARD 3 mb=0",
+        "BACKWARD 2 mb=0",
+        "STEP layer 0",
+        "STEP layer 1",
+        "STEP aux 0",
+        "STEP layer 2",
+        "STEP layer 3",
+    ]
 
 
 def test_the_hash_is_pinned():

@@ -127,13 +127,20 @@ def test_activations_lie_where_the_knobs_say(case):
             assert op.keep is (choice if trains else Keep.NONE)
             n_inputs += op.keep is Keep.INPUT
             n_pages += op.keep is Keep.PAGES
-            moved = [thing_of(other)[0] for other in plan.ops
-                     if other.kind in (Kind.PAGE_OUT, Kind.PAGE_IN, Kind.SPILL, Kind.RESTORE)
-                     and (other.target, other.micro_batch) == (op.target, op.micro_batch)]  # fmt: skip
+            moved = [
+                thing_of(other)[0]
+                for other in plan.ops
+                if other.kind in (Kind.PAGE_OUT, Kind.PAGE_IN, Kind.SPILL, Kind.RESTORE)
+                and (other.target, other.micro_batch) == (op.target, op.micro_batch)
+            ]
             assert set(moved) <= {Keep.PAGES: {"pages"}, Keep.INPUT: {"input"}}.get(op.keep, set())
     assert count(plan, Kind.PAGE_OUT, tier=case.knobs.pages) == count(plan, Kind.PAGE_IN) == n_pages
-    n_targets = sum(op.keep is Keep.INPUT and op.target == (segment := plan.segment_of(op.target)).first
-                    and segment.loss == "reconstruct" for op in plan.ops)  # fmt: skip
+    n_targets = sum(
+        op.keep is Keep.INPUT
+        and op.target == (segment := plan.segment_of(op.target)).first
+        and segment.loss == "reconstruct"
+        for op in plan.ops
+    )
     if case.knobs.saved_inputs == "device":
         n_inputs = n_targets = 0
     assert count(plan, Kind.SPILL) == count(plan, Kind.SPILL, tier=case.knobs.saved_inputs) == n_inputs
@@ -197,26 +204,55 @@ def test_streamed_weights_with_prefetch_1():
     """Two buffers: the next layer comes while one computes; where the order turns round, layer 1 is still there."""
     assert ops_of("e2e", 3, weights="disk", prefetch=1) == [
         "EMBED mb=0",
-        "FETCH layer 0", "FETCH layer 1", "WAIT layer 0", "FORWARD 0 mb=0 keep=input", "EVICT layer 0",
-        "FETCH layer 2", "WAIT layer 1", "FORWARD 1 mb=0 keep=input",
-        "WAIT layer 2", "FORWARD 2 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 2 mb=0", "EVICT layer 2",
-        "FETCH layer 0", "BACKWARD 1 mb=0", "EVICT layer 1",
-        "WAIT layer 0", "BACKWARD 0 mb=0", "EVICT layer 0",
-        "STEP layer 0", "STEP layer 1", "STEP layer 2",
-    ]  # fmt: skip
+        "FETCH layer 0",
+        "FETCH layer 1",
+        "WAIT layer 0",
+        "FORWARD 0 mb=0 keep=input",
+        "EVICT layer 0",
+        "FETCH layer 2",
+        "WAIT layer 1",
+        "FORWARD 1 mb=0 keep=input",
+        "WAIT layer 2",
+        "FORWARD 2 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 2 mb=0",
+        "EVICT layer 2",
+        "FETCH layer 0",
+        "BACKWARD 1 mb=0",
+        "EVICT layer 1",
+        "WAIT layer 0",
+        "BACKWARD 0 mb=0",
+        "EVICT layer 0",
+        "STEP layer 0",
+        "STEP layer 1",
+        "STEP layer 2",
+    ]
 
 
 def test_streamed_weights_without_prefetch():
     """One buffer: every layer is fetched when it is needed and gone after it; the resident one is not touched."""
     assert ops_of("e2e", 3, weights=("disk", "resident", "disk"), prefetch=0) == [
         "EMBED mb=0",
-        "FETCH layer 0", "WAIT layer 0", "FORWARD 0 mb=0 keep=input", "EVICT layer 0",
+        "FETCH layer 0",
+        "WAIT layer 0",
+        "FORWARD 0 mb=0 keep=input",
+        "EVICT layer 0",
         "FORWARD 1 mb=0 keep=input",
-        "FETCH layer 2", "WAIT layer 2", "FORWARD 2 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 2 mb=0", "EVICT layer 2",
+        "FETCH layer 2",
+        "WAIT layer 2",
+        "FORWARD 2 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 2 mb=0",
+        "EVICT layer 2",
         "BACKWARD 1 mb=0",
-        "FETCH layer 0", "WAIT layer 0", "BACKWARD 0 mb=0", "EVICT layer 0",
-        "STEP layer 0", "STEP layer 1", "STEP layer 2",
-    ]  # fmt: skip
+        "FETCH layer 0",
+        "WAIT layer 0",
+        "BACKWARD 0 mb=0",
+        "EVICT layer 0",
+        "STEP layer 0",
+        "STEP layer 1",
+        "STEP layer 2",
+    ]
 
 
 def test_weights_that_go_round_are_not_held_beyond_the_ring():
@@ -230,72 +266,147 @@ def test_spilled_inputs_of_a_lopt_plan():
     """Segment 0's input is its local loss's target too: it comes up for the loss, goes, and comes up for the backward."""
     assert ops_of("lopt", 4, num_segments=2, saved_inputs="disk")[:-5] == [
         "EMBED mb=0",
-        "FORWARD 0 mb=0 keep=input", "SPILL 0 mb=0 to=disk",
-        "FORWARD 1 mb=0 keep=graph", "WAIT input 0 mb=0",
-        "RESTORE 0 mb=0", "WAIT input 0 mb=0", "LOSS 0 mb=0", "EVICT input 0 mb=0",
-        "RESTORE 0 mb=0", "BACKWARD 1 mb=0", "WAIT input 0 mb=0", "BACKWARD 0 mb=0",
-        "FORWARD 2 mb=0 keep=input", "SPILL 2 mb=0 to=disk",
-        "FORWARD 3 mb=0 keep=graph", "WAIT input 2 mb=0",
-        "LOSS 1 mb=0", "RESTORE 2 mb=0", "BACKWARD 3 mb=0", "WAIT input 2 mb=0", "BACKWARD 2 mb=0",
-    ]  # fmt: skip
+        "FORWARD 0 mb=0 keep=input",
+        "SPILL 0 mb=0 to=disk",
+        "FORWARD 1 mb=0 keep=graph",
+        "WAIT input 0 mb=0",
+        "RESTORE 0 mb=0",
+        "WAIT input 0 mb=0",
+        "LOSS 0 mb=0",
+        "EVICT input 0 mb=0",
+        "RESTORE 0 mb=0",
+        "BACKWARD 1 mb=0",
+        "WAIT input 0 mb=0",
+        "BACKWARD 0 mb=0",
+        "FORWARD 2 mb=0 keep=input",
+        "SPILL 2 mb=0 to=disk",
+        "FORWARD 3 mb=0 keep=graph",
+        "WAIT input 2 mb=0",
+        "LOSS 1 mb=0",
+        "RESTORE 2 mb=0",
+        "BACKWARD 3 mb=0",
+        "WAIT input 2 mb=0",
+        "BACKWARD 2 mb=0",
+    ]
 
 
 def test_paged_activations():
     """Layer 0's graph goes out during layer 1's forward and comes in during its backward."""
     assert ops_of("e2e", 3, activations=("page", "recompute", "recompute"), pages="host")[:-3] == [
         "EMBED mb=0",
-        "FORWARD 0 mb=0 keep=pages", "PAGE_OUT 0 mb=0 to=host",
-        "FORWARD 1 mb=0 keep=input", "WAIT pages 0 mb=0",
-        "FORWARD 2 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 2 mb=0",
-        "PAGE_IN 0 mb=0", "BACKWARD 1 mb=0", "WAIT pages 0 mb=0", "BACKWARD 0 mb=0",
-    ]  # fmt: skip
+        "FORWARD 0 mb=0 keep=pages",
+        "PAGE_OUT 0 mb=0 to=host",
+        "FORWARD 1 mb=0 keep=input",
+        "WAIT pages 0 mb=0",
+        "FORWARD 2 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 2 mb=0",
+        "PAGE_IN 0 mb=0",
+        "BACKWARD 1 mb=0",
+        "WAIT pages 0 mb=0",
+        "BACKWARD 0 mb=0",
+    ]
 
 
 def test_states_on_disk():
     """One group's states come up while the group before is updated and goes down."""
     assert ops_of("e2e", 2, states="disk")[4:] == [
-        "BACKWARD 1 mb=0", "LOAD states layer 0", "BACKWARD 0 mb=0", "WAIT states layer 0",
-        "LOAD states layer 1", "STEP layer 0", "STORE states layer 0 to=disk",
-        "WAIT states layer 1", "STEP layer 1", "WAIT states layer 0",
-        "STORE states layer 1 to=disk", "WAIT states layer 1",
-    ]  # fmt: skip
+        "BACKWARD 1 mb=0",
+        "LOAD states layer 0",
+        "BACKWARD 0 mb=0",
+        "WAIT states layer 0",
+        "LOAD states layer 1",
+        "STEP layer 0",
+        "STORE states layer 0 to=disk",
+        "WAIT states layer 1",
+        "STEP layer 1",
+        "WAIT states layer 0",
+        "STORE states layer 1 to=disk",
+        "WAIT states layer 1",
+    ]
 
 
 def test_gradients_on_disk_with_two_micro_batches():
     """They wait below between the micro-batches and before the update; the last backward's are used at once."""
     assert ops_of("e2e", 2, n_micro_batches=2, gradients="disk") == [
-        "EMBED mb=0", "FORWARD 0 mb=0 keep=input", "FORWARD 1 mb=0 keep=graph", "LOSS 0 mb=0",
-        "BACKWARD 1 mb=0", "STORE gradients layer 1 to=disk",
-        "BACKWARD 0 mb=0", "WAIT gradients layer 1", "STORE gradients layer 0 to=disk",
-        "EMBED mb=1", "WAIT gradients layer 0",
-        "FORWARD 0 mb=1 keep=input", "FORWARD 1 mb=1 keep=graph",
-        "LOAD gradients layer 1", "LOSS 0 mb=1", "WAIT gradients layer 1",
-        "LOAD gradients layer 0", "BACKWARD 1 mb=1", "STORE gradients layer 1 to=disk",
-        "WAIT gradients layer 0", "BACKWARD 0 mb=1", "WAIT gradients layer 1",
-        "LOAD gradients layer 1", "STEP layer 0", "WAIT gradients layer 1", "STEP layer 1",
-    ]  # fmt: skip
+        "EMBED mb=0",
+        "FORWARD 0 mb=0 keep=input",
+        "FORWARD 1 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 1 mb=0",
+        "STORE gradients layer 1 to=disk",
+        "BACKWARD 0 mb=0",
+        "WAIT gradients layer 1",
+        "STORE gradients layer 0 to=disk",
+        "EMBED mb=1",
+        "WAIT gradients layer 0",
+        "FORWARD 0 mb=1 keep=input",
+        "FORWARD 1 mb=1 keep=graph",
+        "LOAD gradients layer 1",
+        "LOSS 0 mb=1",
+        "WAIT gradients layer 1",
+        "LOAD gradients layer 0",
+        "BACKWARD 1 mb=1",
+        "STORE gradients layer 1 to=disk",
+        "WAIT gradients layer 0",
+        "BACKWARD 0 mb=1",
+        "WAIT gradients layer 1",
+        "LOAD gradients layer 1",
+        "STEP layer 0",
+        "WAIT gradients layer 1",
+        "STEP layer 1",
+    ]
 
 
 def test_apply_layer():
     """Every group is updated right after the op that made its gradients."""
     assert ops_of("lopt", 4, num_segments=2, apply="layer") == [
-        "EMBED mb=0", "FORWARD 0 mb=0 keep=input", "FORWARD 1 mb=0 keep=graph", "LOSS 0 mb=0", "STEP aux 0",
-        "BACKWARD 1 mb=0", "STEP layer 1", "BACKWARD 0 mb=0", "STEP layer 0",
-        "FORWARD 2 mb=0 keep=input", "FORWARD 3 mb=0 keep=graph", "LOSS 1 mb=0",
-        "BACKWARD 3 mb=0", "STEP layer 3", "BACKWARD 2 mb=0", "STEP layer 2",
-    ]  # fmt: skip
+        "EMBED mb=0",
+        "FORWARD 0 mb=0 keep=input",
+        "FORWARD 1 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "STEP aux 0",
+        "BACKWARD 1 mb=0",
+        "STEP layer 1",
+        "BACKWARD 0 mb=0",
+        "STEP layer 0",
+        "FORWARD 2 mb=0 keep=input",
+        "FORWARD 3 mb=0 keep=graph",
+        "LOSS 1 mb=0",
+        "BACKWARD 3 mb=0",
+        "STEP layer 3",
+        "BACKWARD 2 mb=0",
+        "STEP layer 2",
+    ]
 
 
 def test_apply_segment_with_states_on_disk():
     """The first segment's states are gone before the second's are needed."""
     ops = ops_of("lopt", 2, num_segments=2, apply="segment", states="disk", prefetch=0)
     assert ops == [
-        "EMBED mb=0", "FORWARD 0 mb=0 keep=graph", "LOSS 0 mb=0", "BACKWARD 0 mb=0",
-        "LOAD states layer 0", "WAIT states layer 0", "STEP layer 0", "STORE states layer 0 to=disk", "WAIT states layer 0",
-        "LOAD states aux 0", "WAIT states aux 0", "STEP aux 0", "STORE states aux 0 to=disk", "WAIT states aux 0",
-        "FORWARD 1 mb=0 keep=graph", "LOSS 1 mb=0", "BACKWARD 1 mb=0",
-        "LOAD states layer 1", "WAIT states layer 1", "STEP layer 1", "STORE states layer 1 to=disk", "WAIT states layer 1",
-    ]  # fmt: skip
+        "EMBED mb=0",
+        "FORWARD 0 mb=0 keep=graph",
+        "LOSS 0 mb=0",
+        "BACKWARD 0 mb=0",
+        "LOAD states layer 0",
+        "WAIT states layer 0",
+        "STEP layer 0",
+        "STORE states layer 0 to=disk",
+        "WAIT states layer 0",
+        "LOAD states aux 0",
+        "WAIT states aux 0",
+        "STEP aux 0",
+        "STORE states aux 0 to=disk",
+        "WAIT states aux 0",
+        "FORWARD 1 mb=0 keep=graph",
+        "LOSS 1 mb=0",
+        "BACKWARD 1 mb=0",
+        "LOAD states layer 1",
+        "WAIT states layer 1",
+        "STEP layer 1",
+        "STORE states layer 1 to=disk",
+        "WAIT states layer 1",
+    ]
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])

@@ -104,8 +104,19 @@ def test_the_broken_rule_is_named(name):
 
 # movements ------------------------------------------------------------------------------------------------------------
 
-MOVING = Case("lopt", 2, 2, make_knobs(4, weights="disk", activations=("recompute", "keep", "page", "keep"),
-                                       saved_inputs="disk", states="disk", gradients="disk")).plan  # fmt: skip
+MOVING = Case(
+    "lopt",
+    2,
+    2,
+    make_knobs(
+        4,
+        weights="disk",
+        activations=("recompute", "keep", "page", "keep"),
+        saved_inputs="disk",
+        states="disk",
+        gradients="disk",
+    ),
+).plan
 MOVING_TEXTS = [op.text() for op in MOVING.ops]
 
 

@@ -143,8 +143,11 @@ def test_two_tiers_that_are_short_are_told_in_one_suggestion():
 
 
 def test_the_smallest_card_holds_it_and_no_smaller_one_does():
-    search = make_search(make_workload("lopt", "rtx4090", preset="llama-3.1-8b", n_layers=4, n_tokens=(40000,)),
-                         weights=("resident",) * 4, activations=("keep",) * 4)  # fmt: skip
+    search = make_search(
+        make_workload("lopt", "rtx4090", preset="llama-3.1-8b", n_layers=4, n_tokens=(40000,)),
+        weights=("resident",) * 4,
+        activations=("keep",) * 4,
+    )
     need = search.smallest.prediction.device_bytes
     kinds = ("desktop", "laptop")
     name = smallest_card(search.smallest, kinds)
@@ -153,6 +156,9 @@ def test_the_smallest_card_holds_it_and_no_smaller_one_does():
     assert smaller and all(card.memory_bytes < need for card in smaller)
     assert CARDS[smallest_card(search.smallest, ("data-centre",))].kind == "data-centre"
     assert smallest_card(search.smallest, ()) is None
-    huge = make_search(make_workload("lopt", "rtx4090", preset="llama-3.1-8b", n_tokens=(1 << 22,)), saved_inputs="device",
-                       activations=("recompute",) * 4)  # fmt: skip
+    huge = make_search(
+        make_workload("lopt", "rtx4090", preset="llama-3.1-8b", n_tokens=(1 << 22,)),
+        saved_inputs="device",
+        activations=("recompute",) * 4,
+    )
     assert smallest_card(huge.smallest, kinds) is None

@@ -172,8 +172,9 @@ def test_a_run_that_does_not_fit_says_what_is_missing():
     search, found = answer("cpu", -0.5)
     assert not found.fits
     need = search.smallest.prediction.device_bytes
-    assert found.missing == (f"device memory: {format_bytes(need)} needed, "
-                             f"{format_bytes(found.budget_bytes['device'])} allowed",)  # fmt: skip
+    assert found.missing == (
+        f"device memory: {format_bytes(need)} needed, {format_bytes(found.budget_bytes['device'])} allowed",
+    )
     assert found.peak_bytes["device"] == need
     assert found.would_fit
     lines = list(summary(found))

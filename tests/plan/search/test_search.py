@@ -186,8 +186,12 @@ def check_bounds(bounds: Bounds, knobs: Knobs) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(max_layers=6), st.sampled_from(["cpu", "cpu, slow disk", "rtx4090, slow link"]), st.booleans(),
-       st.lists(st.integers(16, 1500), min_size=3, max_size=3))  # fmt: skip
+@given(
+    cases(max_layers=6),
+    st.sampled_from(["cpu", "cpu, slow disk", "rtx4090, slow link"]),
+    st.booleans(),
+    st.lists(st.integers(16, 1500), min_size=3, max_size=3),
+)
 def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: str, evaluates: bool, lengths: list[int]):
     n_layers = len(case.knobs.weights)
     n_tokens = tuple(sorted(lengths, reverse=True))[: case.n_micro_batches]

@@ -51,8 +51,16 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, name):
         load(folder, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 128}, {"intermediate_size": 64}, {"num_hidden_layers": 5},
-                                     {"num_key_value_heads": 4}, {"vocab_size": 321}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 128},
+        {"intermediate_size": 64},
+        {"num_hidden_layers": 5},
+        {"num_key_value_heads": 4},
+        {"vocab_size": 321},
+    ],
+)
 def test_a_packed_folder_with_another_config_is_refused(tmp_path, four_bit, changes):
     folder = tmp_path / "copy"
     folder.mkdir()

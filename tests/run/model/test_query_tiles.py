@@ -43,8 +43,9 @@ def masks_of(
     return make(config, inputs, padding, cache)
 
 
-def run(kernel: str, heads: list[Tensor], *, window: int | None = None, padding: Tensor | None = None,
-        cap: float | None = 5.0) -> Attention:  # fmt: skip
+def run(
+    kernel: str, heads: list[Tensor], *, window: int | None = None, padding: Tensor | None = None, cap: float | None = 5.0
+) -> Attention:
     """The output, and the gradients of query, key and value."""
     leaves = [head.detach().requires_grad_() for head in heads]
     n_sequences, n_heads, n, _ = heads[0].shape
@@ -145,8 +146,9 @@ def test_new_queries_after_cached_keys(tiles_of, n_new, window):
     whole = run("eager", [query, key, value], window=window)[0]
     for n_queries in (1, 2, 100):
         tiles_of(n_queries, (4, 2), 21)
-        out, _ = query_tiles.attend(torch.nn.Module(), query[:, :, -n_new:], key, value, None, scaling=0.25, softcap=5.0,
-                                    sliding_window=window)  # fmt: skip
+        out, _ = query_tiles.attend(
+            torch.nn.Module(), query[:, :, -n_new:], key, value, None, scaling=0.25, softcap=5.0, sliding_window=window
+        )
         torch.testing.assert_close(out, whole[:, -n_new:], rtol=1e-5, atol=1e-6)
 
 
@@ -157,8 +159,10 @@ def test_no_mask_is_made_unless_it_says_more_than_the_tile_knows():
     assert masks_of(query_tiles.NAME, hidden, window=None) is None
     assert masks_of(query_tiles.NAME, hidden, window=8) is None
     assert masks_of(query_tiles.NAME, hidden, window=None, cache=cache) is None
-    assert torch.equal(masks_of(query_tiles.NAME, hidden, window=None, padding=padded),
-                       masks_of("eager", hidden, window=None, padding=padded))  # fmt: skip
+    assert torch.equal(
+        masks_of(query_tiles.NAME, hidden, window=None, padding=padded),
+        masks_of("eager", hidden, window=None, padding=padded),
+    )
     static = {"batch_size": 2, "q_length": 3, "kv_length": 12, "dtype": torch.float32}  # a cache with room to spare
     assert AttentionMaskInterface()[query_tiles.NAME](**static).shape == (2, 1, 3, 12)
 

@@ -14,8 +14,13 @@ from tests.laws.bench import Bench, make_bench, random_batch
 
 BATCH = random_batch((9, 6))
 RATES = {0: 1e-2, 1: 1e-2}
-ON_DISK = {"weights": ("disk",) * 4, "activations": ("page", "keep", "recompute", "keep"), "saved_inputs": "disk",
-           "states": "disk", "gradients": "disk"}  # fmt: skip
+ON_DISK = {
+    "weights": ("disk",) * 4,
+    "activations": ("page", "keep", "recompute", "keep"),
+    "saved_inputs": "disk",
+    "states": "disk",
+    "gradients": "disk",
+}
 WHERE = [{}, ON_DISK, {**ON_DISK, "prefetch": 3}]
 
 

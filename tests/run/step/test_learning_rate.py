@@ -12,8 +12,10 @@ from lopt_edge.run.step.optim import learning_rate
 
 
 def rates(n_steps: int, schedule: str, ratio: float) -> list[float]:
-    return [learning_rate(step, n_steps=n_steps, peak=2.0, schedule=schedule, warmup_ratio=ratio)
-            for step in range(1, n_steps + 1)]  # fmt: skip
+    return [
+        learning_rate(step, n_steps=n_steps, peak=2.0, schedule=schedule, warmup_ratio=ratio)
+        for step in range(1, n_steps + 1)
+    ]
 
 
 @pytest.mark.parametrize(

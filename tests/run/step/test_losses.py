@@ -119,8 +119,14 @@ def test_the_aux_head_is_that_of_the_paper():
     """LayerNorm -> Linear(d, d // 4) -> GELU -> Linear(d // 4, d), xavier-uniform with gain 0.1, zero bias, fp32."""
     head = ReconstructHead(64, seed=5)
     shapes = {name: tuple(p.shape) for name, p in head.named_parameters()}
-    assert shapes == {"norm.weight": (64,), "norm.bias": (64,), "down.weight": (16, 64), "down.bias": (16,),
-                      "up.weight": (64, 16), "up.bias": (64,)}  # fmt: skip
+    assert shapes == {
+        "norm.weight": (64,),
+        "norm.bias": (64,),
+        "down.weight": (16, 64),
+        "down.bias": (16,),
+        "up.weight": (64, 16),
+        "up.bias": (64,),
+    }
     assert all(p.dtype == torch.float32 for p in head.parameters())
     bound = 0.1 * math.sqrt(6 / (64 + 16))
     for linear in (head.down, head.up):

@@ -55,8 +55,11 @@ def test_a_damaged_example_is_absent_and_can_be_written_again(tmp_path, name, da
     path = tmp_path / name
     content = bytearray(path.read_bytes())
     position = 2 if name == ROWS_NAME else 5
-    path.write_bytes(content[:position] if damage == "truncated" else
-                     content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])  # fmt: skip
+    path.write_bytes(
+        content[:position]
+        if damage == "truncated"
+        else content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+    )
     cache = make_cache(tmp_path)
     assert not cache.has([0])
     assert cache.has([3]) == (damage == "flipped")

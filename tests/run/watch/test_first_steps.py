@@ -61,8 +61,11 @@ def test_what_cannot_fit_is_refused_and_nothing_is_written(tmp_path, cache, monk
         finetune(config)
     text = str(caught.value)
     assert "iB needed, 48 MiB allowed" in text and "--device-memory" in text and "--force" in text
-    flags = [word for name in ("model", "data", "output", "cache_dir", "device")
-             for word in (f"--{name.replace('_', '-')}", getattr(config, name))]  # fmt: skip
+    flags = [
+        word
+        for name in ("model", "data", "output", "cache_dir", "device")
+        for word in (f"--{name.replace('_', '-')}", getattr(config, name))
+    ]
     monkeypatch.setattr("sys.argv", ["lopt-edge", "finetune", *flags, "--device-memory", "50MB", "--max-seq-len", "128"])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -228,9 +231,17 @@ class _Steps(FirstSteps):
     """Without an executor: only what was measured."""
 
     def __init__(self, predicted: int, measured: int) -> None:
-        self.steps = [{"step": 1, "predicted_device_bytes": predicted * MIB, "measured_device_bytes": measured * MIB,
-                       "ops": [{"op": "EMBED mb=0", "measured_bytes": MIB},
-                               {"op": "LOSS 1 mb=0", "measured_bytes": measured * MIB}]}]  # fmt: skip
+        self.steps = [
+            {
+                "step": 1,
+                "predicted_device_bytes": predicted * MIB,
+                "measured_device_bytes": measured * MIB,
+                "ops": [
+                    {"op": "EMBED mb=0", "measured_bytes": MIB},
+                    {"op": "LOSS 1 mb=0", "measured_bytes": measured * MIB},
+                ],
+            }
+        ]
 
 
 def test_more_than_predicted_is_a_surprise_that_names_the_op():

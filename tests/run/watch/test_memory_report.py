@@ -81,8 +81,9 @@ def test_watching_again_begins_anew(bench):
 def test_the_files_hold_the_numbers_of_prediction_and_meter(bench, tmp_path, name):
     meter, batch = watched(bench)
     prediction = predicted(bench, batch)
-    paths = write_report(str(tmp_path / name), prediction, meter, title="a <run>", budget_bytes=64 << 20,
-                         plan_hash=bench.plan.hash())  # fmt: skip
+    paths = write_report(
+        str(tmp_path / name), prediction, meter, title="a <run>", budget_bytes=64 << 20, plan_hash=bench.plan.hash()
+    )
     base = tmp_path / name.removesuffix(".json")
     assert paths == (base.with_name("memory.json"), base.with_name("memory.svg"))
     report = json.loads(paths[0].read_text())
@@ -90,18 +91,26 @@ def test_the_files_hold_the_numbers_of_prediction_and_meter(bench, tmp_path, nam
     assert report["library_bytes"] == 5 << 20
     assert report["slack_bytes"] == prediction.slack_bytes
     assert report["predicted"] == {
-        "tensor_peak_bytes": prediction.timeline.peak_bytes, "op": prediction.timeline.peak_row.op.text(),
+        "tensor_peak_bytes": prediction.timeline.peak_bytes,
+        "op": prediction.timeline.peak_row.op.text(),
         "device_bytes": prediction.device_bytes,
-    }  # fmt: skip
+    }
     top = max(meter.rows, key=lambda row: row.peak_bytes)
     assert (report["measured"]["tensor_peak_bytes"], report["measured"]["op"]) == (top.peak_bytes, top.text)
     assert len(report["ops"]) == len(bench.plan.ops)
     for found, row, measured in zip(report["ops"], prediction.timeline.rows, meter.rows, strict=True):
         assert found["op"] == row.op.text() == measured.text
-        assert found["predicted"] == {"held": row.held, "peak_bytes": row.peak_bytes, "host_bytes": row.host_bytes,
-                                      "disk_bytes": row.disk_bytes}  # fmt: skip
-        assert found["measured"] == {"held": measured.held, "peak_bytes": measured.peak_bytes,
-                                     "rss_bytes": measured.rss_bytes}  # fmt: skip
+        assert found["predicted"] == {
+            "held": row.held,
+            "peak_bytes": row.peak_bytes,
+            "host_bytes": row.host_bytes,
+            "disk_bytes": row.disk_bytes,
+        }
+        assert found["measured"] == {
+            "held": measured.held,
+            "peak_bytes": measured.peak_bytes,
+            "rss_bytes": measured.rss_bytes,
+        }
     text = paths[1].read_text()
     assert ElementTree.fromstring(text).tag.endswith("svg")
     assert "a &lt;run&gt;" in text

@@ -26,8 +26,14 @@ def adapter(config) -> bytes:
     return (Path(config.output) / ADAPTER_NAME).read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{"method": "frozen"}, {"method": "top-layers", "train_layers": 1},
-                                      {"method": "lopt", "local_every": 0, "weights": "disk"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "frozen"},
+        {"method": "top-layers", "train_layers": 1},
+        {"method": "lopt", "local_every": 0, "weights": "disk"},
+    ],
+)
 def test_the_second_epoch_reads_what_the_first_one_wrote(model, tmp_path, settings):
     cache = str(tmp_path / "cache")
     config = make_config(model, tmp_path, epochs=3, boundary_cache=cache, **STEPS, **settings)
@@ -89,8 +95,10 @@ def test_a_cache_that_another_run_holds_is_refused_by_its_name(model, tmp_path):
         finetune(config)
 
 
-@pytest.mark.parametrize("settings", [{"method": "lopt"}, {"method": "e2e"}, {"method": "lcsb"},
-                                      {"method": "lopt", "local_every": 0, "open_every": 4}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "lopt"}, {"method": "e2e"}, {"method": "lcsb"}, {"method": "lopt", "local_every": 0, "open_every": 4}],
+)
 def test_methods_whose_early_layers_train_have_no_cache(model, tmp_path, settings):
     with pytest.raises(InputError, match="early segments that never train"):
         make_config(model, tmp_path, boundary_cache=str(tmp_path / "cache"), **settings)

@@ -56,8 +56,9 @@ def test_a_next_to_zero_weight_is_end_to_end(model, tmp_path):
 
 
 def test_the_early_segment_s_rate_fades_and_then_it_rests(model, tmp_path):
-    config = make_config(model, tmp_path, method="let-local", align_until=0.5, max_steps=8, schedule="constant",
-                         warmup_ratio=0.0)  # fmt: skip
+    config = make_config(
+        model, tmp_path, method="let-local", align_until=0.5, max_steps=8, schedule="constant", warmup_ratio=0.0
+    )
     finetune(config)
     rates = [step["lr"] for step in metrics_of(config)[0]]
     early, late = [rate[0] for rate in rates], [rate[1] for rate in rates]
@@ -120,8 +121,9 @@ def test_another_model_teaches_at_our_width(model, wide, tmp_path):
 def test_what_another_teachers_pass_takes_is_in_the_plan(tmp_path, family, dtype):
     """Tracked bytes of the pass, which never exceed what was predicted, and the plan's peak where it is the largest."""
     small = make_model(tmp_path / "model" / "tiny")
-    teacher = make_model(tmp_path / "teacher", family, hidden_size=192, num_hidden_layers=3, intermediate_size=640,
-                         head_dim=48)  # fmt: skip
+    teacher = make_model(
+        tmp_path / "teacher", family, hidden_size=192, num_hidden_layers=3, intermediate_size=640, head_dim=48
+    )
     config = make_config(
         small, tmp_path, method="let", teacher=str(teacher), max_steps=2, batch_size=1, compute_dtype=dtype
     )
