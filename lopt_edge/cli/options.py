@@ -11,13 +11,14 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from lopt_edge.config.settings import Config
+from lopt_edge.config.settings import Config, field_names
 
 
 def config_parameters() -> list[inspect.Parameter]:
     """One option per field of Config; None means not given."""
     parameters = []
-    for name, field in Config.model_fields.items():
+    for name in field_names():
+        field = Config.model_fields[name]
         flag, default = f"--{name.replace('_', '-')}", field.default
         shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
         text = (field.description or "") + shown

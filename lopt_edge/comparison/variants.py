@@ -21,7 +21,7 @@ from lopt_edge.config.load import load_config
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, InputErrors
-from lopt_edge.plan.methods import OPTIONS
+from lopt_edge.plan.methods import owners_of
 
 SHORT = {"k": "num_segments", "r": "lora_r"}
 SHORT_OF = {name: short for short, name in SHORT.items()}
@@ -131,7 +131,7 @@ def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]
         ) from None
     try:
         given = base.model_dump(mode="json", exclude_unset=True)
-        shared = {key: value for key, value in given.items() if variant.method in OPTIONS.get(key, (variant.method,))}
+        shared = {key: value for key, value in given.items() if variant.method in (owners_of(key) or (variant.method,))}
         return load_config(None, {**shared, **own, **common})
     except InputError as error:
         faults = error.errors if isinstance(error, InputErrors) else (error,)

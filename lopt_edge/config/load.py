@@ -20,7 +20,7 @@ from lopt_edge.config.rules import method_errors
 from lopt_edge.config.settings import Config
 from lopt_edge.config.yaml_file import read_yaml
 from lopt_edge.errors import InputError, InputErrors, raise_collected
-from lopt_edge.plan.methods import OPTIONS
+from lopt_edge.plan.methods import owners_of
 
 
 def file_errors(named: Mapping[str, str | None]) -> list[InputError]:
@@ -58,8 +58,8 @@ def load_config(
         faults = {str(fault["loc"][0]): dict(fault) for fault in error.errors()}
         errors += [_as_input_error(fault, where(key)) for key, fault in faults.items()]
         config = _healed(known, faults)
-    for name, message, fix in method_errors(config):
-        errors.append(InputError(message, where=where(name), fix=fix))
+    for found in method_errors(config):
+        errors.append(InputError(found.what, where=where(found.setting), fix=found.fix))
     raise_collected(errors)
     return config
 
@@ -69,7 +69,7 @@ def _healed(known: Mapping[str, Any], faults: Mapping[str, Any]) -> Config:
     needed = [name for name, field in Config.model_fields.items() if field.is_required()]
     sound = {key: value for key, value in known.items() if key not in faults}
     if "method" in faults:  # nothing can be said of its options
-        sound = {key: value for key, value in sound.items() if key not in OPTIONS}
+        sound = {key: value for key, value in sound.items() if not owners_of(key)}
     return Config(**{**dict.fromkeys(needed, "(needed)"), **sound})
 
 

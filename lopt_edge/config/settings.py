@@ -11,17 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
-from lopt_edge.plan.methods import BOUNDARY_SETTINGS, DEFAULTS
+from lopt_edge.plan.methods import METHODS, option_classes
+from lopt_edge.plan.methods.method import Options
 
-LOCAL_PART = 100  # one part in so many of lr is what lopt's early segments get where nothing is said
+if TYPE_CHECKING:  # a method's own options are read in its own file, so the others are typed without them
+    MethodName = str
+    MethodOptions = Options
+else:
+    MethodName = Literal[tuple(METHODS)]
+    MethodOptions = create_model("MethodOptions", __base__=option_classes())
 
 
-class Config(BaseModel):
+class Config(MethodOptions):
     """Every setting of `finetune`. Field help texts are what `lopt-edge finetune --help` shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -30,43 +36,13 @@ class Config(BaseModel):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
-    method: Literal["e2e", "lopt", "frozen", "top-layers", "lcsb", "segprop", "let", "let-local", "mlaan", "repl"] = Field(
+    method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"
-    )
-    num_segments: int = Field(2, ge=1, description="lopt, frozen: number of segments of equal depth (mlaan: 4 by default)")
-    boundary_layers: tuple[int, ...] | None = Field(
-        None, description="e.g. 12,20: each layer (from 0) begins the next segment; replaces num-segments"
     )
     boundary: Literal["auto"] | None = Field(
         None, description="lopt: auto places the boundaries by short runs on your data"
     )
-    boundary_update: Literal["stale", "fresh"] = Field(
-        "stale", description="lopt: update all segments together, or the early ones first and run them again"
-    )
-    local_loss: Literal["reconstruct", "next-token", "align"] = Field(
-        "reconstruct", description="lopt: the early segments' loss"
-    )
-    local_every: int = Field(1, ge=0, le=100, description="lopt: train the early segments on every N-th step; 0: never")
-    open_every: int = Field(0, ge=0, le=100, description="lopt: every N-th step is end to end, over the boundary; 0: none")
-    train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
-    selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
-    select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
-    unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
     teacher: str | None = Field(None, description="let, lopt's align: another model to align to (default: the base itself)")
-    align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
-    align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
-    align_layer: int | None = Field(None, ge=0, description="let: whose output is aligned, from 0 (default: the third)")
-    stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
-    tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
-    stage_patience: int | None = Field(
-        None, ge=1, description="segprop: a stage ends after N evaluations in a row without a lower held-out loss"
-    )
-    replace_layers: tuple[int, ...] | None = Field(
-        None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
-    )
-    leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
-    ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
-    cascade_weight: float = Field(0.999, gt=0, le=1, description="mlaan: share of a loss that reaches the segment before")
     boundary_cache: str | None = Field(
         None, description="folder that keeps the boundary of each example, where early segments never train"
     )
@@ -105,7 +81,6 @@ class Config(BaseModel):
     sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
     init_adapter: str | None = Field(None, description="LoRA adapter folder to start from")
     cache_dir: str | None = Field(None, description="folder of quantised copies (default: ~/.cache/lopt-edge)")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of adapters, data order and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the matrix products"
@@ -141,11 +116,14 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "method" not in values and _asks_for_a_boundary(values):
-            values = {**values, "method": "lopt"}
-        if not isinstance(values, dict) or not isinstance(values.get("method"), str) or values.get("boundary_layers"):
+        if not isinstance(values, dict):
             return values
-        return {**DEFAULTS.get(values["method"], {}), **values}
+        if "method" not in values and (meant := _meant_by(values)) is not None:
+            values = {**values, "method": meant}
+        method = METHODS.get(values["method"]) if isinstance(values.get("method"), str) else None
+        if method is None or values.get("boundary_layers"):
+            return values
+        return {**method.defaults, **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -154,37 +132,48 @@ class Config(BaseModel):
             raise ValueError("must not be true or false")
         return value
 
-    @field_validator("boundary_layers", "replace_layers", "lora_targets", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str | int) and not isinstance(value, bool):
+    def _split_commas(cls, value: Any, info: ValidationInfo) -> Any:
+        listed = "tuple" in str(cls.model_fields[str(info.field_name)].annotation)
+        if listed and isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(",") if part.strip())
         return value
 
-    @field_validator("boundary_layers", "replace_layers", "lora_targets")
+    @field_validator("*")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
-        if value is not None and not value:
+        if value == ():
             raise ValueError("must name at least one")
         return value
 
     @property
     def local_lr(self) -> float:
-        """LoPT's paper takes lr itself, which with LoRA does harm (README: the study)."""
-        if self.lr_local is not None:
-            return self.lr_local
-        return self.lr / LOCAL_PART if self.method == "lopt" else self.lr
+        """The local losses' peak learning rate: as given, or lr over what the method says (docs/methods.md: the study)."""
+        return self.lr / METHODS[self.method].local_part if self.lr_local is None else self.lr_local
 
     def as_yaml(self) -> str:
-        """The resolved settings, in the order of declaration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved settings as YAML, in the order of `field_names`."""
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump({name: values[name] for name in field_names()}, sort_keys=False, allow_unicode=True)
 
 
-def _asks_for_a_boundary(values: Mapping[str, Any]) -> bool:
-    """Whether settings are given that only a cut depth gives a meaning."""
-    return any(values.get(name) for name in BOUNDARY_SETTINGS) or str(values.get("pipeline") or 1) != "1"
+def field_names() -> list[str]:
+    """All settings as a reader wants them: model, data, output and method, the methods' options, then the others."""
+    own = list(Config.__annotations__)
+    place = own.index("method") + 1
+    return [*own[:place], *(name for name in Config.model_fields if name not in own), *own[place:]]
+
+
+def _meant_by(values: Mapping[str, Any]) -> str | None:
+    """The method that settings mean which only it gives a meaning, where none is named."""
+    several = str(values.get("pipeline") or 1) != "1"
+    for name, method in METHODS.items():
+        if any(values.get(setting) for setting in method.meant_by) or (method.meant_by and several):
+            return name
+    return None
 
 
 def page_folder(config: Config) -> Path:
-    """Where page files live: beside the output, or where the user says."""
+    """The folder of page files: beside the output, or where the user says."""
     return Path(config.page_dir).expanduser() if config.page_dir else Path(f"{config.output}.pages")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.methods import CUT_METHODS, course_of
+from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs, per_layer
 from lopt_edge.plan.search.search import Candidate, Space, three_digits
@@ -128,8 +128,8 @@ def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
     found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
     found |= {} if config.token_tile is None else {"token_tile": config.token_tile}
-    if config.method == "repl":
-        found["weights"] = ("resident",) * n_layers  # config.py refuses others
+    if METHODS[config.method].resident:
+        found["weights"] = ("resident",) * n_layers  # the method's problems() refuse others
     elif config.weights != "auto":
         found["weights"] = per_layer(config.weights, WEIGHTS, n_layers=n_layers, where="weights")
     if config.activations != "auto":
@@ -146,7 +146,7 @@ def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
     the fastest is taken.
     """
     numbers = [config.num_segments]
-    if config.choose_segments and config.method in CUT_METHODS and not config.boundary_layers:
+    if config.choose_segments and METHODS[config.method].cuts and not config.boundary_layers:
         numbers += range(config.num_segments + 1, min(MOST_SEGMENTS, facts.n_layers) + 1)
     n_sequences = config.batch_size * config.grad_accum
     splits = [config.batch_size]
@@ -192,7 +192,7 @@ def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
     """What the planner chose of the settings that it was let to choose."""
     if asked.choose_micro_batch:
         yield f"micro-batches chosen: {settled.grad_accum} of {settled.batch_size}"
-    if asked.choose_segments and settled.method in CUT_METHODS:
+    if asked.choose_segments and METHODS[settled.method].cuts:
         yield f"segments chosen: {settled.num_segments}"
 
 

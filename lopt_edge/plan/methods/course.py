@@ -36,7 +36,11 @@ class Course:
     """`kinds` by name in the order of their first step; `drawn` makes the kind of a step where no cycle says it.
 
     `also`: groups that train in drawn kinds only. `restarts`: each phase has a learning-rate schedule of its own, and may
-    end early. `epochs`: passes over the data, for the share of steps that fill a cache.
+    end early. `epochs`: passes over the data, for the share of steps that fill a cache. `patience`: a phase ends after so
+    many evaluations in a row without a lower held-out loss. `align_weight`: of an alignment beside the task, at the first
+    step; `local_fades`: the local losses' rates fall linearly until their phase is over. `ema_momentum`,
+    `cascade_weight`: of the averages that a tail is read through, and the share of a loss that crosses into the segment
+    before. `smaller`: the course of another method, to be named where this one does not fit.
     """
 
     method: str
@@ -46,6 +50,12 @@ class Course:
     also: tuple[GroupName, ...] = ()
     restarts: bool = False
     epochs: float = 1.0
+    patience: int | None = None
+    align_weight: float = 0.0
+    local_fades: bool = False
+    ema_momentum: float = 0.0
+    cascade_weight: float = 1.0
+    smaller: Course | None = None
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
         """Of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.

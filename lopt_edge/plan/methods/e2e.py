@@ -18,15 +18,17 @@ the time of one layer. The gated MLP's backward is by hand (quant/gated_mlp.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lopt_edge.plan.methods import frozen
 from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.methods.method import Method, Options
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
 
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
+
+def course(_options: Options, n_layers: int) -> Course:
+    """One segment; where it does not fit, the planner tries `frozen` halves."""
+    smaller = frozen.course(Options(), n_layers) if n_layers > 1 else None
+    return Course("e2e", (StepKind("", (Segment(0, 0, n_layers - 1, "task"),)),), smaller=smaller)
 
 
-def course(config: Config, n_layers: int) -> Course:
-    return Course("e2e", (StepKind("", (Segment(0, 0, n_layers - 1, "task"),)),))
+METHODS = (Method("e2e", Options, course),)

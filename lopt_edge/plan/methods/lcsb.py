@@ -20,49 +20,60 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Literal
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.methods.method import Method
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
-
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
-
 
 MOST_OFF = 0.02  # of a share that cyclic groups cannot have exactly
 
 
-def course(config: Config, n_layers: int) -> Course:
-    if config.selection == "uniform":
-        n_selected = max(1, round(config.select_ratio * n_layers))
-        drawn = partial(_drawn, config, n_layers, n_selected)
+class Options(method.Options):
+    """Which layers have a backward in a step, and what becomes of the others."""
+
+    selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
+    select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
+    unselected: Literal["move", "rest"] = Field("move", description="lcsb: momentum moves the others, or they rest")
+
+
+def course(options: Options, n_layers: int) -> Course:
+    if options.selection == "uniform":
+        n_selected = max(1, round(options.select_ratio * n_layers))
+        drawn = partial(_drawn, options, n_layers, n_selected)
         # the planner's stand-ins: evenly spread from the first layer on, where the gradient goes furthest; and the last
         # layers, which are the ones whose graphs are kept where only some are
         widest = tuple(sorted({i * n_layers // n_selected for i in range(n_selected)}))
         last = tuple(range(n_layers - n_selected, n_layers))
-        shown = _kind(config, n_layers, widest, "uniform"), _kind(config, n_layers, last, "uniform-last")
+        shown = _kind(options, n_layers, widest, "uniform"), _kind(options, n_layers, last, "uniform-last")
         every = tuple(("layer", layer) for layer in range(n_layers))
         return Course("lcsb", shown, drawn=drawn, also=every)
-    if abs(1 / max(1, round(1 / config.select_ratio)) - config.select_ratio) > MOST_OFF:
+    if abs(1 / max(1, round(1 / options.select_ratio)) - options.select_ratio) > MOST_OFF:
         raise InputError(
-            f"cyclic takes one layer in 1, 2, 3, ..., which {config.select_ratio:g} is not near",
+            f"cyclic takes one layer in 1, 2, 3, ..., which {options.select_ratio:g} is not near",
             where="select_ratio",
             fix="choose 1, 0.5, 0.33, 0.25, ..., or --selection uniform",
         )
-    n_groups = min(n_layers, max(1, round(1 / config.select_ratio)))
+    n_groups = min(n_layers, max(1, round(1 / options.select_ratio)))
     groups = [tuple(range(group, n_layers, n_groups)) for group in range(n_groups)]
-    kinds = tuple(_kind(config, n_layers, group, f"group-{i}") for i, group in enumerate(groups))
+    kinds = tuple(_kind(options, n_layers, group, f"group-{i}") for i, group in enumerate(groups))
     return Course("lcsb", kinds, (Phase(1.0, tuple(kind.name for kind in kinds)),))
 
 
-def _kind(config: Config, n_layers: int, selected: tuple[int, ...], name: str) -> StepKind:
+def _kind(options: Options, n_layers: int, selected: tuple[int, ...], name: str) -> StepKind:
     through = tuple(layer for layer in range(n_layers) if layer not in selected)
-    resting = tuple(("layer", layer) for layer in through) if config.unselected == "move" else ()
+    resting = tuple(("layer", layer) for layer in through) if options.unselected == "move" else ()
     return StepKind(name, (Segment(0, 0, n_layers - 1, "task", through=through),), resting=resting)
 
 
-def _drawn(config: Config, n_layers: int, n_selected: int, step: int) -> StepKind:
-    pick = random.Random(f"lcsb {config.seed} {step}")
-    return _kind(config, n_layers, tuple(sorted(pick.sample(range(n_layers), n_selected))), "uniform")
+def _drawn(options: Options, n_layers: int, n_selected: int, step: int) -> StepKind:
+    pick = random.Random(f"lcsb {options.seed} {step}")
+    return _kind(options, n_layers, tuple(sorted(pick.sample(range(n_layers), n_selected))), "uniform")
+
+
+METHODS = (Method("lcsb", Options, course),)

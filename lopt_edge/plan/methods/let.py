@@ -21,43 +21,67 @@ pass.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.methods.method import Method
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment, cut_depth
-
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
 
 ALIGN, PLAIN = "align", "plain"  # kinds of step
 
 
-def course(config: Config, n_layers: int) -> Course:
-    align = min(2, n_layers - 1) if config.align_layer is None else config.align_layer
+class LocalOptions(method.Options):
+    """How long an early layer is aligned."""
+
+    align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
+
+
+class Options(LocalOptions):
+    """How strongly and where an early layer is aligned beside the task."""
+
+    align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
+    align_layer: int | None = Field(None, ge=0, description="let: whose output is aligned, from 0 (default: the third)")
+
+
+def course(options: Options, n_layers: int) -> Course:
+    align = min(2, n_layers - 1) if options.align_layer is None else options.align_layer
     if align >= n_layers:
         raise InputError(
             f"layer {align} is beyond the last one, {n_layers - 1}", where="align_layer", fix=f"choose 0 to {n_layers - 1}"
         )
     whole = (Segment(0, 0, n_layers - 1, "task"),)
     kinds = StepKind(ALIGN, whole, teacher=True, align=align), StepKind(PLAIN, whole)
-    return _until(config, "let", kinds)
+    return replace(_until(options, "let", kinds), align_weight=options.align_weight)
 
 
-def local_course(config: Config, n_layers: int) -> Course:
+def local_course(options: LocalOptions, n_layers: int) -> Course:
     segments = cut_depth(
-        "align", n_layers=n_layers, num_segments=config.num_segments, boundary_layers=config.boundary_layers
+        "align", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )
     resting = tuple(replace(segment, loss="rest") if segment.is_local else segment for segment in segments)
-    return _until(
-        config,
-        "let-local",
-        (StepKind(ALIGN, segments, teacher=any(s.is_local for s in segments)), StepKind(PLAIN, resting)),
-    )
+    kinds = StepKind(ALIGN, segments, teacher=any(s.is_local for s in segments)), StepKind(PLAIN, resting)
+    return replace(_until(options, "let-local", kinds), local_fades=True)
 
 
-def _until(config: Config, method: str, kinds: tuple[StepKind, StepKind]) -> Course:
-    if config.align_until == 1.0:
+def _until(options: LocalOptions, method: str, kinds: tuple[StepKind, StepKind]) -> Course:
+    if options.align_until == 1.0:
         return Course(method, kinds[:1], (Phase(1.0, (ALIGN,)),))
-    return Course(method, kinds, (Phase(config.align_until, (ALIGN,)), Phase(1.0, (PLAIN,))))
+    return Course(method, kinds, (Phase(options.align_until, (ALIGN,)), Phase(1.0, (PLAIN,))))
+
+
+METHODS = (
+    Method("let", Options, course, engine=("teacher",), phases_follow_steps=True),
+    Method(
+        "let-local",
+        LocalOptions,
+        local_course,
+        engine=("teacher",),
+        cuts=True,
+        local=("lr_local",),
+        phases_follow_steps=True,
+    ),
+)

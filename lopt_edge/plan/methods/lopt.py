@@ -25,31 +25,52 @@ Where we deviate from the released code otherwise (padding, embeddings, dtypes, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from pydantic import Field
+
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment, cut_depth
 
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
-
 LOCAL, REST, OPEN = "local", "rest", "open"  # kinds of step
+LOCAL_PART = 100  # one part in so many of lr is what the early segments get where nothing is said (docs/methods.md)
+# They ask for a boundary: LoPT's, where no method is named.
+BOUNDARY_SETTINGS = ("num_segments", "boundary_layers", "boundary", "boundary_update", "choose_segments", "local_every",
+                     "local_loss", "local_weight", "lr_local", "open_every")  # fmt: skip
 
 
-def course(config: Config, n_layers: int) -> Course:
-    early = config.local_loss if config.local_every else "rest" if config.open_every else "none"
-    segments = cut_depth(early, n_layers=n_layers, num_segments=config.num_segments, boundary_layers=config.boundary_layers)
-    teacher = config.local_loss == "align" and any(segment.is_local for segment in segments)
-    fresh = config.boundary_update == "fresh" and len(segments) > 1 and bool(config.local_every)
+class Options(method.Options):
+    """What decides when, how and with which loss the early segments train."""
+
+    boundary_update: Literal["stale", "fresh"] = Field(
+        "stale", description="lopt: update all segments together, or the early ones first and run them again"
+    )
+    local_loss: Literal["reconstruct", "next-token", "align"] = Field(
+        "reconstruct", description="lopt: the early segments' loss"
+    )
+    local_every: int = Field(1, ge=0, le=100, description="lopt: train the early segments on every N-th step; 0: never")
+    open_every: int = Field(0, ge=0, le=100, description="lopt: every N-th step is end to end, over the boundary; 0: none")
+
+
+def course(options: Options, n_layers: int) -> Course:
+    early = options.local_loss if options.local_every else "rest" if options.open_every else "none"
+    segments = cut_depth(
+        early, n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
+    )
+    teacher = options.local_loss == "align" and any(segment.is_local for segment in segments)
+    fresh = options.boundary_update == "fresh" and len(segments) > 1 and bool(options.local_every)
     kinds = {
         OPEN: StepKind(OPEN, (Segment(0, 0, n_layers - 1, "task"),)),
         LOCAL: StepKind(LOCAL, segments, fresh=fresh, teacher=teacher),
         REST: StepKind(REST, tuple(replace(s, loss="rest") if s.is_local else s for s in segments)),
     }
-    cycle = _cycle(config.local_every, config.open_every)
+    cycle = _cycle(options.local_every, options.open_every)
     if set(cycle) == {LOCAL}:
         return Course("lopt", (replace(kinds[LOCAL], name=""),))
     return Course("lopt", tuple(kinds[name] for name in dict.fromkeys(cycle)), (Phase(1.0, cycle),))
@@ -70,3 +91,67 @@ def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
         return LOCAL if local_every <= 1 or step % local_every == turn else REST
 
     return tuple(name(step) for step in range(length))
+
+
+def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
+    """`auto` beside given boundaries, an update order beside a global norm, a gradient beside a pipeline."""
+    fresh_global = run.clip and run.clip_scope == "global"
+    if run.teacher and options.local_loss != "align":
+        yield Problem("teacher", f"belongs to local_loss align, this is {options.local_loss}", "add --local-loss align")
+    if run.boundary and (run.boundary_layers or "num_segments" in run.model_fields_set):
+        what, fix = "auto chooses the boundaries, which are given too", "leave out boundary_layers and num_segments"
+        yield Problem("boundary", what, fix)
+    if run.boundary and run.boundary_cache:
+        yield Problem("boundary", "auto needs early segments that train", "leave out boundary_cache")
+    if options.open_every == 1:
+        what, fix = "1 opens the boundary on every step: that is end to end", "use --method e2e, or 2 and more"
+        yield Problem("open_every", what, fix)
+    if options.boundary_update == "fresh" and fresh_global:
+        what = "fresh needs clip_scope segment: an early segment is updated before the norm of the others is known"
+        yield Problem("boundary_update", what, "use --clip-scope segment or --clip 0")
+    if run.pipeline > 1:
+        yield from _pipeline_problems(options)
+
+
+def _pipeline_problems(options: Options) -> Iterator[Problem]:
+    """What makes one process wait for another, where the segments lie in several."""
+    if options.local_loss == "align":
+        what = "cannot be with pipeline: a teacher's features lie with one process"
+        yield Problem("local_loss", what, "use another local_loss")
+    if options.open_every > 0:
+        what = "cannot be with pipeline: in an open step a gradient crosses the boundary"
+        yield Problem("open_every", what, "leave open_every out")
+    if options.boundary_update == "fresh":
+        what = "cannot be with pipeline: fresh makes each process wait for the update of the one before"
+        yield Problem("boundary_update", what, "use --boundary-update stale")
+
+
+def warnings(options: Options, run: RunSettings) -> Iterator[str]:
+    """Settings of the local loss that change nothing."""
+    given = run.model_fields_set
+    if not options.local_every:
+        local = ("lr_local", "local_weight", "local_loss", "boundary_update", "teacher")
+        yield from (f"{name} has no effect: local_every is 0" for name in local if name in given)
+    elif "local_weight" in given and run.clip > 0 and run.clip_scope == "segment":
+        yield (
+            "local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's scale; "
+            "lr_local is the knob"
+        )
+
+
+METHODS = (
+    Method(
+        "lopt",
+        Options,
+        course,
+        problems,
+        warnings,
+        engine=("boundary", "teacher"),
+        cuts=True,
+        pipelined=True,
+        caches=lambda options: not (options.local_every or options.open_every),
+        local=("lr_local", "local_weight"),
+        local_part=LOCAL_PART,
+        meant_by=BOUNDARY_SETTINGS,
+    ),
+)

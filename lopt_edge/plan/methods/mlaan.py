@@ -41,31 +41,41 @@ on narrow: `ema_momentum 0` (the later layers as they are) 1.470 / 4.782, so in 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment, SegmentLoss, cut_depth
-
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
 
 NUM_SEGMENTS = 4  # by default
 
 
-def course(config: Config, n_layers: int) -> Course:
+class Options(method.Options):
+    """How a window is read out, and how much of its loss reaches the segment before."""
+
+    leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
+    ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
+    cascade_weight: float = Field(0.999, gt=0, le=1, description="mlaan: share of a loss that reaches the segment before")
+
+
+def course(options: Options, n_layers: int) -> Course:
     cut = cut_depth(
-        "next-token", n_layers=n_layers, num_segments=config.num_segments, boundary_layers=config.boundary_layers
+        "next-token", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )
     if len(cut) < 3:
-        where = "boundary_layers" if config.boundary_layers else "num_segments"
+        where = "boundary_layers" if options.boundary_layers else "num_segments"
         raise InputError(
             f"mlaan needs 3 segments or more, not {len(cut)}: a window of two would be the whole depth",
             where=where,
             fix="use --method e2e, or more segments",
         )
-    return Course("mlaan", (StepKind("", tuple(_windowed(cut, segment, config.leap_layers) for segment in cut)),))
+    kinds = (StepKind("", tuple(_windowed(cut, segment, options.leap_layers) for segment in cut)),)
+    return Course("mlaan", kinds, ema_momentum=options.ema_momentum, cascade_weight=options.cascade_weight)
 
 
 def _windowed(cut: tuple[Segment, ...], segment: Segment, n_leaps: int) -> Segment:
@@ -82,3 +92,30 @@ def leaps(first: int, last: int, n_leaps: int) -> tuple[int, ...]:
     n_later = last - first + 1
     n_leaps = min(n_leaps, n_later)
     return tuple(first + (i + 1) * n_later // n_leaps - 1 for i in range(n_leaps))
+
+
+def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
+    """Early updates: a segment runs in two windows."""
+    if run.apply != "step":
+        what = "mlaan needs step: a segment that was updated would run again in the next window"
+        yield Problem("apply", what, "leave apply out")
+
+
+def warnings(_options: Options, run: RunSettings) -> Iterator[str]:
+    """The weight of local losses, which is another method's."""
+    if "local_weight" in run.model_fields_set:
+        yield "local_weight has no effect: cascade_weight weighs mlaan's losses"
+
+
+METHODS = (
+    Method(
+        "mlaan",
+        Options,
+        course,
+        problems,
+        warnings,
+        cuts=True,
+        local=("lr_local", "local_weight"),
+        defaults={"num_segments": NUM_SEGMENTS},
+    ),
+)

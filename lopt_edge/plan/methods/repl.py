@@ -31,22 +31,31 @@ Resident weights only: a streamed replaced layer would need both neighbours in b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
-
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
 
 EVERY = 3
 
 
-def course(config: Config, n_layers: int) -> Course:
-    replaced = _chosen(n_layers) if config.replace_layers is None else _checked(config.replace_layers, n_layers)
+class Options(method.Options):
+    """Which layers are replaced."""
+
+    replace_layers: tuple[int, ...] | None = Field(
+        None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
+    )
+
+
+def course(options: Options, n_layers: int) -> Course:
+    replaced = _chosen(n_layers) if options.replace_layers is None else _checked(options.replace_layers, n_layers)
     return Course("repl", (StepKind("", (Segment(0, 0, n_layers - 1, "task", replaced=replaced),)),))
 
 
@@ -70,3 +79,17 @@ def _checked(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
             f"{', '.join(map(str, found))}: adjacent layers cannot be made from each other", where="replace_layers", fix=fix
         )
     return tuple(found)
+
+
+def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
+    """Streamed weights, and adapters of the intact model."""
+    if "disk" in run.weights or "host" in run.weights:
+        what = "must be resident with method repl: a replaced layer reads both layers beside it"
+        yield Problem("weights", what, "leave weights out, or use another method")
+    if run.init_adapter:
+        what = "cannot be with method repl: adapters of the intact model do not fit the replaced layers"
+        fix = "leave it out, or merge it first (lopt-edge export) and train the merged model"
+        yield Problem("init_adapter", what, fix)
+
+
+METHODS = (Method("repl", Options, course, problems, resident=True),)

@@ -21,21 +21,32 @@ stages measure the stage's network; the one at the end measures the whole model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course, Phase
+from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
-
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
 
 TAIL_SHARE = 8  # of the depth is the tail, unless said otherwise: one part in so many
 
 
-def course(config: Config, n_layers: int) -> Course:
-    n_tail = config.tail_layers or max(1, n_layers // TAIL_SHARE)
+class Options(method.Options):
+    """How many stages, how deep a tail, and when a stage is over."""
+
+    stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
+    tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
+    stage_patience: int | None = Field(
+        None, ge=1, description="segprop: a stage ends after N evaluations in a row without a lower held-out loss"
+    )
+
+
+def course(options: Options, n_layers: int) -> Course:
+    n_tail = options.tail_layers or max(1, n_layers // TAIL_SHARE)
     n_body = n_layers - n_tail
     if n_body < 1:
         raise InputError(
@@ -43,15 +54,15 @@ def course(config: Config, n_layers: int) -> Course:
             where="tail_layers",
             fix=f"choose at most {n_layers - 1}",
         )
-    if config.stages > n_body:
+    if options.stages > n_body:
         raise InputError(
-            f"{config.stages} are more than the {n_body} layers before the tail",
+            f"{options.stages} are more than the {n_body} layers before the tail",
             where="stages",
             fix=f"choose at most {n_body}",
         )
-    kinds = tuple(_stage(stage, n_body, n_layers, config.stages) for stage in range(config.stages))
+    kinds = tuple(_stage(stage, n_body, n_layers, options.stages) for stage in range(options.stages))
     phases = tuple(Phase((i + 1) / len(kinds), (kind.name,)) for i, kind in enumerate(kinds))
-    return Course("segprop", kinds, phases, restarts=True)
+    return Course("segprop", kinds, phases, restarts=True, patience=options.stage_patience)
 
 
 def _stage(stage: int, n_body: int, n_layers: int, n_stages: int) -> StepKind:
@@ -59,3 +70,24 @@ def _stage(stage: int, n_body: int, n_layers: int, n_stages: int) -> StepKind:
     prefix = (Segment(0, 0, first - 1, "rest"),) if first else ()
     own = Segment(len(prefix), first, n_layers - 1, "task", absent=tuple(range(end, n_body)))
     return StepKind(f"stage-{stage + 1}", (*prefix, own))
+
+
+def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
+    """What needs the whole model, dropout before a cached boundary, patience without evaluations."""
+    if run.keep_best:
+        what = "cannot be with segprop: its stages train other networks than the whole model"
+        yield Problem("keep_best", what, "leave it out")
+    if run.boundary_cache and run.lora_dropout and not run.init_adapter:  # beside one every method is refused
+        what = "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time"
+        yield Problem("boundary_cache", what, "add --lora-dropout 0")
+    if options.stage_patience and not (run.eval_every and (run.eval_data or run.eval_fraction)):
+        what = "needs evaluations: eval_every, and eval_data or eval_fraction"
+        yield Problem("stage_patience", what, "add --eval-every and --eval-fraction")
+
+
+def pinned(options: Options) -> frozenset[str]:
+    """The number of steps decides where stages end; with patience so do the evaluations."""
+    return frozenset({"max_steps", "epochs"} | ({"eval_every", "eval_data"} if options.stage_patience else set()))
+
+
+METHODS = (Method("segprop", Options, course, problems, caches=lambda _: True, pinned=pinned),)

@@ -7,19 +7,26 @@ It is `frozen` with the boundary counted from the end. N = n is `e2e`. No paper:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+
+from pydantic import Field
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.methods import method
 from lopt_edge.plan.methods.course import Course
+from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
 
-if TYPE_CHECKING:
-    from lopt_edge.config.settings import Config
+
+class Options(method.Options):
+    """How many layers train."""
+
+    train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
 
 
-def course(config: Config, n_layers: int) -> Course:
-    wanted = config.train_layers
+def course(options: Options, n_layers: int) -> Course:
+    wanted = options.train_layers
     if wanted is None:
         raise InputError("is needed by method top-layers", where="train_layers", fix=f"choose 1 to {n_layers}")
     if wanted > n_layers:
@@ -29,3 +36,12 @@ def course(config: Config, n_layers: int) -> Course:
     first = n_layers - wanted
     early = (Segment(0, 0, first - 1, "none"),) if first else ()
     return Course("top-layers", (StepKind("", (*early, Segment(len(early), first, n_layers - 1, "task"))),))
+
+
+def problems(options: Options, _run: RunSettings) -> Iterator[Problem]:
+    """A number of layers must be said."""
+    if options.train_layers is None:
+        yield Problem("train_layers", "is needed by method top-layers", "say how many of the last layers train")
+
+
+METHODS = (Method("top-layers", Options, course, problems, uncut="top-layers cuts at train_layers", caches=lambda _: True),)

@@ -17,10 +17,7 @@ from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.cards import CARDS, Card
-from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs
-from lopt_edge.plan.schedule.segments import cut_depth
 from lopt_edge.plan.search.search import QUARTERS, Bounds, Candidate, Search, last_layers
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
@@ -140,10 +137,9 @@ def nearest_that_fit(search: Search, budget: Budget) -> Iterator[str]:
         single = MicroBatchSize(1, first.n_tokens, first.n_supervised // n_each)
         if _fits(replace(workload, batches=(single,) * (n_each * n_batches)), knobs, budget):
             yield f"--batch-size 1 --grad-accum {n_each * n_batches}"
-    if workload.method == "e2e" and workload.shape.facts.n_layers > 1:
-        halves = cut_depth("none", n_layers=workload.shape.facts.n_layers, num_segments=2)
-        if _fits(replace(workload, course=Course("frozen", (StepKind("", halves),))), knobs, budget):
-            yield "--method frozen"
+    smaller = workload.course.smaller
+    if smaller is not None and _fits(replace(workload, course=smaller), knobs, budget):
+        yield f"--method {smaller.method}"
     small = replace(workload, shape=replace(workload.shape, rank=min(SMALL_RANK, workload.shape.rank)))
     if small != workload and _fits(small, knobs, budget):
         yield f"--lora-r {SMALL_RANK}"

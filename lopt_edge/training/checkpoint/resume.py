@@ -20,6 +20,7 @@ from typing import Any
 from lopt_edge.config.settings import Config
 from lopt_edge.data import Dataset
 from lopt_edge.errors import InputError, InputErrors
+from lopt_edge.plan.methods import METHODS
 from lopt_edge.system.versions import versions
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, MANIFEST, Checkpoint, latest, read
 from lopt_edge.training.checkpoint.run_state import RunState
@@ -78,9 +79,7 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
 
 def _may_change(config: Config) -> frozenset[str]:
     """Not what decides when a stage ends."""
-    stages = {"max_steps", "epochs"} if config.method == "segprop" else set()
-    stages |= {"eval_every", "eval_data"} if config.stage_patience else set()
-    return (MAY_CHANGE | BY_FINGERPRINT) - stages
+    return (MAY_CHANGE | BY_FINGERPRINT) - METHODS[config.method].pinned(config)
 
 
 def _default(name: str) -> Any:
@@ -122,7 +121,7 @@ def _another_run(found: Checkpoint, differences: list[InputError]) -> InputError
 
 
 def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Iterator[str]:
-    phases = " and the method's phases change" if config.method in ("let", "let-local") else " changes"
+    phases = " and the method's phases change" if METHODS[config.method].phases_follow_steps else " changes"
     for name in ("max_steps", "epochs"):
         if before.get(name) != getattr(config, name):
             was = f"{name} was {before.get(name)}, is {getattr(config, name)}"

@@ -80,14 +80,16 @@ def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None)
         clip_scope=config.clip_scope,
         optimizer=config.optimizer,
     )
-    averages = Averages(model, inputs.course.averaged, momentum=config.ema_momentum) if inputs.course.averaged else None
+    averages = (
+        Averages(model, inputs.course.averaged, momentum=inputs.course.ema_momentum) if inputs.course.averaged else None
+    )
     executor = Executor(
         model,
         heads=heads,
         optimizer=optimizer,
         local_weight=config.local_weight,
         averages=averages,
-        cascade_weight=config.cascade_weight,
+        cascade_weight=inputs.course.cascade_weight,
     )
     layers = tuple(sorted({*trained, *carried}))
     shape = AdapterShape(

@@ -47,7 +47,7 @@ class StepKinds:
         rates = {}
         for segment in kind.segments:
             if segment.trains:
-                fades = segment.is_local and config.method == "let-local"  # linearly, until its phase is over
+                fades = segment.is_local and course.local_fades  # linearly, until its phase is over
                 rates[segment.index] = learning_rate(
                     step,
                     n_steps=course.phase(step, n_steps)[2] if fades else n_steps,
@@ -63,7 +63,7 @@ class StepKinds:
         if not course.phases:
             return 0.0
         index, _, last = course.phase(step, self.inputs.n_steps)
-        return 0.0 if index else self.inputs.config.align_weight * (1 - (step - 1) / last)
+        return 0.0 if index else course.align_weight * (1 - (step - 1) / last)
 
     def layers(self, step: int) -> tuple[int, ...] | None:
         """Those that an evaluation after this step runs, where it is not all of them: a stage's network."""
@@ -74,7 +74,7 @@ class StepKinds:
 
     def stage_over(self, step: int, loss: float | None) -> str | None:
         """After an evaluation: a sentence if the stage ends here, ahead of its time."""
-        state, patience = self.state, self.inputs.config.stage_patience
+        state, patience = self.state, self.inputs.course.patience
         if patience is None or loss is None or not step:
             return None
         index, _, last = self.inputs.course.phase(step, self.inputs.n_steps, ended=state.stage_ends)
