@@ -67,7 +67,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """(step, micro-batch): SIGTERM to this process while that micro-batch of that step runs, once."""
-    from lopt_edge.plan.schedule.ops import Kind
+    from lopt_edge.plan.schedule.effects import Kind
     from lopt_edge.training.session import session
 
     left: list[tuple[int, int]] = []

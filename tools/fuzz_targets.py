@@ -270,7 +270,8 @@ _PLANS: list[str] = []
 
 def _plan_texts() -> list[str]:
     if not _PLANS:
-        from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+        from lopt_edge.plan.schedule.effects import Kind
+        from lopt_edge.plan.schedule.ops import Op, Plan
         from lopt_edge.plan.schedule.segments import Segment
 
         head = (Segment(0, 0, 1, "reconstruct"), Segment(1, 2, 3, "task", through=(2,)))

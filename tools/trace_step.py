@@ -17,7 +17,8 @@ from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, Opaq
 from lopt_edge.plan.costs.shape import HEADS, case_key
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.load import EAGER_ONLY, POST_NORM, Model
 from lopt_edge.run.step.batches import Batch

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.plan.schedule.ops import Kind
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.step.batches import Batch, Totals, window_totals
 from lopt_edge.run.step.diagnosis import first_not_finite

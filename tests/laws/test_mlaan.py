@@ -23,7 +23,8 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, InputErrors
 from lopt_edge.plan.methods.mlaan import leaps
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan, parse_plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan, parse_plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.validate import PlanError, validate
 from lopt_edge.plan.search.search import Bounds

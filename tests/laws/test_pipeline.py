@@ -34,9 +34,9 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import timeline
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.effects import ENTERS
+from lopt_edge.plan.schedule.effects import ENTERS, Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE
-from lopt_edge.plan.schedule.ops import Kind, Op, Plan, parse_plan
+from lopt_edge.plan.schedule.ops import Op, Plan, parse_plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs, parts_of
 from lopt_edge.plan.schedule.validate import PlanError, validate

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lopt_edge.plan.schedule.ops import Kind
+from lopt_edge.plan.schedule.effects import Kind
 from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
 from tools.tiny_models import FAMILIES
 

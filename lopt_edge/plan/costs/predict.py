@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes, on_disk
 from lopt_edge.plan.costs.timeline import Timeline, timeline
 from lopt_edge.plan.facts.budget import Budget
-from lopt_edge.plan.schedule.ops import Kind, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.units import format_bytes
 
 LIBRARY_BYTES = {"cpu": 350 << 20, "cuda": 0}  # torch 218 MiB, transformers' model code 113, the rest of a run 20

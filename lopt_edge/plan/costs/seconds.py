@@ -11,15 +11,14 @@ does not know: a disk that slows down under load, a GPU shared with a desktop, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.plan.schedule.effects import _DOWN, _UP
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 
 FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidden) tensor outside the products
@@ -174,17 +173,14 @@ class Costs:
         return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
 
     def moved_bytes(self, op: Op, plan: Plan) -> int:
-        if op.kind is Kind.FETCH:
+        """The bytes of a movement, by what its row says that it moves."""
+        moves = op.effect.moves
+        if moves == "weights":
             return self.sizes.layer_bytes
-        if op.kind in (Kind.LOAD, Kind.STORE):
+        if moves == "group":
             return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
         batch = self.batches[op.micro_batch]
-        if op.kind in (Kind.SPILL, Kind.RESTORE):
-            return self.sizes.hidden_bytes(batch)
-        return self.page_bytes(batch, op.target, plan.scope(op))
-
-
-_ITEMS = {Kind.SPILL: "input", Kind.RESTORE: "input", Kind.PAGE_OUT: "pages", Kind.PAGE_IN: "pages"}
+        return self.sizes.hidden_bytes(batch) if moves == "input" else self.page_bytes(batch, op.target, plan.scope(op))
 
 
 class _Clock:
@@ -199,67 +195,72 @@ class _Clock:
         self.kept: dict[tuple[int, int], Keep] = {}
         self.arrivals: dict[int, float] = {}
         self.sent: dict[int, float] = {}
+        costs, batch_of = self.costs, batches
+        self.formulas: dict[str, Callable[[Op, Plan], float]] = {  # by the name that a row gives
+            "embed": lambda op, _: costs.embed(batch_of[op.micro_batch]),
+            "cache read": lambda op, _: costs.cache(batch_of[op.micro_batch], reads=True),
+            "cache write": lambda op, _: costs.cache(batch_of[op.micro_batch], reads=False),
+            "align": lambda op, _: costs.align(batch_of[op.micro_batch]),
+            "update": lambda op, _: costs.update(op.group),
+            "average": lambda op, _: costs.average(op.target),
+            "loss": self.loss,
+            "forward": self.forward,
+            "backward": self.backward,
+        }
 
     def walk(self, plan: Plan) -> StepSeconds:
         for op in plan.ops:
-            if op.kind is Kind.WAIT:
+            row = op.effect
+            if row.role == "wait":
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
-            elif op.kind in _UP or op.kind in _DOWN:
-                self.move(op, plan)
-            elif op.kind is Kind.RECV:
+            elif row.role in ("up", "down"):
+                self.move(op, plan, row.role)
+            elif row.seconds == "arrive":
                 self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
-            elif op.kind is Kind.SEND:
+            elif row.seconds == "send":
                 n_bytes = self.costs.sizes.hidden_bytes(self.costs.batches[op.micro_batch])
                 self.sent[op.micro_batch] = self.now + n_bytes / LINK_BYTES_PER_SECOND
-            elif op.kind not in (Kind.EVICT, Kind.AGREE):
-                seconds = self.arithmetic(op, plan)
+            elif row.seconds:
+                seconds = self.formulas[row.seconds](op, plan)
                 self.now, self.computed = self.now + seconds, self.computed + seconds
         end = max(self.now, *self.free.values())
         return StepSeconds(end, self.computed, self.moved["up"], self.moved["down"])
 
-    def move(self, op: Op, plan: Plan) -> None:
-        way = "up" if op.kind in _UP else "down"
+    def move(self, op: Op, plan: Plan, way: str) -> None:
         n_bytes = self.costs.moved_bytes(op, plan)
         begin = max(self.now, self.free[way])
         self.free[way] = begin + n_bytes / self.rate(op, way)
         self.moved[way] += n_bytes
-        self.ends[_ITEMS.get(op.kind, op.item), op.unit, op.micro_batch, op.target] = self.free[way]
+        moves = op.effect.moves
+        item = moves if moves in ("input", "pages") else op.item
+        self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
 
     def rate(self, op: Op, way: str) -> float:
         """Bytes/s from or to the tier below."""
-        knobs, profile = self.costs.sizes.knobs, self.costs.profile
-        if op.kind is Kind.FETCH:
+        knobs, profile, moves = self.costs.sizes.knobs, self.costs.profile, op.effect.moves
+        if moves == "weights":
             tier = knobs.weights[op.target]
-        elif op.kind in (Kind.PAGE_OUT, Kind.PAGE_IN):
+        elif moves == "pages":
             tier = knobs.pages
-        elif op.kind in (Kind.SPILL, Kind.RESTORE):
+        elif moves == "input":
             tier = knobs.saved_inputs
         else:
             tier = knobs.states if op.item == "states" else knobs.gradients
         return profile.up(tier) if way == "up" else profile.down(tier)
 
-    def arithmetic(self, op: Op, plan: Plan) -> float:
-        costs = self.costs
-        if op.kind is Kind.STEP:
-            return costs.update(op.group)
-        if op.kind is Kind.AVERAGE:
-            return costs.average(op.target)
-        if op.kind is Kind.HOLD or op.item == "held":
-            return 0.0
-        batch = costs.batches[op.micro_batch]
-        if op.kind is Kind.EMBED:
-            return costs.embed(batch)
-        if op.kind is Kind.LOSS:
-            segment = plan.segments[op.target]
-            return costs.align(batch) if segment.loss == "align" else costs.loss(batch, task=segment.reads_out)
-        if op.kind is Kind.ALIGN:
-            return costs.align(batch)
-        if op.kind in (Kind.READ, Kind.WRITE):
-            return costs.cache(batch, reads=op.kind is Kind.READ)
-        segment = plan.segment_of(op.target)
-        layer = costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
-        if op.kind is Kind.FORWARD:
-            self.kept[op.micro_batch, op.target] = op.keep
-            return layer.forward
+    def loss(self, op: Op, plan: Plan) -> float:
+        segment, batch = plan.segments[op.target], self.costs.batches[op.micro_batch]
+        return self.costs.align(batch) if segment.loss == "align" else self.costs.loss(batch, task=segment.reads_out)
+
+    def forward(self, op: Op, plan: Plan) -> float:
+        self.kept[op.micro_batch, op.target] = op.keep
+        return self.layer(op, plan).forward
+
+    def backward(self, op: Op, plan: Plan) -> float:
+        layer = self.layer(op, plan)
         recomputed = self.kept[op.micro_batch, op.target] is Keep.INPUT
         return layer.backward + (layer.again if recomputed else 0.0)
+
+    def layer(self, op: Op, plan: Plan) -> LayerSeconds:
+        segment, batch = plan.segment_of(op.target), self.costs.batches[op.micro_batch]
+        return self.costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)

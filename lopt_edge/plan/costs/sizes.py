@@ -25,8 +25,9 @@ from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
 from lopt_edge.plan.costs.tiles import VOCABULARY_CHUNK
 from lopt_edge.plan.facts.model import LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
-from lopt_edge.plan.schedule.ops import Keep, Kind, Plan
+from lopt_edge.plan.schedule.ops import Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import packed_sizes
 

@@ -13,13 +13,16 @@ seconds here, no choice, no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind, Thing
+from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName, Keep, Op, Plan
 
+Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
 
 
@@ -95,7 +98,26 @@ class _Replay:
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
         self.own_blocks = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
-        self.tiers: dict[tuple[str, int, int], tuple[str, int]] = {}  # thing -> (tier below, bytes there)
+        self.tiers: dict[Key, tuple[str, int]] = {}  # thing -> (tier below, bytes there)
+        batch_of = batches
+        self.made: dict[str, Callable[[Op], int]] = {  # bytes of what an op makes anew, by what it takes
+            "hidden": lambda op: sizes.hidden_bytes(batch_of[op.micro_batch]),
+            "frame": lambda op: sizes.frame_bytes(batch_of[op.micro_batch]),
+            "graph": self._graph_bytes,
+            "states": lambda op: sizes.states_bytes(op.group),
+            "gradients": lambda op: sizes.group_bytes(op.group),
+        }  # fmt: skip
+        self.workspaces: dict[str, Callable[[Op], int]] = {  # by the name that a row gives
+            "embed": lambda op: sizes.embed_within(batch_of[op.micro_batch]),
+            "align": lambda op: sizes.align_within(batch_of[op.micro_batch]),
+            "receive": lambda op: sizes.receive_within(batch_of[op.micro_batch]),
+            "cache": lambda op: sizes.cache_within(batch_of[op.micro_batch], reads=False),
+            "cache read": lambda op: sizes.cache_within(batch_of[op.micro_batch], reads=True),
+            "loss": self.within_loss,
+            "forward": self.within_forward,
+            "backward": self.within_backward,
+            "update": self.within_update,
+        }
 
     # bookkeeping -----------------------------------------------------------------------------------------------------
 
@@ -143,49 +165,43 @@ class _Replay:
     # what an op takes ------------------------------------------------------------------------------------------------
 
     def within(self, op: Op) -> int:
-        sizes = self.sizes
-        if op.kind is Kind.STEP:
-            return sizes.step_within(op.group) + self.fresh_gradients(op.group)
-        if op.micro_batch < 0:
-            return 0
-        batch = self.batches[op.micro_batch]
-        if op.kind is Kind.EMBED:
-            return sizes.embed_within(batch)
-        if op.kind is Kind.ALIGN:
-            return sizes.align_within(batch)
-        if op.kind is Kind.HOLD or op.item == "held":
-            return 0
-        if op.kind in (Kind.READ, Kind.WRITE):
-            return sizes.cache_within(batch, reads=op.kind is Kind.READ and op.item == "boundary")
-        if op.kind is Kind.RECV:
-            return sizes.receive_within(batch)
-        if op.kind is Kind.LOSS:
-            segment = self.plan.segments[op.target]
-            fresh = self.fresh_gradients(("aux", op.target)) if segment.has_head else 0
-            if segment.loss == "align":
-                return sizes.align_within(batch)
-            return sizes.loss_within(batch, task=segment.reads_out) + fresh
-        if op.kind not in (Kind.FORWARD, Kind.BACKWARD):
-            return 0
-        segment = self.plan.scope(op)
-        if op.kind is Kind.BACKWARD:
-            kept = self.kept[op.micro_batch, op.target]
-            fresh = self.fresh_gradients(("layer", op.target)) if op.adapters == "train" else 0
-            return sizes.backward_within(batch, op.target, segment, kept=kept, fresh=fresh)
-        if op.keep in (Keep.GRAPH, Keep.PAGES):
-            return sizes.graph(batch, op.target, segment).within
-        return sizes.forward_within(batch, op.target, segment)
+        """The bytes that an op takes at its worst moment on top of what is held when it begins."""
+        name = op.effect.workspace
+        return self.workspaces[name](op) if name else 0
+
+    def within_loss(self, op: Op) -> int:
+        segment, batch = self.plan.segments[op.target], self.batches[op.micro_batch]
+        if segment.loss == "align":
+            return self.sizes.align_within(batch)
+        return self.sizes.loss_within(batch, task=segment.reads_out) + self.fresh_gradients(op)
+
+    def within_forward(self, op: Op) -> int:
+        segment, batch = self.plan.scope(op), self.batches[op.micro_batch]
+        if self.plan.keeps_graph(op):
+            return self.sizes.graph(batch, op.target, segment).within
+        return self.sizes.forward_within(batch, op.target, segment)
+
+    def within_backward(self, op: Op) -> int:
+        kept, batch = self.kept[op.micro_batch, op.target], self.batches[op.micro_batch]
+        fresh = self.fresh_gradients(op)
+        return self.sizes.backward_within(batch, op.target, self.plan.scope(op), kept=kept, fresh=fresh)
+
+    def within_update(self, op: Op) -> int:
+        return self.sizes.step_within(op.group) + self._block_bytes(op.group)
 
     def within_end(self, op: Op) -> int:
         """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
-        if op.kind is Kind.BACKWARD and self.plan.completes(op):
+        uses = op.effect.trains
+        if uses == "layer" and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
         done = op.micro_batch == self.plan.n_micro_batches - 1
-        if done and op.kind is Kind.LOSS and self.plan.segments[op.target].has_head:
-            return self.sizes.group_bytes(("aux", op.target))
-        return 0
+        return self.sizes.group_bytes(("aux", op.target)) if uses == "aux" and done and self.plan.trains(op) else 0
 
-    def fresh_gradients(self, group: tuple[str, int]) -> int:
+    def fresh_gradients(self, op: Op) -> int:
+        """The bytes of a group's own block of gradients, where this op is the first that adds to it."""
+        return self._block_bytes(self.plan.group_of(op)) if self.plan.trains(op) else 0
+
+    def _block_bytes(self, group: GroupName) -> int:
         """Where gradients move each group has a block of its own, made when its first gradient comes."""
         there = (f"gradients {group[0]}", -1, group[1]) in self.held_by
         return self.sizes.group_bytes(group) if self.own_blocks and not there else 0
@@ -193,136 +209,76 @@ class _Replay:
     # what an op leaves -----------------------------------------------------------------------------------------------
 
     def run(self, op: Op) -> None:
-        getattr(self, f"_{op.kind.value.lower()}")(op)
+        """Make, free and move what the op's row says."""
+        row = op.effect
+        if row.uses == "layer":
+            self._note_kept(op)
+        for thing in row.makes:
+            if not thing.when or getattr(self.plan, thing.when)(op):
+                self._make(thing, op)
+        for thing in row.frees:
+            if not thing.when or getattr(self.plan, thing.when)(op):
+                for key in self._keys(thing, op):
+                    self.drop(key)
+                    if row.role == "compute":  # the thing itself is gone, not its copy here alone
+                        self.forget_below(key)
+        if row.role == "down":
+            self._begin_down(op)
+        elif row.role == "wait":
+            for name in self.at_wait.pop((op.item, op.unit, op.micro_batch, op.target), ()):
+                self.drop((name, op.micro_batch, op.target))
 
-    def _embed(self, op: Op) -> None:
-        batch = self.batches[op.micro_batch]
-        self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(batch), "activations")
-        self.hold(("frame", -1, -1), self.sizes.frame_bytes(batch), "activations")
-
-    def _read(self, op: Op) -> None:
-        batch = self.batches[op.micro_batch]
-        if op.item == "held":
-            self.hold(("hidden", -1, -1), self.storage(("held", -1, -1)), "activations")
-            self.drop(("held", -1, -1))
-        elif op.item == "teacher":
-            self.hold(("teacher", -1, -1), self.sizes.hidden_bytes(batch), "activations")
-        else:
-            self._embed(op)
-
-    def _recv(self, op: Op) -> None:
-        self._embed(op)
-
-    def _send(self, op: Op) -> None:
-        """It is held until the next but one goes (run/link.py)."""
-        self.hold(("sent", op.micro_batch % MOST_IN_FLIGHT, -1), self.storage(("hidden", -1, -1)), "activations")
-
-    def _agree(self, op: Op) -> None:
-        for place in range(MOST_IN_FLIGHT):
-            self.drop(("sent", place, -1))
-
-    def _write(self, op: Op) -> None:
-        """The hidden states go on as the cache holds them: new ones."""
-        self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
-
-    def _align(self, op: Op) -> None:
-        n_bytes = self.sizes.hidden_bytes(self.batches[op.micro_batch])
-        self.hold(("aligned", op.micro_batch, op.target), n_bytes, "activations")
-        self.drop(("teacher", -1, -1))
-
-    def _hold(self, op: Op) -> None:
-        self.hold(("held", -1, -1), self.storage(("hidden", -1, -1)), "activations")
-
-    def _average(self, op: Op) -> None:
-        """In place."""
-
-    def _forward(self, op: Op) -> None:
-        segment, batch = self.plan.scope(op), self.batches[op.micro_batch]
-        entering = self.storage(("hidden", -1, -1))
-        if op.target == segment.first and segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES):
-            self.hold(("target", -1, -1), entering, "saved inputs")
+    def _note_kept(self, op: Op) -> None:
         if op.keep is not Keep.NONE:
             self.kept[op.micro_batch, op.target] = op.keep
-        if op.keep is Keep.INPUT:
-            self.hold(("input", op.micro_batch, op.target), entering, "saved inputs")
-        if op.keep in (Keep.GRAPH, Keep.PAGES):
-            graph = self.sizes.graph(batch, op.target, segment)
-            self.hold(("graph", op.micro_batch, op.target), graph.rest, "activations")
-            if graph.holds_input:
-                self.hold(("graph input", op.micro_batch, op.target), entering, "activations")
-        self.hold(("hidden", -1, -1), self.sizes.hidden_bytes(batch), "activations")
+        elif op.effect.trains:
+            self.kept.pop((op.micro_batch, op.target))
 
-    def _loss(self, op: Op) -> None:
-        self.hold(("grad", -1, -1), self.sizes.hidden_bytes(self.batches[op.micro_batch]), "activations")
-        self.drop(("target", -1, -1))
-        if self.plan.is_last_run(op):
-            self.drop(("hidden", -1, -1))
-            self.drop(("teacher", -1, -1))
-        if self.plan.segments[op.target].has_head:
-            self.take_gradients(("aux", op.target))
+    def _keys(self, thing: Thing, op: Op) -> list[Key]:
+        """Of a thing as this op names it; of boundaries in flight the one that it sends, or all of them."""
+        if thing.per == "layer":
+            return [(thing.name, op.micro_batch, op.target)]
+        if thing.per == "group":
+            unit, target = self.plan.group_of(op)
+            return [(f"{thing.name} {unit}", -1, target)]
+        if thing.per == "boundary":  # it is held until the next but one goes (run/link.py)
+            places = range(MOST_IN_FLIGHT) if op.micro_batch < 0 else (op.micro_batch % MOST_IN_FLIGHT,)
+            return [(thing.name, place, -1) for place in places]
+        return [(thing.name, -1, -1)]
 
-    def _backward(self, op: Op) -> None:
-        self.kept.pop((op.micro_batch, op.target))
-        for name in ("input", "graph", "graph input", "aligned"):
-            self.drop((name, op.micro_batch, op.target))
-        for name in ("input", "pages"):
-            self.forget_below((name, op.micro_batch, op.target))
-        if op.target == self.plan.scope(op).reached[0]:
-            self.drop(("grad", -1, -1))
-        if op.adapters == "train":
-            self.take_gradients(("layer", op.target))
+    def _make(self, thing: Thing, op: Op) -> None:
+        (key,) = self._keys(thing, op)
+        if thing.name == "gradients" and op.effect.role == "compute":
+            if self.own_blocks and key not in self.held_by:  # else they lie in the group's steady bytes
+                self.hold(key, self.sizes.group_bytes(self.plan.group_of(op)), "gradients")
+        elif thing.name == "graph input" and not self._graph(op).holds_input:
+            return
+        elif thing.shares:
+            self.hold(key, self.storage((thing.shares, -1, -1)), thing.counts_as)
+        elif thing.takes:
+            self.hold(key, self.made[thing.takes](op), thing.counts_as)
 
-    def take_gradients(self, group: tuple[str, int]) -> None:
-        key = (f"gradients {group[0]}", -1, group[1])
-        if self.own_blocks and key not in self.held_by:
-            self.hold(key, self.sizes.group_bytes(group), "gradients")
+    def _graph(self, op: Op) -> GraphBytes:
+        return self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
 
-    def _step(self, op: Op) -> None:
-        key = (f"gradients {op.unit}", -1, op.target)
-        self.drop(key)
-        self.forget_below(key)
-
-    # movements -------------------------------------------------------------------------------------------------------
-
-    def _fetch(self, op: Op) -> None:
-        """The ring's buffers are counted as steady."""
-
-    def _spill(self, op: Op) -> None:
-        key = ("input", op.micro_batch, op.target)
-        self.send_down(key, op.tier, self.storage(key).n_bytes)
-        self.at_wait["input", "", op.micro_batch, op.target] = ("input",)
-
-    def _restore(self, op: Op) -> None:
-        n_bytes = self.sizes.hidden_bytes(self.batches[op.micro_batch])
-        self.hold(("input", op.micro_batch, op.target), n_bytes, "saved inputs")
-
-    def _evict(self, op: Op) -> None:
-        if op.item == "input":
-            self.drop(("input", op.micro_batch, op.target))
+    def _graph_bytes(self, op: Op) -> int:
+        """What a FORWARD's graph holds beside its input; what comes back from below is all of it."""
+        return self._page_bytes(op) if op.effect.role == "up" else self._graph(op).rest
 
     def _page_bytes(self, op: Op) -> int:
-        batch = self.batches[op.micro_batch]
-        graph = self.sizes.graph(batch, op.target, self.plan.scope(op))
-        return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
+        graph = self._graph(op)
+        return graph.rest + (self.sizes.hidden_bytes(self.batches[op.micro_batch]) if graph.holds_input else 0)
 
-    def _page_out(self, op: Op) -> None:
-        self.send_down(("pages", op.micro_batch, op.target), op.tier, self._page_bytes(op), MOST_PAGES)
-        self.at_wait["pages", "", op.micro_batch, op.target] = ("graph", "graph input")
-
-    def _page_in(self, op: Op) -> None:
-        self.hold(("graph", op.micro_batch, op.target), self._page_bytes(op), "activations")
-
-    def _store(self, op: Op) -> None:
-        name = f"{op.item} {op.unit}"
-        if op.item == "gradients":
-            self.send_down((name, -1, op.target), op.tier, self.sizes.group_bytes(op.group))
-        self.at_wait[op.item, op.unit, -1, op.target] = (name,)
-
-    def _load(self, op: Op) -> None:
-        n_bytes = self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
-        category = "optimizer" if op.item == "states" else "gradients"
-        self.hold((f"{op.item} {op.unit}", -1, op.target), n_bytes, category)
-
-    def _wait(self, op: Op) -> None:
-        for name in self.at_wait.pop((op.item, op.unit, op.micro_batch, op.target), ()):
-            self.drop((name, op.micro_batch, op.target))
+    def _begin_down(self, op: Op) -> None:
+        """A copy below appears at once; the one on the device goes at the WAIT."""
+        row = op.effect
+        item, place = (op.item, -1) if row.moves == "group" else (row.moves, op.micro_batch)
+        key = (f"{item} {op.unit}" if row.moves == "group" else item, place, op.target)
+        if row.moves == "input":
+            self.send_down(key, op.tier, self.storage(key).n_bytes)
+        elif row.moves == "pages":
+            self.send_down(key, op.tier, self._page_bytes(op), MOST_PAGES)
+        elif item == "gradients":  # states are below at rest, and counted there
+            self.send_down(key, op.tier, self.sizes.group_bytes(op.group))
+        names = tuple(f"{name} {op.unit}" if row.moves == "group" else name for name in row.until_wait)
+        self.at_wait[item, op.unit, place, op.target] = names

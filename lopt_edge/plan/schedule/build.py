@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lopt_edge.plan.schedule.ops import GroupName, Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 
 AVERAGED = "ema"  # the adapter set of a tail

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lopt_edge.plan.schedule.effects import ENTERS
-from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.plan.schedule.ops import Op, Plan
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Movements:
 def cut_before(plan: Plan, micro_batch: int) -> int:
     """The position where that micro-batch begins. Raises ValueError if the plan has none."""
     for position, op in enumerate(plan.ops):
-        if op.kind in ENTERS and op.item != "teacher" and op.micro_batch == micro_batch:
+        if op.effect.enters and op.micro_batch == micro_batch:
             return position
     raise ValueError(f"the plan has no micro-batch {micro_batch}")
 
@@ -36,14 +35,15 @@ def movements_before(plan: Plan, position: int) -> Movements:
     weights: dict[tuple[str, int], list[Op]] = {}
     gradients: dict[tuple[str, int], list[Op]] = {}
     for op in plan.ops[:position]:
-        if op.kind in (Kind.FETCH, Kind.WAIT, Kind.EVICT) and op.item == "":
-            if op.kind is Kind.FETCH:
+        row = op.effect
+        if row.role in ("up", "wait", "evict") and op.item == "" and row.moves in ("", "weights"):
+            if row.role == "up":
                 weights[op.group] = []
             weights[op.group].append(op)
-            if op.kind is Kind.EVICT:
+            if row.role == "evict":
                 del weights[op.group]
-        elif op.item == "gradients" and op.kind in (Kind.LOAD, Kind.STORE, Kind.WAIT):
-            if op.kind is Kind.STORE:
+        elif op.item == "gradients" and row.role in ("up", "down", "wait"):
+            if row.role == "down":
                 gradients[op.group] = []
             gradients.setdefault(op.group, []).append(op)
     return Movements(

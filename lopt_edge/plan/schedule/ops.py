@@ -5,36 +5,16 @@ number of micro-batches, buffers for streamed layers, tokens of a loss' tile, th
 then one op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods
 and passes do) or runs (run/step/executor.py does).
 
-    EMBED mb=0                    hidden states from token ids
-    FORWARD 3 mb=0 keep=input     run layer 3; keep nothing | its input | its autograd graph | its graph, movable
-    LOSS 0 mb=0                   the loss of segment 0: its gradient with respect to the segment's output
-    BACKWARD 3 mb=0               gradient through layer 3 (from its graph, or recomputed from its saved input)
-    STEP layer 3                  clip and update one parameter group (a layer's adapters, or a segment's aux head)
-    READ boundary 4 mb=0          hidden states from the cache, as they enter layer 4: instead of EMBED and layers 0 - 3
-    READ teacher 0 mb=0           a teacher's last hidden states, from their cache
-    ALIGN 2 mb=0                  layer 2's output is drawn to the teacher's: a gradient that waits for BACKWARD 2
-    WRITE boundary 4 mb=0         the hidden states that enter layer 4 go to the cache (and go on as it holds them)
-    HOLD 4 mb=0 pass=1            the hidden states that enter layer 4 are held for the next pass ...
-    READ held 4 mb=0 pass=2       ... which begins with them: instead of EMBED and layers 0 - 3
-    AVERAGE layer 7               the average of a layer's adapters takes in their values of after the step
-    RECV 4 mb=0                   hidden states from the process before, as they enter layer 4: instead of EMBED
-    SEND 4 mb=0                   the hidden states that enter layer 4 go to the process after this one
-    AGREE                         whether all processes of a pipeline found finite numbers: only then come STEPs
+    EMBED mb=0
+    FORWARD 3 mb=0 keep=input
+    READ boundary 4 mb=0
+    STEP layer 3
+    STORE states layer 3 to=disk
+    WAIT states layer 3
 
-`pass` tells the windows of a micro-batch apart (it is the segment whose loss is taken), `adapters=ema` layers that run
-with averaged adapters: `FORWARD 7 mb=0 keep=input pass=1 adapters=ema`.
-
-Movements between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run:
-
-    FETCH layer 3                 its weights come into a buffer of the device ...      WAIT layer 3
-    EVICT layer 3                 ... and that buffer is free again
-    SPILL 3 mb=0 to=disk          layer 3's saved input goes down ...                   WAIT input 3 mb=0
-    RESTORE 3 mb=0                ... and comes back                                    WAIT input 3 mb=0
-    EVICT input 3 mb=0            its device copy goes, the one below stays
-    PAGE_OUT 3 mb=0 to=disk       the tensors that autograd saved in layer 3 go down    WAIT pages 3 mb=0
-    PAGE_IN 3 mb=0                ... and come back                                     WAIT pages 3 mb=0
-    LOAD states layer 3           a group's optimizer states (or gradients) come up     WAIT states layer 3
-    STORE states layer 3 to=disk  ... and go down                                       WAIT states layer 3
+What each op does is a row of effects.py. `pass` tells the windows of a micro-batch apart (it is the segment whose loss is
+taken), `adapters=ema` layers that run with averaged adapters: `FORWARD 7 mb=0 keep=input pass=1 adapters=ema`. Movements
+between tiers begin with one op and end with the WAIT that names the same thing; between the two other ops run.
 """
 
 from __future__ import annotations
@@ -46,36 +26,14 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from lopt_edge.plan.schedule.effects import ITEMS, Effect, Kind, effect_of
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES
 from lopt_edge.plan.schedule.segments import LOSSES, MOST_LAYERS, Segment, parse_runs, runs_text
 
-
-class Kind(StrEnum):
-    EMBED = "EMBED"
-    FORWARD = "FORWARD"
-    LOSS = "LOSS"
-    BACKWARD = "BACKWARD"
-    STEP = "STEP"
-    READ = "READ"
-    WRITE = "WRITE"
-    ALIGN = "ALIGN"
-    HOLD = "HOLD"
-    AVERAGE = "AVERAGE"
-    RECV = "RECV"
-    SEND = "SEND"
-    AGREE = "AGREE"
-    FETCH = "FETCH"
-    WAIT = "WAIT"
-    EVICT = "EVICT"
-    SPILL = "SPILL"
-    RESTORE = "RESTORE"
-    PAGE_OUT = "PAGE_OUT"
-    PAGE_IN = "PAGE_IN"
-    LOAD = "LOAD"
-    STORE = "STORE"
-
-
 MOST_IN_FLIGHT = 2  # boundaries that a process has sent and the next one has not taken
+
+
+GroupName = tuple[str, int]  # (unit, target)
 
 
 class Keep(StrEnum):
@@ -121,6 +79,11 @@ class Op:
     def group(self) -> tuple[str, int]:
         """The parameter group of STEP, LOAD and STORE."""
         return self.unit, self.target
+
+    @property
+    def effect(self) -> Effect:
+        """Its row of the table."""
+        return effect_of(self.kind, self.item)
 
 
 @dataclass(frozen=True)
@@ -182,9 +145,42 @@ class Plan:
         """The segment whose loss this op on a layer serves."""
         return self.segments[op.pass_index] if self.overlaps else self.segment_of(op.target)
 
+    # what the rows of effects.py ask of an op (`Thing.when`)
+
     def is_last_run(self, op: Op) -> bool:
         """Whether nothing runs forward from the hidden states after this LOSS."""
         return self.overlaps or op.target == self.own_segments[-1].index
+
+    def trains(self, op: Op) -> bool:
+        """Whether an op adds to the gradients of a group: a BACKWARD with the adapters that train, a LOSS with a head."""
+        if op.effect.trains == "aux":
+            return self.segments[op.target].has_head
+        return op.effect.trains == "layer" and op.adapters == "train"
+
+    def group_of(self, op: Op) -> GroupName:
+        """The parameter group whose gradients an op adds to, or that it updates or moves."""
+        return (op.effect.trains, op.target) if op.effect.trains else op.group
+
+    def keeps_input(self, op: Op) -> bool:
+        """Whether a FORWARD leaves its input for the backward."""
+        return op.keep is Keep.INPUT
+
+    def keeps_graph(self, op: Op) -> bool:
+        """Whether a FORWARD leaves its autograd graph."""
+        return op.keep in (Keep.GRAPH, Keep.PAGES)
+
+    def keeps_pages(self, op: Op) -> bool:
+        """Whether a FORWARD leaves a graph whose tensors can move."""
+        return op.keep is Keep.PAGES
+
+    def holds_target(self, op: Op) -> bool:
+        """Whether a FORWARD's input is held for the local loss that reconstructs it, and nothing else holds it."""
+        segment = self.scope(op)
+        return op.target == segment.first and segment.has_head and self.keeps_graph(op)
+
+    def ends_gradient(self, op: Op) -> bool:
+        """Whether the gradient of the hidden states goes no further than this BACKWARD."""
+        return op.target == self.scope(op).reached[0]
 
     @cached_property
     def _last_pass(self) -> dict[int, int]:
@@ -231,9 +227,9 @@ _SEGMENT = re.compile(
 )
 _UNIT = re.compile(r"unit ([\w. -]+?) ([\w-]+)")
 _OP = re.compile(
-    r"(EMBED|FORWARD|LOSS|BACKWARD|STEP|READ|WRITE|ALIGN|HOLD|AVERAGE|RECV|SEND|AGREE|FETCH|WAIT|EVICT|SPILL|RESTORE|"
-    r"PAGE_OUT|PAGE_IN|LOAD|STORE)"
-    r"(?: (input|pages|states|gradients|boundary|teacher|held))?(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
+    rf"({'|'.join(kind.value for kind in Kind)})"
+    rf"(?: ({'|'.join(ITEMS)}))?"
+    r"(?: (layer|aux))?(?: (\d{1,6}))?(?: mb=(\d{1,6}))?"
     r"(?: keep=(none|input|graph|pages))?(?: to=(device|host|disk))?(?: pass=(\d{1,3}))?(?: adapters=(\w+))?"
 )
 
@@ -299,6 +295,3 @@ def _parsed_op(match: re.Match[str]) -> Op:
         pass_index=int(match[8]) if match[8] else 0,
         adapters=match[9] or "train",
     )
-
-
-GroupName = tuple[str, int]

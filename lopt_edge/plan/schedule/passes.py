@@ -14,9 +14,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from lopt_edge.plan.schedule.build import groups_of
-from lopt_edge.plan.schedule.effects import COMPUTE, LAYER_COMPUTE
+from lopt_edge.plan.schedule.effects import COMPUTE, RUNS_LAYER, Kind
 from lopt_edge.plan.schedule.knobs import Knobs, placement_of
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 
 
 def arrange(plan: Plan, knobs: Knobs) -> Plan:
@@ -157,11 +157,7 @@ def place_steps(plan: Plan, knobs: Knobs) -> Plan:
 
 def _group_of(plan: Plan, op: Op) -> tuple[str, int] | None:
     """The parameter group whose gradients this op makes."""
-    if op.kind is Kind.BACKWARD:
-        return ("layer", op.target) if op.adapters == "train" else None
-    if op.kind is Kind.LOSS and plan.segments[op.target].has_head:
-        return "aux", op.target
-    return None
+    return plan.group_of(op) if op.effect.trains and plan.trains(op) else None
 
 
 def move_gradients(plan: Plan, knobs: Knobs) -> Plan:
@@ -213,7 +209,7 @@ def stream_weights(plan: Plan, knobs: Knobs) -> Plan:
     plan = replace(plan, placement=placement_of(knobs), ring=knobs.ring)
     uses: list[tuple[int, int, int]] = []  # (layer, first position, last position)
     for position, op in enumerate(plan.ops):
-        if op.kind not in LAYER_COMPUTE or knobs.weights[op.target] == "resident":
+        if op.kind not in RUNS_LAYER or knobs.weights[op.target] == "resident":
             continue
         if uses and uses[-1][0] == op.target:
             uses[-1] = (op.target, uses[-1][1], position)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
-from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 
 

@@ -19,11 +19,12 @@ It replays the list with small states instead of tensors; it knows no bytes. Mov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lopt_edge.plan.schedule.build import groups_of
-from lopt_edge.plan.schedule.effects import COMPUTE
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import EFFECTS, Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.plan.schedule.validate_moves import Moves
 
@@ -71,18 +72,11 @@ class _Replay:
 def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     """Return the plan, or raise PlanError. `clip_scope`: global | segment | none, what a clip norm covers."""
     replay = _Replay(plan, clip_scope, Moves(plan))
-    checks = {
-        Kind.EMBED: _enter, Kind.FORWARD: _forward, Kind.LOSS: _loss, Kind.BACKWARD: _backward, Kind.STEP: _step,
-        Kind.READ: _read, Kind.WRITE: _write, Kind.ALIGN: _align, Kind.HOLD: _hold, Kind.RECV: _enter, Kind.SEND: _send,
-        Kind.AGREE: _agree,
-    }  # fmt: skip
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
         problem = replay.moves.problem_before(op)
-        if not problem and op.kind in COMPUTE:
-            problem = checks[op.kind](replay, op) or replay.moves.note_compute(op)
-        elif not problem and op.kind is Kind.AVERAGE:
-            problem = _average(replay, op)
+        if not problem and op.effect.role in ("compute", "beside"):
+            problem = _check(replay, op) or replay.moves.note_compute(op)
         if problem:
             raise PlanError(f"rule {problem}\n{plan.around(position)}")
     if replay.saved:
@@ -100,6 +94,13 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     if left := replay.moves.left():
         raise PlanError(f"rule (6): {left}")
     return plan
+
+
+def _check(replay: _Replay, op: Op) -> str:
+    """The check that the op's row names; an item that the op's kind does not know has no row."""
+    if (op.kind, op.item) not in EFFECTS:
+        return f"(2): {op.text()} belongs to no micro-batch under way"
+    return _RULES[op.effect.rule](replay, op) if op.effect.rule else ""
 
 
 def _check_cover(plan: Plan) -> None:
@@ -200,24 +201,22 @@ def _agree(replay: _Replay, op: Op) -> str:
     return ""
 
 
-def _read(replay: _Replay, op: Op) -> str:
-    if op.item == "boundary":
-        return _enter(replay, op)
-    if op.item == "held":
-        if replay.held != (op.micro_batch, op.target):
-            return f"(2): nothing was held before layer {op.target}"
-        replay.held = None
-        return _enter(replay, op)
-    if op.item != "teacher" or (op.micro_batch, op.pass_index) not in replay.entered:
+def _take_held(replay: _Replay, op: Op) -> str:
+    if replay.held != (op.micro_batch, op.target):
+        return f"(2): nothing was held before layer {op.target}"
+    replay.held = None
+    return _enter(replay, op)
+
+
+def _teacher(replay: _Replay, op: Op) -> str:
+    if (op.micro_batch, op.pass_index) not in replay.entered:
         return f"(2): {op.text()} belongs to no micro-batch under way"
     replay.teacher = True
     return ""
 
 
-def _write(replay: _Replay, op: Op) -> str:
-    if op.item != "boundary" or replay.next_layer(op) != op.target:
-        return f"(2): layer {op.target} is not the next one"
-    return ""
+def _next_layer(replay: _Replay, op: Op) -> str:
+    return "" if replay.next_layer(op) == op.target else f"(2): layer {op.target} is not the next one"
 
 
 def _align(replay: _Replay, op: Op) -> str:
@@ -341,3 +340,10 @@ def _step(replay: _Replay, op: Op) -> str:
                 return f"(7): the gradients of segment {segment.index} are not complete"
     replay.stepped.add(op.group)
     return ""
+
+
+_RULES: dict[str, Callable[[_Replay, Op], str]] = {
+    "enter": _enter, "forward": _forward, "loss": _loss, "backward": _backward, "step": _step, "take held": _take_held,
+    "teacher": _teacher, "next layer": _next_layer, "align": _align, "hold": _hold, "average": _average, "send": _send,
+    "agree": _agree,
+}  # fmt: skip

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lopt_edge.plan.schedule.effects import _ITEMS, _NEEDS_TIER
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import GROUP_ITEMS, Kind
+from lopt_edge.plan.schedule.ops import Op, Plan
 
+FOLLOWED = ("input", "pages")  # what a layer leaves and movements carry, by (micro-batch, layer)
 State = Literal["here", "below", "up", "down", "both"]
 Thing = tuple[str, int, int]  # (item, micro-batch, target); for states and gradients the item names the unit too
-
-
-def _trains(op: Op) -> bool:
-    return op.kind is Kind.BACKWARD and op.adapters == "train"
 
 
 class Moves:
@@ -33,26 +30,26 @@ class Moves:
         return self.at.get((item, micro_batch, target)) in ("here", "both")
 
     def problem_before(self, op: Op) -> str:
-        if op.kind in _NEEDS_TIER and op.tier not in ("host", "disk"):
+        """The rule that an op breaks where things are now, with its number; empty if it breaks none."""
+        row = op.effect
+        if row.role == "down" and op.tier not in ("host", "disk"):
             return f"(6): {op.text()} does not say where to"
-        if (op.kind in (Kind.LOAD, Kind.STORE)) != (op.item in ("states", "gradients")) and op.kind is not Kind.WAIT:
+        if (row.moves == "group") != (op.item in GROUP_ITEMS) and row.role != "wait":
             return f"(6): {op.text()} does not say what moves"
-        if op.kind is Kind.FETCH and op.unit != "layer":
+        if row.role == "up" and row.moves == "weights" and op.unit != "layer":
             return f"(1): {op.text()} names no layer"
-        if op.kind in (Kind.EMBED, Kind.FORWARD, Kind.BACKWARD, Kind.LOSS):
-            return self._unplaced(op) or self._needs(op)
-        if op.kind is Kind.STEP:
-            return self._step_needs(op)
-        if op.kind in (Kind.READ, Kind.WRITE, Kind.ALIGN, Kind.HOLD, Kind.AVERAGE, Kind.RECV, Kind.SEND, Kind.AGREE):
-            return ""
-        if op.kind in (Kind.FETCH, Kind.EVICT) and not op.item:
+        if row.role in ("compute", "beside"):
+            return (
+                (self._step_needs(op) if row.uses == "group" else self._unplaced(op) or self._needs(op)) if row.uses else ""
+            )
+        if row.moves == "weights" and not op.item:
             return self._weights(op)
         return self._move(op)
 
     def _unplaced(self, op: Op) -> str:
-        reads_out = op.kind is Kind.LOSS and 0 <= op.target < len(self.plan.segments)
-        reads_out = reads_out and self.plan.segments[op.target].reads_out
-        unit = {Kind.EMBED: "embed", Kind.LOSS: "head" if reads_out else ""}.get(op.kind, f"layer {op.target}")
+        uses, n_segments = op.effect.uses, len(self.plan.segments)
+        reads_out = 0 <= op.target < n_segments and self.plan.segments[op.target].reads_out
+        unit = f"layer {op.target}" if uses == "layer" else "" if uses == "head" and not reads_out else uses
         if unit and unit not in self.placement:
             return f"(1): unit {unit!r} is read but has no placement"
         for layer in self.plan.reads(op.target) if unit.startswith("layer") else ():
@@ -62,12 +59,11 @@ class Moves:
         return ""
 
     def _needs(self, op: Op) -> str:
-        group = "layer" if _trains(op) else "aux" if op.kind is Kind.LOSS else ""
+        row = op.effect
+        group = row.trains if row.trains == "aux" or (row.trains and self.plan.trains(op)) else ""
         if group and self.at.get((f"gradients {group}", -1, op.target), "here") != "here":
             return f"(7): the gradients of {group} {op.target} so far are not on the device"
-        if op.kind is not Kind.BACKWARD:
-            return ""
-        for item in ("input", "pages"):
+        for item in (thing.name for thing in row.frees if thing.name in FOLLOWED):
             state = self.at.get((item, op.micro_batch, op.target))
             if state not in (None, "here", "both"):
                 return f"(2): the saved {item} of layer {op.target} is not on the device"
@@ -81,23 +77,28 @@ class Moves:
         return ""
 
     def note_compute(self, op: Op) -> str:
-        thing = ("pages" if op.keep is Keep.PAGES else "input", op.micro_batch, op.target)
-        if op.kind is Kind.FORWARD and op.keep in (Keep.INPUT, Keep.PAGES):
-            self.at[thing] = "here"
-        elif op.kind is Kind.BACKWARD:
-            for item in ("input", "pages"):
-                self.at.pop((item, op.micro_batch, op.target), None)
-        elif op.kind is Kind.STEP:
-            self.at.pop((f"gradients {op.unit}", -1, op.target), None)
-        if _trains(op) or (op.kind is Kind.LOSS and self.plan.segments[op.target].has_head):
-            self.at[f"gradients {'layer' if op.kind is Kind.BACKWARD else 'aux'}", -1, op.target] = "here"
+        """What of the things that can move an op makes and frees, as its row says."""
+        row = op.effect
+        for thing in row.frees:
+            if thing.name in FOLLOWED:
+                self.at.pop((thing.name, op.micro_batch, op.target), None)
+            elif thing.per == "group":
+                self.at.pop((f"{thing.name} {op.unit}", -1, op.target), None)
+        for thing in row.makes:
+            if thing.when and not getattr(self.plan, thing.when)(op):
+                continue
+            if thing.name in FOLLOWED:
+                self.at[thing.name, op.micro_batch, op.target] = "here"
+            elif thing.per == "group":
+                unit, target = self.plan.group_of(op)
+                self.at[f"{thing.name} {unit}", -1, target] = "here"
         return ""
 
     def _weights(self, op: Op) -> str:
         thing, unit = ("layer", -1, op.target), f"layer {op.target}"
         if self.placement.get(unit, "resident") == "resident":
             return f"(1): {unit} is not streamed"
-        if op.kind is Kind.EVICT:
+        if op.effect.role == "evict":
             return "" if self.at.pop(thing, None) == "here" else f"(6): {unit} is not there to be evicted"
         if thing in self.at:
             return f"(6): {unit} is there already"
@@ -106,22 +107,23 @@ class Moves:
         return "" if taken <= self.plan.ring else f"(1): {taken} streamed layers at once, the ring has {self.plan.ring}"
 
     def _move(self, op: Op) -> str:
-        item = _ITEMS.get(op.kind, op.item)
-        key = f"{item} {op.unit}" if item in ("states", "gradients") else item or "layer"
+        row = op.effect
+        item = row.moves if row.moves in FOLLOWED else op.item
+        key = f"{item} {op.unit}" if item in GROUP_ITEMS else item or "layer"
         thing: Thing = (key, op.micro_batch, op.target)
         default: State | None = "below" if item == "states" and op.group in self.below_at_rest else None
         state = self.at.get(thing, default)
         name = op.text()
-        if op.kind is Kind.WAIT:
+        if row.role == "wait":
             arrived: dict[State | None, State] = {"up": "here" if item != "input" else "both", "down": "below"}
             if state not in arrived:
                 return f"(6): {name} waits for nothing"
             self.at[thing] = arrived[state]
-        elif op.kind is Kind.EVICT:
+        elif row.role == "evict":
             if state != "both":
                 return f"(6): {name} has no copy below"
             self.at[thing] = "below"
-        elif op.kind in (Kind.RESTORE, Kind.PAGE_IN, Kind.LOAD):
+        elif row.role == "up":
             if state != "below":
                 return f"(6): {name} finds nothing below"
             self.at[thing] = "up"

@@ -21,8 +21,9 @@ from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.plan.schedule.ops import Kind, Plan
+from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
 from lopt_edge.plan.schedule.validate import validate

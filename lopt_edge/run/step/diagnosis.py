@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import NotFinite, RunError
-from lopt_edge.plan.schedule.ops import Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 
@@ -55,21 +56,24 @@ def first_not_finite(
 
 
 def _left_by(executor: Executor, op: Op) -> list[Tensor | None]:
-    state = executor.state
-    if state is None:
+    """The tensors of what the op's row says that it makes, those of them that hold numbers of this step."""
+    state, plan = executor.state, executor.state and executor.state.plan
+    if state is None or plan is None:
         return []
-    if op.kind in (Kind.EMBED, Kind.FORWARD, Kind.WRITE):
-        return [state.hidden_BTD]
-    if op.kind is Kind.READ:
-        return [state.teacher_BTD if op.item == "teacher" else state.hidden_BTD]
-    if op.kind is Kind.ALIGN:
-        return [state.aligned.get((op.micro_batch, op.target))]
-    if op.kind is Kind.LOSS:
-        return [state.grad_BTD]
-    if op.kind is Kind.BACKWARD:
-        gradient = executor.optimizer.groups["layer", op.target].gradient
-        return [state.grad_BTD, None if gradient is None else gradient.tensor]
-    return []
+    found: list[Tensor | None] = []
+    for thing in op.effect.makes:
+        if thing.name == "aligned":
+            found.append(state.aligned.get((op.micro_batch, op.target)))
+        elif thing.name == "gradients" and op.effect.trains == "layer":
+            found.append(_gradient(executor, ("layer", op.target)))
+        elif thing.per == "step":  # what of the step is a tensor has the thing's name there
+            found.append(getattr(state, f"{thing.name}_BTD", None))
+    return found
+
+
+def _gradient(executor: Executor, group: tuple[str, int]) -> Tensor | None:
+    gradient = executor.optimizer.groups[group].gradient
+    return None if gradient is None else gradient.tensor
 
 
 def _finite(tensor: Tensor | None) -> bool:

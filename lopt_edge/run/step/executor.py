@@ -28,8 +28,8 @@ from torch import Tensor
 from lopt_edge.errors import NotFinite, PeerLost
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
-from lopt_edge.plan.schedule.effects import ENTERS
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Frame, Model
@@ -200,7 +200,7 @@ class Executor:
             if start is not None:
                 self._go_on(state, start, movements_before(plan, first))
             for position, op in enumerate(plan.ops[first:], start=first):
-                if op.kind in ENTERS and op.item != "teacher" and between is not None and position > first:
+                if op.effect.enters and between is not None and position > first:
                     self._pause(state, op, between)
                 clock.micro_batch = op.micro_batch
                 try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from lopt_edge.plan.schedule.ops import Kind, Op
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.tiers.graphs import LayerGraph

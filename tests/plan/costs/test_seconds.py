@@ -14,8 +14,8 @@ from lopt_edge.plan.costs.seconds import FEW_ROWS, Costs, StepSeconds, step_seco
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES
-from lopt_edge.plan.schedule.ops import Kind
 from lopt_edge.plan.search.workload import Workload
 from tests.plan.plans import Case, cases, make_course, make_knobs
 from tests.plan.workloads import make_facts, make_workload

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopt_edge.plan.schedule.cuts import cut_before, movements_before
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.plan.schedule.ops import Kind, Plan
+from lopt_edge.plan.schedule.ops import Plan
 from tests.plan.workloads import make_workload
 
 PLACES = st.sampled_from(["resident", "disk"])

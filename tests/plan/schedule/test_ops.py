@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan, PlanTextError, parse_plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan, PlanTextError, parse_plan
 from lopt_edge.plan.schedule.segments import LOSSES, MOST_LAYERS, Segment
 from tests.plan.plans import make_segments
 

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 
-from lopt_edge.plan.schedule.effects import COMPUTE
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan, parse_plan
+from lopt_edge.plan.schedule.effects import COMPUTE, Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan, parse_plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.validate import validate
 from tests.plan.plans import Case, cases, make_knobs

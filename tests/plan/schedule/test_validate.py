@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op, Plan
+from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.plan.schedule.validate import PlanError, validate
 from tests.plan.plans import Case, cases, make_knobs, make_segments

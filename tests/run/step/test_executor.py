@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lopt_edge.errors import RunError
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.plan.schedule.ops import Keep, Kind, Op
+from lopt_edge.plan.schedule.ops import Keep, Op
 from tests.laws.bench import Bench, make_bench, random_batch
 
 BATCH = random_batch((9, 6))
