@@ -68,10 +68,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """(step, micro-batch): SIGTERM to this process while that micro-batch of that step runs, once."""
     from lopt_edge.plan.schedule.effects import Kind
-    from lopt_edge.training.session import session
+    from lopt_edge.training.session import loaded
 
     left: list[tuple[int, int]] = []
-    build = session.build_executor
+    build = loaded.build_executor
 
     def build_with_stop(*arguments: Any, **options: Any) -> Any:
         executor, shape = build(*arguments, **options)
@@ -86,5 +86,5 @@ def stop_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         executor.methods = {**executor.methods, Kind.EMBED: call}
         return executor, shape
 
-    monkeypatch.setattr(session, "build_executor", build_with_stop)
+    monkeypatch.setattr(loaded, "build_executor", build_with_stop)
     return lambda step, micro_batch: left.append((step, micro_batch))

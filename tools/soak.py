@@ -38,7 +38,7 @@ from chaos import ALONE, N_ROWS, SETTINGS
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.doctor.check_machine import cpu_device
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 
 EVERY = 50  # steps of a sample
 WARM_UP_SHARE, PART = 0.01, 0.1  # of the samples: left out, and compared

@@ -251,9 +251,8 @@ def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> 
         made = state.grad_BTD if op.kind in (Kind.LOSS, Kind.BACKWARD) else state.hidden_BTD
         trace.result[text] = -1 if made is None else log.number(made)
 
-    executor.observe = observe
     constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
-    with log:
+    with log, executor.observed(observe):
         log.watch([*constants, *head.parameters(), *(p.grad for p in head.parameters())])
         executor.run(plan, [batch], step=1, learning_rates={})
     return trace

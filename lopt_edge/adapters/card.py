@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.run.model.replaced import REPLACED_NAME
-from lopt_edge.training.output_folder import METRICS_NAME, RUN_NAME
 
 
-def model_card(run: Mapping[str, Any]) -> str:
-    """README.md of the output folder: what the adapter is, how it was made, how to load it."""
+def model_card(run: Mapping[str, Any], *, run_file: str, log_file: str) -> str:
+    """README.md of the output folder: what the adapter is, how it was made, how to load it.
+
+    `run` are the facts of `run_file`; the loss of each step is in `log_file`.
+    """
     config, before, after = run["config"], run["evaluation"]["before"], run["evaluation"]["after"]
     rows = [f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after if name in before]
     table = "\n".join(["| held-out | before | after |", "|---|---|---|", *rows]) if rows else "No held-out data was given."
@@ -32,7 +34,7 @@ Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]
 {table}
 
 {_loading(run)}
-The full settings, the plan and the measurements are in `{RUN_NAME}`, the loss of each step in `{METRICS_NAME}`.
+The full settings, the plan and the measurements are in `{run_file}`, the loss of each step in `{log_file}`.
 """
 
 

@@ -1,6 +1,6 @@
 """Progress on a terminal: one line a step, with losses, speed and memory; notes and warnings above it.
 
-The rule: whatever is shown here is in the logs, too. It prints; what a run reports is training/progress.py's.
+The rule: whatever is shown here is in the logs, too. It prints; what a run reports is training/session/progress.py's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 
 
 class TerminalProgress(Progress):

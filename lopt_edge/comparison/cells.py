@@ -26,12 +26,11 @@ from typing import IO, Any
 import yaml
 
 from lopt_edge.comparison.variants import Variant
-from lopt_edge.config.load import load_config
+from lopt_edge.config.load import load_config, with_absolute_paths
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted, RunError
+from lopt_edge.training.checkpoint.output_folder import RUN_NAME, SETTINGS_NAME
 
-RUN_NAME, SETTINGS_NAME = "run.json", "config.yaml"  # as in adapters/save.py, which loads torch
-PATHS = ("model", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir")
 PAUSE_SECONDS = 0.05
 LONGEST_REASON = 300
 ATTEMPT = "lopt-edge compare: runs at once: "  # before each attempt in the log
@@ -116,11 +115,7 @@ class Cell:
 
 def comparable(config: Config) -> dict[str, Any]:
     """Settings that decide what a run is; paths that are there are absolute."""
-    found = config.model_dump(mode="json")
-    for name in PATHS:
-        value = found.get(name)
-        if isinstance(value, str) and (path := Path(value).expanduser()).exists():
-            found[name] = str(path.resolve())
+    found = with_absolute_paths(config.model_dump(mode="json"))
     chosen = ("boundary", "boundary_layers") if config.boundary is not None else ()  # what auto found is in its place
     return {key: value for key, value in found.items() if key not in ("output", "resume", "memory_report", *chosen)}
 

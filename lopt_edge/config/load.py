@@ -128,12 +128,19 @@ PATHS = (
 )
 
 
+def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with every path that is there made absolute; a boundary cache may be still to come."""
+    found = dict(values)
+    for name in PATHS:
+        value = found.get(name)
+        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
+            found[name] = str(path.resolve())
+    return found
+
+
 def settings_text(config: Config) -> str:
     """The settings as given, for `lopt-edge resume`: local paths made absolute."""
     given = config.model_dump(mode="json", exclude_unset=True)
-    for name in PATHS:
-        value = given.get(name)
-        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
-            given[name] = str(path.resolve())
+    given = with_absolute_paths(given)
     given.pop("resume", None)
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

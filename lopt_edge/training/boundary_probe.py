@@ -25,9 +25,9 @@ from typing import Any
 
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import DoesNotFit, InputError, Interrupted, RunError
-from lopt_edge.training.output_folder import METRICS_NAME, RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
 from lopt_edge.training.prepare.read import read_inputs
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 from lopt_edge.units import format_bytes
 
 LEAST_STEPS, MOST_STEPS, STEPS_SHARE = 8, 50, 10  # of a candidate; one part in so many of the run's steps

@@ -14,10 +14,10 @@ from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.versions import versions
-from lopt_edge.training.output_folder import RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.session.replacement import replacement
-from lopt_edge.training.session.session import Session
+from lopt_edge.training.session.session import Finished
 
 
 @dataclass(frozen=True)
@@ -36,40 +36,41 @@ class RunResult:
     n_processes: int = 1  # the peaks are their sums
 
 
-def report(session: Session) -> RunResult:
+def report(finished: Finished) -> RunResult:
     """Write the files of a session that came to its end."""
-    state, device = session.state, session.inputs.device
+    state, inputs = finished.state, finished.inputs
+    device, output = inputs.device, Path(inputs.config.output)
     peak_rss = max(state.peak_rss_bytes, peak_rss_bytes())
     peak_device = peak_rss if device.type == "cpu" else max(state.peak_device_bytes, peak_device_bytes(device))
     result = RunResult(
-        output=session.output,
-        steps=session.n_steps,
+        output=output,
+        steps=inputs.n_steps,
         final_loss=float("nan") if state.final_loss is None else state.final_loss,
         evaluation={"before": state.before, "after": state.after or state.before},
         samples=state.samples,
         peak_rss_bytes=peak_rss,
         peak_device_bytes=peak_device,
-        seconds={name: round(value, 3) for name, value in session.clock.seconds.items()},
-        replacement=replacement(state, session.inputs.course.replaced),
-        n_processes=session.config.pipeline,
+        seconds={name: round(value, 3) for name, value in finished.seconds.items()},
+        replacement=replacement(state, inputs.course.replaced),
+        n_processes=inputs.config.pipeline,
     )
-    session.first_steps.write(session.output, session.inputs.run_plan)
-    run = _run_facts(session, result)
-    write_text(session.output / "README.md", model_card(run))
-    remove_features(session.output)
-    write_json(session.output / RUN_NAME, run)  # the last file: a folder with it is a finished run's
+    finished.first_steps.write(output, inputs.run_plan)
+    run = _run_facts(finished, result)
+    write_text(output / "README.md", model_card(run, run_file=RUN_NAME, log_file=METRICS_NAME))
+    remove_features(output)
+    write_json(output / RUN_NAME, run)  # the last file: a folder with it is a finished run's
     return result
 
 
-def _run_facts(session: Session, result: RunResult) -> dict[str, Any]:
-    inputs, state = session.inputs, session.state
+def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
+    inputs, state = finished.inputs, finished.state
     plans = [inputs.plan(len(inputs.workload.batches), kind) for kind in inputs.course.kinds]
     return {
         "base": inputs.source.name,
         "revision": inputs.source.commit,
-        "quantised_folder": str(session.folder),
-        "quantised_cache_bytes": session.cache_bytes,  # 0: the model was in 4 bits already
-        "config": session.config.model_dump(mode="json"),
+        "quantised_folder": str(finished.folder),
+        "quantised_cache_bytes": finished.cache_bytes,  # 0: the model was in 4 bits already
+        "config": inputs.config.model_dump(mode="json"),
         "model": asdict(inputs.source.facts),
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,
@@ -80,14 +81,14 @@ def _run_facts(session: Session, result: RunResult) -> dict[str, Any]:
         "device": str(inputs.device),
         "compute_dtype": str(inputs.dtype).removeprefix("torch."),
         "reasons": list(inputs.reasons),
-        "totals": {"steps": session.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
+        "totals": {"steps": inputs.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
                    "skipped_steps": state.skipped},
         "evaluation": result.evaluation,
         **({"replacement": result.replacement} if result.replacement else {}),
-        "predicted": session.predicted,
+        "predicted": finished.predicted,
         "best_eval_loss": state.best["eval_loss"] if state.best else None,
         "samples": result.samples,
         "peaks": {"peak_device_bytes": result.peak_device_bytes, "peak_rss_bytes": result.peak_rss_bytes,
-                  **{f"peak_{tier}_bytes": n_bytes for tier, n_bytes in asdict(session.peaks_below).items()}},
+                  **{f"peak_{tier}_bytes": n_bytes for tier, n_bytes in asdict(finished.peaks_below).items()}},
         "seconds": result.seconds,
     }  # fmt: skip

@@ -29,17 +29,18 @@ from lopt_edge.system.lock import output_lock
 from lopt_edge.system.signals import Interrupts
 from lopt_edge.training.boundary_probe import Probe, as_json, choose_boundary
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, clean, latest, names, set_aside
+from lopt_edge.training.checkpoint.output_folder import BOUNDARY_NAME, EVENTS_NAME, SETTINGS_NAME, check_output
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.finish import RunResult, report
-from lopt_edge.training.output_folder import BOUNDARY_NAME, EVENTS_NAME, SETTINGS_NAME, check_output
 from lopt_edge.training.pipeline.worker import is_follower
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
-from lopt_edge.training.progress import Progress
 from lopt_edge.training.recovery import MOST_PLANS, smaller_plan
-from lopt_edge.training.session.session import Session, Surroundings
+from lopt_edge.training.session.loaded import RunContext
+from lopt_edge.training.session.progress import Progress
+from lopt_edge.training.session.session import Session
 
 
 def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
@@ -78,7 +79,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
         if start is not None:
             clock.go_on_from(start.state.seconds)
         with _events(output, resumed=start is not None) as events, _advice_when_stopped(output):
-            return _sessions(inputs, start, Surroundings(progress, clock, interrupts, events))
+            return _sessions(inputs, start, RunContext(progress, clock, interrupts, events))
 
 
 def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -> tuple[Config, list[Probe]]:
@@ -166,11 +167,11 @@ class _Failed:
     loss_scale: float | None = None  # of the next session, where gradients overflowed
 
 
-def _sessions(inputs: Inputs, start: Start | None, around: Surroundings) -> RunResult:
+def _sessions(inputs: Inputs, start: Start | None, context: RunContext) -> RunResult:
     """One session after another, until one comes to its end."""
     first, n_plans, skip, loss_scale = start, 0, set[int](), math.inf
     while True:
-        found = _session(inputs, start, around, skip=skip, most_loss_scale=loss_scale)
+        found = _session(inputs, start, context, skip=skip, most_loss_scale=loss_scale)
         if isinstance(found, RunResult):
             return found
         gc.collect()  # the session's tensors hang on the error's frames no longer
@@ -184,30 +185,29 @@ def _sessions(inputs: Inputs, start: Start | None, around: Surroundings) -> RunR
                     f"{found.error}\n{why}", fix="close other programs, lower --max-seq-len, or allow more memory"
                 )
             inputs, what = smaller
-            around.progress.warn(f"after step {found.steps} memory ran out ({_first_line(found.error)}); {what}")
-            around.events.write(
+            context.progress.warn(f"after step {found.steps} memory ran out ({_first_line(found.error)}); {what}")
+            context.events.write(
                 {"event": "out of memory", "after_step": found.steps, "next": what, "reason": _first_line(found.error)}
             )
         elif found.loss_scale is not None:
             loss_scale = found.loss_scale
             what = f"gradients overflowed after an early update; the run goes back, loss scale {loss_scale:g}"
-            around.progress.warn(f"step {found.steps + 1}: {what}")
-            around.events.write({"event": "overflow", "step": found.steps + 1, "next": what})
+            context.progress.warn(f"step {found.steps + 1}: {what}")
+            context.events.write({"event": "overflow", "step": found.steps + 1, "next": what})
         else:
             skip.add(found.steps + 1)
         start = _last_checkpoint(inputs, first)
 
 
 def _session(
-    inputs: Inputs, start: Start | None, around: Surroundings, *, skip: set[int], most_loss_scale: float
+    inputs: Inputs, start: Start | None, context: RunContext, *, skip: set[int], most_loss_scale: float
 ) -> RunResult | _Failed:
     """Its result; or what failed, where another session may go on. Raises what it cannot. `skip`: steps known as bad."""
     session = None
     try:
         with memory_faults("a session"):
-            session = Session(inputs, start, around, most_loss_scale=most_loss_scale)
-            session.state.skip = sorted({*session.state.skip, *skip})
-            session.go()
+            session = Session(inputs, start, context, skip=skip, most_loss_scale=most_loss_scale)
+            finished = session.go()
     except OutOfMemory as error:
         if inputs.config.pipeline > 1:  # what the others hold of the step is lost
             raise
@@ -216,13 +216,13 @@ def _session(
         if error.values_intact:
             raise
         assert session is not None
-        scale = session.executor.loss_scale
+        scale = session.loaded.executor.loss_scale
         if scale > 1.0 and not error.of_loss:  # float16; the executor lowers it where nothing was updated yet
             return _Failed(_bare(error), session.state.steps, max(1.0, scale / SCALE_CUT))
         if inputs.config.on_nan == "stop":
             raise
         return _Failed(_bare(error), session.state.steps)
-    return report(session)
+    return report(finished)
 
 
 def _first_line(error: RunError) -> str:

@@ -147,10 +147,9 @@ def test_a_fresh_boundary_is_that_of_the_updated_segment(folder, num_segments):
             gradients = {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
             seen.setdefault(segment, (values, gradients))
 
-    bench.executor.observe = observe
     rates = dict.fromkeys(range(num_segments), 1e-2)
-    bench.executor.run(bench.plan, [BATCHES[0]], step=1, learning_rates=rates)
-    bench.executor.observe = None
+    with bench.executor.observed(observe):
+        bench.executor.run(bench.plan, [BATCHES[0]], step=1, learning_rates=rates)
     assert sorted(seen) == list(range(num_segments))
     for segment, (values, ours) in seen.items():
         for name, parameter in names.items():

@@ -30,8 +30,8 @@ from lopt_edge.plan.schedule.validate import PlanError, validate
 from lopt_edge.plan.search.search import Bounds
 from lopt_edge.run.model.lora import ADAPTER_NAME, layer_parameters
 from lopt_edge.run.step.batches import Batch, window_totals
-from lopt_edge.run.step.executor import Cut
 from lopt_edge.run.step.losses import task_loss
+from lopt_edge.run.step.step_state import Cut
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.laws.test_timeline import check
 from tests.plan.plans import cases, make_course, make_knobs
@@ -175,8 +175,8 @@ def after_backward(bench: Bench) -> dict[str, torch.Tensor]:
             group = bench.executor.optimizer.groups[op.group]
             found.update({f"layer {op.target} {i}": p.grad.clone() for i, p in enumerate(group.parameters)})
 
-    bench.executor.observe = observe
-    bench.executor.run(bench.plan, BATCHES, step=1, learning_rates=dict.fromkeys(range(3), 0.0))
+    with bench.executor.observed(observe):
+        bench.executor.run(bench.plan, BATCHES, step=1, learning_rates=dict.fromkeys(range(3), 0.0))
     return found
 
 

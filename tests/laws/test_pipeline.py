@@ -45,7 +45,7 @@ from lopt_edge.run.link import Link, host_store, join_store
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import as_message, from_message
-from lopt_edge.run.step.executor import StepResult
+from lopt_edge.run.step.step_state import StepResult
 from lopt_edge.run.watch.memory_report import MemoryMeter
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
 from tests.laws.bench import Bench, make_bench, random_batch
@@ -317,7 +317,6 @@ def test_predicted_bytes_of_a_process_are_the_tracked_ones(four_bit, tmp_path, m
         for step in (1, 2):
             with meter.watching(batches) if step == 2 else nullcontext():
                 bench.executor.run(bench.plan, batches, step=step, learning_rates=dict.fromkeys(range(3), 1e-3))
-        meter.stop()
         bench.executor.mover.close()
         sizes = Sizes(LayerShape(facts, 4, 4, facts.linear_names), own_knobs(knobs, part), vocabulary_itemsize=4)
         predicted = timeline(bench.plan, sizes, [replace(batch.size, n_real=batch.n_tokens) for batch in batches])

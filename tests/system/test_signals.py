@@ -22,17 +22,17 @@ from lopt_edge import finetune
 from lopt_edge.adapters import merge as merging
 from lopt_edge.cli.main import main
 from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.step import evaluation as evaluating
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, latest
 from lopt_edge.training.prepare import read as preparation
-from lopt_edge.training.session import evaluate as evaluating
-from lopt_edge.training.session import saving, session
+from lopt_edge.training.session import loaded, saving, session
 from tools.tiny_runs import make_config, make_model
 
 PHASES: dict[str, tuple[Any, str, str]] = {
     "reading": (preparation, "load_dataset", "interrupted by"),
-    "quantising": (session, "four_bit_folder", "nothing was trained yet; go on with: lopt-edge resume"),
-    "loading": (session, "load_model", "nothing was trained yet; go on with: lopt-edge resume"),
+    "quantising": (loaded, "four_bit_folder", "nothing was trained yet; go on with: lopt-edge resume"),
+    "loading": (loaded, "load_model", "nothing was trained yet; go on with: lopt-edge resume"),
     "evaluating": (evaluating, "held_out_loss", "no step was finished yet; begin again with: lopt-edge resume"),
     "training": (Executor, "run", "step-000000+2; go on with: lopt-edge resume"),
     "writing a checkpoint": (saving, "write_snapshot", "step-000002; go on with: lopt-edge resume"),
@@ -112,7 +112,7 @@ def test_export(model, tmp_path, monkeypatch, capsys):
 
 CHILD = """
 import os, signal, sys, time
-from lopt_edge.training.session import saving, session
+from lopt_edge.training.session import loaded, saving, session
 from lopt_edge.cli.main import main
 real = saving.write_snapshot
 def slow(folder, *arguments, **options):

@@ -11,7 +11,7 @@ from lopt_edge import finetune
 from lopt_edge.errors import InputError
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.boundary_probe import candidates
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model
 
 

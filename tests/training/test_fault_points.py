@@ -25,7 +25,7 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import LoptError
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, latest
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 from tests.training.fault_points import FAULTS, Point, Points
 from tools.tiny_runs import log_of, make_config, make_model
 

@@ -29,8 +29,8 @@ from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, name_of, read
 from lopt_edge.training.prepare.tiers import JOURNAL_NAME, PAGES_NAME
-from lopt_edge.training.progress import Progress
-from lopt_edge.training.session import session
+from lopt_edge.training.session import loaded
+from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model
 
 PAGED = {
@@ -87,7 +87,7 @@ def before_op(monkeypatch) -> Callable[[int, str, Act], None]:
     """(step, pattern, act): `act` is called once, before the step's first op whose text matches the pattern."""
 
     def arrange(step: int, pattern: str, act: Act) -> None:
-        build, left = session.build_executor, [act]
+        build, left = loaded.build_executor, [act]
 
         def with_fault(*arguments: Any, **options: Any) -> Any:
             executor, shape = build(*arguments, **options)
@@ -104,7 +104,7 @@ def before_op(monkeypatch) -> Callable[[int, str, Act], None]:
             executor.methods = {kind: faulty(method) for kind, method in executor.methods.items()}
             return executor, shape
 
-        monkeypatch.setattr(session, "build_executor", with_fault)
+        monkeypatch.setattr(loaded, "build_executor", with_fault)
 
     return arrange
 

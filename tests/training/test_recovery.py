@@ -26,8 +26,8 @@ from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
 from lopt_edge.training.checkpoint.run_state import LEVEL_STEPS, LossLevel
-from lopt_edge.training.progress import Progress
-from lopt_edge.training.session import session
+from lopt_edge.training.session import loaded
+from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model
 
 FIXED = {"weights": "disk", "activations": "recompute", "saved_inputs": "disk", "optimizer_states": "disk",
@@ -46,7 +46,7 @@ def happen(monkeypatch) -> Happen:
     """(step, pattern, act, times): `act(executor)` before ops of that step that match, so many times."""
 
     def arrange(step: int, pattern: str, act: Callable[[Any], None], *, times: int = 1) -> None:
-        build, left = session.build_executor, [act] * times
+        build, left = loaded.build_executor, [act] * times
 
         def with_act(*arguments: Any, **options: Any) -> Any:
             executor, shape = build(*arguments, **options)
@@ -62,7 +62,7 @@ def happen(monkeypatch) -> Happen:
             executor.methods = {kind: wrapped(method) for kind, method in executor.methods.items()}
             return executor, shape
 
-        monkeypatch.setattr(session, "build_executor", with_act)
+        monkeypatch.setattr(loaded, "build_executor", with_act)
 
     return arrange
 
@@ -304,14 +304,14 @@ def test_an_overflow_after_an_early_update_costs_no_step(model, tmp_path, monkey
     settings = {**settings, "local_weight": 1e-12, "max_steps": 3, "on_nan": on_nan}
     plain = make_config(model, tmp_path, output="plain", **settings)
     finetune(plain)
-    build = session.build_executor
+    build = loaded.build_executor
 
     def scaled(*arguments: Any, **options: Any) -> Any:
         executor, shape = build(*arguments, **options)
         executor.loss_scale = 2.0**130
         return executor, shape
 
-    monkeypatch.setattr(session, "build_executor", scaled)
+    monkeypatch.setattr(loaded, "build_executor", scaled)
     config, listener = make_config(model, tmp_path, **settings), Listener()
     finetune(config, listener)
     assert adapter(config) == adapter(plain)

@@ -42,16 +42,14 @@ def first_not_finite(
         if after and not found and not all(_finite(tensor) for tensor in _left_by(executor, op)):
             found.append(op.text())
 
-    before, executor.observe = executor.observe, observe
     try:
-        executor.run(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight)
+        with executor.observed(observe):
+            executor.run(plan, batches, step=step, learning_rates=learning_rates, align_weight=align_weight)
     except NotFinite as error:
         found.append(error.op)
     except RunError as error:
         if not isinstance(error.__cause__, _Enough):
             raise
-    finally:
-        executor.observe = before
     return found[0] if found else ""
 
 

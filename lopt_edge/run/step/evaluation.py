@@ -8,7 +8,7 @@ heard between batches; then the others are told that no more come. Shapes: B seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,22 @@ def held_out_loss(
             total += loss
         n_supervised += batch.n_supervised
     return total / max(1, n_supervised)
+
+
+def losses(
+    model: Model,
+    evaluated: Mapping[str, Sequence[Batch]],
+    *,
+    token_tile: int,
+    between: Callable[[], None],
+    layers: Sequence[int] | None = None,
+    link: Link | None = None,
+) -> dict[str, float]:
+    """The mean task loss of the model as it stands (or of these layers) on each set of batches, by its name."""
+    return {
+        name: held_out_loss(model, batches, token_tile=token_tile, layers=layers, between=between, link=link)
+        for name, batches in evaluated.items()
+    }
 
 
 def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]) -> float:

@@ -12,33 +12,34 @@ update in the step it cannot be run again: the caller goes back to a checkpoint 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
 movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
 
-State lives in one `_Step` that is dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
+State lives in one `StepState` (step_state.py), dropped with the step.
+Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from lopt_edge.errors import NotFinite, PeerLost
-from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Frame, Model
-from lopt_edge.run.step.batches import Batch, Totals, window_totals
+from lopt_edge.run.step.batches import Batch, window_totals
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import GroupName, SegmentOptimizer
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
+from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import Parcel
@@ -46,70 +47,12 @@ from lopt_edge.run.tiers.moves import Parcel
 if TYPE_CHECKING:
     from lopt_edge.run.link import FarGroups, Link
 
-ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
+Observer = Callable[[Op, bool], None]  # (op, whether it is over)
 FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lowers it
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one).
-
-    `align_loss`: of an alignment beside the task, minus the mean cosine of its tokens.
-    """
-
-    loss: float
-    local_loss: tuple[float, ...]
-    grad_norm: tuple[float, ...]
-    totals: Totals
-    align_loss: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
-
-    `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
-    """
-
-    micro_batch: int
-    losses: Mapping[int, float]
-    gradient: Callable[[GroupName], Tensor | None]
-
-
-@dataclass(eq=False)
-class _Step:
-    """What is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
-
-    plan: Plan
-    batches: Sequence[Batch]
-    totals: Totals
-    learning_rates: Mapping[int, float]
-    losses: dict[int, float]
-    own_blocks: bool  # gradients move: each group's are a tensor of its own
-    early: bool  # some STEP comes before the last BACKWARD
-    hidden_BTD: Tensor | None = None
-    frame: Frame | None = None
-    held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
-    target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
-    grad_BTD: Tensor | None = None
-    align_weight: float = 0.0
-    teacher_BTD: Tensor | None = None
-    aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
-    cleaned: bool = False
-    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
-    fault_op: str = ""
-    inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
-
-
-def _segments_of(plan: Plan) -> dict[GroupName, int]:
-    """The segment of each group that this step updates."""
-    found = {group: segment.index for segment in plan.segments for group in groups_of(segment)}
-    return found | {("layer", layer): segment.index for segment in plan.segments for layer in segment.through}
-
-
 class Executor:
-    """Runs plans on a model. `heads` are the aux heads by segment index. `observe` is called before and after each op."""
+    """Runs plans on a model. `heads` are the aux heads by segment index. Observers see each op, before and after it."""
 
     def __init__(
         self,
@@ -121,18 +64,18 @@ class Executor:
         averages: Averages | None = None,
         cascade_weight: float = 1.0,
         loss_scale: float | None = None,
-        observe: Callable[[Op, bool], None] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.losses = SegmentLosses(model, heads, local_weight=local_weight)
         self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
-        self.mover, self.observe = optimizer.mover, observe
+        self.mover = optimizer.mover
+        self.observers: list[Observer] = []
         self.link: Link | None = None  # to the other processes of a pipeline
         self.far: FarGroups | None = None  # what they hold, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
-        self.state: _Step | None = None  # of the step under way, for those who observe
+        self.state: StepState | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
-        self.methods: dict[Kind, Callable[[_Step, Op], None]] = {
+        self.methods: dict[Kind, Callable[[StepState, Op], None]] = {
             Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
             Kind.STEP: self._update, Kind.READ: self._read, Kind.WRITE: self._write, Kind.ALIGN: self._align,
             Kind.HOLD: self._hold, Kind.AVERAGE: self._average, Kind.RECV: self._receive, Kind.SEND: self._send,
@@ -182,7 +125,7 @@ class Executor:
         start: Cut | None,
         between: Callable[[Cut], None] | None,
     ) -> StepResult:
-        state = _Step(
+        state = StepState(
             plan,
             batches,
             window_totals(batches),
@@ -192,7 +135,7 @@ class Executor:
             early=plan.has_early_steps,
             align_weight=align_weight,
         )
-        self.optimizer.begin_step(segments=_segments_of(plan), loss_scale=self.loss_scale)
+        self.optimizer.begin_step(segments=segments_of(plan), loss_scale=self.loss_scale)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
         first = 0 if start is None else cut_before(plan, start.micro_batch)
@@ -218,13 +161,13 @@ class Executor:
             clock.active, self.state = False, None
         return self._result(state)
 
-    def _pause(self, state: _Step, op: Op, between: Callable[[Cut], None]) -> None:
+    def _pause(self, state: StepState, op: Op, between: Callable[[Cut], None]) -> None:
         """Let the caller look at the step where nothing of a micro-batch is alive; not after early updates."""
         begins = state.plan.ops[cut_before(state.plan, op.micro_batch)].pass_index == op.pass_index
         if op.micro_batch and begins and not (state.inputs or state.graphs or self.optimizer.any_updated):
             between(Cut(op.micro_batch, dict(state.losses), self.optimizer.gradient_copy))
 
-    def _go_on(self, state: _Step, start: Cut, movements: Movements) -> None:
+    def _go_on(self, state: StepState, start: Cut, movements: Movements) -> None:
         """Bring losses, gradients and streamed weights to where the ops before the cut left them."""
         state.losses.update(start.losses)
         for group in self.optimizer.groups:
@@ -236,14 +179,24 @@ class Executor:
         for op in movements.of_weights:
             self._run_op(state, op)
 
-    def _run_op(self, state: _Step, op: Op) -> None:
-        if self.observe is not None:
-            self.observe(op, False)
-        self.methods[op.kind](state, op)
-        if self.observe is not None:
-            self.observe(op, True)
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Call `observer` around each op inside, beside the others that look."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
 
-    def _clean_up(self, state: _Step) -> bool:
+    def _run_op(self, state: StepState, op: Op) -> None:
+        for observer in self.observers:
+            observer(op, False)
+        with record_function(op.text()):  # what torch.profiler shows
+            self.methods[op.kind](state, op)
+        for observer in self.observers:
+            observer(op, True)
+
+    def _clean_up(self, state: StepState) -> bool:
         """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
         state.cleaned = True
         for parcel in state.inputs.values():
@@ -261,16 +214,16 @@ class Executor:
         if self.model.weights is not None:
             self.model.weights.let_go()
 
-    def _embed(self, state: _Step, op: Op) -> None:
+    def _embed(self, state: StepState, op: Op) -> None:
         ids_BT = state.batches[op.micro_batch].ids_BT
         with torch.no_grad():
             state.hidden_BTD = self.model.embed(ids_BT)
             state.frame = self.model.frame(state.hidden_BTD)
 
-    def _hold(self, state: _Step, op: Op) -> None:
+    def _hold(self, state: StepState, op: Op) -> None:
         state.held_BTD = state.hidden_BTD
 
-    def _read(self, state: _Step, op: Op) -> None:
+    def _read(self, state: StepState, op: Op) -> None:
         if op.item == "held":
             state.hidden_BTD, state.held_BTD = state.held_BTD, None
             return
@@ -283,7 +236,7 @@ class Executor:
             return
         state.hidden_BTD, state.frame = found_BTD, self.model.frame(found_BTD)
 
-    def _write(self, state: _Step, op: Op) -> None:
+    def _write(self, state: StepState, op: Op) -> None:
         """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
         batch, cache = state.batches[op.micro_batch], self.caches[op.item]
         cache.write(batch.examples, state.hidden_BTD)
@@ -291,7 +244,7 @@ class Executor:
             batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
         )
 
-    def _align(self, state: _Step, op: Op) -> None:
+    def _align(self, state: StepState, op: Op) -> None:
         segment = state.plan.segment_of(op.target)
         weight = state.align_weight * self.loss_scale
         output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
@@ -300,15 +253,15 @@ class Executor:
             state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
         state.teacher_BTD = None
 
-    def _receive(self, state: _Step, op: Op) -> None:
+    def _receive(self, state: StepState, op: Op) -> None:
         shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
         state.hidden_BTD = self.link.receive(shape, self.model.dtype, self.model.device)
         state.frame = self.model.frame(state.hidden_BTD)
 
-    def _send(self, state: _Step, op: Op) -> None:
+    def _send(self, state: StepState, op: Op) -> None:
         self.link.send(state.hidden_BTD)
 
-    def _agree(self, state: _Step, op: Op) -> None:
+    def _agree(self, state: StepState, op: Op) -> None:
         """One bad number anywhere, and no process updates anything."""
         self.link.flush()
         if state.fault is None:
@@ -319,7 +272,7 @@ class Executor:
         self.link.agree(state.fault, state.fault_op)
         self.optimizer.judged = True
 
-    def _forward(self, state: _Step, op: Op) -> None:
+    def _forward(self, state: StepState, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
         segment = state.plan.scope(op)
         if op.target == segment.first:
@@ -337,7 +290,13 @@ class Executor:
             state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
 
     def _run_with_graph(
-        self, state: _Step, op: Op, graph: LayerGraph, hidden_BTD: Tensor, *, run: Callable[[int, Tensor, Frame], Tensor]
+        self,
+        state: StepState,
+        op: Op,
+        graph: LayerGraph,
+        hidden_BTD: Tensor,
+        *,
+        run: Callable[[int, Tensor, Frame], Tensor],
     ) -> Tensor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
         first = op.target == state.plan.scope(op).reached[0]
@@ -348,7 +307,7 @@ class Executor:
         """The adapter set that the op computes with, in its layer."""
         return nullcontext() if op.adapters == "train" or self.averages is None else self.averages.used(op.target)
 
-    def _loss(self, state: _Step, op: Op) -> None:
+    def _loss(self, state: StepState, op: Op) -> None:
         """The segment's loss and its gradient with respect to the segment's output."""
         segment = state.plan.segments[op.target]
         if segment.has_head:
@@ -361,7 +320,7 @@ class Executor:
         if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
 
-    def _gradient(self, state: _Step, op: Op, segment: Segment) -> tuple[Tensor, float]:
+    def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, float]:
         """A function of its own: nothing that it holds lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
 
@@ -378,7 +337,7 @@ class Executor:
         output = self._output(state, op, segment, target_BTD)
         return self.losses.gradient(output, loss_scale=self.loss_scale, check=check)
 
-    def _output(self, state: _Step, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
+    def _output(self, state: StepState, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
         n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
         return SegmentOutput(
             segment,
@@ -391,12 +350,12 @@ class Executor:
             state.plan.tile,
         )
 
-    def _target(self, state: _Step, op: Op, first_layer: int) -> Tensor:
+    def _target(self, state: StepState, op: Op, first_layer: int) -> Tensor:
         """What a local loss reconstructs: the segment's input."""
         saved = state.inputs.get((op.micro_batch, first_layer))
         return state.target_BTD if saved is None else saved.here()
 
-    def _backward(self, state: _Step, op: Op) -> None:
+    def _backward(self, state: StepState, op: Op) -> None:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
         graph = state.graphs.pop(key, None)
         if graph is None:
@@ -422,19 +381,19 @@ class Executor:
         if op.target == segment.first and segment.begin < segment.first and self.cascade_weight != 1.0:
             state.grad_BTD.mul_(self.cascade_weight)  # it crosses to the segment before
 
-    def _accept(self, state: _Step, group: GroupName) -> None:
+    def _accept(self, state: StepState, group: GroupName) -> None:
         self.optimizer.accept_gradients(group, own_block=state.own_blocks)
 
-    def _update(self, state: _Step, op: Op) -> None:
+    def _update(self, state: StepState, op: Op) -> None:
         segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
         if op.unit == "layer" and op.target in state.plan.segments[segment].through:
             self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
         self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
 
-    def _average(self, state: _Step, op: Op) -> None:
+    def _average(self, state: StepState, op: Op) -> None:
         self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
 
-    def _result(self, state: _Step) -> StepResult:
+    def _result(self, state: StepState) -> StepResult:
         segments = state.plan.segments
         if self.link is not None:
             self._exchange(state, self.link)
@@ -446,7 +405,7 @@ class Executor:
             align_loss=state.losses.get(ALIGNED),
         )
 
-    def _exchange(self, state: _Step, link: Link) -> None:
+    def _exchange(self, state: StepState, link: Link) -> None:
         """Losses and norms of all segments come to process 0."""
         own = state.plan.own_segments
         losses = {segment.index: state.losses[segment.index] for segment in own}

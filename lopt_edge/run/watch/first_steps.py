@@ -56,11 +56,8 @@ class FirstSteps:
                 measured.append(highest if highest > peak else self._now(prediction))
                 peak = highest
 
-        self.executor.observe = observe
-        try:
+        with self.executor.observed(observe):
             yield
-        finally:
-            self.executor.observe = None
         beside = prediction.library_bytes + prediction.slack_bytes
         rows = prediction.timeline.rows
         self.steps.append(

@@ -9,11 +9,10 @@ activations. The resident set is written beside them: it holds the library and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,20 +45,17 @@ class MemoryMeter:
         self.device = executor.model.device
         self.tracker = MemoryTracker() if self.device.type == "cpu" else None
 
-    def watching(self, batches: list[Batch]) -> AbstractContextManager[Any]:
+    @contextmanager
+    def watching(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Around one `executor.run` over these batches."""
         self.rows: list[MeasuredOp] = []
-        self.executor.observe = self._observe
-        if self.tracker is None:
-            return nullcontext()
-        self.tracker.watch(tensor for _, tensor in held_tensors(self.executor))
-        for batch in batches:
-            self.tracker.watch(
-                t for t in (batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N) if t is not None
-            )
-        return self.tracker
-
-    def stop(self) -> None:
-        self.executor.observe = None
+        if self.tracker is not None:
+            self.tracker.watch(tensor for _, tensor in held_tensors(self.executor))
+            for batch in batches:
+                found = (batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N)
+                self.tracker.watch(tensor for tensor in found if tensor is not None)
+        with self.executor.observed(self._observe), self.tracker or nullcontext():
+            yield
 
     def _observe(self, op: Op, after: bool) -> None:
         if after:

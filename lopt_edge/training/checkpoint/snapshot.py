@@ -29,12 +29,13 @@ from lopt_edge.adapters.save import AdapterShape, save_adapter
 from lopt_edge.errors import InputError, NotFinite
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.model.replaced import REPLACED_NAME
-from lopt_edge.run.step.executor import Cut, Executor
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.optim import GroupName
+from lopt_edge.run.step.step_state import Cut
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.training.checkpoint.folder import STATE
+from lopt_edge.training.checkpoint.output_folder import SETTINGS_NAME
 from lopt_edge.training.checkpoint.run_state import RunState
-from lopt_edge.training.output_folder import SETTINGS_NAME
 from quant.files import read_tensor, tensor_bytes
 from quant.headers import FolderError, SafetensorsWriter, TensorEntry, read_header
 

@@ -42,8 +42,8 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
 from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import from_message
-from lopt_edge.run.step.executor import Cut
 from lopt_edge.run.step.optim import GroupName
+from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.system.memory import peak_rss_bytes

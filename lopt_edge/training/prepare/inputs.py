@@ -7,7 +7,7 @@ how to ask for its plans and its batches; it loads nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, prod
 from typing import TYPE_CHECKING
@@ -31,6 +31,9 @@ from lopt_edge.run.step.batches import Batch, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MOST_PLANS = 16  # kept; a plan of an 8B is some 2,000 ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,7 @@ class Inputs:
     model: str = ""  # fingerprint
     teacher: ModelFolder | None = None  # where it is another model than the base
     teacher_model: str = ""  # its fingerprint
+    _plans: dict[tuple[StepKind, int], Plan] = field(default_factory=dict, init=False)  # of this record's knobs
 
     @property
     def n_steps(self) -> int:
@@ -89,9 +93,15 @@ class Inputs:
     def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
 
-        Of the first kind of step, unless another is named.
+        Of the first kind of step, unless another is named. It is made and validated once and kept, the last MOST_PLANS of
+        them: a method may draw a new kind for each step.
         """
-        return self.workload.plan(self.knobs, n_micro_batches=n_micro_batches, kind=kind)
+        key = (kind or self.course.kinds[0], n_micro_batches)
+        found = self._plans.pop(key, None) or self.workload.plan(self.knobs, n_micro_batches=n_micro_batches, kind=kind)
+        self._plans[key] = found
+        while len(self._plans) > MOST_PLANS:
+            del self._plans[next(iter(self._plans))]
+        return found
 
     def predict(self, batches: Sequence[MicroBatchSize] | None = None, kind: StepKind | None = None) -> Prediction:
         """What a step takes: the largest one of the run, or one over these micro-batches."""

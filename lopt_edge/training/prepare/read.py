@@ -41,8 +41,8 @@ from lopt_edge.planning.settings import (
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.model.lora import check_adapter_folder
 from lopt_edge.run.model.replaced import check_plain_adapter
+from lopt_edge.training.checkpoint.output_folder import check_output
 from lopt_edge.training.checkpoint.resume import Start, check_same, find_start
-from lopt_edge.training.output_folder import check_output
 from lopt_edge.training.prepare.boundary_cache import check_boundary_cache
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.teacher import check_teacher, find_teacher

@@ -1,68 +1,76 @@
 """What a session measures beside its steps: the held-out and the retention loss, and a completion of the sample prompt.
 
-Each takes the session, which says what is evaluated and where it is logged. The rules: losses that are no numbers end the
-run; with --keep-best the adapter is saved before its loss is logged, so that what fails in between is evaluated again; a
-stage of SegProp is evaluated as the network that it is. Training is session.py's matter, the losses' arithmetic
-run/step/evaluation.py's.
+The rules: losses that are no numbers end the run; with --keep-best the adapter is saved before its loss is logged, so that
+what fails in between is evaluated again; a stage of SegProp is evaluated as the network that it is. What an evaluation
+changes in the run's state is returned, and session.py writes it down. The losses' arithmetic is run/step/evaluation.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from lopt_edge.adapters.generation import Sampling, Speaker
 from lopt_edge.adapters.save import save_adapter
 from lopt_edge.errors import RunError
-from lopt_edge.run.step.evaluation import held_out_loss
+from lopt_edge.run.step.evaluation import losses
 from lopt_edge.run.step.op_faults import memory_faults
-
-if TYPE_CHECKING:
-    from lopt_edge.training.session.session import Session
+from lopt_edge.system.files import JsonLines
+from lopt_edge.training.session.loaded import Loaded, RunContext
+from lopt_edge.training.session.step_kinds import Stage
 
 SAMPLE = Sampling(max_new_tokens=48)
 
 
-def evaluate(session: Session, step: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses by name; whether they are those of the best adapter, which was saved; what the stage came to."""
+
+    losses: dict[str, float]
+    is_best: bool
+    stage: Stage | None
+
+
+def evaluate(
+    loaded: Loaded, context: RunContext, log: JsonLines, *, step: int, best: Mapping[str, float] | None
+) -> Evaluation:
     """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
-    state, keeps = session.state, session.config.keep_best
-    with session.clock.phase("evaluate"), memory_faults("evaluation"):
-        found = losses(session, layers=session.kinds.layers(step))
+    config, between = loaded.inputs.config, context.interrupts.check
+    with context.clock.phase("evaluate"), memory_faults("evaluation"):
+        found = losses(
+            loaded.model,
+            loaded.evaluated,
+            token_tile=loaded.inputs.knobs.token_tile,
+            between=between,
+            layers=loaded.kinds.layers(step),
+            link=loaded.link,
+        )
     for name, loss in found.items():
         if not math.isfinite(loss):
             raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
-    better = step and "eval_loss" in found and (state.best is None or found["eval_loss"] < state.best["eval_loss"])
-    if keeps and better:  # before the log: what fails here is evaluated again, and must not be logged
-        save_adapter(session.output, session.model, session.shape, plain=True)
+    better = step > 0 and "eval_loss" in found and (best is None or found["eval_loss"] < best["eval_loss"])
+    is_best = config.keep_best and better
+    if is_best:  # before the log: what fails here is evaluated again, and must not be logged
+        save_adapter(Path(config.output), loaded.model, loaded.shape, plain=True)
     if found:
-        session.log.write({"step": step, **found})
-        session.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-    if (over := session.kinds.stage_over(step, found.get("eval_loss"))) is not None:
-        session.progress.note(over)
-        session.events.write({"event": "stage ended", "step": step, "reason": over})
-    state.evaluated, state.best = step, found if keeps and better else state.best
-    return found
+        log.write({"step": step, **found})
+        context.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+    stage = loaded.kinds.stage_after(step, found.get("eval_loss"))
+    if stage is not None and stage.over:
+        context.progress.note(stage.over)
+        context.events.write({"event": "stage ended", "step": step, "reason": stage.over})
+    return Evaluation(found, is_best, stage)
 
 
-def losses(session: Session, *, layers: Sequence[int] | None = None) -> dict[str, float]:
-    """Of the model as it stands (or of these layers), on the held-out and the retention data."""
-    tile, check = session.inputs.knobs.token_tile, session.interrupts.check
-    named = (("eval_loss", session.held_out), ("retention_loss", session.retention))
-    return {
-        name: held_out_loss(session.model, batches, token_tile=tile, layers=layers, between=check, link=session.link)
-        for name, batches in named
-        if batches
-    }
-
-
-def sample(session: Session, when: str) -> None:
+def sample(loaded: Loaded, context: RunContext) -> str | None:
     """A completion of the sample prompt, if there is one."""
-    prompt, template = session.config.sample_prompt, session.inputs.template
+    prompt, template = loaded.inputs.config.sample_prompt, loaded.inputs.template
     if prompt is None:
-        return
-    speaker = Speaker(session.model, session.inputs.tokenizer, template)
-    with session.clock.phase("sample"), memory_faults("sampling"):
-        session.state.samples[when] = (
-            speaker.reply([("user", prompt)], SAMPLE) if template is not None else speaker.continue_text(prompt, SAMPLE)
-        )
+        return None
+    speaker = Speaker(loaded.model, loaded.inputs.tokenizer, template)
+    with context.clock.phase("sample"), memory_faults("sampling"):
+        if template is None:
+            return speaker.continue_text(prompt, SAMPLE)
+        return speaker.reply([("user", prompt)], SAMPLE)

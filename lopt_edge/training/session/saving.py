@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.config.load import settings_text
 from lopt_edge.run.model.lora import ADAPTER_NAME
-from lopt_edge.run.step.executor import Cut, Executor
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.op_faults import memory_faults
+from lopt_edge.run.step.step_state import Cut
 from lopt_edge.system.file_systems import check_free_space
 from lopt_edge.system.files import JsonLines
 from lopt_edge.system.versions import versions
@@ -75,9 +77,7 @@ class Saver:
             return
         self.last = time.monotonic()  # a disk that refuses is not asked again at once
         log.sync()
-        state = self.state
-        state.log_bytes, state.loss_scale = log.n_bytes, self.executor.loss_scale
-        state.seconds = dict(self.seconds)
+        state = replace(self.state, log_bytes=log.n_bytes, loss_scale=self.executor.loss_scale, seconds=dict(self.seconds))
         best = self.output / ADAPTER_NAME if state.best is not None else None
         snapshot = Snapshot(state, self._facts(), settings_text(self.inputs.asked or self.config), self.shape, best)
         name = name_of(state.steps, state.sequences)

@@ -12,113 +12,99 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lopt_edge.adapters.save import save_adapter
-from lopt_edge.data import Window, micro_batches_of
+from lopt_edge.data import Window
 from lopt_edge.errors import Interrupted, NotFinite, RunError
-from lopt_edge.models.four_bit import folder_bytes, four_bit_folder
+from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.ops import Plan
-from lopt_edge.run.device import peak_device_bytes
-from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import load_adapters
-from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
+from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.run.step.batches import Batch
-from lopt_edge.run.step.executor import Cut, StepResult
-from lopt_edge.run.step.op_faults import memory_faults
-from lopt_edge.run.tiers.feature_cache import FeatureCache
-from lopt_edge.run.watch.clock import PhaseClock
+from lopt_edge.run.step.step_state import Cut, StepResult
 from lopt_edge.run.watch.first_steps import N_STEPS, FirstSteps
 from lopt_edge.run.watch.memory_report import MemoryMeter, write_report
-from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.files import JsonLines
-from lopt_edge.system.memory import peak_rss_bytes
-from lopt_edge.system.signals import Interrupts
 from lopt_edge.training.checkpoint.folder import name_of
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
-from lopt_edge.training.checkpoint.snapshot import restore, restore_best
-from lopt_edge.training.output_folder import METRICS_NAME
-from lopt_edge.training.pipeline.coordinator import crew_of
-from lopt_edge.training.prepare.boundary_cache import boundary_caches
-from lopt_edge.training.prepare.build import build_executor
 from lopt_edge.training.prepare.inputs import Inputs
-from lopt_edge.training.prepare.teacher import fill_features, teacher_features
-from lopt_edge.training.prepare.tiers import hold_budget, open_tiers, peaks_below
-from lopt_edge.training.progress import Progress
-from lopt_edge.training.session.evaluate import evaluate, losses, sample
+from lopt_edge.training.prepare.tiers import PeakBytes, hold_budget, peaks_below
+from lopt_edge.training.session.evaluate import evaluate, sample
+from lopt_edge.training.session.loaded import Loaded, RunContext, loading
 from lopt_edge.training.session.not_finite import dump_not_finite
-from lopt_edge.training.session.saving import Saver
-from lopt_edge.training.session.step_kinds import StepKinds
-from lopt_edge.units import format_bytes
-
-if TYPE_CHECKING:
-    from lopt_edge.run.link import Link
-
 
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
 
 
 @dataclass(frozen=True, eq=False)
-class Surroundings:
-    """What all sessions of a run share."""
+class Finished:
+    """An attempt that came to its end: what the final report needs to know of it."""
 
-    progress: Progress
-    clock: PhaseClock
-    interrupts: Interrupts
-    events: JsonLines
+    inputs: Inputs
+    state: RunState
+    seconds: Mapping[str, float]
+    predicted: Mapping[str, Any]
+    folder: Path
+    cache_bytes: int
+    first_steps: FirstSteps
+    peaks_below: PeakBytes
 
 
 class Session:
-    """`go` runs it. `start`: the checkpoint to go on from. `most_loss_scale`: a larger one overflowed before."""
+    """One attempt. It alone writes the run's state. `start`: the checkpoint to go on from; `skip`: steps known as bad.
+
+    `most_loss_scale`: a larger one overflowed before.
+    """
+
+    loaded: Loaded  # once `go` has it
+    log: JsonLines
 
     def __init__(
-        self, inputs: Inputs, start: Start | None, around: Surroundings, *, most_loss_scale: float = math.inf
+        self,
+        inputs: Inputs,
+        start: Start | None,
+        context: RunContext,
+        *,
+        skip: Iterable[int] = (),
+        most_loss_scale: float = math.inf,
     ) -> None:
-        self.most_loss_scale = most_loss_scale
-        self.inputs, self.config, self.start = inputs, inputs.config, start
-        self.progress, self.clock, self.interrupts = around.progress, around.clock, around.interrupts
-        self.events, self.output = around.events, Path(inputs.config.output)
+        self.inputs, self.config, self.start, self.context = inputs, inputs.config, start, context
+        self.progress, self.interrupts = context.progress, context.interrupts
+        self.output, self.most_loss_scale = Path(inputs.config.output), most_loss_scale
         self.state = RunState() if start is None else start.state
+        self.state.skip = sorted({*self.state.skip, *skip})
         self.n_steps = inputs.n_steps
         self.cut: Cut | None = None  # where the first step goes on
-        self.link: Link | None = None  # to the other processes of a pipeline
         prediction = inputs.predict()  # the figures are kept, not the timeline, which would take memory through the run
         names = ("device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "library_bytes", "slack_bytes", "peak_op")
         self.predicted = {name: getattr(prediction, name) for name in names}
         self.predicted["step_seconds"] = inputs.run_plan.step_seconds
 
-    def go(self) -> None:
+    def go(self) -> Finished:
         """Raises RunError; OutOfMemory and NotFinite where the run could go on in another session; Interrupted."""
-        with self.clock.phase("quantise"):
-            self.folder, was_there = four_bit_folder(self.inputs.source, cache_dir=self.config.cache_dir)
-        inputs = self.inputs
-        self.cache_bytes = 0 if inputs.source.facts.quantised else folder_bytes(self.folder)
-        if self.cache_bytes:
-            made = "" if was_there else f"quantised to 4 bits in {self.clock.seconds['quantise']:.0f} s; "
-            size = format_bytes(self.cache_bytes)
-            self.progress.note(f"{made}4-bit copy in {self.folder}: {size} of disk, apart from page files")
-        tiers = open_tiers(
-            self.config,
-            inputs.own_knobs,
-            device=inputs.device,
-            budget=inputs.budget,
-            need_disk_bytes=self.predicted["disk_bytes"],
-            journal_bytes=self.predicted["journal_bytes"],
+        inputs, context = self.inputs, self.context
+        attempt = loading(
+            inputs,
+            self.start,
+            context,
+            state=self.state,
+            predicted=self.predicted,
+            most_loss_scale=self.most_loss_scale,
         )
-        crew = crew_of(inputs, self.start, report=self._own_peaks)
-        caches, features = boundary_caches(inputs), teacher_features(inputs)
-        with caches as self.caches, features as self.features, tiers as self.mover, crew as self.crew:
-            settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
-            with self.clock.phase("load"), memory_faults("loading"):
-                self._load()
+        with attempt as loaded:
+            self.loaded = loaded
+            self._note_loaded(loaded)
             context_bytes = inputs.workload.library_bytes if inputs.device.type == "cuda" else 0
             held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
             lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
@@ -126,85 +112,29 @@ class Session:
                 self._run_and_evaluate()
             finally:
                 lift()
-            with self.clock.phase("save"):
-                self.executor.let_go()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
+            with context.clock.phase("save"):
+                loaded.executor.let_go()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
                 release_free_memory()
                 self._save_adapter_and_tokenizer()
-            self.peaks_below = peaks_below(self.mover)
+            below = peaks_below(loaded.mover)
+        return Finished(
+            inputs, self.state, context.clock.seconds, self.predicted, loaded.folder, loaded.cache_bytes,
+            loaded.first_steps, below,
+        )  # fmt: skip
 
-    def _load(self) -> None:
-        inputs, start = self.inputs, self.start
-        replaced = inputs.course.replaced
-        self.model = load_model(
-            self.folder,
-            inputs.source.facts,
-            device=inputs.device,
-            dtype=inputs.dtype,
-            placement=loading_placement(inputs.own_knobs, replaced),
-            mover=self.mover,
-        )
-        self.held_out = inputs.batches(inputs.held_out) if inputs.held_out else []
-        self.retention = inputs.batches(inputs.retention) if inputs.retention else []
-        if start is not None:
-            apply_replaced(self.model, start.checkpoint.folder)
-        elif replaced:
-            self._replace(replaced)
-        if self.features is not None:
-            self._learn_from_teacher(self.features)
-        adapter = self.config.init_adapter if start is None else str(start.checkpoint.folder)
-        self.executor, self.shape = build_executor(inputs, self.model, adapter=adapter)
-        self.executor.caches = {} if self.features is None else {"teacher": self.features}
-        self.kinds = StepKinds(inputs, self.state, self.executor, self.caches)
-        if self.crew is not None:
-            self.crew.join(self.executor)
-            self.link = self.executor.link
-        if start is not None:
-            self._go_on_from(start)
-        self.executor.loss_scale = min(self.executor.loss_scale, self.most_loss_scale)
-        self.saver = Saver(inputs, self.executor, self.shape, state=self.state, start=start, seconds=self.clock.seconds)
-        self.first_steps = FirstSteps(self.executor, evaluated=self.state.evaluated < 0)
-        release_free_memory()
-
-    def _learn_from_teacher(self, features: FeatureCache) -> None:
-        with self.clock.phase("teacher"), self.interrupts.deferred():
-            n_examples = fill_features(self.inputs, features, self.model, mover=self.mover, between=self.interrupts.check)
-        if n_examples:
-            size = format_bytes(features.held_bytes)
-            self.progress.note(
-                f"the teacher's features of {n_examples} examples were computed: {size} of disk until the end"
-            )
-
-    def _replace(self, layers: tuple[int, ...]) -> None:
-        """Method repl, at its beginning: what the intact model loses, then the fit."""
-        with self.clock.phase("evaluate"), memory_faults("evaluation"):
-            self.state.intact = losses(self)
-        left = fit_layers(self.model, layers)
-        self.state.unexplained = {str(layer): by_linear for layer, by_linear in left.items()}
-        shares = [share for by_linear in left.values() for share in by_linear.values()]
-        self.progress.note(
-            f"replaced layers {', '.join(map(str, layers))}: mixtures of the layers beside them leave "
-            f"{min(shares):.1%} to {max(shares):.1%} of each matrix unexplained"
-        )
-
-    def _go_on_from(self, start: Start) -> None:
-        folder, state = start.checkpoint.folder, self.state
-        gradient = restore(self.executor, folder, start.values, tier=self.inputs.knobs.states)
-        self.executor.loss_scale = state.loss_scale
-        restore_best(folder, self.output, self.shape)
-        if not state.sequences:
-            return
-        micro_batch = micro_batches_of(next(self.inputs.windows(first=state.steps)), state.sequences)
-        if micro_batch is None:  # the checkpoint's micro-batches were smaller ones
-            self.progress.warn(f"step {state.steps + 1} begins again: its micro-batches are cut in another way now")
-            state.sequences, state.losses = 0, {}
-        else:
-            losses = {int(segment): loss for segment, loss in state.losses.items()}
-            self.cut = Cut(micro_batch, losses, gradient)
+    def _note_loaded(self, loaded: Loaded) -> None:
+        """What loading found out that belongs into the state."""
+        if loaded.replacement is not None:
+            self.state.intact = dict(loaded.replacement.intact)
+            self.state.unexplained = {layer: dict(shares) for layer, shares in loaded.replacement.unexplained.items()}
+        if loaded.begins_again:
+            self.state.sequences, self.state.losses = 0, {}
+        self.cut = loaded.cut
 
     # training --------------------------------------------------------------------------------------------------------
 
     def _run_and_evaluate(self) -> None:
-        state = self.state
+        state, loaded = self.state, self.loaded
         self.log = JsonLines(self.output / METRICS_NAME, kept_bytes=state.log_bytes)
         try:
             if state.unlogged is not None:
@@ -212,57 +142,65 @@ class Session:
                 state.unlogged = None
             with self.interrupts.deferred():
                 if state.evaluated < 0:
-                    state.before = evaluate(self, 0)
-                    sample(self, "before")
+                    state.before = self._evaluate(0)
+                    self._sample("before")
                 self.progress.start(self.n_steps, done=(done := state.steps))
                 self._train()
                 self.progress.stop()
-                if self.caches is not None and self.caches.open is not None:
-                    self.progress.note(self.caches.summary(n_read=self.kinds.n_read, n_steps=state.steps - done))
+                if loaded.caches is not None and loaded.caches.open is not None:
+                    self.progress.note(loaded.caches.summary(n_read=loaded.kinds.n_read, n_steps=state.steps - done))
                 if state.best is not None:  # what is reported and sampled is what was saved
                     state.after = state.best
-                    load_adapters(self.model, self.output)
-                    apply_replaced(self.model, self.output)
-                    if self.crew is not None:
-                        self.crew.load_adapter(self.output)
-                sample(self, "after")
+                    load_adapters(loaded.model, self.output)
+                    apply_replaced(loaded.model, self.output)
+                    if loaded.coordinator is not None:
+                        loaded.coordinator.load_adapter(self.output)
+                self._sample("after")
         except Interrupted as stop:
             raise Interrupted(stop.signal_number, self._save_at_stop()) from None
         except RunError as error:
-            if self.crew is not None:
-                error = self.crew.explained(error)
+            if loaded.coordinator is not None:
+                error = loaded.coordinator.explained(error)
             raise self._with_checkpoint(error) from error
         finally:
             self.progress.stop()
             self.log.close()
 
+    def _evaluate(self, step: int) -> dict[str, float]:
+        state = self.state
+        found = evaluate(self.loaded, self.context, self.log, step=step, best=state.best)
+        if found.stage is not None:
+            state.stage, state.stage_loss, state.stage_waits = found.stage.index, found.stage.loss, found.stage.waits
+            if found.stage.over:
+                state.stage_ends.append(step)
+        state.evaluated, state.best = step, found.losses if found.is_best else state.best
+        return found.losses
+
+    def _sample(self, when: str) -> None:
+        if (text := sample(self.loaded, self.context)) is not None:
+            self.state.samples[when] = text
+
     def _save_at_stop(self) -> str:
-        if self.state.steps and not self.saver.is_saved:
-            self.saver.save(self.log)
-        if self.saver.newest is None:
+        saver = self.loaded.saver
+        if self.state.steps and not saver.is_saved:
+            saver.save(self.log)
+        if saver.newest is None:
             return f"no step was finished yet; begin again with: lopt-edge resume {self.output}"
-        return f"saved in {self.saver.newest}; go on with: lopt-edge resume {self.output}"
+        return f"saved in {saver.newest}; go on with: lopt-edge resume {self.output}"
 
     def _with_checkpoint(self, error: RunError) -> RunError:
         """The error, and where the run stands; the last finished step gets a checkpoint if it has none."""
-        said = ""
-        if (
-            error.values_intact
-            and (self.crew is None or self.crew.is_idle)
-            and self.state.steps
-            and not self.saver.is_saved
-            and self.saver.newest_steps < self.state.steps
-        ):
+        saver, coordinator, steps, said = self.loaded.saver, self.loaded.coordinator, self.state.steps, ""
+        can_save = error.values_intact and (coordinator is None or coordinator.is_idle)
+        if can_save and steps and not saver.is_saved and saver.newest_steps < steps:
             self.state.sequences, self.state.losses = 0, {}
             try:
-                self.saver.save(self.log)
+                saver.save(self.log)
             except RunError as fault:
-                said = f"\nNo checkpoint of step {self.state.steps} could be written: {fault}{self._rescue()}"
-        if self.saver.newest is not None:
-            said += (
-                f"\nThe run as of step {self.saver.newest_steps} is in {self.saver.newest}; go on with: lopt-edge resume "
-            )
-            said += str(self.output)
+                said = f"\nNo checkpoint of step {steps} could be written: {fault}{self._rescue()}"
+        if saver.newest is not None:
+            said += f"\nThe run as of step {saver.newest_steps} is in {saver.newest}; "
+            said += f"go on with: lopt-edge resume {self.output}"
         error.args = (f"{error}{said}",)
         return error
 
@@ -270,7 +208,7 @@ class Session:
         """Where a whole checkpoint cannot be had (its moments lay in a page file that is gone, say): the adapter alone."""
         folder = self.output / f"adapter-{name_of(self.state.steps)}"
         try:
-            save_adapter(folder, self.model, self.shape, plain=True)
+            save_adapter(folder, self.loaded.model, self.loaded.shape, plain=True)
         except RunError as fault:
             return f"\nNor the adapter alone: {fault}"
         return f"\nThe adapter alone, as of step {self.state.steps}, is in {folder}"
@@ -278,24 +216,24 @@ class Session:
     def _train(self) -> None:
         state = self.state
         if state.steps and self._evaluation_due():
-            state.after = evaluate(self, state.steps)
+            state.after = self._evaluate(state.steps)
         windows = self.inputs.windows(first=state.steps)
         while state.steps < self.n_steps:
             step = state.steps + 1
             self._step(step, next(windows))
-            if self.saver.due(last=step == self.n_steps):
+            if self.loaded.saver.due(last=step == self.n_steps):
                 self._save_or_warn(last=step == self.n_steps)
             self.interrupts.check()
             if self._evaluation_due():
-                state.after = evaluate(self, step)
+                state.after = self._evaluate(step)
 
     def _evaluation_due(self) -> bool:
         state, every = self.state, self.config.eval_every
         return state.evaluated < state.steps and bool(state.steps >= self.n_steps or (every and state.steps % every == 0))
 
     def _step(self, step: int, window: Window) -> None:
-        started, kind = time.perf_counter(), self.kinds.of(step, window)
-        rates = self.kinds.rates(step, kind)
+        started, kind = time.perf_counter(), self.loaded.kinds.of(step, window)
+        rates = self.loaded.kinds.rates(step, kind)
         if step in self.state.skip:
             self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
@@ -306,16 +244,18 @@ class Session:
             self.state.sequences = sum(len(indices) for indices in window[: cut.micro_batch])
             self.state.losses = {str(segment): loss for segment, loss in cut.losses.items()}
             if self.interrupts.signal_number is not None:
-                self.saver.save(self.log, cut=cut)
+                self.loaded.saver.save(self.log, cut=cut)
                 self.interrupts.check()
-            elif self.saver.minutes_are_up():
+            elif self.loaded.saver.minutes_are_up():
                 self._save_or_warn(cut=cut)
 
         try:
-            with self.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
-                run: Callable[..., StepResult] = partial(self.executor.run, align_weight=self.kinds.align_weight(step))
-                if self.crew is not None:
-                    run = partial(self.crew.run, self.executor, kind)
+            with self.context.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
+                run: Callable[..., StepResult] = partial(
+                    self.loaded.executor.run, align_weight=self.loaded.kinds.align_weight(step)
+                )
+                if self.loaded.coordinator is not None:
+                    run = partial(self.loaded.coordinator.run, self.loaded.executor, kind)
                 result = run(plan, batches, step=step, learning_rates=rates, start=start, between=between)
         except NotFinite as error:
             if not error.values_intact:
@@ -330,16 +270,16 @@ class Session:
         """Nothing was updated: say where it began, then go on without this batch, or stop."""
         file, op = dump_not_finite(
             self.inputs,
-            self.executor,
+            self.loaded.executor,
             step=step,
             window=window,
             batches=batches,
             plan=plan,
             rates=rates,
-            align_weight=self.kinds.align_weight(step),
+            align_weight=self.loaded.kinds.align_weight(step),
             error=error,
         )
-        self.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
+        self.context.events.write({"event": "not finite", "step": step, "op": op, "file": file.name})
         what = f"step {step}: numbers that are not finite first at {op}; the batch is named in {file}"
         if self.config.on_nan == "stop":
             raise RunError(f"{what}\n{error}", fix=f"{NOT_FINITE_ADVICE}; or skip such batches with --on-nan skip")
@@ -372,27 +312,38 @@ class Session:
     @contextmanager
     def _watch(self, step: int, batches: list[Batch], plan: Plan, kind: StepKind, *, whole: bool) -> Iterator[None]:
         """Measure the first steps against the plan, and with --memory-report the second (or the only one) by tensors."""
-        if not whole or self.config.memory_report is None or step != min(2, self.n_steps):
-            if not whole or len(self.first_steps.steps) >= N_STEPS:
-                yield
-                return
-            with self.first_steps.watching(step, self.inputs.predict([batch.size for batch in batches], kind)):
-                yield
-            if (surprise := self.first_steps.surprise()) is not None:
-                self.progress.warn(surprise)
-            if len(self.first_steps.steps) == N_STEPS or step == self.n_steps:
-                largest = self.predicted["device_bytes"]
-                own = "" if self.crew is None else "process 0: "
-                self.progress.note(f"{own}{self.first_steps.correction(largest)}")
-                self.predicted["corrected_device_bytes"] = self.first_steps.corrected_bytes(largest)
-            return
-        meter = MemoryMeter(self.executor)
-        with meter.watching(batches):
+        first_steps = self.loaded.first_steps
+        compares = whole and len(first_steps.steps) < N_STEPS
+        reports = whole and self.config.memory_report is not None and step == min(2, self.n_steps)
+        if not compares and not reports:
             yield
-        meter.stop()
+            return
         prediction = self.inputs.predict([batch.size for batch in batches], kind)
+        meter = MemoryMeter(self.loaded.executor)
+        with ExitStack() as watching:
+            if compares:
+                watching.enter_context(first_steps.watching(step, prediction))
+            if reports:
+                watching.enter_context(meter.watching(batches))
+            yield
+        if compares:
+            self._compare(step)
+        if reports:
+            self._report_memory(step, plan, prediction, meter)
+
+    def _compare(self, step: int) -> None:
+        first_steps = self.loaded.first_steps
+        if (surprise := first_steps.surprise()) is not None:
+            self.progress.warn(surprise)
+        if len(first_steps.steps) == N_STEPS or step == self.n_steps:
+            largest = self.predicted["device_bytes"]
+            own = "" if self.loaded.coordinator is None else "process 0: "
+            self.progress.note(f"{own}{first_steps.correction(largest)}")
+            self.predicted["corrected_device_bytes"] = first_steps.corrected_bytes(largest)
+
+    def _report_memory(self, step: int, plan: Plan, prediction: Prediction, meter: MemoryMeter) -> None:
         files = write_report(
-            self.config.memory_report,
+            str(self.config.memory_report),
             prediction,
             meter,
             plan_hash=plan.hash(),
@@ -407,10 +358,10 @@ class Session:
         state.tokens += result.totals.tokens
         state.supervised_tokens += result.totals.supervised
         state.final_loss, state.skipped_in_row, mean = result.loss, 0, state.level.mean
-        peaks = self._own_peaks() if self.crew is None else self.crew.peaks()
+        peaks = self.loaded.peaks() if self.loaded.coordinator is None else self.loaded.coordinator.peaks()
         state.peak_rss_bytes = max(state.peak_rss_bytes, peaks["rss"])  # the kernel's own count wavers by some 100 KiB
         state.peak_device_bytes = max(state.peak_device_bytes, peaks["device"])
-        below = peaks_below(self.mover)
+        below = peaks_below(self.loaded.mover)
         metrics = {
             "step": step,
             "loss": result.loss,
@@ -426,8 +377,8 @@ class Session:
             "peak_pinned_bytes": below.pinned,
             "peak_disk_bytes": peaks["disk"],
         }
-        if self.crew is not None:
-            metrics["process_peaks"] = self.crew.link.reports
+        if self.loaded.coordinator is not None:
+            metrics["process_peaks"] = self.loaded.coordinator.link.reports
         if kind.name:
             metrics["kind"] = kind.name
         if result.align_loss is not None:
@@ -436,30 +387,25 @@ class Session:
         self.progress.step(metrics)
         if state.level.add(result.loss):
             self.progress.warn(f"step {step}: the loss is {result.loss:.4g}, far above its running level of {mean:.4g}")
-            self.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
-
-    def _own_peaks(self) -> dict[str, int]:
-        """Of this process."""
-        device = peak_device_bytes(self.inputs.device)
-        return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
+            self.context.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
 
     def _save_or_warn(self, *, cut: Cut | None = None, last: bool = False) -> None:
         """A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""
         try:
-            self.saver.save(self.log, cut=cut)
+            self.loaded.saver.save(self.log, cut=cut)
         except NotFinite:
             raise
         except RunError as error:
             if last:
                 raise
-            self.progress.warn(f"{error}\nTraining goes on; the newest checkpoint is {self.saver.newest or 'none'}")
+            self.progress.warn(f"{error}\nTraining goes on; the newest checkpoint is {self.loaded.saver.newest or 'none'}")
             with suppress(RunError):
-                self.events.write({"event": "no checkpoint", "step": self.state.steps, "reason": str(error)})
+                self.context.events.write({"event": "no checkpoint", "step": self.state.steps, "reason": str(error)})
 
     # the end ----------------------------------------------------------------------------------------------------------
 
     def _save_adapter_and_tokenizer(self) -> None:
-        save_adapter(self.output, self.model, self.shape)
+        save_adapter(self.output, self.loaded.model, self.loaded.shape)
         tokenizer = self.inputs.tokenizer
         if self.inputs.template is not None:
             tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with

@@ -7,6 +7,8 @@ resumed run decides as the undisturbed one did.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lopt_edge.data import Window
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.run.step.executor import Executor
@@ -16,8 +18,18 @@ from lopt_edge.training.prepare.boundary_cache import BoundaryCaches
 from lopt_edge.training.prepare.inputs import Inputs
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its index, its lowest held-out loss, for how many evaluations that stands; a sentence if it is over."""
+
+    index: int
+    loss: float
+    waits: int
+    over: str = ""
+
+
 class StepKinds:
-    """`caches` are the boundary caches, if the run has any."""
+    """The kinds as this run takes them; it reads the state and writes none. `caches`: the boundary caches, if any."""
 
     def __init__(self, inputs: Inputs, state: RunState, executor: Executor, caches: BoundaryCaches | None) -> None:
         self.inputs, self.state, self.executor, self.caches = inputs, state, executor, caches
@@ -72,8 +84,8 @@ class StepKinds:
         absent = {layer for segment in self._planned(step).segments for layer in segment.absent}
         return tuple(layer for layer in range(self.inputs.source.facts.n_layers) if layer not in absent) if absent else None
 
-    def stage_over(self, step: int, loss: float | None) -> str | None:
-        """After an evaluation: a sentence if the stage ends here, ahead of its time."""
+    def stage_after(self, step: int, loss: float | None) -> Stage | None:
+        """Where a stage stands after an evaluation; None where nothing can end it, and nothing changes."""
         state, patience = self.state, self.inputs.course.patience
         if patience is None or loss is None or not step:
             return None
@@ -81,11 +93,8 @@ class StepKinds:
         if index == len(self.inputs.course.phases) - 1 or step == last:
             return None
         if state.stage != index or state.stage_loss is None or loss < state.stage_loss:
-            state.stage, state.stage_loss, state.stage_waits = index, loss, 0
-            return None
-        state.stage_waits += 1
-        if state.stage_waits < patience:
-            return None
-        state.stage_ends.append(step)
+            return Stage(index, loss, 0)
+        waits = state.stage_waits + 1
         before = f"its held-out loss was lower before ({state.stage_loss:.4f})"
-        return f"stage {index + 1} ends after step {step}, not {last}: {before}"
+        over = "" if waits < patience else f"stage {index + 1} ends after step {step}, not {last}: {before}"
+        return Stage(index, state.stage_loss, waits, over)

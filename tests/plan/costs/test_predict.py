@@ -107,11 +107,11 @@ def test_an_evaluation_takes_no_more_than_predicted(four_bit, tmp_path, dtype, w
     bench.evaluate([batch], token_tile=tile)
     gc.collect()
     meter = MemoryMeter(bench.executor)
-    with meter.watching([batch]) as tracker:
-        assert isinstance(tracker, MemoryTracker)
+    tracker = meter.tracker
+    assert isinstance(tracker, MemoryTracker)
+    with meter.watching([batch]):
         tracker.start_peak()
         bench.evaluate([batch], token_tile=tile)
-    meter.stop()
     bench.executor.mover.close()
     shape = LayerShape(bench.model.facts, dtype.itemsize, 4, bench.model.facts.linear_names)
     sizes = Sizes(shape, knobs, vocabulary_itemsize=4)

@@ -18,9 +18,10 @@ from lopt_edge import finetune
 from lopt_edge.cli import main as cli
 from lopt_edge.data import epoch_windows
 from lopt_edge.errors import DoesNotFit
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.watch.first_steps import FirstSteps
 from lopt_edge.training.prepare.read import read_inputs
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 from tests.plan.plans import make_knobs
 from tests.plan.search.test_run_plan import KEYS
 from tests.plan.workloads import make_workload
@@ -177,9 +178,10 @@ PREDICTION = make_workload(n_tokens=(100,)).predict(make_knobs(4))
 class _Executor:
     """As much of one as is watched."""
 
-    observe: Any = None
+    observers: list[Any] = field(default_factory=list)
     model: Any = field(default_factory=lambda: SimpleNamespace(device=torch.device("cpu")))
     optimizer: Any = field(default_factory=lambda: SimpleNamespace(groups={"layer 0": SimpleNamespace(moments=None)}))
+    observed = Executor.observed
 
 
 def watched(
@@ -195,7 +197,7 @@ def watched(
         found.executor.optimizer.groups["layer 0"].moments = None if fresh and step == steps[0][0] else "there"
         with found.watching(step, PREDICTION):
             for row in PREDICTION.timeline.rows:
-                found.executor.observe(row.op, True)
+                found.executor.observers[-1](row.op, True)
     return found
 
 

@@ -34,7 +34,6 @@ def watched(bench: Bench) -> tuple[MemoryMeter, Batch]:
     meter, batch = MemoryMeter(bench.executor), random_batch((60, 40))
     with meter.watching([batch]):
         bench.executor.run(bench.plan, [batch], step=2, learning_rates=RATES)
-    meter.stop()
     return meter, batch
 
 
@@ -46,7 +45,7 @@ def predicted(bench: Bench, batch: Batch) -> Prediction:
 def test_a_row_an_op_with_what_is_held_by_category(bench):
     meter, _ = watched(bench)
     assert [row.text for row in meter.rows] == [op.text() for op in bench.plan.ops]
-    assert bench.executor.observe is None, "the meter let go"
+    assert not bench.executor.observers, "the meter let go"
     held = {category: 0 for category, _ in held_tensors(bench.executor)}
     assert {"weights", "adapters", "gradients", "head", "workspace"} <= set(held)
     for row in meter.rows:
@@ -61,7 +60,6 @@ def test_a_row_an_op_with_what_is_held_by_category(bench):
 
 
 def test_a_storage_counts_once_however_many_hold_it(bench):
-    bench.executor.observe = None
     stores = list(held_tensors(bench.executor))
     meter, _ = watched(bench)
     flat = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in stores}

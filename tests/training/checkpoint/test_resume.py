@@ -16,10 +16,9 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import DoesNotFit, InputError, InputErrors
 from lopt_edge.planning.settings import split_to_fit
 from lopt_edge.run.model.lora import ADAPTER_NAME
-from lopt_edge.training.checkpoint import resume as resuming
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
 from lopt_edge.training.checkpoint.resume import BY_FINGERPRINT, MAY_CHANGE, find_start
-from lopt_edge.training.progress import Progress
+from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model
 
 
@@ -107,7 +106,7 @@ def test_other_weights_and_another_dtype_are_refused(done, model, tmp_path):
 
 
 def test_other_versions_are_told(done, monkeypatch):
-    monkeypatch.setattr(resuming, "version", lambda name: "0.0.1")
+    monkeypatch.setattr("lopt_edge.system.versions.version", lambda name: "0.0.1")
     _, _, warnings = find_start(done.model_copy(update={"resume": "auto"}))
     assert len(warnings) == 1 and "bits may differ" in warnings[0] and "-> 0.0.1" in warnings[0]
 

@@ -1,0 +1,80 @@
+"""What is alive inside one training step, what is left of one that stopped between micro-batches, and what one came to.
+
+The rule: everything that a step holds is in its StepState, which is dropped with the step; nothing of it outlives a fault.
+Who fills and frees it is executor.py. Shapes: B sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lopt_edge.errors import NotFinite
+from lopt_edge.plan.schedule.build import groups_of
+from lopt_edge.plan.schedule.ops import GroupName, Plan
+from lopt_edge.run.model.load import Frame
+from lopt_edge.run.step.batches import Batch, Totals
+from lopt_edge.run.tiers.graphs import LayerGraph
+from lopt_edge.run.tiers.moves import Parcel
+
+ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one).
+
+    `align_loss`: of an alignment beside the task, minus the mean cosine of its tokens.
+    """
+
+    loss: float
+    local_loss: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+    totals: Totals
+    align_loss: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
+
+    `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
+    """
+
+    micro_batch: int
+    losses: Mapping[int, float]
+    gradient: Callable[[GroupName], Tensor | None]
+
+
+@dataclass(eq=False)
+class StepState:
+    """What is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
+
+    plan: Plan
+    batches: Sequence[Batch]
+    totals: Totals
+    learning_rates: Mapping[int, float]
+    losses: dict[int, float]
+    own_blocks: bool  # gradients move: each group's are a tensor of its own
+    early: bool  # some STEP comes before the last BACKWARD
+    hidden_BTD: Tensor | None = None
+    frame: Frame | None = None
+    held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
+    target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
+    grad_BTD: Tensor | None = None
+    align_weight: float = 0.0
+    teacher_BTD: Tensor | None = None
+    aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
+    cleaned: bool = False
+    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
+    fault_op: str = ""
+    inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
+
+
+def segments_of(plan: Plan) -> dict[GroupName, int]:
+    """The segment of each group that this step updates."""
+    found = {group: segment.index for segment in plan.segments for group in groups_of(segment)}
+    return found | {("layer", layer): segment.index for segment in plan.segments for layer in segment.through}
