@@ -1,4 +1,4 @@
-"""Joins a run's settings and data to the planner: its workload, its budgets, and this machine's profile.
+"""What the planner's question stands on where there is data: its longest examples, this machine's profile, its libraries.
 
 The planner needs sizes only (plan/search/workload.py); this file finds them: the longest examples, the stored dtype of the
 vocabulary, what the process takes with the model's code imported, and what is free. It chooses nothing.
@@ -6,22 +6,20 @@ vocabulary, what the process takes with the model's code imported, and what is f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from lopt_edge.config.settings import Config
 from lopt_edge.data import Dataset
 from lopt_edge.models.folder import ModelFolder, vocabulary_itemsize
-from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
-from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.search.search import Search
-from lopt_edge.plan.search.workload import Workload
-from lopt_edge.planning.settings import against_facts, search_space
+from lopt_edge.planning.question import Ground, LargestStep
 from lopt_edge.run.model.load import import_model_code
 from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.memory import resident_bytes
@@ -29,36 +27,36 @@ from lopt_edge.system.memory import resident_bytes
 SLOW_CARD = "RTX 3060"  # whose rates stand in for an unknown GPU's
 
 
-def workload_of(
-    config: Config,
+def ground_of(
     source: ModelFolder,
-    course: Course,
-    targets: tuple[str, ...],
     *,
     device: torch.device,
     dtype: torch.dtype,
-    datasets: tuple[Dataset, Dataset | None, Dataset | None],
+    datasets: Sequence[Dataset | None],
     teacher: ModelFolder | None = None,
-) -> Workload:
-    """The run's largest possible accumulation window, and its largest evaluation batch."""
-    train, *others = datasets
-    evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
-    profile = machine_profile(device)
-    if config.max_steps is not None:  # how often the run comes by an example
-        n_sequences = config.max_steps * config.batch_size * config.grad_accum
-        course = replace(course, epochs=n_sequences / len(train.examples))
-    dropout = config.lora_dropout > 0
-    return Workload(
-        course,
-        LayerShape(source.facts, dtype.itemsize, config.lora_r, targets, device.type, dropout=dropout),
-        tuple(largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)),
+) -> Ground:
+    """A run's model and data on this machine. `datasets`: what trains first, then what is evaluated."""
+    profile, itemsize = machine_profile(device), dtype.itemsize
+    return Ground(
+        source.facts,
+        itemsize,
         profile,
         library_bytes(source) if device.type == "cpu" else profile.context_bytes,
         vocabulary_itemsize(source.path),
-        evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
-        clip_scope=config.clip_scope if config.clip else "none",
-        teacher=teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), dtype.itemsize, device.type),
+        partial(largest_step, datasets),
+        teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), itemsize, device.type),
     )
+
+
+def largest_step(datasets: Sequence[Dataset | None], config: Config) -> LargestStep:
+    """The run's largest possible accumulation window, and its largest evaluation batch."""
+    train, *others = datasets
+    assert train is not None
+    evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
+    largest = largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)
+    n_sequences = (config.max_steps or 0) * config.batch_size * config.grad_accum
+    epochs = n_sequences / len(train.examples) if config.max_steps is not None else None
+    return LargestStep(tuple(largest), max(evaluated, key=lambda batch: batch.n_rows, default=None), epochs)
 
 
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:
@@ -94,18 +92,3 @@ def machine_profile(device: torch.device) -> DeviceProfile:
     assert known is not None
     memory = torch.cuda.get_device_properties(device).total_memory
     return replace(profile_of_card(known), name=name, memory_bytes=memory, source=f"unknown: the rates of an {known.name}")
-
-
-def search_for(
-    config: Config,
-    source: ModelFolder,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    datasets: tuple[Dataset, Dataset | None, Dataset | None],
-    teacher: ModelFolder | None = None,
-) -> Search:
-    """The planner's search for a run with these settings, models and data."""
-    course, targets, _ = against_facts(config, source.facts)
-    workload = workload_of(config, source, course, targets, device=device, dtype=dtype, datasets=datasets, teacher=teacher)
-    return Search(workload, search_space(config, source.facts, device.type))

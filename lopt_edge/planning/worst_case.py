@@ -11,13 +11,13 @@ the card's memory, or what is free on this machine now, less a margin. Nothing i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, together
-from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
@@ -25,14 +25,13 @@ from lopt_edge.plan.facts.cards import Card, find_card, near_cards
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.facts.presets import find_preset, near_presets
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
-from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.processes import parts_of
 from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search.search import Candidate, Search
-from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.budgets import FREE_SHARE, free_bytes
-from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, search_space, settled
+from lopt_edge.planning.question import Ground, LargestStep, search_for
+from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, settled
 from lopt_edge.units import format_bytes
 
 TOKEN_BYTES = 310  # of the process, for a token of the tokenizer: 44 MiB for 150,000 tokens with their merges
@@ -81,20 +80,25 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
     )
     profile = _profile(card, config.device)
     device_type = profile.device_type
-    _, (_, targets, max_seq_len), (budget, reason) = together(
+    _, (_, _, max_seq_len), (budget, reason) = together(
         lambda: check_memory_settings(config, facts, device_type=device_type),
         lambda: against_facts(config, facts),
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
-    shape = LayerShape(facts, itemsize, config.lora_r, targets, device_type, dropout=config.lora_dropout > 0)
-    teacher = _teacher(config, itemsize, device_type)
+    library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
+    ground = Ground(
+        facts,
+        itemsize,
+        profile,
+        profile.context_bytes if device_type == "cuda" else library_bytes,
+        vocabulary_itemsize,
+        partial(_worst_step, max_seq_len),
+        _teacher(config, itemsize, device_type),
+    )
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
-        course, *_ = against_facts(variant, facts)
-        workload = _worst_step(variant, course, shape, max_seq_len, profile, vocabulary_itemsize)
-        workload = replace(workload, teacher=teacher)
-        search = Search(workload, search_space(variant, facts, device_type))
+        search = search_for(variant, ground)
         return Question(variant, search, budget, (reason, *notes)), search.within(budget).best
 
     if max_seq_len < config.max_seq_len:
@@ -112,28 +116,11 @@ def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
     return Teacher(*read_facts(config.teacher, None), itemsize, device_type)
 
 
-def _worst_step(
-    config: Config,
-    course: Course,
-    shape: LayerShape,
-    max_seq_len: int,
-    profile: DeviceProfile,
-    vocabulary_itemsize: int,
-) -> Workload:
+def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
     """Every sequence of the greatest length, all of it supervised."""
     evaluates = config.eval_data or config.eval_fraction or config.retention_data
     batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
-    library_bytes = profile.library_bytes + TOKEN_BYTES * shape.facts.vocab_size
-    return Workload(
-        course,
-        shape,
-        (batch,) * config.grad_accum,
-        profile,
-        profile.context_bytes if shape.device_type == "cuda" else library_bytes,
-        vocabulary_itemsize,
-        evaluation=batch if evaluates else None,
-        clip_scope=config.clip_scope if config.clip else "none",
-    )
+    return LargestStep((batch,) * config.grad_accum, batch if evaluates else None)
 
 
 # the model -------------------------------------------------------------------------------------------------------------

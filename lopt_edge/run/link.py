@@ -29,9 +29,8 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from lopt_edge.errors import NotFinite, PeerLost, RunError
-from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT
+from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName
 from lopt_edge.plan.schedule.processes import Part
-from lopt_edge.run.step.optim import GroupName
 
 CONNECT_TIMEOUT = timedelta(minutes=1)  # for processes that are all there
 POLL_SECONDS = 0.2  # between two looks at signals and at the other processes, while waiting

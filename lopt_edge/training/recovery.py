@@ -13,7 +13,7 @@ from dataclasses import replace
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.search.run_plan import described, make_run_plan
 from lopt_edge.plan.search.search import Search
-from lopt_edge.planning.from_data import search_for
+from lopt_edge.planning.question import search_for
 from lopt_edge.training.prepare.inputs import Inputs
 
 STEP = 0.9  # of the predicted bytes of the plan that failed
@@ -42,15 +42,7 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
 
 def _search(inputs: Inputs) -> Search:
     config = inputs.config.model_copy(update={"token_tile": inputs.knobs.token_tile})  # another tile changes bits
-    found = search_for(
-        config,
-        inputs.source,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        datasets=(inputs.train, inputs.held_out, inputs.retention),
-    )
-    library_bytes = inputs.workload.library_bytes  # as measured before anything was loaded
-    return Search(replace(found.workload, library_bytes=library_bytes), found.space)
+    return search_for(config, inputs.ground)
 
 
 def _with(inputs: Inputs, search: Search, allowed: Budget, note: str) -> tuple[Inputs, str]:

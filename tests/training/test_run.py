@@ -153,9 +153,11 @@ def test_the_schedule_is_that_of_the_settings(model, tmp_path):
 
 
 def test_keep_best_keeps_the_best(model, tmp_path):
-    """A rate that diverges: the last adapter is worse than an earlier one, and the earlier one is kept."""
-    evaluation = str(write_rows(tmp_path / "eval.jsonl", 6))
-    common = {"n_rows": 6, "epochs": 6, "eval_data": evaluation, "eval_every": 1, "schedule": "constant", "lr": 0.05,
+    """Held-out text that the run unlearns: the last adapter is worse than an earlier one, and the earlier one is kept."""
+    evaluation = tmp_path / "eval.jsonl"
+    rows = [{"prompt": f"What is {i}?", "completion": "ZQXZ QXZQ JKZX"} for i in range(6)]
+    evaluation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"n_rows": 6, "epochs": 6, "eval_data": str(evaluation), "eval_every": 1, "schedule": "constant", "lr": 0.01,
               "method": "e2e", "warmup_ratio": 0.0}  # fmt: skip
     last = make_config(model, tmp_path, output="last", **common)
     best = make_config(model, tmp_path, output="best", keep_best=True, **common)
@@ -164,7 +166,7 @@ def test_keep_best_keeps_the_best(model, tmp_path):
     losses = {line["step"]: line["eval_loss"] for line in metrics_of(best)[1] if line["step"]}
     assert result.evaluation["after"]["eval_loss"] == min(losses.values()), "what is reported is what was saved"
     best_step = min(losses, key=losses.__getitem__)
-    assert best_step != max(losses), "the run must get worse in the end, or this proves nothing"
+    assert losses[max(losses)] > losses[best_step] + 0.1, "the run must get worse in the end, or this proves nothing"
     assert json.loads((Path(best.output) / "run.json").read_text())["best_eval_loss"] == losses[best_step]
     short = make_config(model, tmp_path, output="short", **{**common, "max_steps": best_step})
     finetune(short)

@@ -27,7 +27,7 @@ from lopt_edge.plan.facts.model import LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
-from lopt_edge.plan.schedule.ops import Keep, Plan
+from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import packed_sizes
 
@@ -35,7 +35,6 @@ DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of 
 MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
 CACHE_ITEMSIZE = 2  # bfloat16: a boundary cache (run/boundary_cache.py)
 ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), groups of the flat adapters (run/step/optim.py)
-GroupName = tuple[str, int]
 
 
 @dataclass(frozen=True)

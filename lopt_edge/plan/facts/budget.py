@@ -37,11 +37,6 @@ class Budget:
     disk_bytes: int | None = None
     pinned_bytes: int | None = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether no tier has a budget."""
-        return self.device_bytes is None and self.host_bytes is None and self.disk_bytes is None
-
 
 def make_budget(
     *,

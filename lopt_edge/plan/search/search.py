@@ -216,12 +216,6 @@ class Search:
         return min((self.candidate(knobs) for knobs in found), key=lambda candidate: candidate.seconds.seconds)
 
 
-def exhaustive(search: Search, budget: Budget) -> Candidate | None:
-    """The same answer by looking at everything: what tests compare with."""
-    every = (search.fitting(knobs, budget) for *_, knobs in search.rows)
-    return min((found for found in every if found is not None), key=_rank, default=None)
-
-
 def _rank(candidate: Candidate) -> float:
     return three_digits(candidate.seconds.seconds)
 

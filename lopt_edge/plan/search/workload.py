@@ -100,10 +100,8 @@ class Workload:
 
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """Of the first kind of step, unless another is named. Not validated: the search makes many."""
-        plan = step_plan(self.method, kind or self.kinds[0], n_micro_batches=n_micro_batches)
-        if self.part is None:
-            return arrange(plan, knobs)
-        return arrange(cut_for_process(plan, self.part), own_knobs(knobs, self.part))
+        own = knobs if self.part is None else own_knobs(knobs, self.part)
+        return arranged_plan(self.method, kind or self.kinds[0], own, n_micro_batches=n_micro_batches, part=self.part)
 
     def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """As the executor runs it. Raises PlanError if a pass broke a rule."""
@@ -165,6 +163,15 @@ class Workload:
         """The micro-batches whose seconds `seconds` adds up."""
         few, others = self._few(knobs)
         return (*few, *(_mean(others),) * len(others)) if others else few
+
+
+def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
+    """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
+
+    `knobs` are that process' own. Not validated: the search makes many.
+    """
+    plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
+    return arrange(plan if part is None else cut_for_process(plan, part), knobs)
 
 
 def _mean(batches: tuple[MicroBatchSize, ...]) -> MicroBatchSize:

@@ -29,7 +29,7 @@ from torch.profiler import record_function
 from lopt_edge.errors import NotFinite, PeerLost
 from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.ops import Keep, Op, Plan
+from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Frame, Model
@@ -37,7 +37,7 @@ from lopt_edge.run.step.batches import Batch, window_totals
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
-from lopt_edge.run.step.optim import GroupName, SegmentOptimizer
+from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
 from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache

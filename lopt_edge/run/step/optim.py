@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lopt_edge.errors import LoptError, NotFinite, RunError
+from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.step.moments import Moments, make_moments
 from lopt_edge.run.tiers.moves import Mover, Parcel
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 ALIGNMENT = 16  # elements: each group begins at 64 bytes, so that vector loops cut it alike wherever it lies
-GroupName = tuple[str, int]
 
 
 def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from lopt_edge.adapters.save import AdapterShape, save_adapter
 from lopt_edge.errors import InputError, NotFinite
+from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.model.replaced import REPLACED_NAME
 from lopt_edge.run.step.executor import Executor
-from lopt_edge.run.step.optim import GroupName
 from lopt_edge.run.step.step_state import Cut
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.training.checkpoint.folder import STATE

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost, RunError
+from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.plan.schedule.processes import Part, parts_of
 from lopt_edge.run.step.batches import Batch, as_message
 from lopt_edge.run.step.executor import Executor
-from lopt_edge.run.step.optim import GroupName
 from lopt_edge.run.step.step_state import Cut, StepResult
 from lopt_edge.training.pipeline.launch import SETUP, Children, ended, torchrun_rank
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from lopt_edge.models.folder import ModelFolder, find_model
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.knobs import Knobs, placement_of
-from lopt_edge.plan.schedule.ops import Plan
-from lopt_edge.plan.schedule.passes import arrange
-from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs, parts_of
+from lopt_edge.plan.schedule.ops import GroupName, Plan
+from lopt_edge.plan.schedule.processes import Part, own_knobs, parts_of
 from lopt_edge.plan.schedule.validate import validate
+from lopt_edge.plan.search.workload import arranged_plan
 from lopt_edge.planning.settings import against_facts
 from lopt_edge.run.device import DTYPES, peak_device_bytes
 from lopt_edge.run.link import Link, join_store, torchrun_store
@@ -42,7 +42,6 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
 from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import from_message
-from lopt_edge.run.step.optim import GroupName
 from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
@@ -51,6 +50,7 @@ from lopt_edge.training.checkpoint.folder import STATE
 from lopt_edge.training.checkpoint.snapshot import restore
 from lopt_edge.training.pipeline.launch import PARENT, PORT, RANK, SETUP, end_with_parent, torchrun_rank
 from lopt_edge.training.prepare.build import build_executor
+from lopt_edge.training.prepare.inputs import MOST_PLANS
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
 from quant.headers import read_json
 
@@ -71,10 +71,12 @@ class Task:
     parts: tuple[Part, ...]
     part: Part
 
+    @lru_cache(maxsize=MOST_PLANS)  # noqa: B019 - the task lives as long as its process
     def plan(self, n_micro_batches: int, kind: str) -> Plan:
-        whole = step_plan(self.course.method, self.course.named[kind], n_micro_batches=n_micro_batches)
-        clip_scope = self.config.clip_scope if self.config.clip else "none"
-        return validate(arrange(cut_for_process(whole, self.part), self.knobs), clip_scope=clip_scope)
+        """The validated plan of this process' part of a step; made once and kept, as process 0 does."""
+        named = self.course.named[kind]
+        found = arranged_plan(self.course.method, named, self.knobs, n_micro_batches=n_micro_batches, part=self.part)
+        return validate(found, clip_scope=self.config.clip_scope if self.config.clip else "none")
 
 
 def read_task(setup: dict[str, Any], rank: int) -> Task:

@@ -27,6 +27,7 @@ from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.processes import Part, own_knobs
 from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.plan.search.workload import Workload
+from lopt_edge.planning.question import Ground
 from lopt_edge.run.step.batches import Batch, make_batch
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Inputs:
     dtype: torch.dtype
     knobs: Knobs
     budget: Budget
+    ground: Ground
     workload: Workload
     run_plan: RunPlan
     reasons: tuple[str, ...]

@@ -29,7 +29,8 @@ from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search.search import Candidate, Search
 from lopt_edge.planning.budgets import planned_budget, stated_budget
-from lopt_edge.planning.from_data import search_for
+from lopt_edge.planning.from_data import ground_of
+from lopt_edge.planning.question import search_for
 from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
@@ -84,10 +85,10 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         )
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
-    datasets = (train, held_out, retention)
+    ground = ground_of(source, device=device, dtype=dtype, datasets=(train, held_out, retention), teacher=teacher)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
-        search = search_for(variant, source, device=device, dtype=dtype, datasets=datasets, teacher=teacher)
+        search = search_for(variant, ground)
         return (variant, search), search.within(budget).best
 
     asked = config
@@ -132,6 +133,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
         dtype,
         knobs,
         stated,
+        ground,
         workload,
         run_plan,
         reasons,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lopt_edge.errors import NotFinite, RunError
-from lopt_edge.run.step.optim import Group, GroupName, SegmentOptimizer
+from lopt_edge.plan.schedule.ops import GroupName
+from lopt_edge.run.step.optim import Group, SegmentOptimizer
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import GRAIN, PageFile
 

@@ -1,0 +1,69 @@
+"""The planner's question, put together in one place: for `plan`, for `finetune`, and for a run that memory refused a step.
+
+The rule: whatever does not change while the planner compares settings is a `Ground`, found once (worst_case.py without
+data, from_data.py with it); `search_for` joins it to settings. So a search made again, for a smaller plan, asks for the
+same run: the same steps, the same teacher, the same libraries. It measures nothing and chooses nothing. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lopt_edge.config.settings import Config
+from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.plan.costs.teacher_pass import Teacher
+from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.search.search import Search
+from lopt_edge.plan.search.workload import Workload
+from lopt_edge.planning.settings import against_facts, search_space
+
+
+@dataclass(frozen=True)
+class LargestStep:
+    """The micro-batches of a run's largest step, the longest first, and its largest evaluation batch.
+
+    `epochs`: how often the run comes by an example, where a number of steps says it.
+    """
+
+    batches: tuple[MicroBatchSize, ...]
+    evaluation: MicroBatchSize | None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """A model on a machine: `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary.
+
+    `library_bytes`: what the process takes beside its tensors. `largest_step` gives it for settings, whose micro-batches
+    may be split in another way. `teacher`: another model than the base.
+    """
+
+    facts: ModelFacts
+    itemsize: int
+    profile: DeviceProfile
+    library_bytes: int
+    vocabulary_itemsize: int
+    largest_step: Callable[[Config], LargestStep]
+    teacher: Teacher | None = None
+
+
+def search_for(config: Config, ground: Ground) -> Search:
+    """The planner's search for a run with these settings. Raises InputError(s) for what the model does not allow."""
+    course, targets, _ = against_facts(config, ground.facts)
+    step, device_type = ground.largest_step(config), ground.profile.device_type
+    dropout = config.lora_dropout > 0
+    workload = Workload(
+        course if step.epochs is None else replace(course, epochs=step.epochs),
+        LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout),
+        step.batches,
+        ground.profile,
+        ground.library_bytes,
+        ground.vocabulary_itemsize,
+        evaluation=step.evaluation,
+        clip_scope=config.clip_scope if config.clip else "none",
+        teacher=ground.teacher,
+    )
+    return Search(workload, search_space(config, ground.facts, device_type))

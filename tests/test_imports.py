@@ -1,0 +1,81 @@
+"""The rooms in their order: a folder imports from folders below it only, no file stands in a circle, no file is loose.
+
+An import under TYPE_CHECKING or inside a function is an import. `quant` is a leaf: it imports nothing of lopt_edge.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import lopt_edge
+
+PACKAGE = Path(lopt_edge.__file__).parent
+ROOMS = (  # the highest first
+    "cli", "comparison",
+    "training", "training/session", "training/pipeline", "training/prepare", "training/checkpoint",
+    "doctor", "planning", "adapters",
+    "run/watch", "run/step", "run/model", "run/tiers", "run",
+    "config", "models",
+    "plan/search", "plan/costs", "plan/methods", "plan/schedule", "plan/facts",
+    "data", "pictures", "system", "units", "errors", "quant",
+)  # fmt: skip
+LOOSE = {"__init__.py", "errors.py", "units.py", "py.typed"}
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in (PACKAGE, PACKAGE.parent / "quant")
+    for path in package.rglob("*.py")
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of this project that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in FILES else node.module for name in names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        yield from (name for name in names if name in FILES)
+
+
+def room(module: str) -> str:
+    """The folder of a module, or its own name where it lies in `lopt_edge/` itself."""
+    path = FILES[module]
+    if "quant" in path.parts[-2:]:
+        return "quant"
+    folder = path.parent.relative_to(PACKAGE).as_posix()
+    return path.stem if folder == "." else folder
+
+
+def test_imports_only_fall() -> None:
+    level = {name: place for place, name in enumerate(ROOMS)}
+    for module, path in FILES.items():
+        if module == "lopt_edge":  # its names resolve on first use
+            continue
+        for other in imported(path):
+            upwards = level[room(other)] < level[room(module)]
+            assert not upwards, f"{module} imports {other}, which lies higher ({room(module)} -> {room(other)})"
+
+
+def test_no_file_stands_in_a_circle() -> None:
+    graph = {module: {*imported(path)} - {module} for module, path in FILES.items() if module != "lopt_edge"}
+    assert len([*TopologicalSorter(graph).static_order()]) >= len(graph)  # raises CycleError
+
+
+def test_no_file_is_loose() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == LOOSE
+    assert {room(module) for module in FILES if module != "lopt_edge"} - {"plan"} <= {*ROOMS}
+
+
+def test_the_planner_knows_neither_torch_nor_the_settings() -> None:
+    for path in (PACKAGE / "plan").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in ("torch", "transformers", "bitsandbytes", "peft"), f"{path}: {name}"
+                assert not name.startswith("lopt_edge.config"), f"{path}: {name}"
