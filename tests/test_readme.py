@@ -20,7 +20,7 @@ from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.plan.facts.presets import find_preset
 from lopt_edge.plan.methods import METHODS
-from lopt_edge.plan.schedule.ops import Kind
+from lopt_edge.plan.schedule.effects import Kind
 from tools.fit_table import cell
 
 ROOT = Path(__file__).parents[1]
