@@ -1,8 +1,8 @@
-"""The study of the README: every method on two tasks, through `lopt-edge compare`, with the tables in tools/results.
+"""The study of docs/methods.md: every method on two tasks, through `lopt-edge compare`, with the tables in tools/results.
 
     python tools/study.py --output /tmp/study            # all of it: about 340 runs, 90 minutes on two cores
     python tools/study.py --output /tmp/study --only e2e,frozen
-    python tools/study.py --tables                       # those of the README, from tools/results
+    python tools/study.py --tables                       # those of docs/methods.md, from tools/results
 
 The rule: each variant's learning rate is tuned on one seed's validation split (three points that bracket the optimum of e2e
 and of frozen at rank 8), the numbers are those of three seeds on a test split that nothing was chosen by. The second part
@@ -59,7 +59,7 @@ def compare(task: str, name: str, methods: tuple[str, ...], options: argparse.Na
 
 
 def tables() -> str:
-    """The README's two tables. A test compares."""
+    """The two tables of docs/methods.md. A test compares."""
     head = ("variant", "narrow: loss", "exact", "forgetting", "broad: loss", "forgetting", "lr")
     return "\n".join(
         "\n".join(_line(cells) for cells in (head, ("---", *["---:"] * 6), *_rows(part))) + "\n" for part in ("", "-more")
@@ -103,7 +103,7 @@ def _line(cells: tuple[str, ...]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the runs")
-    parser.add_argument("--tables", action="store_true", help="print the README's tables and stop")
+    parser.add_argument("--tables", action="store_true", help="print the tables of docs/methods.md and stop")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each with its share of the cores")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="variants whose cells are filled")
     options = parser.parse_args()

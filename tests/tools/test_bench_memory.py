@@ -20,7 +20,7 @@ TINY = ROOT / "examples" / "tiny-llama"
 def tool() -> ModuleType:
     sys.path.insert(0, str(ROOT / "tools"))  # where a script finds its sibling
     try:
-        spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "tools" / "tools/bench_memory.py")
+        spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "tools" / "bench_memory.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def tool() -> ModuleType:
 def bench(path: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
     command = [
         sys.executable,
-        ROOT / "tools" / "tools/bench_memory.py",
+        ROOT / "tools" / "bench_memory.py",
         "--csv",
         path,
         "--threads",

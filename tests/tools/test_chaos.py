@@ -66,7 +66,7 @@ def run_tool(name: str, path: Path, *, seconds: float, **options: int) -> tuple[
 
 
 def check_kills(path: Path, options: dict[str, int], *, seconds: float) -> dict[str, str]:
-    said, row = run_tool("tools/chaos.py", path, seconds=seconds, **options)
+    said, row = run_tool("chaos.py", path, seconds=seconds, **options)
     table = {found[1].strip(): int(found[2]) for found in re.finditer(r"^(.{34}) *(\d+)", said, re.MULTILINE)}
     for name in ("kills", "in-checkpoint", "in-pages", "in-loading"):
         column = name.replace("-", "_")
@@ -271,5 +271,5 @@ def test_a_sample_counts_what_is_there(tools, tmp_path):
 
 @pytest.mark.long
 def test_nothing_grows_in_5000_steps(tmp_path):
-    _, row = run_tool("tools/soak.py", tmp_path / "soak.csv", seconds=3600)
+    _, row = run_tool("soak.py", tmp_path / "soak.csv", seconds=3600)
     assert row["samples"] == "100" and row["faults"] == ""

@@ -26,7 +26,7 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def bench(model: Path, path: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
     """bench_peers for two steps of 12 tokens, and the rows it wrote."""
     shared = ("--model", model, "--csv", path, "--seq-len", 12, "--steps", 2, "--threads", 1, "--lora-r", 4)
-    done = run_tool("tools/bench_peers.py", *shared, *arguments)
+    done = run_tool("bench_peers.py", *shared, *arguments)
     if not path.exists():
         return done, []
     with path.open(newline="") as file:
@@ -34,7 +34,7 @@ def bench(model: Path, path: Path, *arguments: object) -> tuple[subprocess.Compl
 
 
 def test_the_laptop_table_is_what_the_planner_says():
-    done = run_tool("tools/laptop_table.py", "--check")
+    done = run_tool("laptop_table.py", "--check")
     assert done.returncode == 0, done.stderr
 
 
@@ -105,14 +105,14 @@ def test_bench_peers_refuses(tiny, tmp_path):
 def test_make_model_writes_a_folder_in_the_real_shape(tmp_path):
     folder = tmp_path / "model"
     try:
-        done = run_tool("tools/make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
+        done = run_tool("make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
         assert done.returncode == 0, done.stderr
         model = find_model(str(folder))
         check_weights(model, tensor_entries(folder))
         facts = model.facts
         assert (facts.n_layers, facts.hidden_size, facts.vocab_size, facts.tied) == (1, 896, 151936, True)
         assert (folder / "tokenizer.json").exists()
-        again = run_tool("tools/make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
+        again = run_tool("make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
         assert again.returncode == 1 and "already holds a model" in again.stderr
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # 0.3 GB

@@ -89,7 +89,7 @@ def test_the_watchdog_and_the_judgement_see_failures(tool, tmp_path, monkeypatch
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "tools/fuzz.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=3000)
 
 

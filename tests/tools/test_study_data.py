@@ -80,7 +80,7 @@ def test_the_tool_writes_the_same_bytes_twice_and_other_ones_with_another_seed(t
         folder = tmp_path / str(len(written))
         command = [
             sys.executable,
-            str(ROOT / "tools" / "tools/make_study_data.py"),
+            str(ROOT / "tools" / "make_study_data.py"),
             "--output",
             str(folder),
             "--seed",
@@ -96,10 +96,10 @@ def test_the_tool_writes_the_same_bytes_twice_and_other_ones_with_another_seed(t
     assert len(written[0]) == 7 and written[0] == written[1] and written[0] != written[2]
 
 
-def test_the_readme_has_the_study_s_tables():
+def test_the_methods_page_has_the_study_s_tables():
     done = subprocess.run(
         [sys.executable, "tools/study.py", "--tables"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for table in done.stdout.strip().split("\n\n"):
-        assert table in readme
+        assert table in page

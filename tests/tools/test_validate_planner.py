@@ -20,7 +20,7 @@ OLD = "ratio,seconds_ratio,within_budget,error\n1.05,0.9,yes,\n1.08,,yes,\n,,no,
 def tool() -> ModuleType:
     sys.path.insert(0, str(ROOT / "tools"))  # where a script finds its sibling
     try:
-        spec = importlib.util.spec_from_file_location("validate_planner", ROOT / "tools" / "tools/validate_planner.py")
+        spec = importlib.util.spec_from_file_location("validate_planner", ROOT / "tools" / "validate_planner.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

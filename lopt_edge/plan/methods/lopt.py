@@ -19,8 +19,8 @@ Options, none of them the paper's own:
 - `open_every N`: on every N-th step the boundary opens: an end-to-end step, in which the early layers get the task's
   gradient, at the task's learning rate; AdamW's moments are one set for both. At 1/N of its cost.
 - `lr_local`: lr / 100 where nothing is said, and not lr as in the paper: with LoRA the reconstruction at the task's rate
-  did harm on both tasks of our study (README).
-Where we deviate from the released code otherwise (padding, embeddings, dtypes, clipping): shared/design.md.
+  did harm on both tasks of our study (docs/methods.md).
+Where we deviate from the released code otherwise (padding, embeddings, dtypes, clipping): docs/design.md.
 """
 
 from __future__ import annotations
