@@ -17,11 +17,13 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.search.search import Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import against_facts, search_space
+from lopt_edge.run.device import device_of
 from lopt_edge.run.model.load import import_model_code
 from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.memory import resident_bytes
@@ -53,7 +55,7 @@ def workload_of(
         LayerShape(source.facts, dtype.itemsize, config.lora_r, targets, device.type, dropout=dropout),
         tuple(largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)),
         profile,
-        library_bytes(source) if device.type == "cpu" else profile.context_bytes,
+        library_bytes(source) if kind_of(device.type).counts_process else profile.context_bytes,
         vocabulary_itemsize(source.path),
         evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
         clip_scope=config.clip_scope if config.clip else "none",
@@ -85,15 +87,16 @@ def machine_profile(device: torch.device) -> DeviceProfile:
     """As measured by `doctor --measure`, else the card's by its name, else a default."""
     if profile_path().exists() and (measured := load_profile(profile_path())).device_type == device.type:
         return measured
-    if device.type == "cpu":
+    own = device_of(device)
+    if own.kind.computes_on_cores:
         return default_cpu_profile()
-    name = torch.cuda.get_device_name(device)
+    name = own.name()
     if card := find_card(name):
         return profile_of_card(card)
     known = find_card(SLOW_CARD)
     assert known is not None
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return replace(profile_of_card(known), name=name, memory_bytes=memory, source=f"unknown: the rates of an {known.name}")
+    source = f"unknown: the rates of an {known.name}"
+    return replace(profile_of_card(known), name=name, memory_bytes=own.total_bytes(), source=source)
 
 
 def search_for(

@@ -79,7 +79,7 @@ class Workload:
             for segment in kind.segments
             for layer in segment.turned[:-1]
         )
-        if self.shape.device_type != "cpu" or not graphs:
+        if not self.shape.kind.counts_process or not graphs:
             return MMAP_BYTES
         hidden = self.sizes(knobs).hidden_bytes(self.batches[0])
         return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))

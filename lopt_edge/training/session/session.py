@@ -119,7 +119,7 @@ class Session:
             settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
             with self.clock.phase("load"), memory_faults("loading"):
                 self._load()
-            context_bytes = inputs.workload.library_bytes if inputs.device.type == "cuda" else 0
+            context_bytes = 0 if inputs.workload.shape.kind.counts_process else inputs.workload.library_bytes
             held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
             lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
             try:
