@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from quant.linear import PackedLinear
 from quant.nf4 import PackedWeight, unpack_part, unpack_scales
+from quant.sizes import BLOCK_FEATURES, token_tile
 
-BLOCK_FEATURES = 1024
-TOKEN_TILE = {"cpu": 1024, "cuda": 4096}  # tokens whose block of intermediate features exists at a time
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -70,7 +69,7 @@ class _Pass:
             yield slice(start, min(start + BLOCK_FEATURES, n_features))
 
     def tiles(self) -> Iterator[slice]:
-        size = TOKEN_TILE[self.x_ND.device.type]
+        size = token_tile(on_cpu=self.x_ND.is_cpu)
         for start in range(0, len(self.x_ND), size):
             yield slice(start, start + size)
 

@@ -16,9 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant.sizes import BLOCK_ELEMENTS, NESTED_BLOCK_ELEMENTS
+from quant.sizes import BLOCK_ELEMENTS, NESTED_BLOCK_ELEMENTS, UNPACK_CHUNK
 
-CHUNK_BYTES = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
 PACK_ELEMENTS = 1 << 18  # elements packed at a time: bitsandbytes' temporaries take up to 14 bytes an element
 
 
@@ -85,7 +84,7 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     """The fp32 absolute maximum of each block, (n / block,)."""
     if weight.nested_absmax is None:
         return weight.absmax
-    if weight.device.type != "cpu":
+    if not weight.codes.is_cpu:
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
         nested = QuantState(
@@ -105,7 +104,7 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
 def unpack_into(weight: PackedWeight, out: Tensor) -> Tensor:
     """Dequantise into `out` (out, in), contiguous, float32, bfloat16 or float16, and return it."""
     scales = unpack_scales(weight)
-    if out.numel() % weight.block_elements or CHUNK_BYTES * 2 % weight.block_elements:
+    if out.numel() % weight.block_elements or UNPACK_CHUNK * 2 % weight.block_elements:
         return _unpack_odd(weight, scales, out)
     return _unpack_codes(weight, weight.codes, scales, out)
 
@@ -130,16 +129,16 @@ def unpack_part(
 
 def _unpack_codes(weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """Whole blocks: `codes` and `scales` in the order of `out`'s elements."""
-    if weight.device.type != "cpu":
+    if not weight.codes.is_cpu:
         torch.ops.bitsandbytes.dequantize_4bit.out(
             codes.view(-1, 1), scales, weight.block_elements, weight.quant_type, out.shape, out.dtype, out=out
         )
         return out
     flat = out.view(-1)
     pairs = _pair_table(tuple(weight.code_map.tolist()))
-    values = None if out.dtype == torch.float32 else torch.empty(min(2 * CHUNK_BYTES, flat.numel()), dtype=torch.float32)
-    for start in range(0, codes.numel(), CHUNK_BYTES):
-        chunk = codes[start : start + CHUNK_BYTES]
+    values = None if out.dtype == torch.float32 else torch.empty(min(2 * UNPACK_CHUNK, flat.numel()), dtype=torch.float32)
+    for start in range(0, codes.numel(), UNPACK_CHUNK):
+        chunk = codes[start : start + UNPACK_CHUNK]
         first, last = 2 * start, 2 * (start + chunk.numel())
         target = flat[first:last] if values is None else values[: last - first]
         torch.index_select(pairs, 0, chunk.to(torch.int32), out=target.view(torch.int64))

@@ -3,7 +3,8 @@
 The form is bitsandbytes' NF4 with double quantisation: two 4-bit codes a byte; one absolute maximum per block of 64
 elements, itself stored in 8 bits as an offset from the mean with one fp32 scale per 256 blocks; a 16-entry and a
 256-entry code map. The rule: every number here equals the size of the tensor that `quant.nf4.pack` makes; a test holds
-it. It knows nothing of files or models.
+it. Beside them stand the sizes of the pieces in which our modules work; who predicts what they take reads them here. It
+knows nothing of files or models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ NESTED_BLOCK_ELEMENTS = 256
 CODE_MAP_BYTES = 16 * 4
 NESTED_MAP_BYTES = 256 * 4
 MIXED_ELEMENTS = 1 << 20  # of each matrix, unpacked at a time where matrices are mixed
+UNPACK_CHUNK = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
+BLOCK_FEATURES = 1024  # of the intermediate ones, computed at a time (quant/gated_mlp.py)
 
 # Bytes per element of the dtypes that occur in safetensors files, by their safetensors names.
 DTYPE_BYTES = {
@@ -61,3 +64,8 @@ def rows_at_once(out_features: int, in_features: int) -> int:
     Rows can be cut out only where no quantisation block crosses them.
     """
     return out_features if in_features % BLOCK_ELEMENTS else min(out_features, max(1, MIXED_ELEMENTS // in_features))
+
+
+def token_tile(*, on_cpu: bool) -> int:
+    """Tokens whose block of intermediate features exists at a time (quant/gated_mlp.py); a GPU wants larger products."""
+    return 1024 if on_cpu else 4096

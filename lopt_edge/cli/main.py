@@ -26,6 +26,7 @@ from lopt_edge.cli.options import config_parameters, own_option, signature
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted, LoptError
+from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 from lopt_edge.training.session.replacement import sentences
 
 DOES_NOT_FIT = 3  # exit code
@@ -46,7 +47,7 @@ ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub 
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
 DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest reply in tokens")]

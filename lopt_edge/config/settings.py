@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
+from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES
 from lopt_edge.plan.methods import METHODS, option_classes
 from lopt_edge.plan.methods.method import Options
 
 if TYPE_CHECKING:  # a method's own options are read in its own file, so the others are typed without them
+    DeviceName = str
     MethodName = str
     MethodOptions = Options
 else:
+    DeviceName = Literal[(AUTO, *DEVICE_TYPES)]
     MethodName = Literal[tuple(METHODS)]
     MethodOptions = create_model("MethodOptions", __base__=option_classes())
 
@@ -81,7 +84,7 @@ class Config(MethodOptions):
     sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
     init_adapter: str | None = Field(None, description="LoRA adapter folder to start from")
     cache_dir: str | None = Field(None, description="folder of quantised copies (default: ~/.cache/lopt-edge)")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    device: DeviceName = Field(AUTO, description="where to compute")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the matrix products"
     )

@@ -30,8 +30,10 @@ from rich.text import Text
 
 from lopt_edge.doctor.layer_check import Check, check_layers, one_line
 from lopt_edge.models.four_bit import default_cache
+from lopt_edge.plan.facts.device_kinds import CPU, kind_of
 from lopt_edge.system.file_systems import MEMORY_FILE_SYSTEMS
 from lopt_edge.system.memory import cgroup_memory
+from lopt_edge.system.processor import processor_name
 
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 GIB = 1 << 30
@@ -119,11 +121,11 @@ def check_machine(*, cache_dir: Path | None = None) -> Report:
     versions = {name: _version(name) for name in PACKAGES}
     faults: list[str] = []
     torch_cuda, choice = None, None
-    cuda: tuple[tuple[Device, Tier], ...] = ()
+    gpus: tuple[tuple[Device, Tier], ...] = ()
     checks: tuple[Check, ...] = ()
     if versions["torch"] is not None:
         torch_cuda = _attempt(_torch_cuda, None, faults)
-        cuda = _attempt(_cuda_devices, cuda, faults)
+        gpus = _attempt(_gpus, gpus, faults)
         choice = _attempt(_choice, None, faults)
         checks = _attempt(check_layers, checks, faults)
     system = System(
@@ -134,9 +136,9 @@ def check_machine(*, cache_dir: Path | None = None) -> Report:
         torch_cuda=torch_cuda,
         faults=tuple(dict.fromkeys(faults)),
     )
-    host, cache = _host_tier(has_gpu=bool(cuda)), cache_dir or default_cache()
-    tiers = (*(tier for _, tier in cuda), host, _disk_tier("model cache", cache), _disk_tier("current folder", Path.cwd()))
-    devices = (*(device for device, _ in cuda), cpu_device(host.total_bytes))
+    host, cache = _host_tier(has_gpu=bool(gpus)), cache_dir or default_cache()
+    tiers = (*(tier for _, tier in gpus), host, _disk_tier("model cache", cache), _disk_tier("current folder", Path.cwd()))
+    devices = (*(device for device, _ in gpus), cpu_device(host.total_bytes))
     return Report(versions, system, devices, tiers, choice, checks)
 
 
@@ -168,32 +170,22 @@ def cpu_device(memory_bytes: int = 0) -> Device:
     except Exception:  # reported by check_machine
         capabilities = {}
     features = tuple(name for name in CPU_FEATURES if capabilities.get(name))
-    return Device("cpu", _cpu_model(), memory_bytes, cores=usable, features=features)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.lower().startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()  # ARM Linux names no model, macOS has no /proc
+    return Device(CPU.name, processor_name(), memory_bytes, cores=usable, features=features)
 
 
 def _torch_cuda() -> str | None:
-    import torch
+    from lopt_edge.run.device import torch_build
 
-    return torch.version.cuda
+    return torch_build()
 
 
-def _cuda_devices() -> tuple[tuple[Device, Tier], ...]:
-    import torch
+def _gpus() -> tuple[tuple[Device, Tier], ...]:
+    from lopt_edge.run.device import accelerators
 
     found = []
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
-        device = Device(f"cuda:{index}", facts.name, facts.total_memory, capability=f"{facts.major}.{facts.minor}")
-        found.append((device, Tier("device", device.name, total_bytes, free_bytes)))
+    for gpu in accelerators():
+        device = Device(str(gpu.device), gpu.name(), gpu.total_bytes(), capability=gpu.capability())
+        found.append((device, Tier("device", device.name, device.memory_bytes, gpu.free_bytes())))
     return tuple(found)
 
 
@@ -227,7 +219,7 @@ def _disk_tier(name: str, folder: Path) -> Tier:
 
 
 def _software_problems(report: Report) -> list[Problem]:
-    system, has_gpu = report.system, any(device.name.startswith("cuda") for device in report.devices)
+    system, has_gpu = report.system, any(kind_of(device.name).host_is_below for device in report.devices)
     found = []
     for name in (name for name, installed in report.versions.items() if installed is None):
         what = "-c constraints.txt -e . in lopt-edge's folder" if name == "lopt-edge" else name
@@ -269,7 +261,8 @@ def _check_problems(report: Report) -> list[Problem]:
         return []  # the missing package is the problem
     found = []
     for check in (check for check in report.checks if not check.passed):
-        where, until = f"{check.device} in {check.dtype}", "" if check.device == "cpu" else "; until then use --device cpu"
+        where, is_gpu = f"{check.device} in {check.dtype}", kind_of(check.device).host_is_below
+        until = f"; until then use --device {CPU.name}" if is_gpu else ""
         if check.fault is not None:
             found.append(
                 (
@@ -297,8 +290,10 @@ def _memory_problems(tier: Tier) -> list[Problem]:
                 "close other programs, raise the container's limit, or choose a smaller model and a shorter --max-seq-len",
             )
         )
-    if tier.where.startswith("cuda") and tier.free_bytes < tier.total_bytes / 2:
-        found.append((f"other programs hold most of the memory of {tier.where}: {free}", "see nvidia-smi and close them"))
+    is_gpu = tier.name == "device" and not tier.where.startswith("RAM")
+    if is_gpu and tier.free_bytes < tier.total_bytes / 2:
+        watcher = kind_of(tier.where).watcher
+        found.append((f"other programs hold most of the memory of {tier.where}: {free}", f"see {watcher} and close them"))
     if tier.where.startswith("model cache") and tier.file_system in MEMORY_FILE_SYSTEMS:
         found.append(
             (

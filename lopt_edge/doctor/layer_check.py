@@ -40,14 +40,12 @@ def one_line(error: Exception) -> str:
 
 
 def check_layers() -> tuple[Check, ...]:
-    import torch
+    from lopt_edge.run.device import Host, accelerators
 
-    checks = [check_layer("cpu", dtype=name) for name in ("float32", "bfloat16")]
-    for index in range(torch.cuda.device_count()):
-        with torch.cuda.device(index):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            names = ("float32", "float16", *(["bfloat16"] if bf16 else []))
-            checks += [check_layer(f"cuda:{index}", dtype=name) for name in names]
+    checks = []
+    for one in (*Host.found(), *accelerators()):
+        with one.made_current():
+            checks += [check_layer(str(one.device), dtype=name) for name in one.dtype_names()]
     return tuple(checks)
 
 

@@ -26,22 +26,17 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from lopt_edge.doctor.check_machine import cpu_device
 from lopt_edge.errors import InputError
 from lopt_edge.models.four_bit import default_cache
-from lopt_edge.plan.facts.profile import CONTEXT_BYTES, DISK_READ, DISK_WRITE, LIBRARY_BYTES, DeviceProfile
-from lopt_edge.system.memory import cgroup_memory
+from lopt_edge.plan.facts.device_kinds import DEVICE_TYPES, in_words, kind_of
+from lopt_edge.plan.facts.profile import DISK_READ, DISK_WRITE, DeviceProfile
 
 if TYPE_CHECKING:
     import torch
 
 MIB = 1 << 20
-# (rows, in, out) of a product: micro-batches of a CPU and of a GPU, layers of a 1.5B and of an 8B model.
-SHAPES = {"cpu": ((512, 2048, 2048), (256, 4096, 4096)), "cuda": ((2048, 2048, 2048), (2048, 4096, 4096))}
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-HEADS, HEAD_DIM, TOKENS = 16, 64, {"cpu": 1024, "cuda": 2048}  # of attention
+HEADS, HEAD_DIM = 16, 64  # of attention
 UNPACK_WIDTH = 2048
 COPY_BYTES = 128 * MIB  # beyond the last cache of common CPUs
 DISK_BYTES, DISK_PIECE = 256 * 10**6, 16 * 10**6
@@ -61,23 +56,26 @@ _LIBRARIES = (
 )
 _CONTEXT = (
     "import sys, torch\n"
+    "from lopt_edge.run.device import device_of\n"
     "a = torch.ones(256, 256, device=sys.argv[1])\n"
     "(a @ a).sum().item()\n"
-    "print(torch.cuda.mem_get_info(sys.argv[1])[0] + torch.cuda.memory_reserved(sys.argv[1]))\n"
+    "own = device_of(a.device)\n"
+    "print(own.free_bytes() + own.taken_bytes())\n"
 )
 
 
 def measure_profile(device: torch.device | str, *, seconds: float = 20, page_dir: Path | None = None) -> DeviceProfile:
-    """The rates of `device` ("cpu", "cuda") and of the disk under `page_dir` (default: the cache folder)."""
+    """The rates of `device`, named as torch does, and of the disk under `page_dir` (default: the cache folder)."""
     allowed, busy = _clock(seconds), _busy()
     import bitsandbytes  # noqa: F401  (packing needs it: its import is none of the unpacking's time)
     import torch
 
-    from lopt_edge.run.device import choose_dtype
+    from lopt_edge.run.device import choose_dtype, device_of
 
     device = torch.device(device)
-    if device.type not in SHAPES:
-        raise InputError(f"{device.type!r} cannot be measured", where="device", fix="choose cpu or cuda")
+    if device.type not in DEVICE_TYPES:
+        raise InputError(f"{device.type!r} cannot be measured", where="device", fix=f"choose {in_words(*DEVICE_TYPES)}")
+    kind, own = kind_of(device.type), device_of(device)
     fixed_bytes = _fixed_bytes(device) if seconds >= CHILD_SECONDS else None
     chosen = str(choose_dtype("auto", device)[0]).removeprefix("torch.")
     with torch.inference_mode():
@@ -85,14 +83,13 @@ def measure_profile(device: torch.device | str, *, seconds: float = 20, page_dir
         attention = _attention(device, allowed("attention"))
         unpack = _unpack_rate(device, chosen, allowed("unpack"))
         memory = _memory_bandwidth(device, allowed("memory"))
-        copies = _copies(device, allowed("copies")) if device.type == "cuda" else (memory / 2,) * 4
+        copies = _copies(device, allowed("copies")) if kind.host_is_below else (memory / 2,) * 4
         overhead = _overhead(device, chosen, allowed("overhead"))
     disk_read, disk_write, note = _disk(page_dir or default_cache(), allowed("disk"), fraction=min(1.0, seconds / 20))
-    on_cuda = device.type == "cuda"
     return DeviceProfile(
-        name=torch.cuda.get_device_name(device) if on_cuda else cpu_device().model,
+        name=own.name(),
         device_type=device.type,
-        memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_cuda else _ram_bytes(),
+        memory_bytes=own.total_bytes(),
         matmul_flops=products,
         unpack_rate=unpack,
         memory_bandwidth=memory,
@@ -104,8 +101,8 @@ def measure_profile(device: torch.device | str, *, seconds: float = 20, page_dir
         disk_write=disk_write,
         op_overhead_seconds=overhead,
         attention_flops=attention.get(chosen, min(attention.values())),
-        context_bytes=(fixed_bytes or CONTEXT_BYTES) if on_cuda else 0,
-        library_bytes=0 if on_cuda else fixed_bytes or LIBRARY_BYTES,
+        context_bytes=0 if kind.counts_process else fixed_bytes or kind.context_bytes,
+        library_bytes=fixed_bytes or kind.library_bytes if kind.counts_process else 0,
         measured=date.today(),
         source=f"measured on this machine, {torch.get_num_threads()} threads, torch {torch.__version__}{busy}{note}",
         attention_by_dtype=attention,
@@ -136,14 +133,15 @@ def _busy() -> str:
 
 def _seconds_per_call(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """The median of batches of calls, for about `seconds` in all."""
-    import torch
+    from lopt_edge.run.device import device_of
+
+    own = device_of(device)
 
     def batch(n_calls: int) -> float:
         start = time.perf_counter()
         for _ in range(n_calls):
             call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        own.synchronize()
         return time.perf_counter() - start
 
     batch(1)  # warm-up: kernels are chosen, pages are touched
@@ -163,12 +161,11 @@ def _products(device: torch.device, seconds: float) -> dict[str, float]:
     """Operations per second of x W^T by dtype, over the shapes."""
     import torch
 
-    shapes = SHAPES[device.type]
-    each = seconds / len(shapes) / len(DTYPES[device.type])
-    found = {}
-    for name in DTYPES[device.type]:
+    kind, found = kind_of(device.type), {}
+    each = seconds / len(kind.measured_products) / len(kind.measured_dtypes)
+    for name in kind.measured_dtypes:
         dtype, total, operations = getattr(torch, name), 0.0, 0
-        for rows, width_in, width_out in shapes:
+        for rows, width_in, width_out in kind.measured_products:
             x = torch.randn(width_in, device=device).to(dtype).repeat(rows, 1)  # one row's randomness will do
             weight = torch.randn(width_in, device=device).to(dtype).repeat(width_out, 1)
             y = torch.empty(rows, width_out, device=device, dtype=dtype)
@@ -183,11 +180,12 @@ def _attention(device: torch.device, seconds: float) -> dict[str, float]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    n_tokens, found = TOKENS[device.type], {}
-    for name in DTYPES[device.type]:
+    kind, found = kind_of(device.type), {}
+    n_tokens, names = kind.measured_tokens, kind.measured_dtypes
+    for name in names:
         shape = (1, HEADS, n_tokens, HEAD_DIM)
         q, k, v = (torch.randn(shape, device=device).to(getattr(torch, name)) for _ in range(3))
-        each = seconds / len(DTYPES[device.type])
+        each = seconds / len(names)
         call = lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
         found[name] = 2 * n_tokens**2 * HEADS * HEAD_DIM / _seconds_per_call(call, device, each)
     return found
@@ -264,10 +262,11 @@ def _copies(device: torch.device, seconds: float) -> tuple[float, float, float, 
 
 def _fixed_bytes(device: torch.device) -> int | None:
     """What a fresh process takes before any tensor: on the CPU its resident set, on a GPU its context. None: unknown."""
-    import torch
+    from lopt_edge.run.device import device_of
 
-    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    code = _CONTEXT if device.type == "cuda" else _LIBRARIES
+    own = device_of(device)
+    free = 0 if own.kind.counts_process else own.free_bytes()
+    code = _LIBRARIES if own.kind.counts_process else _CONTEXT
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, str(device)], capture_output=True, text=True, timeout=CHILD_SECONDS
@@ -275,13 +274,8 @@ def _fixed_bytes(device: torch.device) -> int | None:
         found = int(done.stdout.split()[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
         return None
-    n_bytes = free - found if device.type == "cuda" else found
+    n_bytes = found if own.kind.counts_process else free - found
     return n_bytes if 32 * MIB < n_bytes < 8 << 30 else None  # beyond that another process came or went
-
-
-def _ram_bytes() -> int:
-    total, limit = psutil.virtual_memory().total, cgroup_memory()
-    return total if limit is None else min(total, limit[0])
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------

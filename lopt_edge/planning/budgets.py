@@ -1,7 +1,7 @@
 """The budgets of a run: what the user stated, and what the machine has where nothing was stated.
 
 The rule: a budget travels with the reason for it, which is printed. Reading a machine's free memory is system/memory.py's
-and run/device.py's; holding a budget is training/prepare/tiers.py's.
+and run/device.py's (imported where it is asked: a plan loads no torch); holding a budget is training/prepare/tiers.py's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from lopt_edge.config.settings import Config, page_folder
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.system.memory import available_bytes, pinned_limit_bytes, resident_bytes
+from lopt_edge.system.memory import available_bytes, pinned_limit_bytes
 from lopt_edge.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,16 +25,16 @@ FREE_SHARE = 0.9  # of what is free: the budget if none was stated
 
 def stated_budget(config: Config, device: torch.device) -> Budget:
     """The budgets of the settings, percentages taken of what is free now. Raises InputError(s)."""
-    import torch
+    from lopt_edge.run.device import device_of
 
-    on_cuda = device.type == "cuda"
+    host_is_below = kind_of(device.type).host_is_below
     folder = page_folder(config)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = FreeBytes(
-        device=torch.cuda.mem_get_info(device)[0] if on_cuda else available_bytes() + resident_bytes(),
-        host=available_bytes() if on_cuda else None,
+        device=device_of(device).free_bytes(),
+        host=available_bytes() if host_is_below else None,
         disk=shutil.disk_usage(parent).free,
-        pinned=pinned_limit_bytes()[0] if on_cuda else None,
+        pinned=pinned_limit_bytes()[0] if host_is_below else None,
     )
     return make_budget(
         device_memory=config.device_memory,
@@ -47,7 +48,7 @@ def stated_budget(config: Config, device: torch.device) -> Budget:
 def free_bytes(profile: DeviceProfile) -> FreeBytes:
     """What this machine has left; of a GPU all of it, since asking it would need torch."""
     disk = shutil.disk_usage(".").free
-    if profile.device_type == "cuda":
+    if kind_of(profile.device_type).host_is_below:
         return FreeBytes(device=profile.memory_bytes, host=available_bytes(), disk=disk)
     return FreeBytes(device=available_bytes(), disk=disk)
 
@@ -56,11 +57,10 @@ def planned_budget(stated: Budget, device: torch.device) -> tuple[Budget, str]:
     """The budget that the plan must fit, and where it comes from: as stated, or what is free now less a margin."""
     if stated.device_bytes is not None:
         return stated, "as stated"
-    import torch
+    from lopt_edge.run.device import device_of
 
-    on_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_cuda else available_bytes() + resident_bytes()
+    free = device_of(device).free_bytes()
     planned = replace(stated, device_bytes=round(FREE_SHARE * free))
-    if on_cuda and stated.host_bytes is None:
+    if kind_of(device.type).host_is_below and stated.host_bytes is None:
         planned = replace(planned, host_bytes=round(FREE_SHARE * available_bytes()))
     return planned, f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free)} that are free now"

@@ -18,8 +18,10 @@ from lopt_edge.models.folder import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.planning.question import Ground, LargestStep
+from lopt_edge.run.device import device_of
 from lopt_edge.run.model.load import import_model_code
 from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.memory import resident_bytes
@@ -41,7 +43,7 @@ def ground_of(
         source.facts,
         itemsize,
         profile,
-        library_bytes(source) if device.type == "cpu" else profile.context_bytes,
+        library_bytes(source) if kind_of(device.type).counts_process else profile.context_bytes,
         vocabulary_itemsize(source.path),
         partial(largest_step, datasets),
         teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), itemsize, device.type),
@@ -83,12 +85,13 @@ def machine_profile(device: torch.device) -> DeviceProfile:
     """As measured by `doctor --measure`, else the card's by its name, else a default."""
     if profile_path().exists() and (measured := load_profile(profile_path())).device_type == device.type:
         return measured
-    if device.type == "cpu":
+    own = device_of(device)
+    if own.kind.computes_on_cores:
         return default_cpu_profile()
-    name = torch.cuda.get_device_name(device)
+    name = own.name()
     if card := find_card(name):
         return profile_of_card(card)
     known = find_card(SLOW_CARD)
     assert known is not None
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return replace(profile_of_card(known), name=name, memory_bytes=memory, source=f"unknown: the rates of an {known.name}")
+    source = f"unknown: the rates of an {known.name}"
+    return replace(profile_of_card(known), name=name, memory_bytes=own.total_bytes(), source=source)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
@@ -34,7 +35,7 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
     for name in ("saved_inputs", "optimizer_states", "gradients"):
         errors += _host_without_gpu(name, device_type) if getattr(config, name) == "host" else []
     for name in ("host_memory", "pinned_memory"):
-        if device_type == "cpu" and getattr(config, name) is not None:
+        if not kind_of(device_type).host_is_below and getattr(config, name) is not None:
             errors.append(
                 InputError(
                     "there is no host tier without a GPU: RAM is the device", where=name, fix="state --device-memory"
@@ -69,7 +70,7 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
 
 
 def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
-    if device_type != "cpu":
+    if kind_of(device_type).host_is_below:
         return []
     return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
 

@@ -22,6 +22,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
 from lopt_edge.plan.facts.cards import Card, find_card, near_cards
+from lopt_edge.plan.facts.device_kinds import AUTO, kind_of
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.facts.presets import find_preset, near_presets
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
@@ -62,7 +63,7 @@ class Question:
 
 
 def answer(asked: Question) -> RunPlan:
-    kinds = CONSUMER if asked.device_type == "cuda" else ()
+    kinds = CONSUMER if kind_of(asked.device_type).host_is_below else ()
     found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
     if asked.config.pipeline == 1:
         return found
@@ -91,7 +92,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
         facts,
         itemsize,
         profile,
-        profile.context_bytes if device_type == "cuda" else library_bytes,
+        library_bytes if kind_of(device_type).counts_process else profile.context_bytes,
         vocabulary_itemsize,
         partial(_worst_step, max_seq_len),
         _teacher(config, itemsize, device_type),
@@ -166,7 +167,7 @@ def _profile(card: Card | None, device: str) -> DeviceProfile:
     measured = load_profile(profile_path()) if profile_path().exists() else None
     if measured is not None and device in ("auto", measured.device_type):
         return measured
-    if device == "cuda":
+    if device != AUTO and kind_of(device).host_is_below:
         fix = "name a card (--gpu rtx4090), or run lopt-edge doctor --measure on the machine with it"
         raise InputError("no GPU was measured on this machine", where="device", fix=fix)
     return default_cpu_profile()
@@ -176,7 +177,7 @@ def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int,
     """Bytes of the compute dtype, as run/device.py would choose it."""
     if config.compute_dtype != "auto":
         return (4 if config.compute_dtype == "float32" else 2), ()
-    if device_type == "cpu":
+    if kind_of(device_type).computes_on_cores:
         return 4, ("computed in float32 (a CPU with AMX would take bfloat16)",)
     if card is not None and not card.has_bf16:
         return 2, (f"computed in float16: {card.name} has no bfloat16",)

@@ -1,5 +1,12 @@
-"""Which device to compute on and in which dtype, each with its reason. The choice depends on the machine's features alone,
-never on a timing, so that the same machine always chooses the same and a resumed run computes as it did before.
+"""All that depends on the device a run computes on: one small interface, and one class for each kind of device.
+
+The rule: no other file names torch's module for a kind of device, or asks which kind it has before it. `device_of` gives
+the class of a torch device; what differs without torch (sizes of tiles, what counts as device memory) is a field of its
+`kind` (plan/facts/device_kinds.py). A further kind (Intel's `xpu`, say) is one more class here, named in `CLASSES`, and one
+more row there. A class decides nothing of a run but its dtype, and keeps no state.
+
+What is chosen, device and dtype, comes with its reason. The choice depends on the machine's features alone, never on a
+timing, so that the same machine always chooses the same and a resumed run computes as it did before.
 
 Measured on 2 cores of an AMD EPYC with avx512_bf16: one 512 x 896 x 4864 product runs at 415 GFLOP/s in bfloat16 and at
 152 in float32. But oneDNN compiles and keeps a bfloat16 kernel for every new number of tokens: ten steps on sequences of
@@ -10,46 +17,388 @@ to be asked for.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
-from lopt_edge.errors import InputError
-from lopt_edge.system.memory import peak_rss_bytes
+import torch
+from torch import Tensor
+
+from lopt_edge.errors import InputError, RunError
+from lopt_edge.plan.facts.device_kinds import AUTO, CPU, CUDA, DEVICE_TYPES, DeviceKind, in_words, kind_of
+from lopt_edge.system.memory import available_bytes, cap_data_bytes, peak_rss_bytes, ram_bytes, resident_bytes
+from lopt_edge.system.processor import processor_name
+from lopt_edge.units import format_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class SideStream(Protocol):
+    """A stream of copies beside the computing one. A mark is a point of either stream that has yet to be passed."""
+
+    def record_event(self) -> Any:
+        """A mark on this stream; `synchronize()` on it waits in this thread."""
+
+    def mark_compute(self) -> Any:
+        """A mark on the computing stream."""
+
+    def after(self, mark: Any) -> AbstractContextManager[Any]:
+        """What is begun inside runs on this stream, once `mark` (if any) is passed."""
+
+    def hold_compute(self, mark: Any) -> None:
+        """Let the computing stream wait for a mark of this one."""
+
+    def synchronize(self) -> None:
+        """Wait in this thread for all that was begun."""
+
+
+class Counters(Protocol):
+    """Bytes of live tensors, now and at most since `start_peak`."""
+
+    @property
+    def live_bytes(self) -> int: ...
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    def start_peak(self) -> None: ...
+
+
+class Device(Protocol):
+    """One device of one kind. Bytes are those of the device tier (`kind.counts_process` says which these are)."""
+
+    kind: DeviceKind
+    device: torch.device
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    @classmethod
+    def found(cls) -> tuple[Device, ...]:
+        """Those of this machine that torch can use."""
+
+    @classmethod
+    def current(cls) -> torch.device | None:
+        """The one to take where none is named; None where torch finds none."""
+
+    # what it is
+
+    def name(self) -> str:
+        """As its maker calls it."""
+
+    def capability(self) -> str | None:
+        """The version of its instructions; None where it has none."""
+
+    def auto_dtype(self) -> tuple[torch.dtype, str]:
+        """The compute dtype that it is best at, and why."""
+
+    def check_dtype(self, name: str) -> None:
+        """Raises InputError for a dtype in which training is no good here."""
+
+    def dtype_names(self) -> tuple[str, ...]:
+        """The dtypes that a run may use."""
+
+    def made_current(self) -> AbstractContextManager[Any]:
+        """Inside, kernels of other libraries run on it, too."""
+
+    def for_process(self, number: int) -> torch.device:
+        """The device of this machine's n-th process of a pipeline, made its current one."""
+
+    # memory
+
+    def total_bytes(self) -> int: ...
+
+    def free_bytes(self) -> int:
+        """What is left for a run that begins now; on the CPU what its process has already is part of that."""
+
+    def taken_bytes(self) -> int:
+        """What this process takes now; a driver's context is not part of it."""
+
+    def peak_bytes(self) -> int:
+        """The most that `taken_bytes` ever was."""
+
+    def counters(self) -> Counters | None:
+        """The allocator's; None where none counts tensors."""
+
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
+        """Let the system refuse what is beyond `n_bytes`; returns what lifts that. Raises RunError."""
+
+    # movement
+
+    def side_stream(self) -> SideStream | None:
+        """A new one; None where copies need none."""
+
+    def pin(self, block: Tensor) -> bool:
+        """Lock a block of host memory in its place, so that the device reads it itself; False where that is refused."""
+
+    def unpin(self, block: Tensor) -> None: ...
+
+    def synchronize(self) -> None:
+        """Wait for all that was begun."""
+
+    # random numbers
+
+    def random_state(self) -> Tensor: ...
+
+    def set_random_state(self, state: Tensor) -> None: ...
+
+
+class Host:
+    """The CPU. Its memory is RAM: no tier lies between it and the disk, and tensors are counted with all of the process."""
+
+    kind = CPU
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @classmethod
+    def found(cls) -> tuple[Host, ...]:
+        return (cls(cls.current()),)
+
+    @classmethod
+    def current(cls) -> torch.device:
+        return torch.device(CPU.name)
+
+    def name(self) -> str:
+        return processor_name()
+
+    def capability(self) -> str | None:
+        return None
+
+    def auto_dtype(self) -> tuple[torch.dtype, str]:
+        if torch.cpu.get_capabilities().get("amx_bf16"):
+            return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
+        return torch.float32, "the steadiest in memory on a CPU without AMX"
+
+    def check_dtype(self, name: str) -> None:
+        if name == "float16":
+            what, fix = "float16 overflows in training and is slow on a CPU", "use auto, bfloat16 or float32"
+            raise InputError(what, where="compute_dtype", fix=fix)
+
+    def dtype_names(self) -> tuple[str, ...]:
+        return ("float32", "bfloat16")
+
+    def made_current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def for_process(self, number: int) -> torch.device:
+        return self.device
+
+    def total_bytes(self) -> int:
+        return ram_bytes()
+
+    def free_bytes(self) -> int:
+        return available_bytes() + resident_bytes()
+
+    def taken_bytes(self) -> int:
+        return resident_bytes()
+
+    def peak_bytes(self) -> int:
+        return peak_rss_bytes()
+
+    def counters(self) -> Counters | None:
+        return None
+
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
+        left = n_bytes - resident_bytes()
+        if left <= 0:
+            what = f"the process already takes {format_bytes(resident_bytes())} of its {format_bytes(n_bytes)}"
+            raise RunError(what, where="device_memory", fix="raise the budget")
+        return cap_data_bytes(left)
+
+    def side_stream(self) -> SideStream | None:
+        return None
+
+    def pin(self, block: Tensor) -> bool:
+        return False
+
+    def unpin(self, block: Tensor) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def random_state(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+class Cuda:
+    """An NVIDIA GPU (or what torch drives as one). Its memory is what torch's allocator reserved, beside the context."""
+
+    kind = CUDA
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @classmethod
+    def found(cls) -> tuple[Cuda, ...]:
+        return tuple(cls(torch.device(CUDA.name, index)) for index in range(torch.cuda.device_count()))
+
+    @classmethod
+    def current(cls) -> torch.device | None:
+        return torch.device(CUDA.name, torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def capability(self) -> str | None:
+        facts = torch.cuda.get_device_properties(self.device)
+        return f"{facts.major}.{facts.minor}"
+
+    def auto_dtype(self) -> tuple[torch.dtype, str]:
+        if self._has_bfloat16():
+            return torch.bfloat16, "the GPU has bfloat16 matrix units"
+        return torch.float16, "the GPU has no bfloat16 matrix units; gradients are scaled"
+
+    def check_dtype(self, name: str) -> None:
+        pass
+
+    def dtype_names(self) -> tuple[str, ...]:
+        return ("float32", "float16", *(["bfloat16"] if self._has_bfloat16() else []))
+
+    def _has_bfloat16(self) -> bool:
+        with self.made_current():
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def made_current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device)
+
+    def for_process(self, number: int) -> torch.device:
+        device = torch.device(CUDA.name, number % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    def total_bytes(self) -> int:
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def taken_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def counters(self) -> Counters | None:
+        return _CudaCounters(self.device)
+
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
+        """The allocator gets the bytes less `context_bytes`, which the driver takes beside it."""
+        total = torch.cuda.mem_get_info(self.device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, n_bytes - context_bytes) / total), self.device)
+        return lambda: torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def side_stream(self) -> SideStream | None:
+        return _CudaStream(self.device)
+
+    def pin(self, block: Tensor) -> bool:
+        return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+
+    def unpin(self, block: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def random_state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.device)
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.cuda.set_rng_state(state, self.device)
+
+
+class _CudaStream:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def record_event(self) -> Any:
+        return self.stream.record_event()
+
+    def mark_compute(self) -> Any:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def after(self, mark: Any) -> AbstractContextManager[Any]:
+        if mark is not None:
+            self.stream.wait_event(mark)
+        return torch.cuda.stream(self.stream)
+
+    def hold_compute(self, mark: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+
+class _CudaCounters:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def live_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    @property
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def start_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+CLASSES: dict[str, type[Device]] = {CUDA.name: Cuda, CPU.name: Host}  # the order in which `auto` looks for one
+
+
+def device_of(device: torch.device) -> Device:
+    """What stands for a torch device."""
+    return CLASSES[device.type](device)
+
+
+def accelerators() -> tuple[Device, ...]:
+    """All of this machine but the CPU."""
+    return tuple(one for cls in CLASSES.values() if cls.kind.host_is_below for one in cls.found())
+
+
+def random_sources(device: torch.device) -> tuple[Device, ...]:
+    """Whose random numbers a run on `device` draws: the CPU's, then the device's own."""
+    own, host = device_of(device), Host(Host.current())
+    return (host,) if own.kind is host.kind else (host, own)
+
+
+def torch_build() -> str | None:
+    """The CUDA version that torch was built for, if any."""
+    return torch.version.cuda
+
+
+# the choices -----------------------------------------------------------------------------------------------------------
+
+
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device for auto, cpu or cuda, and why. Raises InputError for CUDA where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"{name!r} is unknown", where="device", fix="choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "this machine offers no CUDA device to torch", where="device", fix="use --device cpu, or see lopt-edge doctor"
-        )
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
-    return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device found"
+    """The device for auto or the name of a kind, and why. Raises InputError for a kind that is not there."""
+    if name not in (AUTO, *DEVICE_TYPES):
+        raise InputError(f"{name!r} is unknown", where="device", fix=f"choose {in_words(AUTO, *DEVICE_TYPES)}")
+    for cls in CLASSES.values():
+        if name not in (AUTO, cls.kind.name) or (device := cls.current()) is None:
+            continue
+        if cls.kind.host_is_below:
+            return device, cls(device).name()
+        others = [other.kind.title for other in CLASSES.values() if other is not cls]
+        return device, "asked for" if name == cls.kind.name else f"no {in_words(*others)} device found"
+    what = f"this machine offers no {kind_of(name).title} device to torch"
+    raise InputError(what, where="device", fix=f"use --device {CPU.name}, or see lopt-edge doctor")
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype, and why."""
-    if name not in ("auto", *DTYPES):
+    if name not in (AUTO, *DTYPES):
         raise InputError(f"{name!r} is unknown", where="compute_dtype", fix=f"choose auto, {', '.join(DTYPES)}")
-    if name == "float16" and device.type == "cpu":
-        raise InputError(
-            "float16 overflows in training and is slow on a CPU", where="compute_dtype", fix="use auto, bfloat16 or float32"
-        )
-    if name != "auto":
-        return DTYPES[name], "asked for"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has bfloat16 matrix units"
-        return torch.float16, "the GPU has no bfloat16 matrix units; gradients are scaled"
-    if torch.cpu.get_capabilities().get("amx_bf16"):
-        return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
-    return torch.float32, "the steadiest in memory on a CPU without AMX"
+    own = device_of(device)
+    own.check_dtype(name)
+    return own.auto_dtype() if name == AUTO else (DTYPES[name], "asked for")
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The device tier's peak: reserved bytes on CUDA, the resident set on the CPU."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_rss_bytes()
+    """The device tier's peak: what the allocator reserved, or the resident set of a process whose device is the CPU."""
+    return device_of(device).peak_bytes()

@@ -24,9 +24,8 @@ import ctypes
 import gc
 import platform
 
-from lopt_edge.plan.search.workload import MMAP_BYTES
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MMAP_BYTES, LEAST_MMAP_BYTES = 4 << 20, 128 << 10  # from which size on a block is a mapping of its own: usually, at least
 TRIM_BYTES = 32 << 20
 
 

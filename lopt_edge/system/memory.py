@@ -41,6 +41,12 @@ def available_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS)
     return available if group is None else min(available, group[1])
 
 
+def ram_bytes() -> int:
+    """The machine's memory, or this container's where it has less."""
+    total, limit = psutil.virtual_memory().total, cgroup_memory()
+    return total if limit is None else min(total, limit[0])
+
+
 def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
     """(bytes, reason): how much page-locked host memory the run may take."""
     half = available_bytes(proc=proc, control_groups=control_groups) // 2

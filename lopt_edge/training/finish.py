@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.adapters.card import model_card
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.system.memory import peak_rss_bytes
@@ -40,8 +41,9 @@ def report(finished: Finished) -> RunResult:
     """Write the files of a session that came to its end."""
     state, inputs = finished.state, finished.inputs
     device, output = inputs.device, Path(inputs.config.output)
+    in_process = kind_of(device.type).counts_process
     peak_rss = max(state.peak_rss_bytes, peak_rss_bytes())
-    peak_device = peak_rss if device.type == "cpu" else max(state.peak_device_bytes, peak_device_bytes(device))
+    peak_device = peak_rss if in_process else max(state.peak_device_bytes, peak_device_bytes(device))
     result = RunResult(
         output=output,
         steps=inputs.n_steps,

@@ -86,7 +86,7 @@ def test_broken_torch_is_a_finding(monkeypatch):
     def broken() -> None:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    for probe in ("_torch_cuda", "_cuda_devices", "_choice", "check_layers"):
+    for probe in ("_torch_cuda", "_gpus", "_choice", "check_layers"):
         monkeypatch.setattr(doctor, probe, broken)
     report = check_machine()
     assert not report.sound

@@ -49,7 +49,7 @@ def run(mlp: PackedGatedMLP, x: torch.Tensor, g: torch.Tensor, *, blocked: bool)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_equals_the_plain_composition(monkeypatch, dtype, bound, lora, bias):
     monkeypatch.setattr(gated_mlp, "BLOCK_FEATURES", 128)  # 128 + 128 + 64
-    monkeypatch.setattr(gated_mlp, "TOKEN_TILE", {"cpu": 16})
+    monkeypatch.setattr(gated_mlp, "token_tile", lambda on_cpu: 16)
     mlp = make_mlp(dtype, lora=lora, bias=bias)
     x, g = torch.randn(2, TOKENS // 2, HIDDEN).to(dtype), torch.randn(2, TOKENS // 2, HIDDEN).to(dtype)
     plain, blocked = run(mlp, x, g, blocked=False), run(mlp, x, g, blocked=True)

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.nf4 import CHUNK_BYTES, PackedWeight, pack, unpack_into, unpack_scales
+from quant.nf4 import PackedWeight, pack, unpack_into, unpack_scales
+from quant.sizes import UNPACK_CHUNK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF_GAP = 0.1520  # half of NF4's widest gap (-1 to -0.6962), per unit of absmax
@@ -65,7 +66,7 @@ def largest_error(packed: PackedWeight, weight: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (128, 192), (2 * CHUNK_BYTES // 512 + 3, 512)])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (128, 192), (2 * UNPACK_CHUNK // 512 + 3, 512)])
 def test_unpacking_equals_bitsandbytes_bitwise(shape, dtype):
     packed = pack(random_weight(shape))
     ours = unpacked(packed, dtype)

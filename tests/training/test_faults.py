@@ -300,8 +300,7 @@ def test_pinned_memory_that_is_refused_falls_back_to_pageable(monkeypatch):
 
     from lopt_edge.run.tiers.pinned import PinnedPool
 
-    pool = PinnedPool(torch.device("cpu"))
-    pool.on_cuda = True
+    pool = PinnedPool(torch.device("cuda"))
     driver = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     with pytest.warns(UserWarning, match="pageable"):

@@ -5,10 +5,10 @@ only bound. So what the largest step takes is what was measured, and on top of t
 is predicted to take less: nothing if it was as large, the optimizer states if it was the very first step of a run. A
 resumed run watches the two steps that it begins with, which may be small ones.
 
-MARGIN is for what comes later. On a CPU the heap goes on to fragment: over 6 steps of equal lengths (0.5B shape, 8 runs of
-`tools/validate_planner.py process --steps 6`, rows in tools/results) the peak rose after the second step by 0.0 to 1.0%,
-and in one run (graphs paged, 512 tokens) by 3.1%; so 4%, chosen after these runs. CUDA's allocator keeps whole blocks: 1%,
-not measured yet. Saving is not meant: it comes when a step's tensors are gone.
+A margin (`later_part` of the device's kind) is for what comes later. On a CPU the heap goes on to fragment: over 6 steps of
+equal lengths (0.5B shape, 8 runs of `tools/validate_planner.py process --steps 6`, rows in tools/results) the peak rose
+after the second step by 0.0 to 1.0%, and in one run (graphs paged, 512 tokens) by 3.1%; so 4%, chosen after these runs.
+CUDA's allocator keeps whole blocks: 1%, not measured yet. Saving is not meant: it comes when a step's tensors are gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MARGIN = {"cpu": 25, "cuda": 100}  # one part in so many
+from lopt_edge.plan.facts.device_kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ def corrected_bytes(watched: Sequence[Watched], largest_bytes: int, *, device_ty
     """The device's peak until the last step, where the largest one is predicted to take `largest_bytes`."""
     measured = max(step.measured_bytes for step in watched)
     more = min(max(0, largest_bytes - step.predicted_bytes) + step.missing_bytes for step in watched)
-    return measured + more + -(-(measured + more) // MARGIN[device_type])
+    return measured + more + -(-(measured + more) // kind_of(device_type).later_part)

@@ -17,14 +17,10 @@ from typing import TYPE_CHECKING
 
 from lopt_edge.plan.costs.tiles import _tile, _tile_queries
 from lopt_edge.plan.facts.model import LinearFacts
-from quant.sizes import BLOCK_ELEMENTS, rows_at_once
+from quant.sizes import BLOCK_ELEMENTS, BLOCK_FEATURES, UNPACK_CHUNK, rows_at_once, token_tile
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-
-UNPACK_CHUNK = 1 << 18  # quant.nf4.CHUNK_BYTES
-BLOCK_FEATURES = 1024  # quant.gated_mlp
-MLP_TOKEN_TILE = {"cpu": 1024, "cuda": 4096}  # quant.gated_mlp.TOKEN_TILE
 
 
 class Heap:
@@ -75,7 +71,7 @@ def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) ->
 
 def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Into the shared buffer: the scales go at the end."""
-    n_elements, on_cpu = linear.in_features * linear.out_features, shape.device_type == "cpu"
+    n_elements, on_cpu = linear.in_features * linear.out_features, shape.kind.computes_on_cores
     with heap.call():
         unpack_scales(heap, n_elements, on_cpu=on_cpu)
         unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
@@ -139,14 +135,14 @@ def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Rows: both matrices' scales, which stay; where no rows can be cut out they are made at each read instead."""
     if linear.in_features % BLOCK_ELEMENTS == 0:
         for _ in range(2):
-            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.device_type == "cpu")
+            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.kind.computes_on_cores)
 
 
 def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     if linear.in_features % BLOCK_ELEMENTS:
         unpack_matrix(heap, shape, linear)
     else:
-        unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.device_type == "cpu")
+        unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
 
 
 def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
@@ -207,9 +203,9 @@ class _Pass:
 
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
-        self.hidden, self.on_cpu = shape.facts.hidden_size, shape.device_type == "cpu"
+        self.hidden, self.on_cpu = shape.facts.hidden_size, shape.kind.computes_on_cores
         self.width = min(BLOCK_FEATURES, shape.facts.intermediate_size)
-        self.tile = min(MLP_TOKEN_TILE[shape.device_type], n_rows)
+        self.tile = min(token_tile(on_cpu=self.on_cpu), n_rows)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
         for linear in self.linears:
@@ -365,7 +361,7 @@ def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabulari
         if stored.head_resident:
             heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
             return
-        n_unique, on_cpu = min(n_ids, facts.vocab_size), shape.device_type == "cpu"
+        n_unique, in_ram = min(n_ids, facts.vocab_size), not shape.kind.host_is_below
         heap.take(8 * n_unique + 8 * n_ids)
-        heap.take(n_unique * facts.hidden_size * (stored.itemsize + cast if on_cpu else c))
+        heap.take(n_unique * facts.hidden_size * (stored.itemsize + cast if in_ram else c))
         heap.take(n_ids * facts.hidden_size * c)

@@ -1,7 +1,7 @@
 """What a run will take, tier by tier: the timeline of its largest step, the process around it, and the evaluation.
 
 On the CPU the device tier is the process' resident set: the library's own memory (interpreter, torch, model code: measured
-by the caller, or LIBRARY_BYTES), the tensors of the timeline, and what the allocator keeps between them (SLACK). On CUDA it
+by the caller, or as usual), the tensors of the timeline, and what the allocator keeps between them (slack). On CUDA it
 is the allocator's reserved bytes: the timeline, the kernels' workspaces and rounding. A prediction errs upwards.
 
 Which knobs to try is not decided here.
@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes, on_disk
 from lopt_edge.plan.costs.timeline import Timeline, timeline
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.units import format_bytes
 
-LIBRARY_BYTES = {"cpu": 350 << 20, "cuda": 0}  # torch 218 MiB, transformers' model code 113, the rest of a run 20
 # What the allocator keeps between tensors. CPU: 35 to 220 MiB in the 0.5B, 1.5B and 3B shapes, 64 to 1,024 tokens (tools/
 # tools/validate_planner.py process). With 20 MiB less one of 42 runs took 0.6% more than predicted; none was over its
-# budget.
-SLACK_BYTES = {"cpu": 96 << 20, "cuda": 96 << 20}  # kernels, threads, gaps; cuBLAS workspaces
-SLACK_SHARE = {"cpu": 0.12, "cuda": 0.04}  # of what a step moves: gaps on the heap; rounding to 2 MiB blocks
+# budget. It is the slack of the device's kind (plan/facts/device_kinds.py), and on a CPU:
 GRAPH_SHARE = 0.18  # CPU: of the graphs that are there at the peak: their small tensors lie on the heap
 PAGED_SHARE = 0.06  # CPU: of the graphs that are paged: so do theirs, and leave gaps
 STEADY_SHARE = 0.06  # CPU: of what lives from step to step: what loading and the first updates leave on the heap
@@ -124,7 +122,8 @@ def largest(found: Sequence[Prediction]) -> Prediction:
 
 def slack_bytes(device_type: str, moving_bytes: int) -> int:
     """What the allocator takes beside a step's tensors; `moving_bytes` of them come and go."""
-    return SLACK_BYTES[device_type] + round(SLACK_SHARE[device_type] * moving_bytes)
+    kind = kind_of(device_type)
+    return kind.slack_bytes + round(kind.slack_share * moving_bytes)
 
 
 def _slack_of_movements(plan: Plan, sizes: Sizes, found: Timeline) -> int:
@@ -149,7 +148,7 @@ def predict(
 ) -> Prediction:
     """`evaluation`: the largest batch of the held-out data (forward only); `beside_bytes` live through all of the step;
     `teaching_bytes`: of another teacher's pass (teacher_pass.py), beside the weights."""
-    device_type = sizes.shape.device_type
+    kind = sizes.shape.kind
     sizes = replace(sizes, evaluates=evaluation is not None)
     found = timeline(plan, sizes, batches, beside_bytes=beside_bytes)
     by_category = sizes.persistent(plan)
@@ -160,9 +159,9 @@ def predict(
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.frame_bytes(evaluation) + sizes.batch_bytes(evaluation)
         most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
         evaluated = steady + passing + max(most, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
-    slack = slack_bytes(device_type, max(moving, evaluated - steady, teaching_bytes))
-    slack += _slack_of_movements(plan, sizes, found) if device_type == "cpu" else 0
-    library = LIBRARY_BYTES[device_type] if library_bytes is None else library_bytes
+    slack = slack_bytes(kind.name, max(moving, evaluated - steady, teaching_bytes))
+    slack += _slack_of_movements(plan, sizes, found) if kind.counts_process else 0
+    library = kind.library_bytes if library_bytes is None else library_bytes
     paged = found.disk_bytes - sizes.persistent_below(plan.own_segments)["disk"]
     gaps = on_disk(round(GAP_SHARE * paged) + GAP_BYTES) if paged else 0
     taught = teaching_bytes and teaching_bytes + sum(_without_training(by_category).values())

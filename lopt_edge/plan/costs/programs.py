@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
-from lopt_edge.plan.costs.tiles import NORM_TILE
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
@@ -166,7 +165,7 @@ class Replay:
 
     def _norm(self, name: str, n_rows: int, width: int) -> None:
         """A norm works on a tile of rows at a time (run/model/tiled.py)."""
-        tile = max(1, NORM_TILE[self.shape.device_type] // (width * self.shape.itemsize))
+        tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
         inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
         inside.run(case_key(self.shape.facts.model_type, self.shape.itemsize), name)
         self.heap.touch(inside.heap.peak)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lopt_edge.plan.costs.tiles import VOCABULARY_CHUNK
+from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
 from lopt_edge.plan.facts.families import EAGER_ONLY
 from lopt_edge.plan.facts.model import ModelFacts
 
@@ -27,6 +27,10 @@ class LayerShape:
     device_type: str = "cpu"
     dropout: bool = False
     mixed: bool = False
+
+    @property
+    def kind(self) -> DeviceKind:
+        return kind_of(self.device_type)
 
     @property
     def attention_kernel(self) -> str:
@@ -51,7 +55,7 @@ class LayerShape:
         return {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": facts.n_heads,
                 "k": facts.n_kv_heads, "q": facts.n_heads + 2 * facts.n_kv_heads, "e": facts.head_dim,
                 "i": facts.intermediate_size, "n": n_tile,
-                "v": min(VOCABULARY_CHUNK[self.device_type], facts.vocab_size)}  # fmt: skip
+                "v": min(self.kind.vocabulary_chunk, facts.vocab_size)}  # fmt: skip
 
     def masked(self, layer_type: str, n_tokens: int) -> bool:
         """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""

@@ -20,16 +20,15 @@ from lopt_edge.plan.costs.layer_bytes import (
     graph_bytes,
     loss_within,
 )
-from lopt_edge.plan.costs.module_bytes import BLOCK_FEATURES, mixed_elements
+from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.costs.tiles import VOCABULARY_CHUNK
 from lopt_edge.plan.facts.model import LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.sizes import packed_sizes
+from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
 MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
@@ -132,13 +131,13 @@ class Sizes:
     def vocabulary_buffer_bytes(self) -> int:
         """A chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is resident."""
         facts, c = self.shape.facts, self.shape.itemsize
-        rows = min(VOCABULARY_CHUNK[self.shape.device_type], facts.vocab_size)
+        rows = min(self.shape.kind.vocabulary_chunk, facts.vocab_size)
         if self.knobs.head == ELSEWHERE:
             return 0
         if self.knobs.head == "resident":
             return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
-        cast = c if c != self.vocabulary_itemsize or self.shape.device_type == "cuda" else 0
-        on_device = self.vocabulary_itemsize if self.shape.device_type == "cpu" else 0
+        cast = c if c != self.vocabulary_itemsize or self.shape.kind.host_is_below else 0
+        on_device = 0 if self.shape.kind.host_is_below else self.vocabulary_itemsize
         return rows * facts.hidden_size * (on_device + cast)
 
     # groups ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""How large a piece is that is computed at a time: of a norm, of the vocabulary, of attention's queries.
+"""How attention is cut into tiles of queries.
 
-The rule: a size that decides both what is run and what is predicted stands once, here or in quant/sizes.py; the planner
-and the code that runs read the same one.
+The rule: what decides both what is run and what is predicted stands once; the planner (module_bytes.py) and the code that
+runs (run/model/query_tiles.py) ask this file. How large pieces are is not decided here: sizes that differ by device are
+plan/facts/device_kinds.py's, those of our modules quant/sizes.py's.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}  # run.losses
-SCORE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}  # of a tile's attention scores in fp32
+from lopt_edge.plan.facts.device_kinds import kind_of
 
 
 class QueryTile(NamedTuple):
@@ -26,13 +26,10 @@ def query_tiles(n_queries: int, n_keys: int, *, group: int, window: int | None, 
 
 
 def _tile_queries(n_keys: int, *, group: int, device_type: str) -> int:
-    return max(1, SCORE_BYTES[device_type] // (4 * group * n_keys))
+    return max(1, kind_of(device_type).score_bytes // (4 * group * n_keys))
 
 
 def _tile(start: int, n_tile: int, n_queries: int, n_keys: int, window: int | None) -> QueryTile:
     end, earlier = min(start + n_tile, n_queries), n_keys - n_queries
     first_key = 0 if window is None else max(0, start + earlier - window + 1)
     return QueryTile(slice(start, end), slice(first_key, end + earlier))
-
-
-NORM_TILE = {"cpu": 1 << 20, "cuda": 32 << 20}  # bytes of rows: run.tiled.ROW_BYTES

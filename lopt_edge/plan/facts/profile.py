@@ -26,10 +26,10 @@ from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.cards import Card
+from lopt_edge.plan.facts.device_kinds import CPU, CUDA, DEVICE_TYPES, kind_of
 from lopt_edge.units import format_bytes
 
 VERSION = 1  # of the file
-DEVICE_TYPES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 _ADVICE = "measure again with lopt-edge doctor --measure, or remove the file"
 
@@ -46,13 +46,6 @@ PAGEABLE_SHARE = 0.5  # of a pinned copy: the driver copies through a buffer of 
 # NF4's whole loss against bf16 (9.1k to 8.4k tokens/s, Qwen3-8B in Unsloth) is the unpacking of all layers, three times.
 UNPACK_BYTES, UNPACK_SHARE = 0.5 + 1 / 64 + 2, 0.6
 DISK_READ, DISK_WRITE = 2.0e9, 1.0e9  # bytes/s: an NVMe disk on the slow side (unmeasured)
-# Seconds. CPU: measured (doctor/measure.py) on an AMD EPYC core. CUDA, unmeasured: Python takes as long there, but most of
-# it passes while the device still computes.
-OP_OVERHEAD = {"cpu": 1.2e-3, "cuda": 3e-4}
-LIBRARY_BYTES = (
-    350 << 20
-)  # on a CPU: torch 218 MiB, transformers' model code 113, the rest of a run 20 (plan/costs/predict.py)
-CONTEXT_BYTES = 512 << 20  # 0.46 and 0.49 GiB beside torch's own in out-of-memory messages of an RTX 4090 (public issues)
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class DeviceProfile:
     def _way(self, tier: str, copy: float, disk: float) -> float:
         if tier == "device":
             return math.inf
-        link = copy if self.device_type == "cuda" else self.memory_bandwidth / 2  # a byte is read and written
+        link = copy if kind_of(self.device_type).host_is_below else self.memory_bandwidth / 2  # a byte is read and written
         return link if tier == "host" else min(link, disk)
 
     @property
@@ -122,7 +115,7 @@ class DeviceProfile:
                 ("matrix products", rates), ("attention", f"{_si(self.attention_flops)}FLOP/s"),
                 ("unpacking of 4-bit weights", f"{_si(self.unpack_rate)}elements/s"),
                 ("memory", f"{_si(self.memory_bandwidth)}B/s")]  # fmt: skip
-        if self.device_type == "cuda":
+        if kind_of(self.device_type).host_is_below:
             rows += [
                 ("copies up, pinned / pageable", f"{_si(self.copy_up_pinned)}B/s / {_si(self.copy_up_pageable)}B/s"),
                 ("copies down", f"{_si(self.copy_down_pinned)}B/s / {_si(self.copy_down_pageable)}B/s"),
@@ -161,7 +154,7 @@ def profile_of_card(card: Card) -> DeviceProfile:
     pageable = PAGEABLE_SHARE * card.pcie_bandwidth
     return DeviceProfile(
         name=card.name,
-        device_type="cuda",
+        device_type=CUDA.name,
         memory_bytes=card.memory_bytes,
         matmul_flops=rates,
         unpack_rate=UNPACK_SHARE * card.memory_bandwidth / UNPACK_BYTES,
@@ -172,9 +165,9 @@ def profile_of_card(card: Card) -> DeviceProfile:
         copy_down_pageable=pageable,
         disk_read=DISK_READ,
         disk_write=DISK_WRITE,
-        op_overhead_seconds=OP_OVERHEAD["cuda"],
+        op_overhead_seconds=CUDA.op_overhead_seconds,
         attention_flops=attention["bfloat16" if card.has_bf16 else "float16"],
-        context_bytes=CONTEXT_BYTES,
+        context_bytes=CUDA.context_bytes,
         library_bytes=0,
         measured=None,
         source=f"shares of the nominal rates ({card.source})",
@@ -188,7 +181,7 @@ def default_cpu_profile() -> DeviceProfile:
     attention = 60e9  # half of the products, as measured (doctor/measure.py)
     return DeviceProfile(
         name="CPU",
-        device_type="cpu",
+        device_type=CPU.name,
         memory_bytes=16 << 30,
         matmul_flops={"float32": 126e9, "bfloat16": 42e9},  # without AVX512-BF16 or AMX
         unpack_rate=4096 * 4096 / 11.3e-3,
@@ -199,10 +192,10 @@ def default_cpu_profile() -> DeviceProfile:
         copy_down_pageable=bandwidth / 2,
         disk_read=DISK_READ,
         disk_write=DISK_WRITE,
-        op_overhead_seconds=OP_OVERHEAD["cpu"],
+        op_overhead_seconds=CPU.op_overhead_seconds,
         attention_flops=attention,
         context_bytes=0,
-        library_bytes=LIBRARY_BYTES,
+        library_bytes=CPU.library_bytes,
         measured=None,
         source="measured on 2 cores of an AMD EPYC with AVX512; 16 GiB and the disk are assumed",
         attention_by_dtype={"float32": attention},

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 
 Tier = Literal["device", "host", "disk"]
@@ -83,7 +84,7 @@ def in_runs(choices: tuple[str, ...]) -> str:
 def default_knobs(facts: ModelFacts, device_type: str) -> Knobs:
     """All on the device, one layer recomputed at a time. On a CPU the lm_head is read in chunks from its file: it would be
     the largest tensor in memory."""
-    n_layers, head = facts.n_layers, "disk" if device_type == "cpu" else "resident"
+    n_layers, head = facts.n_layers, "resident" if kind_of(device_type).host_is_below else "disk"
     return Knobs(("resident",) * n_layers, ("recompute",) * n_layers, head=head)
 
 

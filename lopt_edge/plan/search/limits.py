@@ -17,6 +17,7 @@ from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.cards import CARDS, Card
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs
 from lopt_edge.plan.search.search import QUARTERS, Bounds, Candidate, Search, last_layers
 from lopt_edge.plan.search.workload import Workload
@@ -91,7 +92,7 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
     """Combinations of little memory: the smallest as found, and everything below with recomputation. `limited`: tiers
     below the device have budgets, so that some things may have to stay on it."""
     knobs, fixed, space = search.smallest.knobs, search.space.fixed, search.space
-    below = "disk" if space.device_type == "cpu" else "host"
+    below = "host" if kind_of(space.device_type).host_is_below else "disk"
     n_layers = space.facts.n_layers
     wanted: dict[str, Any] = {
         "weights": (below,) * n_layers, "activations": ("recompute",) * n_layers, "saved_inputs": below, "states": below,

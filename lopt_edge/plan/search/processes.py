@@ -37,7 +37,7 @@ def in_processes(
     listed = ", ".join(f"{part.text()} {format_bytes(n)}" for part, n in zip(parts, each, strict=True))
     reasons = [f"pipeline of {len(parts)}: {listed}"]
     largest = max(range(len(parts)), key=each.__getitem__)
-    counted = found if workload.shape.device_type == "cpu" else [found[largest]]
+    counted = found if workload.shape.kind.counts_process else [found[largest]]
     device_bytes, together = sum(c.prediction.device_bytes for _, c in counted), Counter[str]()
     for one, candidate in counted:
         together.update(items(one, candidate))

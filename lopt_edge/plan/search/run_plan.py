@@ -136,7 +136,7 @@ def _lowest(search: Search, smallest: Candidate, budget: Budget) -> Candidate:
 
 def peak_bytes(prediction: Prediction, search: Search, budget: Budget) -> dict[str, int]:
     """By tier. Host memory of a run beside a GPU is pinned as far as its budget goes."""
-    pinned = prediction.host_bytes if search.workload.shape.device_type == "cuda" else 0
+    pinned = prediction.host_bytes if search.workload.shape.kind.host_is_below else 0
     if budget.pinned_bytes is not None:
         pinned = min(pinned, budget.pinned_bytes)
     return {
@@ -180,7 +180,7 @@ def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
         "activations": held.pop("activations", 0),
         "dequantisation workspace": held.pop("workspace", 0),
         f"attention ({workload.shape.attention_kernel}) and tile workspace": prediction.within_peak,
-        "CUDA context" if workload.shape.device_type == "cuda" else "library": prediction.library_bytes,
+        workload.shape.kind.beside: prediction.library_bytes,
         "allocator slack": prediction.slack_bytes,
         **held,
     }

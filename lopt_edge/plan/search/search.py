@@ -26,6 +26,7 @@ from lopt_edge.plan.costs.predict import Prediction, slack_bytes
 from lopt_edge.plan.costs.seconds import Costs, StepSeconds
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import StepKind, groups_of
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, Tier, default_knobs
@@ -71,7 +72,8 @@ class Space:
 
     def __iter__(self) -> Iterator[Knobs]:
         n_layers, start = self.facts.n_layers, default_knobs(self.facts, self.device_type)
-        below: Tier = "disk" if self.device_type == "cpu" else "host"
+        host_is_below = kind_of(self.device_type).host_is_below
+        below: Tier = "host" if host_is_below else "disk"
         axes: dict[str, Sequence[Any]] = {
             "weights": [last_layers(n_layers, quarter, below, "resident") for quarter in QUARTERS],
             "activations": [
@@ -80,7 +82,7 @@ class Space:
             "saved_inputs": ["device", below],
             "states": ["device", below],
             "gradients": ["device", below],
-            "head": [start.head] if self.device_type == "cpu" else ["resident", "disk"],
+            "head": ["resident", "disk"] if host_is_below else [start.head],
             "prefetch": PREFETCH,
         }
         axes = {name: [self.fixed[name]] if name in self.fixed else values for name, values in axes.items()}

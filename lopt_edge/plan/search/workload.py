@@ -27,8 +27,8 @@ from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
 from lopt_edge.plan.schedule.validate import validate
+from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 
-MMAP_BYTES, LEAST_MMAP_BYTES = 4 << 20, 128 << 10  # thresholds of the host allocator
 N_MOVING = 2  # micro-batches to look at where gradients move between them
 
 
@@ -80,7 +80,7 @@ class Workload:
             for segment in kind.segments
             for layer in segment.turned[:-1]
         )
-        if self.shape.device_type != "cpu" or not graphs:
+        if not self.shape.kind.counts_process or not graphs:
             return MMAP_BYTES
         hidden = self.sizes(knobs).hidden_bytes(self.batches[0])
         return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))

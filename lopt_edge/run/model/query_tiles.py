@@ -3,7 +3,7 @@
 transformers has no fused kernel on the CPU for such scores: its eager attention makes all heads x tokens x tokens of them,
 and its graph keeps several such tensors and keys repeated for every head. Here the heads that share keys go through a tile
 of queries at a time, and once more in the backward. A tile reads keys up to its last query, in a sliding layer from its
-first query's window on; what it leaves out has weight 0. Its scores take SCORE_BYTES at most (plan/costs/module_bytes.py).
+first query's window on; what it leaves out has weight 0. Its scores take the device's `score_bytes` at most (plan/facts).
 
 The rule: a tile runs transformers' operations in their order, the backward autograd's. If one tile holds all queries,
 values and gradients are bitwise eager's on the CPU, in fp32 and bfloat16. With several they are equal up to rounding (in

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Bytes of input rows in a tile: few enough for a CPU's caches, enough work for a GPU's kernels.
-ROW_BYTES = {"cpu": 1 << 20, "cuda": 32 << 20}
+from lopt_edge.plan.facts.device_kinds import kind_of
 
 
 class TokenTiled(nn.Module):
@@ -61,5 +60,5 @@ def _tile_gradient(inner: nn.Module, rows: Tensor, g: Tensor) -> Tensor:
 
 
 def _tiles(rows: Tensor) -> list[slice]:
-    size = max(1, ROW_BYTES[rows.device.type] // (rows.shape[1] * rows.element_size()))
+    size = max(1, kind_of(rows.device.type).norm_tile_bytes // (rows.shape[1] * rows.element_size()))
     return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -69,7 +69,7 @@ class Vocabulary:
         return [tensor for tensor in (self.matrix_VD, self._raw, self._cast) if tensor is not None]
 
     def _in_compute_dtype(self, raw: Tensor) -> Tensor:
-        if raw.dtype == self.dtype and self.device.type == "cpu":
+        if raw.dtype == self.dtype and raw.device.type == self.device.type:
             return raw
         if self._cast is None or len(self._cast) < len(raw):
             self._cast = torch.empty(len(raw), self.n_columns, dtype=self.dtype, device=self.device)

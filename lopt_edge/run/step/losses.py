@@ -26,12 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.model.vocabulary import Vocabulary
-
-# lm_head rows multiplied at a time. On the CPU smaller chunks cost no time (1024, 2048, 4096, 8192 rows: 1.73, 1.76, 1.72,
-# 1.7 s for 512 tokens, Qwen2.5-0.5B shape) and take less: 540, 574, 579, 608 MiB of peak. A GPU wants larger products.
-VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
         normed_ND = model.norm(hidden_ND)
         chunks = [
             (normed_ND @ rows_VD.t()).float()
-            for _, rows_VD in model.lm_head.chunks(VOCABULARY_CHUNK[hidden_ND.device.type])
+            for _, rows_VD in model.lm_head.chunks(kind_of(hidden_ND.device.type).vocabulary_chunk)
         ]
     scores = torch.cat(chunks, dim=1).mul_(form.factor)
     return scores if form.soft_cap is None else scores.div_(form.soft_cap).tanh_().mul_(form.soft_cap)
@@ -91,7 +88,7 @@ def online_cross_entropy(
     normaliser_N, target_N = torch.zeros(n_tokens, 1, **fresh), torch.zeros(n_tokens, 1, **fresh)
     target_slope_N = torch.ones(n_tokens, 1, **fresh)
     sum_ND = torch.zeros(normed_ND.shape, **fresh) if need_grad else None
-    for start, rows_VD in lm_head.chunks(VOCABULARY_CHUNK[normed_ND.device.type]):
+    for start, rows_VD in lm_head.chunks(kind_of(normed_ND.device.type).vocabulary_chunk):
         scores_NV = (normed_ND @ rows_VD.t()).float().mul_(form.factor)
         slope_NV = None
         if form.soft_cap is not None:

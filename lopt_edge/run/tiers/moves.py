@@ -3,7 +3,7 @@
 A `Parcel` is one tensor that may be on the device, below (in pinned host memory, or in the page file), or both. The rules:
 - what a movement reads or overwrites stays alive and untouched until `wait`: the device copy is let go only there, a new
   device tensor is handed out only there;
-- disk work is done by worker threads with positioned reads and writes; on CUDA device copies run on a stream of their own,
+- disk work is done by worker threads with positioned reads and writes; on a GPU device copies run on a stream of their own,
   ordered against the computing stream by events in both directions, because a buffer that is overwritten too early trains
   on garbage while the loss still falls;
 - a fault of a worker appears at `wait`, as a RunError.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import RunError
+from lopt_edge.run.device import device_of
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.pinned import PinnedPool
 from quant.files import tensor_bytes
@@ -60,7 +61,7 @@ class Parcel:
 
 
 class Mover:
-    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a CUDA device.
+    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a GPU.
 
     `journal_file` takes the optimizer's undo copies; without it they go to `page_file`, and are lost with that.
     """
@@ -78,7 +79,7 @@ class Mover:
         self.pinned = pinned or PinnedPool(device)
         self.workers = ThreadPoolExecutor(N_WORKERS, thread_name_prefix="lopt-move")
         self._start_workers()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = device_of(device).side_stream()
         self.bytes_moved = 0
 
     def _start_workers(self) -> None:
@@ -93,20 +94,16 @@ class Mover:
 
     def after_compute(self) -> Any:
         """A mark on the computing stream that a copy of the side stream must wait for (None on the CPU)."""
-        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        return None if self.stream is None else self.stream.mark_compute()
 
     def on_side(self, mark: Any) -> AbstractContextManager[Any]:
         """Work on the side stream after `mark`."""
-        if self.stream is None:
-            return nullcontext()
-        if mark is not None:
-            self.stream.wait_event(mark)
-        return torch.cuda.stream(self.stream)
+        return nullcontext() if self.stream is None else self.stream.after(mark)
 
     def before_compute(self, event: Any) -> None:
         """Let the computing stream wait for a side-stream event."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        if self.stream is not None and event is not None:
+            self.stream.hold_compute(event)
 
     def submit(self, name: str, work: Callable[[], None]) -> Future[None]:
         """Run `work` in a worker; faults of files become RunErrors."""
@@ -172,7 +169,8 @@ class Mover:
         parcel.pending = lambda: (result_of(job), arrive())[1]
 
     def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
-        if self.stream is None:
+        stream = self.stream
+        if stream is None:
             return lambda: file.read(offset, tensor_bytes(tensor))
 
         def read() -> None:
@@ -180,7 +178,7 @@ class Mover:
             file.read(offset, tensor_bytes(staging))
             with self.on_side(mark):
                 _flat(tensor).copy_(staging, non_blocking=True)
-                event = torch.cuda.current_stream(self.device).record_event()
+                event = stream.record_event()
             event.synchronize()
             self.pinned.give(staging)
 

@@ -16,18 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt_edge.run.device import device_of
+
 
 class PinnedPool:
     """Blocks of bytes (uint8, one dimension). `limit_bytes` bounds what is pinned; None: no bound."""
 
     def __init__(self, device: torch.device, *, limit_bytes: int | None = None) -> None:
-        self.on_cuda, self.limit_bytes = device.type == "cuda", limit_bytes
+        self.device, self.limit_bytes = device_of(device), limit_bytes
         self.refused = False
         self.pinned_bytes = self.peak_pinned_bytes = 0
         self.used_bytes = self.peak_bytes = 0
         self._free: dict[int, list[tuple[Tensor, Any]]] = defaultdict(list)
         self._pinned: set[int] = set()
         self._lock = threading.Lock()
+
+    @property
+    def is_tier(self) -> bool:
+        """Whether its blocks are a tier of their own, below the device."""
+        return self.device.kind.host_is_below
 
     def take(self, n_bytes: int) -> Tensor:
         """A block of exactly this size; its content is undefined."""
@@ -43,12 +50,12 @@ class PinnedPool:
 
     def _fresh(self, n_bytes: int) -> Tensor:
         block = torch.empty(n_bytes, dtype=torch.uint8)
-        if not self.on_cuda or self.refused:
+        if not self.is_tier or self.refused:
             return block
         if self.limit_bytes is not None and self.pinned_bytes + n_bytes > self.limit_bytes:
             self._shrink()
         within = self.limit_bytes is None or self.pinned_bytes + n_bytes <= self.limit_bytes
-        if not within or int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), n_bytes, 0)) != 0:
+        if not within or not self.device.pin(block):
             if not self.refused:
                 reason = "its budget is used up" if not within else "the driver refused it"
                 warnings.warn(f"no more pinned host memory ({reason}): copies go through pageable memory", stacklevel=2)
@@ -60,10 +67,10 @@ class PinnedPool:
         return block
 
     def give(self, block: Tensor, *, after: Any = None) -> None:
-        """The block may be used again, once the CUDA event `after` has passed."""
+        """The block may be used again, once the mark `after` has passed."""
         with self._lock:
             self.used_bytes -= block.nbytes
-            if self.on_cuda:  # plain memory goes back to the allocator
+            if self.is_tier:  # plain memory goes back to the allocator
                 self._free[block.nbytes].append((block, after))
 
     def _shrink(self) -> None:
@@ -76,7 +83,7 @@ class PinnedPool:
 
     def _unpin(self, block: Tensor) -> None:
         if block.data_ptr() in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+            self.device.unpin(block)
             self._pinned.discard(block.data_ptr())
             self.pinned_bytes -= block.nbytes
 

@@ -2,7 +2,7 @@
 
 The first step is the largest one of the run (data/order.py), the second is the first with all optimizer states: what is
 too much shows here and not in hour five. On the CPU an op's bytes are the resident set at its end, and the process' peak
-if the op raised it; on CUDA what the allocator has reserved by then, and the context. Reading them costs some 0.1 ms an
+if the op raised it; on a GPU what the allocator has reserved by then, and the context. Reading them costs some 0.1 ms an
 op, so only two steps are read. A peak beyond the prediction is said, and the prediction corrected by what was measured
 (plan/costs/correction.py) is kept beside it; nothing is changed by either.
 """
@@ -16,16 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lopt_edge.plan.costs.correction import Watched, corrected_bytes
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.plan.search.run_plan import RunPlan
-from lopt_edge.run.device import peak_device_bytes
+from lopt_edge.run.device import device_of
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.system.files import write_text
-from lopt_edge.system.memory import peak_rss_bytes, resident_bytes
 from lopt_edge.units import format_bytes
 
 PLAN_NAME = "plan.json"
@@ -36,7 +33,7 @@ class FirstSteps:
     """Watches steps of an executor and keeps both sides of each. `evaluated`: what the run evaluates it did once before."""
 
     def __init__(self, executor: Executor, *, evaluated: bool = True) -> None:
-        self.executor, self.device, self.evaluated = executor, executor.model.device, evaluated
+        self.executor, self.device, self.evaluated = executor, device_of(executor.model.device), evaluated
         self.steps: list[dict[str, Any]] = []
         self.watched: list[Watched] = []
 
@@ -76,17 +73,18 @@ class FirstSteps:
         self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction), missing))
 
     def _peak_so_far(self, prediction: Prediction) -> int:
-        context = prediction.library_bytes if self.device.type == "cuda" else 0
-        return peak_device_bytes(self.device) + context
+        return self.device.peak_bytes() + self._context(prediction)
 
     def _peak(self) -> int:
-        """Of the process so far. CUDA's is not asked: the allocator keeps what it reserved."""
-        return peak_rss_bytes() if self.device.type == "cpu" else 0
+        """Of the process so far. An allocator's is not asked: it keeps what it reserved."""
+        return self.device.peak_bytes() if self.device.kind.counts_process else 0
 
     def _now(self, prediction: Prediction) -> int:
-        if self.device.type == "cpu":
-            return resident_bytes()
-        return torch.cuda.memory_reserved(self.device) + prediction.library_bytes  # the context
+        return self.device.taken_bytes() + self._context(prediction)
+
+    def _context(self, prediction: Prediction) -> int:
+        """What the device holds beside what it says that it holds."""
+        return 0 if self.device.kind.counts_process else prediction.library_bytes
 
     def surprise(self) -> str | None:
         """A sentence if the last step took more than predicted."""
@@ -105,7 +103,7 @@ class FirstSteps:
 
         None if no step was watched.
         """
-        return corrected_bytes(self.watched, largest_bytes, device_type=self.device.type) if self.watched else None
+        return corrected_bytes(self.watched, largest_bytes, device_type=self.device.kind.name) if self.watched else None
 
     def correction(self, largest_bytes: int) -> str:
         """The same in a sentence."""

@@ -1,7 +1,7 @@
 """The memory report of a run (`--memory-report FILE`): predicted and measured bytes of one step, op by op.
 
 One step is watched, the second where there is one (buffers have grown, moments exist): on the CPU by counting live tensors
-(tracker.py; that step takes longer), on CUDA by the allocator's own counters. Written are FILE.json (all rows, by
+(tracker.py; that step takes longer), on a GPU by the allocator's own counters. Written are FILE.json (all rows, by
 category) and FILE.svg (the picture). Measured categories are what the runtime's stores hold; what is alive beyond them is
 activations. The resident set is written beside them: it holds the library and the allocator's gaps, too.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.schedule.ops import Op
+from lopt_edge.run.device import device_of
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -43,7 +44,9 @@ class MemoryMeter:
     def __init__(self, executor: Executor) -> None:
         self.executor, self.rows = executor, []
         self.device = executor.model.device
-        self.tracker = MemoryTracker() if self.device.type == "cpu" else None
+        counters = device_of(self.device).counters()
+        self.tracker = MemoryTracker(self.device.type) if counters is None else None
+        self.counters = counters or self.tracker
 
     @contextmanager
     def watching(self, batches: Sequence[Batch]) -> Iterator[None]:
@@ -59,7 +62,7 @@ class MemoryMeter:
 
     def _observe(self, op: Op, after: bool) -> None:
         if after:
-            self.rows[-1].peak_bytes, self.rows[-1].rss_bytes = self._peak(), resident_bytes()
+            self.rows[-1].peak_bytes, self.rows[-1].rss_bytes = self.counters.peak_bytes, resident_bytes()
             return
         live = self._start_peak()
         held: dict[str, int] = {}
@@ -73,14 +76,8 @@ class MemoryMeter:
         self.rows.append(MeasuredOp(op.text(), held, live))
 
     def _start_peak(self) -> int:
-        if self.tracker is not None:
-            self.tracker.start_peak()
-            return self.tracker.live_bytes
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def _peak(self) -> int:
-        return self.tracker.peak_bytes if self.tracker is not None else torch.cuda.max_memory_allocated(self.device)
+        self.counters.start_peak()
+        return self.counters.live_bytes
 
 
 def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from typing import Any
 from lopt_edge.config.settings import Config
 from lopt_edge.data import Dataset
 from lopt_edge.errors import InputError, InputErrors
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.methods import METHODS
 from lopt_edge.system.versions import versions
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, MANIFEST, Checkpoint, latest, read
@@ -163,7 +164,7 @@ def check_same(
         return [
             f"the run began on {values.get('device')} and goes on on {device_type}: bits differ from an undisturbed run"
         ]
-    if device_type == "cpu" and values.get("threads") != threads:
+    if kind_of(device_type).computes_on_cores and values.get("threads") != threads:
         return [
             f"the run began with {values.get('threads')} threads and goes on with {threads}: bits may differ from an "
             "undisturbed run (OMP_NUM_THREADS sets them)"

@@ -28,6 +28,7 @@ from torch import Tensor
 from lopt_edge.adapters.save import AdapterShape, save_adapter
 from lopt_edge.errors import InputError, NotFinite
 from lopt_edge.plan.schedule.ops import GroupName
+from lopt_edge.run.device import Device, random_sources
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.model.replaced import REPLACED_NAME
 from lopt_edge.run.step.executor import Executor
@@ -116,10 +117,8 @@ def _parts(executor: Executor, cut: Cut | None) -> Iterator[_Part]:
         yield _Part(f"average.{layer}", torch.float32, tuple(average.shape), average.cpu)
     if executor.far is not None:
         yield from _far_parts(executor, executor.far)
-    yield _Part("random.cpu", torch.uint8, tuple(torch.get_rng_state().shape), torch.get_rng_state)
-    if device.type == "cuda":
-        shape = tuple(torch.cuda.get_rng_state(device).shape)
-        yield _Part("random.cuda", torch.uint8, shape, partial(torch.cuda.get_rng_state, device))
+    for source in random_sources(device):
+        yield _Part(_random_key(source), torch.uint8, tuple(source.random_state().shape), source.random_state)
 
 
 def _far_parts(executor: Executor, far: FarGroups) -> Iterator[_Part]:
@@ -139,6 +138,10 @@ def _far_parts(executor: Executor, far: FarGroups) -> Iterator[_Part]:
 
 def _key(name: GroupName) -> str:
     return f"{name[0]}.{name[1]}"
+
+
+def _random_key(source: Device) -> str:
+    return f"random.{source.kind.name}"
 
 
 def snapshot_bytes(executor: Executor) -> int:
@@ -183,9 +186,10 @@ def restore(executor: Executor, folder: Path, values: dict[str, Any], *, tier: s
             del moments
         for layer, average in _averages(executor).items():
             average.copy_(_read(entries, f"average.{layer}", tuple(average.shape), where))
-        torch.set_rng_state(read_tensor(entries["random.cpu"]))
-        if executor.model.device.type == "cuda" and "random.cuda" in entries:
-            torch.cuda.set_rng_state(read_tensor(entries["random.cuda"]), executor.model.device)
+        for source in random_sources(executor.model.device):
+            key = _random_key(source)
+            if key in entries or source.kind.computes_on_cores:  # a GPU's is not there if the run began on a CPU
+                source.set_random_state(read_tensor(entries[key]))
         version, numbers, gauss = values["python_random"]
         random.setstate((version, tuple(numbers), gauss))
     except FolderError as error:

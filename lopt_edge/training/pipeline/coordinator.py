@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost, RunError
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.plan.schedule.processes import Part, parts_of
 from lopt_edge.run.step.batches import Batch, as_message
@@ -60,7 +61,7 @@ def crew_of(inputs: Inputs, start: Start | None, *, report: Callable[[], dict[st
         else:
             store = torchrun_store(timeout)
         crew = Crew(store, parts, children, timeout=timeout, report=report)
-        crew.shares_memory = inputs.device.type == "cpu"
+        crew.shares_memory = kind_of(inputs.device.type).counts_process
         crew.begin(_setup(inputs, parts, start))
         try:
             yield crew

@@ -36,7 +36,7 @@ from lopt_edge.plan.schedule.processes import Part, own_knobs, parts_of
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.plan.search.workload import arranged_plan
 from lopt_edge.planning.settings import against_facts
-from lopt_edge.run.device import DTYPES, peak_device_bytes
+from lopt_edge.run.device import DTYPES, device_of, peak_device_bytes
 from lopt_edge.run.link import Link, join_store, torchrun_store
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
@@ -85,11 +85,7 @@ def read_task(setup: dict[str, Any], rank: int) -> Task:
     course, targets, _ = against_facts(config, source.facts)
     parts = parts_of(course.kinds[0].segments, config.pipeline)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()}
-    device = torch.device(setup["device"])
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = device_of(torch.device(setup["device"])).for_process(int(os.environ.get("LOCAL_RANK", rank)))
     knobs = own_knobs(Knobs(**values), parts[rank])
     return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], knobs, parts, parts[rank])
 

@@ -2,7 +2,7 @@
 
 `check_folders` is called before anything is made, so that a cache or page folder that is memory in disguise is told in
 seconds, not after the model was quantised; `open_tiers` after all checks and before the model is loaded. Budgets are held,
-not hoped for: on CUDA the allocator refuses what is beyond the device budget (set_per_process_memory_fraction), on the CPU
+not hoped for: on a GPU the allocator refuses what is beyond the device budget (run/device.py), on the CPU
 the kernel refuses private memory beyond it (RLIMIT_DATA, system/memory.py), so that a wrong prediction ends in our
 message and not in the machine's swap. Page files cannot grow beyond the disk budget. What lies where plan/ decides.
 
@@ -19,17 +19,19 @@ from dataclasses import dataclass
 import torch
 
 from lopt_edge.config.settings import Config, page_folder
-from lopt_edge.errors import InputError, RunError, raise_collected
+from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.models.folder import ModelFolder
 from lopt_edge.models.four_bit import folder_bytes, four_bit_path
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.run.device import device_of
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.page_folder import check_page_dir, prepare_page_dir
 from lopt_edge.run.tiers.pinned import PinnedPool
 from lopt_edge.system.file_systems import memory_file_system
-from lopt_edge.system.memory import cap_data_bytes, pinned_limit_bytes, resident_bytes
+from lopt_edge.system.memory import pinned_limit_bytes
 from lopt_edge.units import format_bytes
 
 PAGES_NAME, JOURNAL_NAME = "run", "journal"  # of the page files
@@ -80,7 +82,7 @@ def open_tiers(
     `journal_bytes` of `need_disk_bytes` are the journal's.
     """
     folder, limit = page_folder(config), budget.pinned_bytes
-    if limit is None and device.type == "cuda":
+    if limit is None and kind_of(device.type).host_is_below:
         limit = pinned_limit_bytes()[0]
     ours = config.page_dir is None or not folder.exists()  # beside the output it is ours, also if a killed run made it
     try:
@@ -105,25 +107,14 @@ def open_tiers(
 def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Callable[[], None]:
     """Let the system refuse what is beyond the device budget, from now on; returns what lifts that. Raises RunError.
 
-    On CUDA the allocator gets the budget less `context_bytes`, which the driver takes beside it.
+    A GPU's allocator gets the budget less `context_bytes`, which the driver takes beside it.
     """
     if budget.device_bytes is None:
         return lambda: None
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.device_bytes - context_bytes) / total), device)
-        return lambda: torch.cuda.set_per_process_memory_fraction(1.0, device)
-    left = budget.device_bytes - resident_bytes()
-    if left <= 0:
-        raise RunError(
-            f"the process already takes {format_bytes(resident_bytes())} of its {format_bytes(budget.device_bytes)}",
-            where="device_memory",
-            fix="raise the budget",
-        )
-    return cap_data_bytes(left)
+    return device_of(device).limit(budget.device_bytes, context_bytes=context_bytes)
 
 
 def peaks_below(mover: Mover) -> PeakBytes:
     pool, files = mover.pinned, [file for file in (mover.page_file, mover.journal_file) if file is not None]
-    on_host = pool.peak_bytes if pool.on_cuda else 0
+    on_host = pool.peak_bytes if pool.is_tier else 0
     return PeakBytes(host=on_host, pinned=pool.peak_pinned_bytes, disk=sum(file.peak_bytes for file in files))

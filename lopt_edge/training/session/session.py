@@ -105,7 +105,7 @@ class Session:
         with attempt as loaded:
             self.loaded = loaded
             self._note_loaded(loaded)
-            context_bytes = inputs.workload.library_bytes if inputs.device.type == "cuda" else 0
+            context_bytes = 0 if inputs.workload.shape.kind.counts_process else inputs.workload.library_bytes
             held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
             lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
             try:

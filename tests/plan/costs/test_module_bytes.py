@@ -23,8 +23,8 @@ from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.watch.tracker import MemoryTracker
-from quant import gated_mlp, nf4
 from quant import mixed as mixed_module
+from quant import nf4
 from quant.gated_mlp import PackedGatedMLP
 from quant.headers import read_header
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
@@ -205,12 +205,6 @@ def test_the_blocked_mlp(targets, hidden, inner, n_rows, dtype):
         gradients = sum(4 * parameter.numel() for parameter in mlp.parameters())
         found = backward_bytes(mlp, x, g, need_x=need_x)
         assert found == (heap.peak, gradients + x.nbytes * need_x), f"need_x={need_x}"
-
-
-def test_blocks_and_tiles_are_those_of_the_modules():
-    assert module_bytes.UNPACK_CHUNK == nf4.CHUNK_BYTES
-    assert module_bytes.BLOCK_FEATURES == gated_mlp.BLOCK_FEATURES
-    assert module_bytes.MLP_TOKEN_TILE == gated_mlp.TOKEN_TILE
 
 
 @pytest.mark.parametrize("x_trains", [False, True])

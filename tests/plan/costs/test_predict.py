@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from lopt_edge.plan.costs.predict import (
     GRAPH_SHARE,
-    LIBRARY_BYTES,
     STATES_SLACK,
     STEADY_SHARE,
     Prediction,
@@ -24,6 +23,7 @@ from lopt_edge.plan.costs.predict import (
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.run.watch.memory_report import MemoryMeter
 from lopt_edge.run.watch.tracker import MemoryTracker
 from tests.laws.bench import make_bench, random_batch
@@ -49,7 +49,7 @@ def plain(**changes: Any) -> Case:
 
 def test_device_bytes_are_library_tensors_and_slack():
     found = predicted(plain())
-    assert found.library_bytes == LIBRARY_BYTES["cpu"]
+    assert found.library_bytes == CPU.library_bytes
     assert found.device_bytes == found.library_bytes + found.timeline.peak_bytes + found.slack_bytes
     moving = found.timeline.peak_bytes - sum(found.steady.values())
     graphs, steady = GRAPH_SHARE * found.held_at_peak["activations"], STEADY_SHARE * sum(found.steady.values())
@@ -59,7 +59,7 @@ def test_device_bytes_are_library_tensors_and_slack():
     moving = on_cuda.timeline.peak_bytes - sum(on_cuda.steady.values())
     assert on_cuda.slack_bytes == slack_bytes("cuda", moving)
     other = predicted(plain(), library_bytes=7)
-    assert found.device_bytes - other.device_bytes == LIBRARY_BYTES["cpu"] - 7
+    assert found.device_bytes - other.device_bytes == CPU.library_bytes - 7
     assert predicted(plain(), device_type="cuda").library_bytes == 0
     assert found.peak_op == found.timeline.peak_row.op.text()
 

@@ -18,8 +18,9 @@ from lopt_edge.plan.costs.layer_bytes import LayerRun, backward_within, graph_by
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.programs import Replay, Token, program
 from lopt_edge.plan.costs.shape import HEADS, LayerShape, Vocabularies, case_key, more_general
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.plan.facts.model import facts_from_config
-from lopt_edge.run.model.tiled import ROW_BYTES, TokenTiled
+from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.watch.tracker import MemoryTracker
 from tools.tiny_models import FAMILIES, tiny_config
 
@@ -160,7 +161,7 @@ def check_program(shape: LayerShape, case: str, op: str) -> None:
 def test_a_norm_takes_what_its_tile_takes(family, dtype):
     """On both sides of a tile (run/model/tiled.py); its result and x are the program's around it."""
     norm = TokenTiled(norm_of(family, dtype))
-    tile = ROW_BYTES["cpu"] // (64 * dtype.itemsize)
+    tile = CPU.norm_tile_bytes // (64 * dtype.itemsize)
     replay = Replay(make_shape(family, itemsize=dtype.itemsize), SIZES)
     for n_rows in (10, tile + 1):
         x, g, tracker = (

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lopt_edge.plan.costs.seconds import step_seconds
 from lopt_edge.plan.costs.sizes import MicroBatchSize
-from lopt_edge.plan.search.workload import LEAST_MMAP_BYTES, MMAP_BYTES, Workload
+from lopt_edge.plan.search.workload import Workload
+from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 from tests.plan.plans import Case, cases, make_course, make_knobs
 from tests.plan.workloads import make_workload
 

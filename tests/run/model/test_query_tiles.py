@@ -5,6 +5,7 @@ One tile: values and gradients bitwise. Several: within rounding, and in bfloat1
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ from transformers import AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from lopt_edge.plan.costs import module_bytes
+from lopt_edge.plan.costs import module_bytes, tiles
 from lopt_edge.plan.costs.shape import LayerShape
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model import query_tiles
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -76,7 +78,8 @@ def tiles_of(monkeypatch):
     """Set the tile to so many queries of (heads, tokens)."""
 
     def cut(n_queries: int, heads: tuple[int, int], n: int) -> None:
-        monkeypatch.setitem(module_bytes.SCORE_BYTES, "cpu", 4 * n_queries * heads[0] // heads[1] * n)
+        kind = replace(CPU, score_bytes=4 * n_queries * heads[0] // heads[1] * n)
+        monkeypatch.setattr(tiles, "kind_of", lambda name: kind)
 
     return cut
 
@@ -184,7 +187,7 @@ def test_bytes_grow_linearly_in_tokens(dtype):
             run(kernel, heads)
         return tracker.peak_bytes - before
 
-    tile = module_bytes.SCORE_BYTES["cpu"]
+    tile = CPU.score_bytes
     found = {n: peaks(query_tiles.NAME, n) for n in (1024, 2048, 4096)}
     for n, n_bytes in found.items():
         per_token = 32 * (dtype.itemsize * (4 + 4 + 4 + 2 + 2) + 8 + 8)  # outputs, their gradient, dq, dk, dv; sums

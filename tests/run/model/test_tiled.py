@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.run.model import tiled
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -35,7 +38,8 @@ def value_and_gradient(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor,
 @pytest.fixture
 def rows_a_tile(monkeypatch):
     def choose(n_rows: int, dtype: torch.dtype) -> None:
-        monkeypatch.setattr(tiled, "ROW_BYTES", {"cpu": n_rows * WIDTH * dtype.itemsize})
+        kind = replace(CPU, norm_tile_bytes=n_rows * WIDTH * dtype.itemsize)
+        monkeypatch.setattr(tiled, "kind_of", lambda name: kind)
 
     return choose
 

@@ -7,12 +7,14 @@ are multiplied in bfloat16.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.step import losses
 from lopt_edge.run.step.losses import LogitForm, ReconstructHead, online_cross_entropy
@@ -58,7 +60,7 @@ def tokens():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradient_equal_cross_entropy(tmp_path, monkeypatch, tokens, dtype, form, chunk):
-    monkeypatch.setattr(losses, "VOCABULARY_CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(losses, "kind_of", lambda name: replace(CPU, vocabulary_chunk=chunk))
     hidden, targets = tokens[0].to(dtype), tokens[1]
     head, matrix = make_head(tmp_path, dtype)
     loss, gradient = online_cross_entropy(hidden, targets, head, form=form, need_grad=True)
@@ -75,7 +77,7 @@ def test_loss_and_gradient_equal_cross_entropy(tmp_path, monkeypatch, tokens, dt
 
 def test_huge_and_tiny_logits_neither_overflow_nor_vanish(tmp_path, monkeypatch, tokens):
     """The running maximum: logits of hundreds, growing from chunk to chunk and shrinking."""
-    monkeypatch.setattr(losses, "VOCABULARY_CHUNK", {"cpu": 7})
+    monkeypatch.setattr(losses, "kind_of", lambda name: replace(CPU, vocabulary_chunk=7))
     hidden, targets = tokens
     head, matrix = make_head(tmp_path, torch.float32, scale=30.0)
     loss, gradient = online_cross_entropy(hidden, targets, head, form=LogitForm(), need_grad=True)

@@ -190,8 +190,7 @@ def watched(
     """(step, what the process has at most from then on) in a process that begins with 10 MiB. `fresh`: without moments."""
     found, process = FirstSteps(_Executor(), **how), SimpleNamespace(peak=10 * MIB)
     for name in ("peak_rss_bytes", "resident_bytes"):
-        monkeypatch.setattr(f"lopt_edge.run.watch.first_steps.{name}", lambda: process.peak)
-    monkeypatch.setattr("lopt_edge.run.watch.first_steps.peak_device_bytes", lambda device: process.peak)
+        monkeypatch.setattr(f"lopt_edge.run.device.{name}", lambda: process.peak)
     for step, peak in steps:
         process.peak = peak
         found.executor.optimizer.groups["layer 0"].moments = None if fresh and step == steps[0][0] else "there"

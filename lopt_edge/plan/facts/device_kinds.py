@@ -1,0 +1,114 @@
+"""What the planner must know of a kind of device: one row a kind, by torch's name of its type.
+
+The rule: whoever asks how a CPU differs from a GPU asks a field of the row, which says what it means; no other file under
+plan/ compares a device's name, and no table is keyed by one. A size that decides both what is run and what is predicted
+stands here once, if it differs by device, else in plan/costs/tiles.py or quant/sizes.py: the planner and the code that runs
+read the same one. What torch can do on a device is run/device.py's, one class a kind.
+
+So a further kind (Intel's `xpu`, say) is a row here and a class there: settings, messages, planner and runtime take it from
+these two. Rates of its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.
+
+It asks no machine and never imports torch. A card's own figures are cards.py's, a machine's measured ones profile.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """One kind of device. The first fields say what it is, the others what was measured or chosen for it.
+
+    `host_is_below`: a host tier lies between the device and the disk, in pinned memory, over a link. `counts_process`: its
+    memory is the resident set of all processes of a run, their libraries and the heap's gaps included; else it is what one
+    process' allocator has reserved, and the driver's context. `computes_on_cores`: arithmetic is done by this machine's
+    cores, so that the number of threads decides bits, and 4-bit weights are unpacked by our code (quant/nf4.py).
+    """
+
+    name: str  # torch's name of the type
+    title: str  # in sentences
+    host_is_below: bool
+    counts_process: bool
+    computes_on_cores: bool
+    beside: str  # what its memory holds beside tensors and the allocator's slack
+    watcher: str  # the command that shows who uses its memory
+
+    vocabulary_chunk: int  # rows of the lm_head multiplied at a time
+    score_bytes: int  # of a tile's attention scores in fp32 (run/model/query_tiles.py)
+    norm_tile_bytes: int  # of a tile's rows in a norm (run/model/tiled.py)
+
+    library_bytes: int  # of the process before its first tensor, where they count
+    context_bytes: int  # of the driver before the first tensor, beside the allocator's
+    slack_bytes: int  # what the allocator keeps between tensors (plan/costs/predict.py)
+    slack_share: float  # the same, of what a step moves
+    later_part: int  # one part in so many is added for what comes after the watched steps (plan/costs/correction.py)
+    op_overhead_seconds: float  # of a layer
+
+    measured_products: tuple[tuple[int, int, int], ...]  # (rows, in, out): micro-batches and layers (doctor/measure.py)
+    measured_dtypes: tuple[str, ...]
+    measured_tokens: int  # of attention
+
+
+CPU = DeviceKind(
+    name="cpu",
+    title="CPU",
+    host_is_below=False,
+    counts_process=True,
+    computes_on_cores=True,
+    beside="library",
+    watcher="top",
+    # Smaller chunks cost no time (1024, 2048, 4096, 8192 rows: 1.73, 1.76, 1.72, 1.7 s for 512 tokens, Qwen2.5-0.5B shape)
+    # and take less: 540, 574, 579, 608 MiB of peak.
+    vocabulary_chunk=1024,
+    score_bytes=4 * MIB,
+    norm_tile_bytes=MIB,  # few enough for the caches
+    library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
+    context_bytes=0,
+    slack_bytes=96 * MIB,  # kernels, threads, gaps
+    slack_share=0.12,  # gaps on the heap
+    later_part=25,
+    op_overhead_seconds=1.2e-3,  # measured (doctor/measure.py) on an AMD EPYC core
+    measured_products=((512, 2048, 2048), (256, 4096, 4096)),
+    measured_dtypes=("float32", "bfloat16"),
+    measured_tokens=1024,
+)
+
+CUDA = DeviceKind(
+    name="cuda",
+    title="CUDA",
+    host_is_below=True,
+    counts_process=False,
+    computes_on_cores=False,
+    beside="CUDA context",
+    watcher="nvidia-smi",
+    vocabulary_chunk=8192,  # a GPU wants larger products
+    score_bytes=32 * MIB,
+    norm_tile_bytes=32 * MIB,  # enough work for a kernel
+    library_bytes=0,
+    context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)
+    slack_bytes=96 * MIB,  # cuBLAS workspaces
+    slack_share=0.04,  # rounding to 2 MiB blocks
+    later_part=100,
+    op_overhead_seconds=3e-4,  # unmeasured: Python takes as long as there, but most of it passes while the device computes
+    measured_products=((2048, 2048, 2048), (2048, 4096, 4096)),
+    measured_dtypes=("float32", "bfloat16", "float16"),
+    measured_tokens=2048,
+)
+
+KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+DEVICE_TYPES = tuple(KINDS)
+AUTO = "auto"  # the setting that leaves the choice to run/device.py
+
+
+def kind_of(device: str) -> DeviceKind:
+    """The row of a device, by torch's name of its type (`cuda`) or of itself (`cuda:1`)."""
+    return KINDS[device] if device in KINDS else KINDS[device.partition(":")[0]]  # a search asks 200,000 times
+
+
+def in_words(*names: str) -> str:
+    """Names as a sentence lists a choice: `auto, cpu or cuda`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
