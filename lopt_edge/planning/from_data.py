@@ -54,10 +54,10 @@ def workload_of(
         tuple(largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)),
         profile,
         library_bytes(source) if device.type == "cpu" else profile.context_bytes,
-        vocabulary_itemsize(source.path),
+        vocabulary_itemsize(source),
         evaluation=max(evaluated, key=lambda batch: batch.n_rows, default=None),
         clip_scope=config.clip_scope if config.clip else "none",
-        teacher=teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), dtype.itemsize, device.type),
+        teacher=teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher), dtype.itemsize, device.type),
     )
 
 
