@@ -15,12 +15,13 @@ from torch import nn
 from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
 
 from lopt_edge.plan.costs.shape import HEADS, case_key
+from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from lopt_edge.run.model.load import EAGER_ONLY, POST_NORM, Model
+from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
@@ -152,7 +153,8 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         ("intermediate_size", "i"),
     ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
-    config._attn_implementation = put_attention(log) if case.family in EAGER_ONLY else "sdpa"
+    tiled = family_of(case.family).attention == "query tiles"
+    config._attn_implementation = put_attention(log) if tiled else "sdpa"
     facts = facts_from_config(config.to_dict(), where="trace")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
@@ -177,7 +179,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
 
 
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, log: EventLog) -> None:
-    recomputed_whole = facts.model_type in POST_NORM
+    recomputed_whole = facts.family.post_norm
     for linear in facts.linears:
         opaque = OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log)
         opaque.last = linear is facts.linears[-1] and not recomputed_whole

@@ -124,9 +124,10 @@ def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
 
 def _module_of(name: str, model: Model) -> PackedLinear | None:
     """The packed linear layer whose weight this tensor is."""
-    if not packs(name):
+    layers = model.facts.family.layout.layers
+    if not (packs(name) and name.startswith(layers)):
         return None
-    _, _, layer, path = name.removesuffix(".weight").split(".", 3)
+    layer, path = name.removeprefix(layers).removesuffix(".weight").split(".", 1)
     module = model.layers[int(layer)].get_submodule(path) if int(layer) < len(model.layers) else None
     return module if isinstance(module, PackedLinear) else None
 
@@ -192,7 +193,7 @@ def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntr
     frame = model.frame(hidden_BTD)
     for index, layer in enumerate(model.layers):
         if entries is not None:
-            fill_parameters(layer, f"model.layers.{index}.", entries, device=model.device, dtype=model.dtype)
+            fill_parameters(layer, model.facts.family.layout.layer(index), entries, device=model.device, dtype=model.dtype)
         hidden_BTD = model.run_layer(index, hidden_BTD, frame)
         if entries is not None:
             layer.to("meta")

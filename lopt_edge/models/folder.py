@@ -58,22 +58,23 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
 
 
-def vocabulary_itemsize(folder: Path) -> int:
+def vocabulary_itemsize(source: ModelFolder) -> int:
     """Bytes of a stored number of the token embedding and the lm_head. Raises InputError as `tensor_entries` does."""
-    entry = tensor_entries(folder).get("model.embed_tokens.weight")
+    name = source.facts.family.layout.embedding
+    entry = tensor_entries(source.path).get(name)
     if entry is None:
-        raise InputError("model.embed_tokens.weight is missing", where=str(folder), fix="download or copy the folder again")
+        raise InputError(f"{name} is missing", where=str(source.path), fix="download or copy the folder again")
     return DTYPE_BYTES[entry.dtype]
 
 
 def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
     """Each matrix that the config promises is there in the promised shape, before anything is allocated."""
-    facts = model.facts
-    expected = {"model.embed_tokens.weight": (facts.vocab_size, facts.hidden_size)}
-    expected |= {} if facts.tied else {"lm_head.weight": (facts.vocab_size, facts.hidden_size)}
+    facts, layout = model.facts, model.facts.family.layout
+    expected = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
+    expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):
         for linear in facts.linears:
-            name = f"model.layers.{layer}.{linear.name}.weight"
+            name = f"{layout.layer(layer)}{linear.name}.weight"
             if not facts.quantised or f"{name}.absmax" not in entries:
                 expected[name] = (linear.out_features, linear.in_features)
             elif name not in entries:

@@ -57,9 +57,8 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     ) as error:
         raise _not_from_hub(name, error) from None
     facts = facts_from_config(config, where=f"{name} config.json")
-    found = [
-        header.tensors["model.embed_tokens.weight"] for header in headers if "model.embed_tokens.weight" in header.tensors
-    ]
+    embedding = facts.family.layout.embedding
+    found = [header.tensors[embedding] for header in headers if embedding in header.tensors]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:
         raise InputError(

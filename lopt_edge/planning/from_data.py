@@ -44,9 +44,9 @@ def ground_of(
         itemsize,
         profile,
         library_bytes(source) if kind_of(device.type).counts_process else profile.context_bytes,
-        vocabulary_itemsize(source.path),
+        vocabulary_itemsize(source),
         partial(largest_step, datasets),
-        teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher.path), itemsize, device.type),
+        teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
     )
 
 

@@ -137,7 +137,7 @@ def read_facts(model: str, revision: str | None) -> tuple[ModelFacts, int]:
         return facts_from_config(preset.config, where=f"preset {preset.name}"), preset.itemsize
     if Path(model).expanduser().is_dir():
         source = find_model(model)
-        return source.facts, vocabulary_itemsize(source.path)
+        return source.facts, vocabulary_itemsize(source)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return hub_facts(model, revision=revision)
     near = near_presets(model)

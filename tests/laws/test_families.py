@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopt_edge.models.folder import find_model
-from lopt_edge.run.model.load import EAGER_ONLY, Model, load_model
+from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.step.losses import logits
 from tools.tiny_models import FAMILIES
 
@@ -24,7 +24,7 @@ WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text")
 
 def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
     facts = find_model(str(folder)).facts
-    kernel = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    kernel = "eager" if facts.family.attention == "query tiles" else "sdpa"
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).train()
     return load_model(folder, facts, device=torch.device("cpu"), dtype=dtype), theirs
 

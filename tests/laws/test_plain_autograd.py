@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lopt_edge.run.model.load import EAGER_ONLY
 from lopt_edge.run.model.lora import adapter_tensors
 from lopt_edge.run.step.batches import Batch
 from tests.laws.bench import Bench, make_bench, random_batch
@@ -24,7 +23,7 @@ PADDED = random_batch((13, 8), seed=2)
 
 def peft_model(folder, bench: Bench) -> torch.nn.Module:
     facts = bench.model.facts
-    kernel = "eager" if facts.model_type in EAGER_ONLY else "sdpa"
+    kernel = "eager" if facts.family.attention == "query tiles" else "sdpa"
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(facts.linear_names))
     model = get_peft_model(base, config).train()

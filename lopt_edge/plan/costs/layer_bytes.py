@@ -54,7 +54,7 @@ class LayerRun:
         names = [linear.short_name for linear in self.shape.facts.linears if linear.short_name in self.shape.targets]
         if READS_INPUT & set(names):
             return "backward first"
-        in_mlp = "mlp" if self.shape.facts.model_type != "phi3" else names[0]
+        in_mlp = "mlp" if "gate_proj" in self.shape.facts.linear_names else names[0]
         return f"backward from {names[0] if names[0] == 'o_proj' else in_mlp}"
 
 

@@ -167,7 +167,7 @@ class Replay:
         """A norm works on a tile of rows at a time (run/model/tiled.py)."""
         tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
         inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
-        inside.run(case_key(self.shape.facts.model_type, self.shape.itemsize), name)
+        inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize), name)
         self.heap.touch(inside.heap.peak)
 
     def _blocked_mlp(self, name: str, *, value: bool) -> None:

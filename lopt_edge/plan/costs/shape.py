@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
-from lopt_edge.plan.facts.families import EAGER_ONLY
 from lopt_edge.plan.facts.model import ModelFacts
 
 
@@ -35,7 +34,7 @@ class LayerShape:
     @property
     def attention_kernel(self) -> str:
         """torch's scaled_dot_product_attention, or run/model/query_tiles.py."""
-        return "query tiles" if self.facts.model_type in EAGER_ONLY else "sdpa"
+        return self.facts.family.attention
 
     def saves(self, short_name: str) -> bool:
         """Whether a linear layer keeps its input for the backward."""
@@ -61,12 +60,12 @@ class LayerShape:
         """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""
         window = self.facts.sliding_window
         slides = layer_type == "sliding_attention" and window is not None and n_tokens >= window
-        return slides and self.facts.model_type not in EAGER_ONLY
+        return slides and self.attention_kernel == "sdpa"
 
     def window(self, layer_type: str, n_tokens: int) -> int | None:
         """What attention in tiles of queries sees of earlier tokens; None: all."""
         window = self.facts.sliding_window if layer_type == "sliding_attention" else None
-        all_seen = self.facts.model_type not in EAGER_ONLY or window is None or n_tokens <= window
+        all_seen = self.attention_kernel == "sdpa" or window is None or n_tokens <= window
         return None if all_seen else window
 
     def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
@@ -74,7 +73,7 @@ class LayerShape:
         facts = self.facts
         heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
         return case_key(
-            facts.model_type, self.itemsize, "two kinds" if two_kinds else heads, masked=masked, one=n_sequences == 1
+            facts.family.name, self.itemsize, "two kinds" if two_kinds else heads, masked=masked, one=n_sequences == 1
         )
 
 

@@ -100,12 +100,12 @@ class Sizes:
     @property
     def small_bytes(self) -> int:
         """Norms and biases of all layers: resident always."""
-        facts = self.shape.facts
+        facts, family = self.shape.facts, self.shape.facts.family
         biases = sum(linear.out_features for linear in facts.linears if linear.bias)
-        norms = {"gemma2": 4, "gemma3_text": 4, "olmo2": 2}.get(facts.model_type, 2) * facts.hidden_size
-        if facts.model_type in ("qwen3", "gemma3_text"):
+        norms = family.norms * facts.hidden_size
+        if family.qk_norm == "head":
             norms += 2 * facts.head_dim
-        elif facts.model_type == "olmo2":
+        elif family.qk_norm == "projection":
             norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
         n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
         return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize

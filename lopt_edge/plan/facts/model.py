@@ -1,10 +1,9 @@
 """Model facts: what config.json says about a model's shape, without loading anything.
 
-A family is a `model_type` of transformers 5 whose layers we know how to run one by one. What differs between families is
-small: what concerns shapes (fused projections, default values that the config may leave out) stands in one table here; what
-concerns arithmetic (embedding and logit factors, norms, masks) is in run/model/load.py and run/step/losses.py. The rule:
-every number comes from the config (or transformers' documented default for that family), never from the weights; what is
-not in the table is refused with the list of what is. No torch, no transformers here.
+A family is a `model_type` of transformers 5 whose layers we know how to run one by one. All in which families differ stands
+in their records (families/), which this file reads configs through. The rule: every number comes from the config (or
+transformers' documented default for that family), never from the weights; a family without a record is refused with the
+list of those that have one. No torch, no transformers here.
 """
 
 from __future__ import annotations
@@ -13,19 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.facts.families import (
-    _ATTENTION_BIAS,
-    _DEFAULTS,
-    _FULL,
-    _LAYER_TYPES,
-    _MLP_BIAS,
-    _SLIDING,
-    _USE_WINDOW,
-    FAMILIES,
-    _slides,
-)
+from lopt_edge.plan.facts.families import family_of
+from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
              "no_rope_layer_interval", "max_window_layers")  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -71,6 +60,11 @@ class ModelFacts:
         return hash((self.architecture, self.n_layers, self.hidden_size, self.intermediate_size, self.vocab_size))
 
     @property
+    def family(self) -> Family:
+        """All in which its family differs from others."""
+        return family_of(self.model_type)
+
+    @property
     def linear_names(self) -> tuple[str, ...]:
         return tuple(linear.short_name for linear in self.linears)
 
@@ -79,15 +73,9 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     """Facts from a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    model_type = config.get("model_type")
     quantised = _check_quantisation(config, where)
-    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        raise InputError(
-            f"model_type {str(model_type)[:60]!r} is not supported",
-            where=where,
-            fix="supported decoder-only families: " + ", ".join(FAMILIES),
-        )
-    known = {**_DEFAULTS[model_type], **{key: value for key, value in config.items() if value is not None}}
+    family = family_of(config.get("model_type"), where=where)
+    known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
@@ -99,13 +87,13 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     head_dim = known.get("head_dim") or hidden // n_heads
     window = known.get("sliding_window")
     if ("sliding_window" in config and config["sliding_window"] is None) or (
-        model_type in _USE_WINDOW and not known.get("use_sliding_window")
+        "use_sliding_window" in family.asks and not known.get("use_sliding_window")
     ):
         window = None
     architectures = config.get("architectures")
     return ModelFacts(
-        model_type=model_type,
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else model_type,
+        model_type=family.name,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else family.name,
         n_layers=n_layers,
         hidden_size=hidden,
         intermediate_size=known["intermediate_size"],
@@ -114,8 +102,8 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         tied=bool(known.get("tie_word_embeddings", False)),
-        linears=_linears(known, n_kv_heads=n_kv_heads, head_dim=head_dim),
-        layer_types=_layer_types(known, model_type, n_layers, window, where),
+        linears=_linears(known, family, n_kv_heads=n_kv_heads, head_dim=head_dim),
+        layer_types=_layer_types(known, family, n_layers, window, where),
         sliding_window=window,
         recorded_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         quantised=quantised,
@@ -157,42 +145,33 @@ def _check_numbers(known: dict[str, Any], where: str) -> None:
         raise InputError(f"num_hidden_layers {known['num_hidden_layers']} is out of reason", where=where)
 
 
-def _linears(known: dict[str, Any], *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
-    hidden, inner, n_heads = known["hidden_size"], known["intermediate_size"], known["num_attention_heads"]
-    q_size, kv_size = n_heads * head_dim, n_kv_heads * head_dim
-    if known.get("fused"):
-        return (
-            LinearFacts("self_attn.qkv_proj", hidden, q_size + 2 * kv_size, bias=False),
-            LinearFacts("self_attn.o_proj", q_size, hidden, bias=False),
-            LinearFacts("mlp.gate_up_proj", hidden, 2 * inner, bias=False),
-            LinearFacts("mlp.down_proj", inner, hidden, bias=False),
-        )
-    family = known["model_type"]
-    qkv_bias = family == "qwen2" or (family in _ATTENTION_BIAS and bool(known.get("attention_bias")))
-    mlp_bias = family in _MLP_BIAS and bool(known.get("mlp_bias"))
-    sizes = ((hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden))
-    attention = tuple(
-        LinearFacts(f"self_attn.{name}", *size, bias=qkv_bias and not (family == "qwen2" and name == "o_proj"))
-        for name, size in zip(_ATTENTION, sizes, strict=True)
-    )
-    return (
-        *attention,
-        LinearFacts("mlp.gate_proj", hidden, inner, bias=mlp_bias),
-        LinearFacts("mlp.up_proj", hidden, inner, bias=mlp_bias),
-        LinearFacts("mlp.down_proj", inner, hidden, bias=mlp_bias),
+def _linears(known: dict[str, Any], family: Family, *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
+    sizes = {
+        "hidden": known["hidden_size"],
+        "inner": known["intermediate_size"],
+        "q": known["num_attention_heads"] * head_dim,
+        "kv": n_kv_heads * head_dim,
+    }
+
+    def size(words: str) -> int:
+        return sum(sizes[word] for word in words.split("+"))
+
+    return tuple(
+        LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
+        for name, reads, writes, bias in family.projections
     )
 
 
-def _layer_types(known: dict[str, Any], family: str, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
+def _layer_types(known: dict[str, Any], family: Family, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
     """`full_attention` or `sliding_attention` per layer, as transformers 5 derives it for the family."""
-    given = known.get("layer_types") if family in _LAYER_TYPES else None
+    given = known.get("layer_types") if "layer_types" in family.asks else None
     if given is None:
-        kinds = tuple(_SLIDING if _slides(known, family, i, window) else _FULL for i in range(n_layers))
+        kinds = tuple(family.layer_type(known, i, window) for i in range(n_layers))
     else:
         kinds = tuple(given) if isinstance(given, list) else ()
-    if len(kinds) != n_layers or any(kind not in (_FULL, _SLIDING) for kind in kinds):
-        raise InputError(f"layer_types must name {_FULL} or {_SLIDING} for each of {n_layers} layers", where=where)
-    if _SLIDING in kinds and window is None:
+    if len(kinds) != n_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise InputError(f"layer_types must name {FULL} or {SLIDING} for each of {n_layers} layers", where=where)
+    if SLIDING in kinds and window is None:
         raise InputError("has sliding-window layers but no sliding_window", where=where)
     return kinds
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
+from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
 from lopt_edge.plan.facts.model import LinearFacts, ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run.model import query_tiles
@@ -35,9 +36,6 @@ from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.nf4 import PackedWeight, pack
-
-POST_NORM = ("gemma2", "gemma3_text", "olmo2")  # families that read the MLP's output once more inside the layer
-EAGER_ONLY = ("gemma2",)  # in transformers, for soft-capped attention scores; here they run in query_tiles
 
 
 @dataclass(eq=False)
@@ -86,12 +84,11 @@ class Model:
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
         hidden_BTD = self.embedding.rows(ids_BT.reshape(-1)).view(*ids_BT.shape, -1)
-        if self.facts.model_type in ("gemma2", "gemma3_text"):
+        factor = self.facts.family.embedding_factor
+        if factor == ROOT_OF_HIDDEN:
             # transformers rounds this factor to the embedding's dtype before it multiplies
             return hidden_BTD * torch.tensor(self.facts.hidden_size**0.5, dtype=self.dtype)
-        if self.facts.model_type == "granite":
-            return hidden_BTD * self.config.embedding_multiplier
-        return hidden_BTD
+        return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
     def frame(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> Frame:
         """Positions start .. start + T; masks are None where the attention kernel's own causal mask does.
@@ -110,7 +107,7 @@ class Model:
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = sorted(set(self.facts.layer_types))
-        by_type = self.facts.model_type == "gemma3_text"  # its rotary tables differ per layer type
+        by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
         return Frame(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
 
@@ -142,7 +139,7 @@ class Model:
         torch's non-reentrant checkpointing stops early to the same effect.
         """
         last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
-        last.value_needed = self.facts.model_type in POST_NORM
+        last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
         finally:
@@ -173,7 +170,7 @@ def load_model(
     try:
         for index in model.here:
             layer = model.layers[index]
-            prefix, matrices = f"model.layers.{index}.", []
+            prefix, matrices = facts.family.layout.layer(index), []
             for module_index, linear in enumerate(facts.linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
@@ -225,29 +222,28 @@ def make_skeleton(
     """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    attention = "sdpa"
-    if facts.model_type in EAGER_ONLY:
+    layout, attention = facts.family.layout, "sdpa"
+    if facts.family.attention == "query tiles":
         query_tiles.register()
         attention = query_tiles.NAME
     try:
         config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
+            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().get_submodule(layout.decoder)
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
         raise _unusable(folder, error) from None
     try:
-        fill_parameters(skeleton.norm, "model.norm.", entries, device=device, dtype=dtype)
+        fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
-    head_name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     return Model(
         facts=facts,
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
-        embedding=Vocabulary(entries["model.embed_tokens.weight"], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[head_name], device=device, dtype=dtype, resident=head == "resident"),
+        embedding=Vocabulary(entries[layout.embedding], device=device, dtype=dtype, resident=False),
+        lm_head=Vocabulary(entries[layout.head(tied=facts.tied)], device=device, dtype=dtype, resident=head == "resident"),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),

@@ -3,7 +3,7 @@
 Parameters are fp32. A is (in, r), uniform in +-1/sqrt(in) (peft's kaiming-uniform with a = sqrt 5); B is (r, out), zero.
 Initial values are a function of (seed, layer, module) and are drawn on the CPU, so that they do not depend on the device
 or on which other layers train. peft stores both matrices transposed, under
-`base_model.model.model.layers.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
+`base_model.model.{decoder}.layers.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
 """
 
 from __future__ import annotations
@@ -100,7 +100,12 @@ def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
         is_far = model.far is not None and layer not in model.here
         for name, *shapes in model.far.shapes(layer) if is_far else adapter_shapes(model, layer):
             for letter, shape in zip("AB", shapes, strict=True):
-                yield f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight", shape
+                yield _peft_name(model, layer, name, letter), shape
+
+
+def _peft_name(model: Model, layer: int, module: str, letter: str) -> str:
+    """peft wraps transformers' class twice and names a matrix by its path there."""
+    return f"base_model.model.{model.facts.family.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +146,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
         left = set(entries)
         for layer in range(model.facts.n_layers):
             for linear in model.facts.linears:
-                names = [f"base_model.model.model.layers.{layer}.{linear.name}.lora_{m}.weight" for m in "AB"]
+                names = [_peft_name(model, layer, linear.name, letter) for letter in "AB"]
                 if not left >= set(names):
                     continue
                 left -= set(names)

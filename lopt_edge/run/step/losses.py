@@ -40,9 +40,9 @@ class LogitForm:
 
 
 def logit_form(model: Model) -> LogitForm:
-    if model.facts.model_type == "granite":
-        return LogitForm(factor=1.0 / model.config.logits_scaling)
-    return LogitForm(soft_cap=getattr(model.config, "final_logit_softcapping", None))
+    divisor, cap = model.facts.family.logit_divisor, model.facts.family.logit_cap
+    factor = 1.0 / getattr(model.config, divisor) if divisor else 1.0
+    return LogitForm(factor, getattr(model.config, cap, None) if cap else None)
 
 
 def logits(model: Model, hidden_ND: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""Families: what a `model_type` means, one record each (family.py), found by lying in a file of this folder.
+
+A file holds the families of one maker and declares `FAMILIES`; no list names the files. To add a family: its record here, a
+tiny model of it in tools/tiny_models.py, and the programs of its layers (tools/trace_bytes.py). tests/plan/facts hold the
+record against transformers' own config and modules, tests/laws/test_families.py the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.families.family import Family
+
+
+def _found() -> Iterator[Family]:
+    for file in iter_modules(__path__):
+        yield from getattr(import_module(f"{__name__}.{file.name}"), "FAMILIES", ())
+
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in sorted(_found(), key=lambda family: family.name)}
+
+
+def family_of(model_type: object, *, where: str = "config.json") -> Family:
+    """The family that a config names; `where` is the config's place in errors. Raises InputError for what is not here."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"model_type {str(model_type)[:60]!r} is not supported",
+            where=where,
+            fix="supported decoder-only families: " + ", ".join(FAMILIES),
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,127 @@
+"""What a family is: a record of all in which one `model_type` of transformers differs from another, as far as others ask.
+
+The rule: nothing outside plan/facts compares a `model_type`, or knows a name in a checkpoint that a family may choose;
+whoever needs such a thing asks a field of `facts.family`. Where families differ in a way that no field has yet, the field
+is added here, with what most families do as its default, so that a family's record says only in what it is special.
+
+What a config.json says about one model is read by model.py, through these records. What goes on inside a decoder layer (the
+order of its norms, Granite's residual factor, the activation) is not told: transformers' own modules do it, and nobody here
+asks. This file knows no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers, as transformers names them
+ALWAYS = "always"  # a projection's bias, whatever the config says
+ROOT_OF_HIDDEN = "root of hidden_size"  # an embedding factor
+
+
+class Projection(NamedTuple):
+    """One linear layer of a decoder layer: its path there, what it reads and writes, and when it has a bias.
+
+    `reads` and `writes` are words for sizes: hidden, inner (of the MLP), q and kv (all heads'), or a sum such as q+kv+kv.
+    `bias`: a key of the config that says so, ALWAYS, or nothing for never.
+    """
+
+    name: str
+    reads: str
+    writes: str
+    bias: str = ""
+
+
+def attention(*, bias: str = "", out_bias: str = "") -> tuple[Projection, ...]:
+    """Attention with a matrix each for queries, keys, values (`bias` is theirs) and output."""
+    return (
+        Projection("self_attn.q_proj", "hidden", "q", bias),
+        Projection("self_attn.k_proj", "hidden", "kv", bias),
+        Projection("self_attn.v_proj", "hidden", "kv", bias),
+        Projection("self_attn.o_proj", "q", "hidden", out_bias),
+    )
+
+
+def gated_mlp(*, bias: str = "") -> tuple[Projection, ...]:
+    """An MLP of three matrices: down(act(gate(x)) * up(x))."""
+    return (
+        Projection("mlp.gate_proj", "hidden", "inner", bias),
+        Projection("mlp.up_proj", "hidden", "inner", bias),
+        Projection("mlp.down_proj", "inner", "hidden", bias),
+    )
+
+
+LayerType = Callable[[Mapping[str, Any], int, int | None], str]  # (config, layer, its window) -> FULL or SLIDING
+
+
+def full(_config: Mapping[str, Any], _layer: int, _window: int | None) -> str:
+    """Every layer sees all earlier tokens."""
+    return FULL
+
+
+def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str:
+    """Every layer sees a window of them, if the model has one."""
+    return FULL if window is None else SLIDING
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's parts lie: in a checkpoint by name, and in transformers' class.
+
+    `decoder` is the module of the class for causal language models that has `layers`, `norm` and `rotary_emb`; peft names
+    adapters by it. All else are names of tensors in the checkpoint, or what such names begin with.
+    """
+
+    decoder: str = "model"
+    layers: str = "model.layers."
+    norm: str = "model.norm."
+    embedding: str = "model.embed_tokens.weight"
+    lm_head: str = "lm_head.weight"
+
+    def layer(self, index: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self.layers}{index}."
+
+    def head(self, *, tied: bool) -> str:
+        """The tensor that is multiplied for the logits."""
+        return self.embedding if tied else self.lm_head
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family by its `model_type`. All fields but the name default to what Llama's layers without biases do.
+
+    What a config says:
+    `defaults`: what a config may leave out, as transformers fills it in.
+    `asks`: keys that only some families ask, the others ignore them: `use_sliding_window` (false by default, and then there
+    is no window) and `layer_types` (which replaces the function of that kind, `layer_type`).
+    `projections`: the linear layers of a decoder layer, in the order in which they run.
+
+    What lies around the layers:
+    `embedding_factor`: ROOT_OF_HIDDEN (rounded to the compute dtype), a key of the config, or nothing.
+    `logit_divisor`, `logit_cap`: keys of the config for a divisor of the logits, and for a soft cap on them, or nothing.
+    `rotary_by_type`: there is one rotary table for each type of layer, not one for all.
+
+    What lies within them, as far as bytes and kernels depend on it:
+    `attention`: torch's scaled_dot_product_attention, or run/model/query_tiles.py where scores have a soft cap, for which
+    torch has no fused kernel on the CPU (transformers' own is its eager attention).
+    `norms`: of the hidden size, in a layer. `qk_norm`: those of queries and keys have the size of a head, of the whole
+    projection, or there are none. `post_norm`: the layer reads its last projection's output once more, so whoever runs it
+    again for its graph needs that value.
+    """
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    asks: tuple[str, ...] = ()
+    projections: tuple[Projection, ...] = (*attention(), *gated_mlp())
+    layer_type: LayerType = full
+    embedding_factor: str = ""
+    logit_divisor: str = ""
+    logit_cap: str = ""
+    rotary_by_type: bool = False
+    attention: Literal["sdpa", "query tiles"] = "sdpa"
+    norms: int = 2
+    qk_norm: Literal["", "head", "projection"] = ""
+    post_norm: bool = False
+    layout: Layout = Layout()

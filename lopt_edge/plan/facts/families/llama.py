@@ -1,0 +1,13 @@
+"""Llama, from which the others descend, and Mistral, whose layers all see a window."""
+
+from __future__ import annotations
+
+from lopt_edge.plan.facts.families.family import Family, attention, gated_mlp, windowed
+
+_LLAMA = Family(
+    "llama",
+    projections=(*attention(bias="attention_bias", out_bias="attention_bias"), *gated_mlp(bias="mlp_bias")),
+)
+_MISTRAL = Family("mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}, layer_type=windowed)
+
+FAMILIES = (_LLAMA, _MISTRAL)
