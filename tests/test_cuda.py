@@ -41,7 +41,7 @@ def test_logits_equal_transformers(four_bit, family, dtype):
                 if hasattr(module, "lora_a"):
                     module.lora_a = module.lora_b = None
         hidden = model.embed(ids)
-        frame = model.frame(hidden)
+        frame = model.layer_context(hidden)
         for layer in range(4):
             hidden = model.run_layer(layer, hidden, frame)
         ours = logits(model, hidden.flatten(0, 1)).view(2, 24, -1)

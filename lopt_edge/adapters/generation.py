@@ -50,7 +50,7 @@ class Sampling:
             )
 
 
-class Speaker:
+class TextGenerator:
     """A model with its tokenizer and template, ready to complete conversations."""
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> None:
@@ -61,7 +61,7 @@ class Speaker:
     ) -> str:
         """The assistant's next turn; `on_text` receives it piece by piece."""
         if self.template is None:
-            raise ValueError("this speaker has no chat template")
+            raise ValueError("this generator has no chat template")
         prompt = self.template.render(self.tokenizer, messages, add_generation_prompt=True, where="the prompt")
         # as in training, the template alone says what comes before the first turn
         return self._complete(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], sampling, on_text)
@@ -94,7 +94,7 @@ def generate_ids(model: Model, prompt: Sequence[int], sampling: Sampling, *, sto
     ids, start = list(prompt), 0
     for _ in range(sampling.max_new_tokens):
         hidden_BTD = model.embed(torch.tensor([ids], device=model.device))
-        frame = model.frame(hidden_BTD, cache=cache, start=start)
+        frame = model.layer_context(hidden_BTD, cache=cache, start=start)
         hidden_BTD = model.run_all(hidden_BTD, frame, cache=cache)
         token = _choose(logits(model, hidden_BTD[0, -1:])[0].cpu(), sampling, generator)
         if token in stop:
@@ -111,7 +111,7 @@ def _choose(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
     return int(order_V[torch.multinomial(shares_V.masked_fill(outside_V, 0.0), 1, generator=generator)])
 
 
-def load_speaker(
+def load_generator(
     model: str,
     adapter: str | None = None,
     *,
@@ -120,7 +120,7 @@ def load_speaker(
     device: str = "auto",
     compute_dtype: str = "auto",
     chat_template: str | None = None,
-) -> Speaker:
+) -> TextGenerator:
     """A model (folder or hub id; quantised into the cache if need be), with an adapter if one is named."""
     chosen, _ = choose_device(device)
     dtype, _ = choose_dtype(compute_dtype, chosen)
@@ -134,7 +134,7 @@ def load_speaker(
     if adapter is not None:
         apply_replaced(loaded, Path(adapter))
         load_adapters(loaded, Path(adapter))
-    return Speaker(loaded, tokenizer, load_template(tokenizer, chat_template)[0])
+    return TextGenerator(loaded, tokenizer, load_template(tokenizer, chat_template)[0])
 
 
 def generate(
@@ -153,4 +153,4 @@ def generate(
     Raises InputError for a missing model or adapter and for settings out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    return load_speaker(model, adapter, **loading).reply([("user", prompt)], sampling)
+    return load_generator(model, adapter, **loading).reply([("user", prompt)], sampling)

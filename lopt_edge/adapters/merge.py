@@ -190,7 +190,7 @@ def _divergence(model: Model, merged: Path, tokenizer: Any) -> tuple[float, floa
 def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntry] | None = None) -> Tensor:
     """Logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
     hidden_BTD = model.embed(ids_BT)
-    frame = model.frame(hidden_BTD)
+    frame = model.layer_context(hidden_BTD)
     for index, layer in enumerate(model.layers):
         if entries is not None:
             fill_parameters(layer, model.facts.family.layout.layer(index), entries, device=model.device, dtype=model.dtype)

@@ -280,10 +280,10 @@ def generate_command(
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without a chat template")] = False,
 ) -> None:
     """Complete one prompt with a model, with or without an adapter."""
-    from lopt_edge.adapters.generation import Sampling, load_speaker
+    from lopt_edge.adapters.generation import Sampling, load_generator
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    speaker = load_speaker(
+    generator = load_generator(
         model,
         adapter,
         revision=revision,
@@ -293,9 +293,9 @@ def generate_command(
         chat_template=chat_template,
     )
     if raw:
-        speaker.continue_text(prompt, sampling, on_text=_stream)
+        generator.continue_text(prompt, sampling, on_text=_stream)
     else:
-        speaker.reply([("user", prompt)], sampling, on_text=_stream)
+        generator.reply([("user", prompt)], sampling, on_text=_stream)
     print()
 
 
@@ -314,10 +314,10 @@ def chat(
     chat_template: TemplateOption = None,
 ) -> None:
     """Talk to a model, with or without an adapter. An empty line or Ctrl-D ends it; /new starts over."""
-    from lopt_edge.adapters.generation import Sampling, load_speaker
+    from lopt_edge.adapters.generation import Sampling, load_generator
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    speaker = load_speaker(
+    generator = load_generator(
         model,
         adapter,
         revision=revision,
@@ -339,7 +339,7 @@ def chat(
             messages = []
             continue
         messages.append(("user", line))
-        messages.append(("assistant", speaker.reply(messages, sampling, on_text=_stream)))
+        messages.append(("assistant", generator.reply(messages, sampling, on_text=_stream)))
         print()
 
 

@@ -44,11 +44,11 @@ def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Qu
 
 def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
     """Asks the adapter of a run's output folder."""
-    from lopt_edge.adapters.generation import Sampling, load_speaker
+    from lopt_edge.adapters.generation import Sampling, load_generator
 
     config = load_config(folder / "config.yaml")
     asked = questions(path, n_rows, config.data_format)
-    speaker = load_speaker(
+    generator = load_generator(
         config.model,
         str(folder),
         revision=config.revision,
@@ -59,9 +59,13 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
     )
     matches = 0
     for prompt, reference in asked:
-        n_tokens = len(speaker.tokenizer(reference, add_special_tokens=False)["input_ids"])
+        n_tokens = len(generator.tokenizer(reference, add_special_tokens=False)["input_ids"])
         sampling = Sampling(max_new_tokens=2 * n_tokens + 16)  # what is longer is no match, however it is split into tokens
-        said = speaker.continue_text(prompt, sampling) if isinstance(prompt, str) else speaker.reply(list(prompt), sampling)
+        said = (
+            generator.continue_text(prompt, sampling)
+            if isinstance(prompt, str)
+            else generator.reply(list(prompt), sampling)
+        )
         matches += said.strip() == reference.strip()
     return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches}
 

@@ -167,14 +167,14 @@ class Link:
 
     # boundaries ------------------------------------------------------------------------------------------------------
 
-    def send(self, hidden: Tensor) -> None:
+    def send_boundary(self, hidden: Tensor) -> None:
         """To the next process. Returns at once, unless too many are under way."""
         flat = _bytes_of(hidden.detach().contiguous().cpu())
         while len(self._in_flight) >= MOST_IN_FLIGHT:
             self._finish_oldest()
         self._in_flight.append((self._data.send([flat], self.rank + 1, 0), flat))
 
-    def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def receive_boundary(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """From the process before."""
         hidden = torch.empty(*shape, dtype=dtype)
         self._wait(self.rank - 1, lambda: self._data.recv([_bytes_of(hidden)], self.rank - 1, 0).wait(self.timeout))
@@ -192,23 +192,23 @@ class Link:
 
     # messages between process 0 and another one ----------------------------------------------------------------------
 
-    def tell(self, peer: int, message: Mapping[str, Any]) -> None:
+    def send_message(self, peer: int, message: Mapping[str, Any]) -> None:
         payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        self.tell_tensor(peer, torch.tensor([len(payload)]))
-        self.tell_tensor(peer, payload)
+        self.send_tensor(peer, torch.tensor([len(payload)]))
+        self.send_tensor(peer, payload)
 
-    def hear(self, peer: int) -> dict[str, Any]:
-        n_bytes = int(self.hear_tensor(peer, (1,), torch.int64))
+    def receive_message(self, peer: int) -> dict[str, Any]:
+        n_bytes = int(self.receive_tensor(peer, (1,), torch.int64))
         if not 0 < n_bytes <= MOST_MESSAGE_BYTES:
             raise RunError(f"a message of {n_bytes} bytes came from {self.parts[peer].text()}")
-        return dict(json.loads(self.hear_tensor(peer, (n_bytes,), torch.uint8).numpy().tobytes()))
+        return dict(json.loads(self.receive_tensor(peer, (n_bytes,), torch.uint8).numpy().tobytes()))
 
-    def tell_tensor(self, peer: int, tensor: Tensor) -> None:
+    def send_tensor(self, peer: int, tensor: Tensor) -> None:
         flat = _bytes_of(tensor.detach().contiguous().cpu())
         if len(flat):
             self._wait(peer, lambda: self._control.send([flat], peer, 0).wait(self.timeout))
 
-    def hear_tensor(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def receive_tensor(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(*shape, dtype=dtype)
         if tensor.numel():
             self._wait(peer, lambda: self._control.recv([_bytes_of(tensor)], peer, 0).wait(self.timeout))
@@ -218,20 +218,20 @@ class Link:
     def others(self) -> range:
         return range(1, len(self.parts))
 
-    def tell_all(self, message: Mapping[str, Any]) -> None:
+    def broadcast(self, message: Mapping[str, Any]) -> None:
         for peer in self.others:
-            self.tell(peer, message)
+            self.send_message(peer, message)
 
     def agree(self, fault: NotFinite | None, op: str) -> None:
         """Every process says whether its numbers are finite. Raises NotFinite in all of them if one's are not."""
         own = None if fault is None else {"what": str(fault).splitlines()[0], "op": op, "of_loss": fault.of_loss}
         if self.rank:
-            self.tell(0, {"fault": own})
-            found = self.hear(0)["fault"]
+            self.send_message(0, {"fault": own})
+            found = self.receive_message(0)["fault"]
         else:
-            votes = [own, *(self.hear(peer)["fault"] for peer in self.others)]
+            votes = [own, *(self.receive_message(peer)["fault"] for peer in self.others)]
             found = next(({**vote, "rank": rank} for rank, vote in enumerate(votes) if vote), None)
-            self.tell_all({"fault": found})
+            self.broadcast({"fault": found})
         if found is not None:
             error = NotFinite(f"{self.parts[found['rank']].text()}: {found['what']}", of_loss=found["of_loss"])
             error.op = found["op"]
@@ -240,9 +240,9 @@ class Link:
     def gather(self, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What came out of a step, in process 0 that of all the others."""
         if self.rank:
-            self.tell(0, {**own, "report": self.report()})
+            self.send_message(0, {**own, "report": self.report()})
             return []
-        found = [self.hear(peer) for peer in self.others]
+        found = [self.receive_message(peer) for peer in self.others]
         self.reports = [self.report(), *(each["report"] for each in found)]
         return found
 

@@ -33,7 +33,7 @@ from lopt_edge.training.checkpoint.output_folder import BOUNDARY_NAME, EVENTS_NA
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.finish import RunResult, report
-from lopt_edge.training.pipeline.worker import is_follower
+from lopt_edge.training.pipeline.worker import is_worker
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
@@ -51,7 +51,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     Interrupted (a KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
     """
     check_methods(config)
-    if config.pipeline > 1 and is_follower(config):
+    if config.pipeline > 1 and is_worker(config):
         return None
     progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
     interrupts = Interrupts(progress.warn)

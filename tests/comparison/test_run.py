@@ -364,8 +364,10 @@ def test_exact_match_of_a_run(compared, root, monkeypatch):
     assert outcome_of(cell, (path, 2)).figures["exact_match"] is None
     references = [reference for _, reference in questions(path, 3, None)]
     replies = iter([f" {references[0]}\n", references[1].upper(), references[2]])
-    speaker = SimpleNamespace(tokenizer=lambda text, **rest: {"input_ids": [1]}, continue_text=lambda *words: next(replies))
-    monkeypatch.setattr("lopt_edge.adapters.generation.load_speaker", lambda *words, **rest: speaker)
+    generator = SimpleNamespace(
+        tokenizer=lambda text, **rest: {"input_ids": [1]}, continue_text=lambda *words: next(replies)
+    )
+    monkeypatch.setattr("lopt_edge.adapters.generation.load_generator", lambda *words, **rest: generator)
     ask((str(cell.folder), path, "3", str(cell.folder / "exact-match.json")))
     assert outcome_of(cell, (path, 3)).figures["exact_match"] == 2 / 3
     assert outcome_of(cell, (path, 2)).figures["exact_match"] is None, "of other rows"

@@ -97,7 +97,7 @@ def test_the_local_losses_are_averaged_then_weighted(four_bit):
     batch = batch_of([0])
     embedded = bench.model.embed(batch.ids_BT)
     with torch.no_grad():
-        hidden = bench.model.run_layer(0, embedded, bench.model.frame(embedded))
+        hidden = bench.model.run_layer(0, embedded, bench.model.layer_context(embedded))
     mean = (head.up(head.activation(head.down(head.norm(hidden)))) - embedded).square().mean()
     assert bench.result.local_loss[0] == pytest.approx(mean.item(), rel=1e-5)
     (expected,) = torch.autograd.grad(mean * LOCAL_WEIGHT / 3, head.up.bias)

@@ -52,7 +52,7 @@ def reference_loss(bench: Bench, batch: Batch, teacher: torch.Tensor | None = No
     n_local = sum(segment.is_local for segment in segments)
     model.clock.micro_batch = 0
     hidden, total = model.embed(batch.ids_BT), torch.zeros(())
-    frame = model.frame(hidden)
+    frame = model.layer_context(hidden)
     for segment in segments:
         entered = hidden = hidden.detach()
         for layer in segment.layers:
@@ -252,7 +252,7 @@ def test_a_step_that_reads_the_boundary_equals_the_one_that_wrote_it(folder, tmp
     assert cache.has([0, 1]) and filled.keys() == read.keys()
     last = bench.plan.segments[-1]
     hidden = bench.model.embed(batch.ids_BT)
-    frame = bench.model.frame(hidden)
+    frame = bench.model.layer_context(hidden)
     with torch.no_grad():
         for layer in range(last.first):
             hidden = bench.model.run_layer(layer, hidden, frame)

@@ -77,7 +77,7 @@ class Reference:
     def __init__(self, bench: Bench, batch: Batch) -> None:
         self.bench, self.batch, self.model = bench, batch, bench.model
         self.hidden = self.model.embed(batch.ids_BT)
-        self.frame = self.model.frame(self.hidden)
+        self.frame = self.model.layer_context(self.hidden)
         self.entering = []
         with torch.no_grad():
             for segment in bench.plan.segments:

@@ -227,7 +227,7 @@ def test_a_silent_process_is_named_after_the_time_allowed():
 
     def run(link: Link) -> None:
         if link.rank == 1:
-            link.receive((2, 3), torch.float32, torch.device("cpu"))
+            link.receive_boundary((2, 3), torch.float32, torch.device("cpu"))
         else:
             time.sleep(3)
 
@@ -245,12 +245,12 @@ def test_no_more_boundaries_are_under_way_than_allowed():
     def run(link: Link) -> list[float]:
         if link.rank == 0:
             for i in range(6):
-                link.send(torch.full((1000, 100), float(i)))
+                link.send_boundary(torch.full((1000, 100), float(i)))
                 in_flight.append(len(link._in_flight))
             link.flush()
             return []
         time.sleep(0.3)
-        return [link.receive((1000, 100), torch.float32, torch.device("cpu"))[0, 0].item() for _ in range(6)]
+        return [link.receive_boundary((1000, 100), torch.float32, torch.device("cpu"))[0, 0].item() for _ in range(6)]
 
     assert in_threads(2, parts, run)[1] == [0, 1, 2, 3, 4, 5]
     assert max(in_flight) == 2
@@ -271,8 +271,8 @@ def test_evaluation_flows_through_and_can_be_stopped(four_bit):
                 bench.evaluate(BATCHES, between=stop)
             return bench.evaluate(BATCHES)
         for _ in range(2):
-            assert link.hear(0)["do"] == "evaluate"
-            evaluation.follow(bench.model, link, 1024)
+            assert link.receive_message(0)["do"] == "evaluate"
+            evaluation.work(bench.model, link, 1024)
         return None
 
     assert in_threads(3, parts, run) == [wanted, None, None]
@@ -284,10 +284,10 @@ class NoLink:
     def __init__(self, part: Part) -> None:
         self.part, self.rank, self.held = part, part.rank, deque[torch.Tensor](maxlen=2)
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send_boundary(self, hidden: torch.Tensor) -> None:
         self.held.append(hidden)
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def receive_boundary(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, 0.5, dtype=dtype)
 
     def flush(self) -> None:
@@ -386,7 +386,7 @@ def when_steps(config: Config, n: int, act: Callable[[], None]) -> threading.Thr
     return thread
 
 
-def follower() -> psutil.Process:
+def worker() -> psutil.Process:
     return next(
         child for child in psutil.Process().children() if "lopt_edge.training.pipeline.worker" in " ".join(child.cmdline())
     )
@@ -394,7 +394,7 @@ def follower() -> psutil.Process:
 
 def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(model, tmp_path):
     config = make_config(model, tmp_path, pipeline=2, num_segments=2, max_steps=5000, n_rows=15, save_every=1)
-    killer = when_steps(config, 3, lambda: follower().kill())
+    killer = when_steps(config, 3, lambda: worker().kill())
     with pytest.raises(RunError) as caught:
         finetune(config)
     killer.join()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lopt_edge import export, finetune
-from lopt_edge.adapters.generation import load_speaker
+from lopt_edge.adapters.generation import load_generator
 from lopt_edge.cli import main as cli
 from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.plan.schedule.knobs import Knobs
@@ -65,7 +65,7 @@ def dense_gradients(bench: Bench, names: dict[str, nn.Parameter]) -> dict[str, T
             model.layers[layer].get_submodule(name).synthesis = _Dense(mixture)
     model.clock.step, model.clock.micro_batch, model.clock.active = 1, 0, True
     hidden = model.embed(BATCH.ids_BT)
-    frame = model.frame(hidden)
+    frame = model.layer_context(hidden)
     for layer in range(model.facts.n_layers):
         hidden = model.run_layer(layer, hidden, frame)
     loss = task_loss(model, hidden.flatten(0, 1)[BATCH.supervised_N], BATCH.targets_N)
@@ -204,7 +204,7 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def our_model(config: Any) -> Any:
-    return load_speaker(
+    return load_generator(
         config.model, config.output, cache_dir=config.cache_dir, device="cpu", compute_dtype="float32"
     ).model
 

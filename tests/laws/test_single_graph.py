@@ -24,7 +24,7 @@ def reference_loss(bench: Bench, batches: list) -> torch.Tensor:
     for micro_batch, batch in enumerate(batches):
         model.clock.micro_batch = micro_batch
         hidden = model.embed(batch.ids_BT)
-        frame = model.frame(hidden)
+        frame = model.layer_context(hidden)
         for segment in segments:
             block_input = hidden.detach()
             hidden = block_input

@@ -44,7 +44,7 @@ IDS = torch.randint(3, 320, (2, 13), generator=torch.Generator().manual_seed(0))
 def our_logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     model = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=dtype)
     hidden = model.embed(IDS)
-    frame = model.frame(hidden)
+    frame = model.layer_context(hidden)
     with torch.no_grad():
         for layer in range(model.facts.n_layers):
             hidden = model.run_layer(layer, hidden, frame)

@@ -19,7 +19,7 @@ from lopt_edge.plan.facts import device_kinds
 from lopt_edge.plan.facts.device_kinds import CPU, CUDA, DEVICE_TYPES, KINDS, in_words, kind_of
 from lopt_edge.run import device as devices
 from lopt_edge.run.device import CLASSES, Cuda, Host, choose_device, choose_dtype, device_of, random_sources
-from lopt_edge.run.tiers.moves import Mover, Parcel
+from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 from lopt_edge.run.tiers.pinned import PinnedPool
 from lopt_edge.system.memory import resident_bytes
 
@@ -266,14 +266,14 @@ def further(monkeypatch) -> list[str]:
 def test_a_further_kind_is_a_row_and_a_class(further):
     assert device_of(HOST).name() == "a further card" and kind_of("cpu").title == "XPU"
     mover = Mover(HOST)
-    parcel = Parcel(torch.arange(4.0))
-    mover.down(parcel, "host")
-    mover.wait(parcel)
-    assert parcel.tensor is None and parcel.is_below
+    offloaded = OffloadedTensor(torch.arange(4.0))
+    mover.down(offloaded, "host")
+    mover.wait(offloaded)
+    assert offloaded.tensor is None and offloaded.is_below
     assert further == ["pinned", "compute marked", "after mark", "recorded", "compute held"]
     further.clear()
-    mover.up(parcel)
-    mover.wait(parcel)
-    assert parcel.here().tolist() == [0, 1, 2, 3]
+    mover.up(offloaded)
+    mover.wait(offloaded)
+    assert offloaded.here().tolist() == [0, 1, 2, 3]
     assert further == ["compute marked", "after mark", "recorded", "compute held"]
     mover.close()

@@ -156,7 +156,7 @@ def predict(
     moving = found.peak_bytes - steady
     evaluated = 0
     if evaluation is not None:
-        passing = 2 * sizes.hidden_bytes(evaluation) + sizes.frame_bytes(evaluation) + sizes.batch_bytes(evaluation)
+        passing = 2 * sizes.hidden_bytes(evaluation) + sizes.layer_context_bytes(evaluation) + sizes.batch_bytes(evaluation)
         most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
         evaluated = steady + passing + max(most, sizes.loss_within(evaluation, task=True)) + sizes.intact_bytes
     slack = slack_bytes(kind.name, max(moving, evaluated - steady, teaching_bytes))

@@ -246,7 +246,7 @@ class Sizes:
         """Token ids, supervised positions and targets, and the positions of real tokens where there is padding."""
         return 8 * batch.n_rows + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
 
-    def frame_bytes(self, batch: MicroBatchSize) -> int:
+    def layer_context_bytes(self, batch: MicroBatchSize) -> int:
         """Positions, rotary tables and masks: they live as long as the micro-batch."""
         return self._embed(batch)[1]
 

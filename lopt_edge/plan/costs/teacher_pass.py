@@ -47,4 +47,4 @@ class Teacher:
         running = max(sizes.forward_within(batch, layer, forward) for layer in by_kind.values())
         matched = n_tokens * FP32 * (self.facts.hidden_size * (self.itemsize != FP32) + width)
         most = max(2 * hidden + running, hidden + matched * (width != self.facts.hidden_size))
-        return own + sizes.frame_bytes(batch) + sizes.batch_bytes(batch) + max(most, sizes.embed_within(batch))
+        return own + sizes.layer_context_bytes(batch) + sizes.batch_bytes(batch) + max(most, sizes.embed_within(batch))

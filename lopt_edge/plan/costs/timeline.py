@@ -86,7 +86,8 @@ class _Storage:
 
 
 class _Replay:
-    """What is alive. Keys: ("hidden" | "input" | "grad" | "frame" | "graph" | "pages" | ..., micro-batch, target)."""
+    """What is alive. Keys: ("hidden" | "input" | "grad" | "layer context" | "graph" | "pages" | ..., micro-batch,
+    target)."""
 
     def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> None:
         self.plan, self.sizes, self.batches = plan, sizes, batches
@@ -102,7 +103,7 @@ class _Replay:
         batch_of = batches
         self.made: dict[str, Callable[[Op], int]] = {  # bytes of what an op makes anew, by what it takes
             "hidden": lambda op: sizes.hidden_bytes(batch_of[op.micro_batch]),
-            "frame": lambda op: sizes.frame_bytes(batch_of[op.micro_batch]),
+            "layer context": lambda op: sizes.layer_context_bytes(batch_of[op.micro_batch]),
             "graph": self._graph_bytes,
             "states": lambda op: sizes.states_bytes(op.group),
             "gradients": lambda op: sizes.group_bytes(op.group),

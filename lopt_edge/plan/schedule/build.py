@@ -104,9 +104,9 @@ def _micro_batch(kind: StepKind, trains: tuple[int, ...], micro_batch: int, pass
 def _windows(segments: tuple[Segment, ...], micro_batch: int) -> Iterator[Op]:
     """The passes of one micro-batch, each holding what the next one enters with."""
     taken = [segment for segment in segments if segment.has_loss]
-    followers = dict(pairwise(segment.index for segment in taken))
+    workers = dict(pairwise(segment.index for segment in taken))
     for segment in taken:
-        held = segments[followers[segment.index]].begin if segment.index in followers else None
+        held = segments[workers[segment.index]].begin if segment.index in workers else None
         if segment is taken[0]:
             yield Op(Kind.EMBED, micro_batch=micro_batch, pass_index=segment.index)
         else:

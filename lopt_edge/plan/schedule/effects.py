@@ -61,7 +61,7 @@ class Thing:
     per: Literal["step", "layer", "group", "boundary"] = "step"
     shares: str = ""
     when: str = ""
-    takes: Literal["hidden", "frame", "graph", "states", "gradients", ""] = "hidden"
+    takes: Literal["hidden", "layer context", "graph", "states", "gradients", ""] = "hidden"
     counts_as: str = "activations"
 
 
@@ -93,7 +93,7 @@ class Effect:
 
 
 HIDDEN, GRAD, TEACHER, HELD = (Thing(name) for name in ("hidden", "grad", "teacher", "held"))
-FRAME = Thing("frame", takes="frame")
+CONTEXT = Thing("layer context", takes="layer context")
 INPUT = Thing("input", "layer", counts_as="saved inputs")
 GRAPH, PAGES = Thing("graph", "layer", takes="graph"), Thing("pages", "layer", takes="")
 GRAPH_INPUT, ALIGNED = Thing("graph input", "layer"), Thing("aligned", "layer")
@@ -107,7 +107,7 @@ KEPT = (
     replace(GRAPH_INPUT, shares="hidden", when="keeps_graph"),
     replace(PAGES, when="keeps_pages"),
 )
-BEGUN = (HIDDEN, FRAME)
+BEGUN = (HIDDEN, CONTEXT)
 
 EFFECTS: dict[tuple[Kind, str], Effect] = {
     (Kind.EMBED, ""): Effect(

@@ -39,7 +39,7 @@ from quant.nf4 import PackedWeight, pack
 
 
 @dataclass(eq=False)
-class Frame:
+class LayerContext:
     """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type."""
 
     position_ids_1T: Tensor
@@ -90,7 +90,7 @@ class Model:
             return hidden_BTD * torch.tensor(self.facts.hidden_size**0.5, dtype=self.dtype)
         return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
-    def frame(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> Frame:
+    def layer_context(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> LayerContext:
         """Positions start .. start + T; masks are None where the attention kernel's own causal mask does.
 
         Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
@@ -109,9 +109,9 @@ class Model:
         kinds = sorted(set(self.facts.layer_types))
         by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
-        return Frame(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
+        return LayerContext(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
 
-    def run_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None) -> Tensor:
+    def run_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None) -> Tensor:
         """Layer `layer`'s output (B, T, D)."""
         kind = self.facts.layer_types[layer]
         output = self.layers[layer](
@@ -125,7 +125,7 @@ class Model:
         return output[0] if isinstance(output, tuple) else output
 
     def run_all(
-        self, hidden_BTD: Tensor, frame: Frame, *, cache: Any = None, layers: Sequence[int] | None = None
+        self, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None, layers: Sequence[int] | None = None
     ) -> Tensor:
         """All layers of this process in order (or these), forward only; streamed ones come and go."""
         layers = self.here if layers is None else layers
@@ -133,7 +133,7 @@ class Model:
             hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
         return hidden_BTD
 
-    def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: Frame) -> Tensor:
+    def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext) -> Tensor:
         """A layer's graph for its backward. The output's values are undefined: its last product is left out.
 
         torch's non-reentrant checkpointing stops early to the same effect.

@@ -37,7 +37,7 @@ def first_not_finite(
 
     def observe(op: Op, after: bool) -> None:
         if op.kind is Kind.STEP:
-            executor.optimizer.judge()
+            executor.optimizer.check_finite()
             raise _Enough
         if after and not found and not all(_finite(tensor) for tensor in _left_by(executor, op)):
             found.append(op.text())

@@ -62,7 +62,7 @@ def losses(
 
 
 def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]) -> float:
-    link.tell_all({"do": "evaluate", "token_tile": token_tile})
+    link.broadcast({"do": "evaluate", "token_tile": token_tile})
     stopped: KeyboardInterrupt | None = None
     for batch in batches:
         try:
@@ -70,27 +70,27 @@ def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, b
         except KeyboardInterrupt as stop:  # of ours (errors.Interrupted)
             stopped = stop
             break
-        link.tell_all({"batch": as_message(batch)})
+        link.broadcast({"batch": as_message(batch)})
         _tile_losses(model, link, batch, token_tile)
-    link.tell_all({"batch": None})
+    link.broadcast({"batch": None})
     link.flush()
-    loss = float(link.hear(len(link.parts) - 1)["loss"])
+    loss = float(link.receive_message(len(link.parts) - 1)["loss"])
     if stopped is not None:
         raise stopped
     return loss
 
 
-def follow(model: Model, link: Link, token_tile: int) -> None:
+def work(model: Model, link: Link, token_tile: int) -> None:
     """A later process' part."""
     total, n_supervised = 0.0, 0
-    while (values := link.hear(0)["batch"]) is not None:
+    while (values := link.receive_message(0)["batch"]) is not None:
         batch = from_message(values, model.device)
         for loss in _tile_losses(model, link, batch, token_tile):
             total += loss
         n_supervised += batch.n_supervised
     link.flush()
     if link.part.is_last:
-        link.tell(0, {"loss": total / max(1, n_supervised)})
+        link.send_message(0, {"loss": total / max(1, n_supervised)})
 
 
 @torch.no_grad()
@@ -101,10 +101,10 @@ def _tile_losses(
     if link is None or link.rank == 0:
         hidden_BTD = model.embed(batch.ids_BT)
     else:
-        hidden_BTD = link.receive((*batch.ids_BT.shape, model.facts.hidden_size), model.dtype, model.device)
-    hidden_BTD = model.run_all(hidden_BTD, model.frame(hidden_BTD), layers=layers)
+        hidden_BTD = link.receive_boundary((*batch.ids_BT.shape, model.facts.hidden_size), model.dtype, model.device)
+    hidden_BTD = model.run_all(hidden_BTD, model.layer_context(hidden_BTD), layers=layers)
     if link is not None and not link.part.is_last:
-        link.send(hidden_BTD)
+        link.send_boundary(hidden_BTD)
         return []
     selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
     tiles = (slice(start, start + token_tile) for start in range(0, len(selected_ND), token_tile))

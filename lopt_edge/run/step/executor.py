@@ -32,7 +32,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.averages import Averages
-from lopt_edge.run.model.load import Frame, Model
+from lopt_edge.run.model.load import LayerContext, Model
 from lopt_edge.run.step.batches import Batch, window_totals
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
@@ -42,7 +42,7 @@ from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligne
 from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
-from lopt_edge.run.tiers.moves import Parcel
+from lopt_edge.run.tiers.moves import OffloadedTensor
 
 if TYPE_CHECKING:
     from lopt_edge.run.link import FarGroups, Link
@@ -199,8 +199,8 @@ class Executor:
     def _clean_up(self, state: StepState) -> bool:
         """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
         state.cleaned = True
-        for parcel in state.inputs.values():
-            self.mover.free(parcel)
+        for offloaded in state.inputs.values():
+            self.mover.free(offloaded)
         for graph in state.graphs.values():
             graph.free()
         self.optimizer.drop_gradients()
@@ -208,17 +208,17 @@ class Executor:
             self.model.weights.evict_all()
         return self.optimizer.roll_back()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """No step follows: moments, gradients and the buffers of streamed layers go; the adapters stay."""
-        self.optimizer.let_go()
+        self.optimizer.release()
         if self.model.weights is not None:
-            self.model.weights.let_go()
+            self.model.weights.release()
 
     def _embed(self, state: StepState, op: Op) -> None:
         ids_BT = state.batches[op.micro_batch].ids_BT
         with torch.no_grad():
             state.hidden_BTD = self.model.embed(ids_BT)
-            state.frame = self.model.frame(state.hidden_BTD)
+            state.layer_context = self.model.layer_context(state.hidden_BTD)
 
     def _hold(self, state: StepState, op: Op) -> None:
         state.held_BTD = state.hidden_BTD
@@ -234,7 +234,7 @@ class Executor:
         if op.item == "teacher":
             state.teacher_BTD = found_BTD
             return
-        state.hidden_BTD, state.frame = found_BTD, self.model.frame(found_BTD)
+        state.hidden_BTD, state.layer_context = found_BTD, self.model.layer_context(found_BTD)
 
     def _write(self, state: StepState, op: Op) -> None:
         """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
@@ -255,22 +255,22 @@ class Executor:
 
     def _receive(self, state: StepState, op: Op) -> None:
         shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
-        state.hidden_BTD = self.link.receive(shape, self.model.dtype, self.model.device)
-        state.frame = self.model.frame(state.hidden_BTD)
+        state.hidden_BTD = self.link.receive_boundary(shape, self.model.dtype, self.model.device)
+        state.layer_context = self.model.layer_context(state.hidden_BTD)
 
     def _send(self, state: StepState, op: Op) -> None:
-        self.link.send(state.hidden_BTD)
+        self.link.send_boundary(state.hidden_BTD)
 
     def _agree(self, state: StepState, op: Op) -> None:
         """One bad number anywhere, and no process updates anything."""
         self.link.flush()
         if state.fault is None:
             try:
-                self.optimizer.judge()
+                self.optimizer.check_finite()
             except NotFinite as error:
                 state.fault, state.fault_op = error, op.text()
         self.link.agree(state.fault, state.fault_op)
-        self.optimizer.judged = True
+        self.optimizer.checked = True
 
     def _forward(self, state: StepState, op: Op) -> None:
         hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
@@ -280,14 +280,14 @@ class Executor:
             state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
             state.hidden_BTD = None  # the graph holds what it needs
-            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.frame.tensors())
+            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.layer_context.tensors())
             state.graphs[key] = graph
             state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)
             return
         if op.keep is Keep.INPUT:
-            state.inputs[key] = Parcel(hidden_BTD)
+            state.inputs[key] = OffloadedTensor(hidden_BTD)
         with torch.no_grad(), self._adapters(op):
-            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.frame)
+            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.layer_context)
 
     def _run_with_graph(
         self,
@@ -296,12 +296,12 @@ class Executor:
         graph: LayerGraph,
         hidden_BTD: Tensor,
         *,
-        run: Callable[[int, Tensor, Frame], Tensor],
+        run: Callable[[int, Tensor, LayerContext], Tensor],
     ) -> Tensor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
         first = op.target == state.plan.scope(op).reached[0]
         with torch.enable_grad(), graph.recording(), self._adapters(op):
-            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.frame))
+            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.layer_context))
 
     def _adapters(self, op: Op) -> AbstractContextManager[None]:
         """The adapter set that the op computes with, in its layer."""
@@ -359,9 +359,9 @@ class Executor:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
         graph = state.graphs.pop(key, None)
         if graph is None:
-            graph, parcel = LayerGraph(self.mover), state.inputs.pop(key)
-            hidden_BTD = parcel.here()
-            self.mover.free(parcel)
+            graph, offloaded = LayerGraph(self.mover), state.inputs.pop(key)
+            hidden_BTD = offloaded.here()
+            self.mover.free(offloaded)
             self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.rerun_layer)
             del hidden_BTD
         try:

@@ -14,13 +14,13 @@ from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.tiers.graphs import LayerGraph
-from lopt_edge.run.tiers.moves import Parcel
+from lopt_edge.run.tiers.moves import OffloadedTensor
 
 
 class Held(Protocol):
     """What of a step can move, by (micro-batch, layer)."""
 
-    inputs: dict[tuple[int, int], Parcel]
+    inputs: dict[tuple[int, int], OffloadedTensor]
     graphs: dict[tuple[int, int], LayerGraph]
 
 

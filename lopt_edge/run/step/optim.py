@@ -6,7 +6,7 @@ flat tensors; it is elementwise, so grouping changes no bit. `adamw8bit` keeps b
 form (blocks of 256, arXiv 2110.02861), unpacked to fp32 for the update: a quarter of the bytes, not the same bits.
 
 The rules: nothing is updated unless every gradient of the step is finite (norms are taken as gradients become complete, and
-judged before the first update; with early STEPs, before each group's), so that one bad batch leaves no trace. A parameter
+checked before the first update; with early STEPs, before each group's), so that one bad batch leaves no trace. A parameter
 without gradient would be skipped, one with a zero gradient is not: momentum and decay still move it; here every trained
 parameter always has one. When a group is updated, where its states lie and which learning rate it gets is the plan's and
 the caller's business.
@@ -32,7 +32,7 @@ from torch.optim.adamw import adamw
 from lopt_edge.errors import LoptError, NotFinite, RunError
 from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.step.moments import Moments, make_moments
-from lopt_edge.run.tiers.moves import Mover, Parcel
+from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 ALIGNMENT = 16  # elements: each group begins at 64 bytes, so that vector loops cut it alike wherever it lies
@@ -51,15 +51,15 @@ def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup
 
 @dataclass(eq=False)
 class Group:
-    """One parameter group. `values` is flat; `gradient` and `moments` are parcels (None: not made yet)."""
+    """One parameter group. `values` is flat; `gradient` and `moments` are offloaded tensors (None: not made yet)."""
 
     name: GroupName
     segment: int  # in the step under way
     parameters: list[nn.Parameter]
     values: Tensor
-    gradient: Parcel | None = None
-    moments: Parcel | None = None
-    journal: Parcel | None = None  # the values before this step's update, below, where the moments are paged too
+    gradient: OffloadedTensor | None = None
+    moments: OffloadedTensor | None = None
+    journal: OffloadedTensor | None = None  # the values before this step's update, below, where the moments are paged too
     steps: int = 0
     updated: bool = False  # in the step under way
     square_norm: Tensor | None = None
@@ -95,7 +95,7 @@ class SegmentOptimizer:
         for name, parameters in groups.items():
             self.groups[name] = self._make_group(name, list(parameters))
         self.norms: dict[int, float] = {}
-        self.judged = False
+        self.checked = False
         self.loss_scale = 1.0
         self.journal_fault: LoptError | None = None  # of the step under way, which goes on to its end
 
@@ -118,7 +118,7 @@ class SegmentOptimizer:
         if self.journal_fault is not None:
             fault, self.journal_fault = self.journal_fault, None
             raise RunError(f"the last step's undo copies could not be written: {fault}")
-        self.norms, self.judged, self.loss_scale = {}, False, loss_scale
+        self.norms, self.checked, self.loss_scale = {}, False, loss_scale
         for name, group in self.groups.items():
             group.square_norm, group.updated, group.segment = None, False, segments.get(name, -1)
 
@@ -137,7 +137,7 @@ class SegmentOptimizer:
             if self._gradients is None:
                 self._gradients = torch.empty_like(self._values)
             flat = self._gradients[self._starts[name] :][: group.n_elements].zero_()
-        group.gradient = Parcel(flat)
+        group.gradient = OffloadedTensor(flat)
         self._attach(group)
 
     def _attach(self, group: Group) -> None:
@@ -162,7 +162,7 @@ class SegmentOptimizer:
             self._attach(group)
 
     def complete_gradients(self, name: GroupName) -> None:
-        """The group's gradients of this step are complete: take their norm (judged later, in `judge`)."""
+        """The group's gradients of this step are complete: take their norm (looked at later, in `check_finite`)."""
         group = self.groups[name]
         group.square_norm = group.gradient.here().square().sum()
 
@@ -175,10 +175,10 @@ class SegmentOptimizer:
         """Moments come up; the values before the update go down, for `roll_back`."""
         group = self.groups[name]
         if group.moments is None:  # before the first step there is nothing below yet
-            group.moments = Parcel(self.moments.zeros(group.n_elements))
+            group.moments = OffloadedTensor(self.moments.zeros(group.n_elements))
         else:
             self.mover.up(group.moments)
-        group.journal = group.journal or Parcel(None, file=self.mover.journal_file)
+        group.journal = group.journal or OffloadedTensor(None, file=self.mover.journal_file)
         group.journal.tensor = group.values
         self.mover.down(group.journal, "disk" if self.mover.page_file else "host")
 
@@ -216,7 +216,7 @@ class SegmentOptimizer:
 
     # updates ---------------------------------------------------------------------------------------------------------
 
-    def judge(self) -> None:
+    def check_finite(self) -> None:
         """Norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN."""
         squares: dict[int, list[Tensor]] = {}
         for group in self.groups.values():
@@ -231,16 +231,16 @@ class SegmentOptimizer:
 
     def step(self, name: GroupName, *, lr: float, early: bool = False) -> None:
         """Clip, update and free the gradients of one group. `early`: other groups' gradients may still be missing."""
-        if early or not self.judged:
-            self.judge()
-            self.judged = not early
+        if early or not self.checked:
+            self.check_finite()
+            self.checked = not early
         group = self.groups[name]
         gradient = group.gradient.here()
         factor = self._clip_factor(group.segment) / self.loss_scale  # a power of two: exact
         if factor != 1.0:
             gradient.mul_(factor)
         if group.moments is None:
-            group.moments = Parcel(self.moments.zeros(group.n_elements))
+            group.moments = OffloadedTensor(self.moments.zeros(group.n_elements))
         with self.moments.unpacked(group.moments.here(), group.n_elements) as (first, second):
             group.steps += 1
             group.updated = True
@@ -281,9 +281,9 @@ class SegmentOptimizer:
         """After a fault: no gradient is left, and no movement is under way."""
         for group in self.groups.values():
             self._drop(group)
-            for parcel in (group.moments, group.journal):
-                if parcel is not None:
-                    self.mover.settle(parcel)
+            for offloaded in (group.moments, group.journal):
+                if offloaded is not None:
+                    self.mover.settle(offloaded)
             if group.journal is not None:  # paged moments: what counts is the copy below, if there is one yet
                 group.journal.tensor = None
                 if group.moments.offset is None and group.moments.host is None:
@@ -300,8 +300,8 @@ class SegmentOptimizer:
 
     def gradient_copy(self, name: GroupName) -> Tensor | None:
         """The group's accumulated gradient, flat on the CPU, wherever it lies now; None before its first."""
-        parcel = self.groups[name].gradient
-        return None if parcel is None else self.mover.look(parcel).view(-1)
+        offloaded = self.groups[name].gradient
+        return None if offloaded is None else self.mover.look(offloaded).view(-1)
 
     def put_gradient(self, name: GroupName, flat: Tensor, *, own_block: bool) -> None:
         """What was accumulated before a cut, on the device."""
@@ -310,8 +310,8 @@ class SegmentOptimizer:
 
     def moments_copy(self, name: GroupName) -> Tensor | None:
         """The group's stored moments, on the CPU, wherever they lie now; None before its first update."""
-        parcel = self.groups[name].moments
-        return None if parcel is None else self.mover.look(parcel)
+        offloaded = self.groups[name].moments
+        return None if offloaded is None else self.mover.look(offloaded)
 
     def put_state(self, name: GroupName, *, moments: Tensor | None, steps: int, tier: str) -> None:
         """The moments and the number of updates of a checkpoint; the moments go to the tier where the plan has them."""
@@ -319,19 +319,19 @@ class SegmentOptimizer:
         group.steps = steps
         if moments is None:
             return
-        group.moments = Parcel(moments.to(self.mover.device))
+        group.moments = OffloadedTensor(moments.to(self.mover.device))
         if tier != "device":
             self.mover.down(group.moments, tier)
             self.mover.wait(group.moments)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """No update follows: gradients and moments go, here and below."""
         self.drop_gradients()
         self._gradients = None
         for group in self.groups.values():
-            for parcel in (group.moments, group.journal):
-                if parcel is not None:
-                    self.mover.free(parcel)
+            for offloaded in (group.moments, group.journal):
+                if offloaded is not None:
+                    self.mover.free(offloaded)
             group.moments = group.journal = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -340,6 +340,6 @@ class SegmentOptimizer:
         if self._gradients is not None:
             yield "gradients", self._gradients
         for group in self.groups.values():
-            for category, parcel in (("gradients", group.gradient), ("optimizer", group.moments)):
-                if parcel is not None and parcel.tensor is not None:
-                    yield category, parcel.tensor
+            for category, offloaded in (("gradients", group.gradient), ("optimizer", group.moments)):
+                if offloaded is not None and offloaded.tensor is not None:
+                    yield category, offloaded.tensor

@@ -14,10 +14,10 @@ from torch import Tensor
 from lopt_edge.errors import NotFinite
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.ops import GroupName, Plan
-from lopt_edge.run.model.load import Frame
+from lopt_edge.run.model.load import LayerContext
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.tiers.graphs import LayerGraph
-from lopt_edge.run.tiers.moves import Parcel
+from lopt_edge.run.tiers.moves import OffloadedTensor
 
 ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
 
@@ -60,7 +60,7 @@ class StepState:
     own_blocks: bool  # gradients move: each group's are a tensor of its own
     early: bool  # some STEP comes before the last BACKWARD
     hidden_BTD: Tensor | None = None
-    frame: Frame | None = None
+    layer_context: LayerContext | None = None
     held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
     target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
     grad_BTD: Tensor | None = None
@@ -70,7 +70,7 @@ class StepState:
     cleaned: bool = False
     fault: NotFinite | None = None  # in a pipeline: told when the processes agree
     fault_op: str = ""
-    inputs: dict[tuple[int, int], Parcel] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
 

@@ -3,9 +3,9 @@
 Neither the input nor the output is held here: the gradient of the input is caught by a tap at the graph's beginning, the
 gradient of the output is fed in at its end by a seed and belongs to autograd alone from there on (so that it is freed as
 soon as it is used). The graph holds what autograd saved and nothing else.
-A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one parcel, shared by
-all tensors that view it. Frozen parameters, LoRA matrices and what all layers share (rotary tables, masks) are not the
-graph's own and stay. `page_out` / `page_in` begin to move all parcels, `wait` ends that.
+A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one offloaded tensor,
+shared by all tensors that view it. Frozen parameters, LoRA matrices and what all layers share (rotary tables, masks) are
+not the graph's own and stay. `page_out` / `page_in` begin to move all offloaded tensors, `wait` ends that.
 
 The rule: moving changes no bit. A page that is asked for while it is below raises, it is never fetched silently.
 """
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt_edge.run.tiers.moves import Mover, Parcel
+from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
-View = tuple[Parcel, torch.dtype, torch.Size, tuple[int, ...], int]
+View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int]
 
 
 class _Tap(torch.autograd.Function):
@@ -58,7 +58,7 @@ class LayerGraph:
     def __init__(self, mover: Mover, *, movable: bool = False, constants: Iterable[Tensor] = ()) -> None:
         self.mover, self.movable = mover, movable
         self.constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
-        self.pages: dict[int, Parcel] = {}
+        self.pages: dict[int, OffloadedTensor] = {}
         self.input_grad: Tensor | None = None
         self.root: Tensor | None = None
         self.seed: Tensor | None = None
@@ -82,14 +82,14 @@ class LayerGraph:
             return tensor
         if address not in self.pages:
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            self.pages[address] = Parcel(flat)
+            self.pages[address] = OffloadedTensor(flat)
         return self.pages[address], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def _give(self, saved: Tensor | View) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        parcel, dtype, shape, stride, offset = saved
-        flat = parcel.here()
+        offloaded, dtype, shape, stride, offset = saved
+        flat = offloaded.here()
         return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
 
     def feed(self, grad: Tensor) -> None:
@@ -107,22 +107,22 @@ class LayerGraph:
 
     @property
     def page_bytes(self) -> int:
-        return sum(parcel.tensor.nbytes for parcel in self.pages.values() if parcel.tensor is not None)
+        return sum(offloaded.tensor.nbytes for offloaded in self.pages.values() if offloaded.tensor is not None)
 
     def page_out(self, tier: str) -> None:
-        for parcel in self.pages.values():
-            self.mover.down(parcel, tier)
+        for offloaded in self.pages.values():
+            self.mover.down(offloaded, tier)
 
     def page_in(self) -> None:
-        for parcel in self.pages.values():
-            self.mover.up(parcel)
+        for offloaded in self.pages.values():
+            self.mover.up(offloaded)
 
     def wait(self) -> None:
-        for parcel in self.pages.values():
-            self.mover.wait(parcel)
+        for offloaded in self.pages.values():
+            self.mover.wait(offloaded)
 
     def free(self) -> None:
         """Let all pages go, here and below."""
-        for parcel in self.pages.values():
-            self.mover.free(parcel)
+        for offloaded in self.pages.values():
+            self.mover.free(offloaded)
         self.pages, self.root, self.seed = {}, None, None

@@ -1,13 +1,14 @@
 """Movements of tensors between device, host and disk, each begun by one call and ended by another.
 
-A `Parcel` is one tensor that may be on the device, below (in pinned host memory, or in the page file), or both. The rules:
+An `OffloadedTensor` is one tensor that may be on the device, below (in pinned host memory, or in the page file), or both.
+The rules:
 - what a movement reads or overwrites stays alive and untouched until `wait`: the device copy is let go only there, a new
   device tensor is handed out only there;
 - disk work is done by worker threads with positioned reads and writes; on a GPU device copies run on a stream of their own,
   ordered against the computing stream by events in both directions, because a buffer that is overwritten too early trains
   on garbage while the loss still falls;
 - a fault of a worker appears at `wait`, as a RunError.
-A parcel may name the page file that its copies go to; that is for what must outlive damage to the other one
+An offloaded tensor may name the page file that its copies go to; that is for what must outlive damage to the other one
 (run/step/optim.py).
 
 `delay` is for tests: called in the worker with the name of the movement's stage, it may sleep, so that a missing wait shows
@@ -38,7 +39,7 @@ Delay = Callable[[str], None]
 
 
 @dataclass(eq=False)
-class Parcel:
+class OffloadedTensor:
     """One tensor and its copy below. `tensor` is None while it is only below."""
 
     tensor: Tensor | None
@@ -61,7 +62,7 @@ class Parcel:
 
 
 class Mover:
-    """Moves parcels. `page_file` is needed for the disk tier, `pinned` for the host tier of a GPU.
+    """Moves offloaded tensors. `page_file` is needed for the disk tier, `pinned` for the host tier of a GPU.
 
     `journal_file` takes the optimizer's undo copies; without it they go to `page_file`, and are lost with that.
     """
@@ -119,26 +120,32 @@ class Mover:
         if self.delay is not None:
             self.delay(name)
 
-    # parcels ---------------------------------------------------------------------------------------------------------
+    # offloaded tensors
+    # ---------------------------------------------------------------------------------------------------------
 
-    def down(self, parcel: Parcel, tier: str) -> None:
-        """Begin to copy the parcel's tensor to `tier` ("host" or "disk"); at `wait` the device copy is let go."""
-        tensor = parcel.here().contiguous()
-        parcel.tensor, parcel.shape, parcel.dtype, parcel.n_bytes = tensor, tuple(tensor.shape), tensor.dtype, tensor.nbytes
+    def down(self, offloaded: OffloadedTensor, tier: str) -> None:
+        """Begin to copy the offloaded tensor's tensor to `tier` ("host" or "disk"); at `wait` the device copy is let go."""
+        tensor = offloaded.here().contiguous()
+        offloaded.tensor, offloaded.shape, offloaded.dtype, offloaded.n_bytes = (
+            tensor,
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.nbytes,
+        )
         self.bytes_moved += tensor.nbytes
         if tier == "host":
-            if parcel.host is None:
-                parcel.host = self.pinned.take(tensor.nbytes)
-            event = self._copy(parcel.host, _flat(tensor))
-            parcel.pending = lambda: (self.before_compute(event), self._let_go(parcel))[1]
+            if offloaded.host is None:
+                offloaded.host = self.pinned.take(tensor.nbytes)
+            event = self._copy(offloaded.host, _flat(tensor))
+            offloaded.pending = lambda: (self.before_compute(event), self._let_go(offloaded))[1]
             return
-        file = self._file(parcel)
-        if parcel.offset is None:
-            parcel.offset = file.allocate(tensor.nbytes)
-        offset = parcel.offset
+        file = self._file(offloaded)
+        if offloaded.offset is None:
+            offloaded.offset = file.allocate(tensor.nbytes)
+        offset = offloaded.offset
         if self.stream is None:
             job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
-            parcel.pending = lambda: (result_of(job), self._let_go(parcel))[1]
+            offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
             return
         staging = self.pinned.take(tensor.nbytes)
         event = self._copy(staging, _flat(tensor))
@@ -149,24 +156,24 @@ class Mover:
             self.pinned.give(staging)
 
         job = self.submit("write", write)
-        parcel.pending = lambda: (result_of(job), self._let_go(parcel))[1]
+        offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
 
-    def up(self, parcel: Parcel) -> None:
-        """Begin to bring the parcel back to the device; its copy below stays until `free`."""
-        tensor = torch.empty(parcel.shape, dtype=parcel.dtype, device=self.device)
+    def up(self, offloaded: OffloadedTensor) -> None:
+        """Begin to bring the offloaded tensor back to the device; its copy below stays until `free`."""
+        tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=self.device)
         self.bytes_moved += tensor.nbytes
 
         def arrive() -> None:
-            parcel.tensor = tensor
+            offloaded.tensor = tensor
 
-        if parcel.host is not None:
-            event = self._copy(_flat(tensor), parcel.host)
-            parcel.pending = lambda: (self.before_compute(event), arrive())[1]
+        if offloaded.host is not None:
+            event = self._copy(_flat(tensor), offloaded.host)
+            offloaded.pending = lambda: (self.before_compute(event), arrive())[1]
             return
-        if parcel.offset is None:
-            raise RuntimeError("this parcel has no copy below")
-        job = self.submit("read", self._reader(self._file(parcel), parcel.offset, tensor, self.after_compute()))
-        parcel.pending = lambda: (result_of(job), arrive())[1]
+        if offloaded.offset is None:
+            raise RuntimeError("this offloaded tensor has no copy below")
+        job = self.submit("read", self._reader(self._file(offloaded), offloaded.offset, tensor, self.after_compute()))
+        offloaded.pending = lambda: (result_of(job), arrive())[1]
 
     def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
         stream = self.stream
@@ -191,51 +198,51 @@ class Mover:
             target.copy_(source, non_blocking=True)
             return None if self.stream is None else self.stream.record_event()
 
-    def wait(self, parcel: Parcel) -> None:
+    def wait(self, offloaded: OffloadedTensor) -> None:
         """End the movement under way. Raises RunError if it failed."""
-        pending, parcel.pending = parcel.pending, None
+        pending, offloaded.pending = offloaded.pending, None
         if pending is not None:
             pending()
 
-    def look(self, parcel: Parcel) -> Tensor:
-        """The parcel's values on the CPU (not to be changed), wherever they are; it stays as it is."""
-        if parcel.tensor is not None:
-            return parcel.tensor.detach().cpu()
-        if parcel.host is not None:
+    def look(self, offloaded: OffloadedTensor) -> Tensor:
+        """The offloaded tensor's values on the CPU (not to be changed), wherever they are; it stays as it is."""
+        if offloaded.tensor is not None:
+            return offloaded.tensor.detach().cpu()
+        if offloaded.host is not None:
             if self.stream is not None:
                 self.stream.synchronize()
-            return parcel.host[: parcel.n_bytes].clone().view(parcel.dtype).view(parcel.shape)
-        if parcel.offset is None:
-            raise RuntimeError("this parcel is nowhere")
-        found = torch.empty(parcel.shape, dtype=parcel.dtype)
-        self._file(parcel).read(parcel.offset, tensor_bytes(found))
+            return offloaded.host[: offloaded.n_bytes].clone().view(offloaded.dtype).view(offloaded.shape)
+        if offloaded.offset is None:
+            raise RuntimeError("this offloaded tensor is nowhere")
+        found = torch.empty(offloaded.shape, dtype=offloaded.dtype)
+        self._file(offloaded).read(offloaded.offset, tensor_bytes(found))
         return found
 
-    def drop(self, parcel: Parcel) -> None:
+    def drop(self, offloaded: OffloadedTensor) -> None:
         """Let the device copy go; the one below stays."""
-        parcel.here()
-        self._let_go(parcel)
+        offloaded.here()
+        self._let_go(offloaded)
 
-    def settle(self, parcel: Parcel) -> None:
+    def settle(self, offloaded: OffloadedTensor) -> None:
         """After a fault: end what is under way, whatever comes of it (the fault that matters was raised already)."""
         with suppress(Exception):
-            self.wait(parcel)
+            self.wait(offloaded)
 
-    def free(self, parcel: Parcel) -> None:
+    def free(self, offloaded: OffloadedTensor) -> None:
         """Let everything go; a movement under way is ended first."""
-        self.settle(parcel)
-        parcel.tensor = None
-        if parcel.host is not None:
-            self.pinned.give(parcel.host, after=self.after_compute())
-        if parcel.offset is not None:
-            self._file(parcel).free(parcel.offset)
-        parcel.host = parcel.offset = None
+        self.settle(offloaded)
+        offloaded.tensor = None
+        if offloaded.host is not None:
+            self.pinned.give(offloaded.host, after=self.after_compute())
+        if offloaded.offset is not None:
+            self._file(offloaded).free(offloaded.offset)
+        offloaded.host = offloaded.offset = None
 
-    def _let_go(self, parcel: Parcel) -> None:
-        parcel.tensor = None
+    def _let_go(self, offloaded: OffloadedTensor) -> None:
+        offloaded.tensor = None
 
-    def _file(self, parcel: Parcel) -> PageFile:
-        file = parcel.file or self.page_file
+    def _file(self, offloaded: OffloadedTensor) -> PageFile:
+        file = offloaded.file or self.page_file
         if file is None:
             raise RuntimeError("the plan pages to disk, but there is no page file")
         return file

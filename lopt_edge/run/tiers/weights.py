@@ -167,7 +167,7 @@ class Weights:
 
     def forget(self, layers: Iterable[int]) -> None:
         """These layers' weights are not needed any more; nothing is on its way."""
-        self.let_go()
+        self.release()
         for layer in layers:
             for held in (self.placement, self.layouts, self.resident, self.host):
                 held.pop(layer, None)
@@ -177,7 +177,7 @@ class Weights:
         streamed = [self.layouts[layer].n_bytes for layer, place in self.placement.items() if place != "resident"]
         return max(streamed, default=0)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The ring's buffers go; they are made anew when a layer is fetched."""
         self.evict_all()
         self._free.clear()

@@ -103,7 +103,7 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
     state = executor.state
     if state is not None:
         found = [*state.inputs.values()]
-        yield from (("saved inputs", parcel.tensor) for parcel in found if parcel.tensor is not None)
+        yield from (("saved inputs", offloaded.tensor) for offloaded in found if offloaded.tensor is not None)
         if state.target_BTD is not None:
             yield "saved inputs", state.target_BTD
 

@@ -6,7 +6,7 @@ values. So nothing needs to be agreed on but whether all numbers of a step are f
 is that of one process, gathered one group at a time: it can be resumed with any number of processes.
 
 The rules: between two things the others wait (`is_idle`), and only then can anything be gathered; when one is lost, so is
-its part of the adapter, and the run ends with the newest checkpoint; none is left when process 0 leaves `crew_of`.
+its part of the adapter, and the run ends with the newest checkpoint; none is left when process 0 leaves `open_coordinator`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ CAUSE_SECONDS = 5.0  # to find out why a process was lost
 
 
 @contextmanager
-def crew_of(inputs: Inputs, start: Start | None, *, report: Callable[[], dict[str, int]]) -> Iterator[Crew | None]:
+def open_coordinator(
+    inputs: Inputs, start: Start | None, *, report: Callable[[], dict[str, int]]
+) -> Iterator[Coordinator | None]:
     """The other processes, started and told what the run is; None without a pipeline. `report`: this process' peaks."""
     if inputs.part is None:
         yield None
@@ -60,15 +62,15 @@ def crew_of(inputs: Inputs, start: Start | None, *, report: Callable[[], dict[st
             children = Children(len(parts), port=store.port)
         else:
             store = torchrun_store(timeout)
-        crew = Crew(store, parts, children, timeout=timeout, report=report)
-        crew.shares_memory = kind_of(inputs.device.type).counts_process
-        crew.begin(_setup(inputs, parts, start))
+        coordinator = Coordinator(store, parts, children, timeout=timeout, report=report)
+        coordinator.shares_memory = kind_of(inputs.device.type).counts_process
+        coordinator.begin(_setup(inputs, parts, start))
         try:
-            yield crew
+            yield coordinator
         except PeerLost as error:
-            raise crew.explained(error) from None
-        if crew.is_idle:
-            crew.link.tell_all({"do": "end"})
+            raise coordinator.explained(error) from None
+        if coordinator.is_idle:
+            coordinator.link.broadcast({"do": "end"})
             is_idle = True
     finally:
         if children is not None:
@@ -99,7 +101,7 @@ def _lost(what: str, *, fix: str = "") -> RunError:
     return error
 
 
-class Crew:
+class Coordinator:
     """`link` leads to the others. Also what executor and model ask for what lies there (FarGroups, FarLayers)."""
 
     link: Link
@@ -138,7 +140,7 @@ class Crew:
     def join(self, executor: Executor) -> None:
         """The others have loaded; the executor is one of a pipeline from now on."""
         for peer in self.link.others:
-            self.link.hear(peer)
+            self.link.receive_message(peer)
         self.is_idle = True
         executor.link, executor.far, executor.model.far = self.link, self, self
 
@@ -168,7 +170,7 @@ class Crew:
         """As `Executor.run`, with all processes. A pipeline has micro-batches in several places at once: `between` is not
         called, and a stop or a checkpoint waits for the step's end."""
         with self._busy():
-            self.link.tell_all(
+            self.link.broadcast(
                 {
                     "do": "step",
                     "step": step,
@@ -182,9 +184,9 @@ class Crew:
 
     def load_adapter(self, folder: Path) -> None:
         with self._busy():
-            self.link.tell_all({"do": "load adapter", "folder": str(folder)})
+            self.link.broadcast({"do": "load adapter", "folder": str(folder)})
             for peer in self.link.others:
-                self.link.hear(peer)
+                self.link.receive_message(peer)
 
     def peaks(self) -> dict[str, int]:
         """Of all processes: on a CPU they share the memory, so their peaks add up (an upper bound); on GPUs the largest."""
@@ -196,8 +198,8 @@ class Crew:
 
     def _ask(self, peer: int, message: dict[str, Any]) -> dict[str, Any]:
         with self._busy():
-            self.link.tell(peer, message)
-            return self.link.hear(peer)
+            self.link.send_message(peer, message)
+            return self.link.receive_message(peer)
 
     @property
     def groups(self) -> dict[GroupName, FarGroup]:
@@ -213,8 +215,8 @@ class Crew:
     def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         peer = self._peer(name)
         with self._busy():
-            self.link.tell(peer, {"do": "give", "what": what, "group": list(name)})
-            return self.link.hear_tensor(peer, shape, dtype)
+            self.link.send_message(peer, {"do": "give", "what": what, "group": list(name)})
+            return self.link.receive_tensor(peer, shape, dtype)
 
     @cached_property
     def _shapes(self) -> dict[int, list[Any]]:
@@ -231,8 +233,8 @@ class Crew:
             return
         peer = self._peer(("layer", layer))
         with self._busy():
-            self.link.tell(peer, {"do": "give", "what": "matrices", "group": ["layer", layer]})
-            flat = self.link.hear_tensor(peer, (sum(map(prod, shapes)),), torch.float32)
+            self.link.send_message(peer, {"do": "give", "what": "matrices", "group": ["layer", layer]})
+            flat = self.link.receive_tensor(peer, (sum(map(prod, shapes)),), torch.float32)
         for shape in shapes:
             yield flat[: prod(shape)].view(shape)
             flat = flat[prod(shape) :]

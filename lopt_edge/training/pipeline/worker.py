@@ -1,6 +1,6 @@
 """Processes 1 .. N - 1 of a pipeline: load your own layers, then do what process 0 says until it says `end`.
 
-A follower reads no data and writes no file of the run: batches come with each step, adapters and optimizer states go out
+A worker reads no data and writes no file of the run: batches come with each step, adapters and optimizer states go out
 one group at a time when process 0 writes a checkpoint. What it needs to know of the run is one JSON text (coordinator.py),
 so it cannot come to another opinion of the plan than process 0 has. It ends with process 0, whichever way that ends; its
 own faults are left at the meeting place, where process 0 finds them, and told by it.
@@ -90,7 +90,7 @@ def read_task(setup: dict[str, Any], rank: int) -> Task:
     return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], knobs, parts, parts[rank])
 
 
-class Follower:
+class Worker:
     """The process between `setup` and `end`."""
 
     def __init__(self, task: Task, link: Link, mover: Mover, setup: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class Follower:
             self._go_on_from(Path(setup["resumed"]))
         link.report = self._peaks
         release_free_memory()
-        link.tell(0, {"ready": True})
+        link.send_message(0, {"ready": True})
 
     def _go_on_from(self, folder: Path) -> None:
         values = read_json(folder / STATE)
@@ -121,7 +121,7 @@ class Follower:
         return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
 
     def go(self) -> None:
-        while (message := self.link.hear(0))["do"] != "end":
+        while (message := self.link.receive_message(0))["do"] != "end":
             {
                 "step": self._step,
                 "evaluate": self._evaluate,
@@ -144,16 +144,16 @@ class Follower:
             # else all processes have agreed on it: nothing was updated, and process 0 says what comes next
 
     def _evaluate(self, message: dict[str, Any]) -> None:
-        evaluation.follow(self.model, self.link, message["token_tile"])
+        evaluation.work(self.model, self.link, message["token_tile"])
 
     def _groups(self, message: dict[str, Any]) -> None:
         groups = self.executor.optimizer.groups.values()
-        self.link.tell(
+        self.link.send_message(
             0, {"groups": [[*group.name, group.n_elements, group.steps, group.moments is not None] for group in groups]}
         )
 
     def _shapes(self, message: dict[str, Any]) -> None:
-        self.link.tell(0, {"shapes": [[layer, adapter_shapes(self.model, layer)] for layer in self.model.here]})
+        self.link.send_message(0, {"shapes": [[layer, adapter_shapes(self.model, layer)] for layer in self.model.here]})
 
     def _give(self, message: dict[str, Any]) -> None:
         what, (unit, target) = message["what"], message["group"]
@@ -163,14 +163,14 @@ class Follower:
             tensor = self.executor.optimizer.moments_copy((unit, target))
         else:
             tensor = self.executor.optimizer.groups[unit, target].values
-        self.link.tell_tensor(0, tensor)
+        self.link.send_tensor(0, tensor)
 
     def _load_adapter(self, message: dict[str, Any]) -> None:
         load_adapters(self.model, Path(message["folder"]))
-        self.link.tell(0, {"done": True})
+        self.link.send_message(0, {"done": True})
 
 
-def follow(store: Any, rank: int, *, loopback: bool) -> None:
+def work(store: Any, rank: int, *, loopback: bool) -> None:
     """The whole life of this process in the run. Raises LoptError."""
     setup = json.loads(store.get(SETUP))
     for number in (signal.SIGINT, signal.SIGTERM):  # process 0 hears them
@@ -189,13 +189,13 @@ def follow(store: Any, rank: int, *, loopback: bool) -> None:
         journal_bytes=journal_bytes,
     )
     with tiers as mover:
-        Follower(task, link, mover, setup).go()
+        Worker(task, link, mover, setup).go()
 
 
-def _follow(store: Any, rank: int, *, loopback: bool) -> int:
+def _work(store: Any, rank: int, *, loopback: bool) -> int:
     """The exit code. A fault of this process is left for process 0; a lost peer is told by whoever knows why."""
     try:
-        follow(store, rank, loopback=loopback)
+        work(store, rank, loopback=loopback)
     except PeerLost:
         return 1
     except Exception as error:
@@ -208,8 +208,8 @@ def _follow(store: Any, rank: int, *, loopback: bool) -> int:
     return 0
 
 
-def follow_torchrun(rank: int, n: int, *, minutes: float) -> None:
-    code = _follow(torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
+def work_for_torchrun(rank: int, n: int, *, minutes: float) -> None:
+    code = _work(torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
     if code:
         sys.exit(code)
 
@@ -217,7 +217,7 @@ def follow_torchrun(rank: int, n: int, *, minutes: float) -> None:
 def main() -> None:
     end_with_parent(int(os.environ[PARENT]))
     rank, port = int(os.environ[RANK]), int(os.environ[PORT])
-    code = _follow(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
+    code = _work(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
     sys.stderr.flush()
     os._exit(code)  # a thread may still wait for a peer that is gone
 
@@ -226,7 +226,7 @@ if __name__ == "__main__":
     main()
 
 
-def is_follower(config: Config) -> bool:
+def is_worker(config: Config) -> bool:
     """Under torchrun, in all processes but the first: follow process 0 to the end of the run. Else False at once.
 
     Raises InputError where torchrun started another number of processes.
@@ -242,7 +242,7 @@ def is_follower(config: Config) -> bool:
             fix=f"use torchrun --nproc-per-node {config.pipeline}, or --pipeline {n}",
         )
     if rank and not config.dry_run:
-        from lopt_edge.training.pipeline.worker import follow_torchrun
+        from lopt_edge.training.pipeline.worker import work_for_torchrun
 
-        follow_torchrun(rank, n, minutes=config.pipeline_minutes)
+        work_for_torchrun(rank, n, minutes=config.pipeline_minutes)
     return bool(rank)

@@ -26,7 +26,7 @@ from lopt_edge.run.step.optim import SegmentOptimizer
 from quant.linear import DropoutClock
 
 
-class Makings(Protocol):
+class ExecutorInputs(Protocol):
     """What an executor is made from: a run's Inputs, or what process 0 tells another one (training/pipeline/worker.py)."""
 
     config: Config
@@ -39,7 +39,7 @@ class Makings(Protocol):
     def part(self) -> Part | None: ...
 
 
-def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
+def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
     """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor.
 
     In a pipeline those of this process' layers and segments.
@@ -105,7 +105,7 @@ def build_executor(inputs: Makings, model: Model, *, adapter: str | None = None)
     return executor, shape
 
 
-def _check_same_shape(inputs: Makings, model: Model, layers: list[int], *, where: str) -> None:
+def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, where: str) -> None:
     """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
     config = inputs.config
     for layer in layers:

@@ -113,7 +113,7 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
         between()
         _fill(inputs, cache, model, missing[start : start + size])
     if model is not base and model.weights is not None:
-        model.weights.let_go()
+        model.weights.release()
     return len(missing)
 
 
@@ -121,7 +121,7 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
 def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: list[int]) -> None:
     """A batch; in a function of its own, so that nothing of it lives on into the next."""
     hidden_BTD = model.embed(inputs.batch(inputs.train, indices).ids_BT)
-    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.frame(hidden_BTD)))
+    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.layer_context(hidden_BTD)))
     cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopt_edge.adapters.generation import Sampling, Speaker
+from lopt_edge.adapters.generation import Sampling, TextGenerator
 from lopt_edge.adapters.save import save_adapter
 from lopt_edge.errors import RunError
 from lopt_edge.run.step.evaluation import losses
@@ -69,8 +69,8 @@ def sample(loaded: Loaded, context: RunContext) -> str | None:
     prompt, template = loaded.inputs.config.sample_prompt, loaded.inputs.template
     if prompt is None:
         return None
-    speaker = Speaker(loaded.model, loaded.inputs.tokenizer, template)
+    generator = TextGenerator(loaded.model, loaded.inputs.tokenizer, template)
     with context.clock.phase("sample"), memory_faults("sampling"):
         if template is None:
-            return speaker.continue_text(prompt, SAMPLE)
-        return speaker.reply([("user", prompt)], SAMPLE)
+            return generator.continue_text(prompt, SAMPLE)
+        return generator.reply([("user", prompt)], SAMPLE)

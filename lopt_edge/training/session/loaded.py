@@ -35,7 +35,7 @@ from lopt_edge.system.signals import Interrupts
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.checkpoint.snapshot import restore, restore_best
-from lopt_edge.training.pipeline.coordinator import Crew, crew_of
+from lopt_edge.training.pipeline.coordinator import Coordinator, open_coordinator
 from lopt_edge.training.prepare.boundary_cache import BoundaryCaches, boundary_caches
 from lopt_edge.training.prepare.build import build_executor
 from lopt_edge.training.prepare.inputs import Inputs
@@ -89,7 +89,7 @@ class Loaded:
     saver: Saver
     first_steps: FirstSteps
     caches: BoundaryCaches | None
-    coordinator: Crew | None
+    coordinator: Coordinator | None
     replacement: Replacement | None
     cut: Cut | None
     begins_again: bool
@@ -133,8 +133,8 @@ def loading(
         journal_bytes=predicted["journal_bytes"],
     )
     open_mover: list[Mover] = []
-    crew = crew_of(inputs, start, report=lambda: _own_peaks(inputs, open_mover[0]))
-    with boundary_caches(inputs) as caches, teacher_features(inputs) as features, tiers as mover, crew as coordinator:
+    opened = open_coordinator(inputs, start, report=lambda: _own_peaks(inputs, open_mover[0]))
+    with boundary_caches(inputs) as caches, teacher_features(inputs) as features, tiers as mover, opened as coordinator:
         open_mover.append(mover)
         settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
         with context.clock.phase("load"), memory_faults("loading"):
@@ -166,7 +166,9 @@ class _Loader:
         self.inputs, self.start, self.context, self.folder = inputs, start, context, folder
         self.mover, self.features = mover, features
 
-    def load(self, state: RunState, caches: BoundaryCaches | None, coordinator: Crew | None, *, cache_bytes: int) -> Loaded:
+    def load(
+        self, state: RunState, caches: BoundaryCaches | None, coordinator: Coordinator | None, *, cache_bytes: int
+    ) -> Loaded:
         inputs, start = self.inputs, self.start
         model = self._model()
         named = (("eval_loss", inputs.held_out), ("retention_loss", inputs.retention))

@@ -168,7 +168,7 @@ def test_more_tokens_take_more_of_everything():
         return [
             sizes.batch_bytes(batch),
             sizes.hidden_bytes(batch),
-            sizes.frame_bytes(batch),
+            sizes.layer_context_bytes(batch),
             sizes.embed_within(batch),
             sizes.forward_within(batch, 0, segment),
             sizes.graph(batch, 0, segment).rest,

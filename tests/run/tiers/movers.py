@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lopt_edge.run.tiers.moves import Delay, Mover, Parcel
+from lopt_edge.run.tiers.moves import Delay, Mover, OffloadedTensor
 from lopt_edge.run.tiers.page_file import GRAIN, PageFile
 
 CPU = torch.device("cpu")
@@ -48,12 +48,12 @@ def bits(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def send(mover: Mover, parcel: Parcel, tier: str = "disk") -> None:
-    mover.down(parcel, tier)
-    mover.wait(parcel)
+def send(mover: Mover, offloaded: OffloadedTensor, tier: str = "disk") -> None:
+    mover.down(offloaded, tier)
+    mover.wait(offloaded)
 
 
-def bring(mover: Mover, parcel: Parcel) -> Tensor:
-    mover.up(parcel)
-    mover.wait(parcel)
-    return parcel.here()
+def bring(mover: Mover, offloaded: OffloadedTensor) -> Tensor:
+    mover.up(offloaded)
+    mover.wait(offloaded)
+    return offloaded.here()

@@ -200,7 +200,7 @@ def test_neither_input_nor_output_is_held(mover, movable):
 @pytest.mark.parametrize("tier", TIERS)
 def test_pages_are_let_go_once_they_are_out(mover, tier):
     graph, _ = run_forward(Layer(), mover, movable=True)
-    storages = [StorageWeakRef(parcel.tensor.untyped_storage()) for parcel in graph.pages.values()]
+    storages = [StorageWeakRef(offloaded.tensor.untyped_storage()) for offloaded in graph.pages.values()]
     graph.page_out(tier)
     assert not any(storage.expired() for storage in storages)
     graph.wait()

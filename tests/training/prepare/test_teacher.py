@@ -110,7 +110,7 @@ def test_another_model_teaches_at_our_width(model, wide, tmp_path):
         if not len(rows) or not rows.any():
             continue
         hidden = teacher.embed(torch.tensor([example.input_ids]))
-        hidden = teacher.norm(teacher.run_all(hidden, teacher.frame(hidden)))
+        hidden = teacher.norm(teacher.run_all(hidden, teacher.layer_context(hidden)))
         torch.testing.assert_close(rows, at_width(hidden, width)[0].detach(), rtol=1e-2, atol=1e-2)
         n_seen += 1
     assert n_seen >= 1
