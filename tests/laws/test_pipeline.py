@@ -34,7 +34,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import timeline
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.effects import ENTERS, Kind
+from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE
 from lopt_edge.plan.schedule.ops import Op, Plan, parse_plan
 from lopt_edge.plan.schedule.passes import arrange

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from lopt_edge.errors import RunError
 from lopt_edge.plan.schedule.effects import Kind
@@ -221,3 +222,14 @@ def test_evaluation_changes_nothing_and_keeps_no_graph(four_bit):
     assert first == bench.evaluate([BATCH, random_batch((5,), seed=4)]), "no dropout in evaluation"
     assert_untouched(bench, before)
     assert bench.evaluate([]) == 0.0
+
+
+def test_observers_look_together_and_the_profiler_shows_the_ops_by_their_text(four_bit):
+    bench, seen = make_bench(four_bit()), ([], [])
+    with bench.executor.observed(lambda op, after: seen[0].append((op.text(), after))):
+        with bench.executor.observed(lambda op, after: seen[1].append((op.text(), after))), profile() as profiler:
+            bench.executor.run(bench.plan, [BATCH], step=1, learning_rates=RATES)
+    assert seen[0] == seen[1] and len(seen[0]) == 2 * len(bench.plan.ops)
+    assert not bench.executor.observers
+    shown = {event.key for event in profiler.key_averages()}
+    assert {op.text() for op in bench.plan.ops} <= shown
