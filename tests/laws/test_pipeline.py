@@ -325,7 +325,7 @@ def test_predicted_bytes_of_a_process_are_the_tracked_ones(four_bit, tmp_path, m
             assert 0 <= off <= 64, (part.rank, measured.text, off)
             too_much = row.peak_bytes - measured.peak_bytes
             assert too_much >= -64, (part.rank, measured.text, too_much)
-            assert row.op.kind in ENTERS or too_much <= 0.02 * measured.peak_bytes + 64, (measured.text, too_much)
+            assert row.op.effect.enters or too_much <= 0.02 * measured.peak_bytes + 64, (measured.text, too_much)
 
 
 # whole runs ------------------------------------------------------------------------------------------------------------

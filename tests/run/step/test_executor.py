@@ -226,9 +226,11 @@ def test_evaluation_changes_nothing_and_keeps_no_graph(four_bit):
 
 def test_observers_look_together_and_the_profiler_shows_the_ops_by_their_text(four_bit):
     bench, seen = make_bench(four_bit()), ([], [])
-    with bench.executor.observed(lambda op, after: seen[0].append((op.text(), after))):
-        with bench.executor.observed(lambda op, after: seen[1].append((op.text(), after))), profile() as profiler:
-            bench.executor.run(bench.plan, [BATCH], step=1, learning_rates=RATES)
+    first, second = (
+        bench.executor.observed(lambda op, after, found=found: found.append((op.text(), after))) for found in seen
+    )
+    with first, second, profile() as profiler:
+        bench.executor.run(bench.plan, [BATCH], step=1, learning_rates=RATES)
     assert seen[0] == seen[1] and len(seen[0]) == 2 * len(bench.plan.ops)
     assert not bench.executor.observers
     shown = {event.key for event in profiler.key_averages()}
