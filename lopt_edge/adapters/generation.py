@@ -77,11 +77,16 @@ class TextGenerator:
         shown = ""
         for token in generate_ids(self.model, ids, sampling, stop=stop):
             made.append(token)
-            text = self.tokenizer.decode(made, skip_special_tokens=True)
+            text = self._text(made)
             if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # inside a UTF-8 character
                 on_text(text[len(shown) :])
                 shown = text
-        return self.tokenizer.decode(made, skip_special_tokens=True).strip()
+        return self._text(made).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list of them for a list of lists only
+        return text
 
 
 @torch.no_grad()

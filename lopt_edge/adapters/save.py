@@ -67,6 +67,6 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
         else:
             from peft import LoraConfig
 
-            LoraConfig(**shape.config()).save_pretrained(folder)
+            LoraConfig(**shape.config()).save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"the adapter cannot be written: {error}", where=str(folder), fix="free space there") from None

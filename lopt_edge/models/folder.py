@@ -70,7 +70,7 @@ def vocabulary_itemsize(source: ModelFolder) -> int:
 def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
     """Each matrix that the config promises is there in the promised shape, before anything is allocated."""
     facts, layout = model.facts, model.facts.family.layout
-    expected = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
+    expected: dict[str, tuple[int, ...]] = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
     expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):
         for linear in facts.linears:

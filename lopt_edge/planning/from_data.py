@@ -46,7 +46,7 @@ def ground_of(
         library_bytes(source) if kind_of(device.type).counts_process else profile.context_bytes,
         vocabulary_itemsize(source),
         partial(largest_step, datasets),
-        teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
+        None if teacher is None else Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
     )
 
 

@@ -65,7 +65,7 @@ class Probe:
 
 def candidates(n_layers: int) -> list[tuple[int, ...]]:
     """Boundary layers: the halves first, so that they win where nothing differs."""
-    found = [(round(n_layers / 2),), (round(n_layers / 4),), (round(3 * n_layers / 4),)]
+    found: list[tuple[int, ...]] = [(round(n_layers / 2),), (round(n_layers / 4),), (round(3 * n_layers / 4),)]
     found.append((round(n_layers / 3), round(2 * n_layers / 3)))
     inside = [one for one in found if all(0 < layer < n_layers for layer in one) and len(set(one)) == len(one)]
     return list(dict.fromkeys(inside))

@@ -138,8 +138,9 @@ def check_same(
     start: Start, *, model: str, teacher: str, train: Dataset, device_type: str, dtype: str, threads: int
 ) -> list[str]:
     """Whether model, data and dtype are those of the checkpoint. Raises InputErrors; returns warnings."""
-    values, differences = start.values, []
-    data = values.get("data") if isinstance(values.get("data"), dict) else {}
+    values, differences = start.values, list[InputError]()
+    kept = values.get("data")
+    data: dict[str, Any] = kept if isinstance(kept, dict) else {}
     if values.get("model") != model:
         differences.append(InputError("its weights or its config.json are others than before", where="model"))
     if values.get("teacher", "") != teacher:

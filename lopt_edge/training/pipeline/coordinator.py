@@ -142,7 +142,8 @@ class Coordinator:
         for peer in self.link.others:
             self.link.receive_message(peer)
         self.is_idle = True
-        executor.link, executor.far, executor.model.far = self.link, self, self
+        executor.link, executor.model.far = self.link, self
+        executor.far = self  # type: ignore[assignment, unused-ignore]  # FarGroups.groups is only read; a plain attribute there
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -246,7 +247,9 @@ class Coordinator:
         process found in its input."""
         if not isinstance(error, PeerLost):
             return error
-        deadline, codes, faults = time.monotonic() + CAUSE_SECONDS, {}, {}
+        deadline = time.monotonic() + CAUSE_SECONDS
+        codes: dict[int, int] = {}
+        faults: dict[int, dict[str, Any]] = {}
         while time.monotonic() < deadline and not faults and not codes:
             time.sleep(0.1)
             codes = {} if self.children is None else self.children.exit_codes()

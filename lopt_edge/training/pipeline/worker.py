@@ -84,10 +84,12 @@ def read_task(setup: dict[str, Any], rank: int) -> Task:
     source = find_model(config.model, revision=config.revision)
     course, targets, _ = against_facts(config, source.facts)
     parts = parts_of(course.kinds[0].segments, config.pipeline)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()}
+    knobs: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()
+    }
     device = device_of(torch.device(setup["device"])).for_process(int(os.environ.get("LOCAL_RANK", rank)))
-    knobs = own_knobs(Knobs(**values), parts[rank])
-    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], knobs, parts, parts[rank])
+    own = own_knobs(Knobs(**knobs), parts[rank])
+    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], own, parts, parts[rank])
 
 
 class Worker:
@@ -157,12 +159,14 @@ class Worker:
 
     def _give(self, message: dict[str, Any]) -> None:
         what, (unit, target) = message["what"], message["group"]
+        tensor: Tensor | None
         if what == "matrices":
             tensor = torch.cat([matrix.detach().reshape(-1).cpu() for matrix in layer_parameters(self.model, target)])
         elif what == "moments":
             tensor = self.executor.optimizer.moments_copy((unit, target))
         else:
             tensor = self.executor.optimizer.groups[unit, target].values
+        assert tensor is not None, f"{unit} {target} has no {what} yet"
         self.link.send_tensor(0, tensor)
 
     def _load_adapter(self, message: dict[str, Any]) -> None:

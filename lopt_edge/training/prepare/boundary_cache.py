@@ -90,7 +90,7 @@ class BoundaryCaches:
         digest = hashlib.sha256()
         for (unit, layer), group in executor.optimizer.groups.items():
             if unit == "layer" and layer < boundary:
-                digest.update(group.values.detach().cpu().numpy())
+                digest.update(group.values.detach().cpu().numpy().data)
         folder = self.root / f"{STAGE}{boundary}-{digest.hexdigest()[:16]}"
         for other in self.root.glob(f"{STAGE}*"):
             if other != folder:

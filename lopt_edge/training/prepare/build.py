@@ -23,18 +23,22 @@ from lopt_edge.run.model.replaced import group_parameters
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.optim import SegmentOptimizer
-from quant.linear import DropoutClock
+from quant.linear import DropoutClock, PackedLinear
 
 
 class ExecutorInputs(Protocol):
     """What an executor is made from: a run's Inputs, or what process 0 tells another one (training/pipeline/worker.py)."""
 
-    config: Config
-    source: ModelFolder
-    course: Course
-    targets: tuple[str, ...]
-    device: torch.device
-
+    @property
+    def config(self) -> Config: ...
+    @property
+    def source(self) -> ModelFolder: ...
+    @property
+    def course(self) -> Course: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
     @property
     def part(self) -> Part | None: ...
 
@@ -111,11 +115,11 @@ def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *
     for layer in layers:
         for linear in inputs.source.facts.linears:
             module = model.layers[layer].get_submodule(linear.name)
+            assert isinstance(module, PackedLinear)
             wanted = linear.short_name in inputs.targets
-            found = module.lora_a is not None
-            if wanted != found or (
-                found and (module.lora_a.shape[1], module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)
-            ):
+            rank = None if module.lora_a is None else module.lora_a.shape[1]
+            found = rank is not None
+            if wanted != found or (found and (rank, module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)):
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
                     where=where,

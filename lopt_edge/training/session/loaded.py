@@ -22,8 +22,9 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.evaluation import losses
-from lopt_edge.run.step.executor import Cut, Executor
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.op_faults import memory_faults
+from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.watch.clock import PhaseClock
