@@ -33,7 +33,7 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens: temperature 0 is greedy; `top_p` keeps the most likely tokens of that mass."""
+    """The choice of tokens: temperature 0 is greedy, `top_p` keeps the most likely ones of that mass. Raises InputError."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -126,7 +126,10 @@ def load_generator(
     compute_dtype: str = "auto",
     chat_template: str | None = None,
 ) -> TextGenerator:
-    """A model (folder or hub id; quantised into the cache if need be), with an adapter if one is named."""
+    """A generator from a model (folder or hub id; quantised into the cache if need be) and an adapter, if one is named.
+
+    Raises InputError for what is missing or does not fit.
+    """
     chosen, _ = choose_device(device)
     dtype, _ = choose_dtype(compute_dtype, chosen)
     source: ModelFolder = find_model(model, revision=revision)
@@ -153,7 +156,7 @@ def generate(
     seed: int = 0,
     **loading: Any,
 ) -> str:
-    """Complete one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
+    """The completion of one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
 
     Raises InputError for a missing model or adapter and for settings out of range.
     """

@@ -22,7 +22,7 @@ PACKING_BOUND = 0.12  # what NF4 in blocks of 64 loses of a normal matrix: 0.09 
 
 @dataclass(frozen=True)
 class Check:
-    """Relative errors of one layer on a device in a dtype; `weight` is what packing lost. `fault`: it raised."""
+    """The relative errors of one layer on a device in a dtype; `weight` is what packing lost. `fault`: it raised."""
 
     device: str
     dtype: str
@@ -32,14 +32,17 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether it raised nothing and every error is within its bound."""
         return self.fault is None and all(self.errors[name] <= bound for name, bound in self.bounds.items())  # NaN fails
 
 
 def one_line(error: Exception) -> str:
+    """An error's type and text on one line, cut at 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_layers() -> tuple[Check, ...]:
+    """A check for every device and dtype that a run on this machine may use."""
     from lopt_edge.run.device import Host, accelerators
 
     checks = []
@@ -50,7 +53,7 @@ def check_layers() -> tuple[Check, ...]:
 
 
 def check_layer(device: str, *, dtype: str) -> Check:
-    """Pack a matrix, run a LoRA layer on it forward and backward, and compare; nothing that it raises goes further."""
+    """The check of a LoRA layer on a packed matrix, forward and backward; nothing that it raises goes further."""
     bounds = {"weight": PACKING_BOUND, **dict.fromkeys(("y", "dx", "dA", "dB"), BOUNDS[dtype])}
     try:
         return Check(device, dtype, _layer_errors(device, dtype), bounds)

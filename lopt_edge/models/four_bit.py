@@ -25,13 +25,17 @@ CACHE_VERSION = 1
 
 
 def default_cache() -> Path:
+    """The folder of 4-bit copies where the settings name none."""
     return Path.home() / ".cache" / "lopt-edge"
 
 
 def four_bit_folder(
     model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
 ) -> tuple[Path, bool]:
-    """The folder with the model in 4 bits, and whether it was there already."""
+    """The folder with the model in 4 bits, and whether it was there already.
+
+    A copy that is missing is made; `on_tensor` hears each tensor's name. Raises InputError.
+    """
     check_weights(model, tensor_entries(model.path))
     target = four_bit_path(model, cache_dir=cache_dir)
     if (target / "config.json").exists():
@@ -67,7 +71,7 @@ def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files of a model folder take of the disk."""
+    """The bytes that the files of a model folder take of the disk."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 

@@ -27,7 +27,7 @@ from quant.linear import DropoutClock, PackedLinear
 
 
 class ExecutorInputs(Protocol):
-    """What an executor is made from: a run's Inputs, or what process 0 tells another one (training/pipeline/worker.py)."""
+    """The facts that an executor is made from: a run's `Inputs`, or a worker's `Task` (training/pipeline/worker.py)."""
 
     @property
     def config(self) -> Config: ...
@@ -44,9 +44,10 @@ class ExecutorInputs(Protocol):
 
 
 def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
-    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor.
+    """The executor of a loaded model, and the shape of its adapter.
 
-    In a pipeline those of this process' layers and segments.
+    Every training layer gets an adapter, those of the folder `adapter` among them; aux heads and optimizer are made. In a
+    pipeline these are of this process' layers and segments. Raises InputError for an adapter of another shape.
     """
     config, facts = inputs.config, inputs.source.facts
     model.clock.seed = config.seed  # of the dropout masks
@@ -110,7 +111,7 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
 
 
 def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, where: str) -> None:
-    """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
+    """Refuse an adapter of another shape than the settings': one adapter_config.json describes both."""
     config = inputs.config
     for layer in layers:
         for linear in inputs.source.facts.linears:
