@@ -256,7 +256,7 @@ def data_check(
     if max_seq_len < 2:
         raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
     tokenizer = load_tokenizer(find_model(model, revision=revision).path)
-    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]  # refused by it
+    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]  # checked above
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:

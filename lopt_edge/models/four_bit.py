@@ -63,7 +63,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
-    """Where the model in 4 bits is, or will be: a folder in the cache, or the model's own if that is in 4 bits already."""
+    """The folder where the model in 4 bits is, or will be: in the cache, or its own if that is in 4 bits already."""
     if model.facts.quantised:
         return model.path
     root = Path(cache_dir).expanduser() if cache_dir else default_cache()

@@ -1,4 +1,4 @@
-"""From settings to what the planner asks: the method's course, target modules, the settings that the user fixed, what may vary.
+"""From settings to what the planner asks: the method's course, target modules, the settings that are fixed, what may vary.
 
 What contradicts itself or cannot be with this model or device is refused here, all mistakes together; a memory setting
 without effect is reported. Which of the free combinations is taken is decided in plan/search/search.py. No torch.
