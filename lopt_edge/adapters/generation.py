@@ -33,7 +33,7 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens: temperature 0 is greedy; `top_p` keeps the most likely tokens of that mass."""
+    """The choice of tokens: temperature 0 is greedy, `top_p` keeps the most likely ones of that mass. Raises InputError."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -77,11 +77,16 @@ class TextGenerator:
         shown = ""
         for token in generate_ids(self.model, ids, sampling, stop=stop):
             made.append(token)
-            text = self.tokenizer.decode(made, skip_special_tokens=True)
+            text = self._text(made)
             if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # inside a UTF-8 character
                 on_text(text[len(shown) :])
                 shown = text
-        return self.tokenizer.decode(made, skip_special_tokens=True).strip()
+        return self._text(made).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list of them for a list of lists only
+        return text
 
 
 @torch.no_grad()
@@ -121,7 +126,10 @@ def load_generator(
     compute_dtype: str = "auto",
     chat_template: str | None = None,
 ) -> TextGenerator:
-    """A model (folder or hub id; quantised into the cache if need be), with an adapter if one is named."""
+    """A generator from a model (folder or hub id; quantised into the cache if need be) and an adapter, if one is named.
+
+    Raises InputError for what is missing or does not fit.
+    """
     chosen, _ = choose_device(device)
     dtype, _ = choose_dtype(compute_dtype, chosen)
     source: ModelFolder = find_model(model, revision=revision)
@@ -148,7 +156,7 @@ def generate(
     seed: int = 0,
     **loading: Any,
 ) -> str:
-    """Complete one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
+    """The completion of one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
 
     Raises InputError for a missing model or adapter and for settings out of range.
     """

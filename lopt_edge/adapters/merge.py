@@ -151,7 +151,7 @@ def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Mo
 
 
 def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
-    """As stored, or in fp32 out of 4 bits."""
+    """A stored tensor as it is, or in fp32 out of 4 bits."""
     if not is_packed(entries, name):
         return read_tensor(entries[name])
     weight = read_packed(entries, name)
@@ -188,7 +188,7 @@ def _divergence(model: Model, merged: Path, tokenizer: Any) -> tuple[float, floa
 
 
 def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntry] | None = None) -> Tensor:
-    """Logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
+    """The model's logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
     hidden_BTD = model.embed(ids_BT)
     frame = model.layer_context(hidden_BTD)
     for index, layer in enumerate(model.layers):

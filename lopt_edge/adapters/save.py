@@ -21,7 +21,7 @@ from lopt_edge.system.files import write_json
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What adapter_config.json says: rank, alpha, dropout, modules, the layers that carry adapters, and the base."""
+    """The content of adapter_config.json: rank, alpha, dropout, modules, the layers that carry adapters, and the base."""
 
     r: int
     alpha: float
@@ -33,7 +33,7 @@ class AdapterShape:
     revision: str | None = None
 
     def config(self) -> dict[str, Any]:
-        """peft's keys; what is not named has peft's default."""
+        """The shape by peft's keys; what is not named has peft's default."""
         layers = sorted(self.layers)
         return {
             "task_type": "CAUSAL_LM",
@@ -52,9 +52,8 @@ class AdapterShape:
 def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool = False) -> None:
     """Write adapter_model.safetensors, adapter_config.json, and replaced_layers.json where layers are replaced.
 
-    Raises NotFinite, RunError.
-
-    `plain`: without peft, whose import takes some 50 MiB; a test holds that peft reads the same config.
+    With `plain` peft is not imported, which takes some 50 MiB; a test checks that peft reads the same config. Raises
+    NotFinite, RunError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +66,6 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
         else:
             from peft import LoraConfig
 
-            LoraConfig(**shape.config()).save_pretrained(folder)
+            LoraConfig(**shape.config()).save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"the adapter cannot be written: {error}", where=str(folder), fix="free space there") from None

@@ -91,7 +91,7 @@ def _finetune(config: Config) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is inside with a sentence and 130 or 143."""
+    """Let SIGINT and SIGTERM end what is inside with a sentence and exit code 130 or 143."""
     from lopt_edge.system.signals import Interrupts
 
     try:
@@ -117,11 +117,11 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-finetune_command.__signature__ = signature(  # type: ignore[attr-defined]
+finetune_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
     own_option("print_config", "--print-config", "print the resolved settings and stop")
 )
 app.command("finetune")(finetune_command)
-plan_command.__signature__ = signature(  # type: ignore[attr-defined]
+plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
     own_option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
     own_option("as_json", "--json", "print the answer as JSON"),
     own_option(
@@ -133,7 +133,7 @@ plan_command.__signature__ = signature(  # type: ignore[attr-defined]
 )
 app.command("plan")(plan_command)
 folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
-resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
     [
         inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
         *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume")),
@@ -256,7 +256,7 @@ def data_check(
     if max_seq_len < 2:
         raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
     tokenizer = load_tokenizer(find_model(model, revision=revision).path)
-    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]
+    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]  # checked above
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:

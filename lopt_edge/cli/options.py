@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `Config`: each knob is declared once, there.
+"""Command-line options made from the fields of `Config`: each setting is declared once, there.
 
 Every option is taken as text and judged by the config model, so that several mistakes are shown together. Nothing is parsed
 or run here.
@@ -15,7 +15,7 @@ from lopt_edge.config.settings import Config, field_names
 
 
 def config_parameters() -> list[inspect.Parameter]:
-    """One option per field of Config; None means not given."""
+    """The options, one for each field of Config; None means not given."""
     parameters = []
     for name in field_names():
         field = Config.model_fields[name]
@@ -36,7 +36,7 @@ def _shown(default: Any) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """What an option's value looks like: its choices, or its type."""
+    """The word for an option's value: its choices, or its type."""
     choices = [arg for arg in (annotation, *get_args(annotation)) if get_args(arg) and isinstance(get_args(arg)[0], str)]
     if choices:
         return "|".join(get_args(choices[0]))
@@ -45,7 +45,7 @@ def _metavar(annotation: Any) -> str:
 
 
 def signature(*own: inspect.Parameter) -> inspect.Signature:
-    """[CONFIG.yaml], one option per setting, and a command's own options."""
+    """The parameters of a command: [CONFIG.yaml], one option for each setting, and the command's own."""
     file = Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings file", show_default=False)]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
@@ -54,7 +54,7 @@ def signature(*own: inspect.Parameter) -> inspect.Signature:
 
 
 def own_option(name: str, flag: str, text: str, *, metavar: str | None = None) -> inspect.Parameter:
-    """A switch, or with `metavar` a text option."""
+    """A command's own option: a switch, or with `metavar` a text option."""
     kind: Any = bool if metavar is None else str | None
     annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
     return inspect.Parameter(

@@ -1,7 +1,7 @@
 """`lopt-edge plan`: asks the planner and shows its answer, in words, as JSON, as a sweep or as pictures.
 
 The rule: everything shown comes from one `RunPlan` (plan/search/run_plan.py) or one per point of a sweep; this file lays
-out, it reckons nothing. No torch on this path: it answers in under a second.
+out, it computes nothing. No torch on this path: an answer does not wait for its import.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan(
     timeline: str | None,
     explain: bool,
 ) -> bool:
-    """Show the answer; whether it fits (with a sweep: whether any point does). Raises InputError(s)."""
+    """Show the answer; returns whether it fits (with a sweep: whether any point does). Raises InputError(s), RunError."""
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
     asked = question(config, gpu=gpu)
@@ -68,6 +68,7 @@ def plan(
 
 
 def items_table(found: RunPlan) -> Table:
+    """The items of the device memory's peak, in bytes and shares."""
     table = Table(title=f"device memory at its peak ({found.peak_op})", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -82,6 +83,7 @@ def items_table(found: RunPlan) -> Table:
 
 
 def knobs_table(found: RunPlan) -> Table:
+    """The memory settings of the plan, with the reason for each."""
     table = Table(title=f"knobs, the best of {found.n_combinations:,} combinations", title_justify="left")
     for heading in ("setting", "value", "why"):
         table.add_column(heading)
@@ -91,7 +93,7 @@ def knobs_table(found: RunPlan) -> Table:
 
 
 def beside(found: RunPlan) -> Iterator[str]:
-    """What else there would be, and what the answer stands on."""
+    """The sentences on what else there would be, and on what the answer stands on."""
     for other in found.alternatives:
         yield f"else, {other.change} ({described(other.knobs)})"
     if found.longest_context is not None:
@@ -103,6 +105,7 @@ def beside(found: RunPlan) -> Iterator[str]:
 
 
 def plan_text(asked: Question, found: RunPlan) -> str:
+    """The text of the plan for each kind of step."""
     assert found.chosen is not None
     workload = asked.search.workload
     plans = (workload.plan(found.chosen.knobs, n_micro_batches=len(workload.batches), kind=kind) for kind in workload.kinds)
@@ -110,6 +113,7 @@ def plan_text(asked: Question, found: RunPlan) -> str:
 
 
 def timeline_picture(asked: Question, found: RunPlan) -> str:
+    """The predicted timeline of a step as SVG."""
     assert found.chosen is not None
     prediction, workload = found.chosen.prediction, asked.search.workload
     beside_tensors = prediction.library_bytes + prediction.slack_bytes
@@ -203,14 +207,14 @@ def _sweep_table(name: str, rows: list[tuple[str, RunPlan]]) -> Table:
 
 
 def _sweep_knobs(rows: list[tuple[str, RunPlan]]) -> Iterator[str]:
-    """One line for each run of points with the same knobs: they would not fit beside the figures."""
+    """A line for each run of points with the same memory settings: they would not fit beside the figures."""
     for knobs, same in groupby(rows, key=lambda row: described(row[1].knobs)):
         texts = [text for text, _ in same]
         yield f"{texts[0] if len(texts) == 1 else f'{texts[0]} to {texts[-1]}'}: {knobs}"
 
 
 def read_sweep(text: str) -> tuple[str, list[Point]]:
-    """(setting, [(value as text, value)]) from `NAME=FROM..TO` (doubling) or `NAME=A,B,C`. Raises InputError."""
+    """The setting and its points, from `NAME=FROM..TO` (doubling) or `NAME=A,B,C`. Raises InputError."""
     name, _, values = text.partition("=")
     forms = "write e.g. max-seq-len=1k..256k, max-seq-len=512,4096 or device-memory=4GB..24GB"
     if name not in SWEPT or not values:
@@ -242,7 +246,7 @@ def _amount(text: str) -> Point:
 
 
 def _doubled(low: float, high: float, *, tokens: bool) -> Iterator[Point]:
-    """Doubling lengths; amounts of memory in steps of a quarter of an octave, so that a curve is seen."""
+    """The points from low to high: lengths double, memory grows by half an octave, so that a curve is seen."""
     value, step = low, 2.0 if tokens else 2**0.5
     while value < high * 0.999:
         yield (str(round(value)), round(value)) if tokens else (_in_words(value), value)
@@ -251,7 +255,7 @@ def _doubled(low: float, high: float, *, tokens: bool) -> Iterator[Point]:
 
 
 def _in_words(n_bytes: float) -> str:
-    """As `parse_bytes` reads it, to three places."""
+    """The amount as `parse_bytes` reads it, to three places."""
     return f"{n_bytes / 1e9:.3f}".rstrip("0").rstrip(".") + "GB" if n_bytes >= 1e9 else f"{max(1, round(n_bytes / 1e6))}MB"
 
 

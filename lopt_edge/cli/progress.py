@@ -18,7 +18,10 @@ from lopt_edge.training.session.progress import Progress
 
 
 class TerminalProgress(Progress):
-    """Draws on a console. Without a terminal it prints a line a step, at most one every two seconds, and the last one."""
+    """A progress that draws on a console.
+
+    Without a terminal it prints a line a step, at most one every two seconds, and the last one.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,8 +1,8 @@
 """The runs of a comparison: each a `finetune` in a process of its own, so that its peaks are its own.
 
 A cell is one variant at one learning rate with one seed. It has a folder (`finetune`'s output), and beside it, by the
-folder's name, `.yaml` with its settings and `.log` with what it said. Where a cell stands is read from these alone, so the
-same command goes on where an earlier one ended: a finished run is not run again, an unfinished one is taken up
+folder's name, `.yaml` with its settings and `.log` with what it printed. Where a cell stands is read from these alone, so
+the same command goes on where an earlier one ended: a finished run is not run again, an unfinished one is taken up
 (`--resume auto`), one with other settings is refused by name.
 
 At most so many processes run at once; the loop that watches them has no threads. When it is interrupted each child is
@@ -44,7 +44,7 @@ QUANTISE = (
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run: its settings say all of it; `folder` is its output."""
+    """One run of a comparison, described by its settings alone; `folder` is its output."""
 
     variant: Variant
     lr: float
@@ -53,32 +53,36 @@ class Cell:
 
     @property
     def folder(self) -> Path:
+        """The output folder of the run."""
         return Path(self.config.output)
 
     @property
     def name(self) -> str:
+        """The variant, learning rate and seed, in words."""
         return f"{self.variant.name}, lr {self.lr:g}, seed {self.seed}"
 
     @property
     def done(self) -> bool:
+        """Whether the run came to its end: its run.json, the last file written, is there."""
         return (self.folder / RUN_NAME).is_file()
 
     def beside(self, ending: str) -> Path:
+        """The path beside the folder that has its name and this ending."""
         return self.folder.with_name(self.folder.name + ending)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As given, without what the cells would write to one place."""
+        """The settings as given, without what the cells would write to one place."""
         found = self.config.model_dump(mode="json", exclude_unset=True)
         found.pop("memory_report", None)
         return found
 
     def check(self) -> None:
-        """Raise InputError if its folder holds something else."""
-        held = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if not held - {".lock"}:
+        """Refuse a folder with something else in it, or a run with other settings (InputError)."""
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not found - {".lock"}:
             return
-        if SETTINGS_NAME not in held:
+        if SETTINGS_NAME not in found:
             raise InputError(
                 "holds no run of finetune", where=str(self.folder), fix="move it away, or choose another --output"
             )
@@ -94,7 +98,7 @@ class Cell:
 
     @property
     def attempts(self) -> list[str]:
-        """What each attempt left in the log, the first line being how many ran at once."""
+        """The log of each attempt; its first line is how many ran at once."""
         try:
             text = self.beside(".log").read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -103,29 +107,30 @@ class Cell:
 
     @property
     def shared_machine(self) -> bool:
+        """Whether any attempt ran beside others, so that its seconds are not its own."""
         return any(attempt.partition("\n")[0] != "1" for attempt in self.attempts)
 
     @property
     def reason(self) -> str:
-        """Why it is not done."""
+        """A sentence on why the run is not done."""
         if not self.attempts:
             return "not run yet"
         return failure_of(self.attempts[-1].partition("\n")[2]) or "ended without a word"
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """Settings that decide what a run is; paths that are there are absolute."""
+    """The settings that decide what a run is; paths that are there are absolute."""
     found = with_absolute_paths(config.model_dump(mode="json"))
     chosen = ("boundary", "boundary_layers") if config.boundary is not None else ()  # what auto found is in its place
     return {key: value for key, value in found.items() if key not in ("output", "resume", "memory_report", *chosen)}
 
 
 def failure_of(log: str) -> str:
-    """The last error that a log tells, on one line."""
+    """The last error in a log, on one line; else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     starts = [index for index, line in enumerate(lines) if line.startswith(("error:", "interrupted"))]
-    told = " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("error: ")
-    return told if len(told) <= LONGEST_REASON else f"{told[: LONGEST_REASON - 1]}…"
+    text = " ".join(lines[starts[-1] :] if starts else lines[-1:]).removeprefix("error: ")
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -133,7 +138,7 @@ def failure_of(log: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A child process to be: what it runs, where it writes, what it is called, and what tells that it came to its end."""
+    """A child process to be: what it runs, where it writes, what it is called, and how its end is put in words."""
 
     words: tuple[str, ...]
     log: Path
@@ -142,7 +147,7 @@ class Job:
 
 
 def finetune_job(cell: Cell) -> Job:
-    """Writes the cell's settings; the child reads them."""
+    """The job that runs a cell, whose settings are written for the child to read. Raises RunError."""
     path = cell.beside(".yaml")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +160,16 @@ def finetune_job(cell: Cell) -> Job:
 
 
 def quantise_job(config: Config, log: Path) -> Job:
-    """The 4-bit copy, made before the first run: whichever made it would show a peak that is not its own."""
+    """The job that makes the 4-bit copy before the first run: whichever made it would show a peak that is not its own."""
     words = (sys.executable, "-c", QUANTISE, config.model, config.revision or "", config.cache_dir or "")
     return Job(words, log, f"4-bit copy of {config.model}", lambda: "ready")
 
 
 def run_jobs(jobs: Sequence[Job], *, at_once: int, say: Callable[[str], None]) -> None:
-    """All of them, at most `at_once` at a time. Whether they ended well is to be seen from what they left."""
+    """Run all jobs, at most `at_once` at a time. Whether they ended well is to be seen from what they left.
+
+    Raises Interrupted after a signal, once the children have saved where they stand.
+    """
     waiting, running, n_ended = list(jobs), list[tuple[Job, subprocess.Popen[bytes], IO[bytes], float]](), 0
     try:
         while waiting or running:
@@ -201,7 +209,10 @@ def _start(job: Job, at_once: int) -> tuple[Job, subprocess.Popen[bytes], IO[byt
 
 
 def environment(at_once: int) -> dict[str, str]:
-    """The cores divided among the children. One alone is left what the user or torch chooses."""
+    """The environment of a child: the cores are divided among the children.
+
+    One alone is left what the user or torch chooses.
+    """
     if at_once == 1:
         return dict(os.environ)
     share = max(1, len(_cores()) // at_once)

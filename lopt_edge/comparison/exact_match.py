@@ -3,7 +3,7 @@ lopt_edge.comparison.exact_match`.
 
 Of the first N rows of a data file, each with a prompt and a reference: a prompt/completion row, or a conversation, whose
 last reply is the reference. Both sides are stripped of white space at their ends; nothing else is forgiven. The model, its
-dtype and its template are those of the run. The whole 4-bit model is held in memory while it writes, whatever budget the
+dtype and its template are those of the run. The whole 4-bit model stays in memory while it writes, whatever budget the
 run had. `questions` needs no torch, so that a file that cannot be asked is refused before anything runs.
 
 Not here: other measures than equality, and speed.
@@ -26,7 +26,7 @@ Question = tuple[str | tuple[tuple[str, str], ...], str]  # a text to continue o
 
 
 def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
-    """Of the first rows. Raises InputError where rows have no reference."""
+    """The prompts and references of a data file's first rows. Raises InputError where rows have no reference."""
     records = read_records(path)[:n_rows]
     found: list[Question] = []
     for row in to_rows(records, data_format=data_format or detect_format(records)[0]):
@@ -43,7 +43,7 @@ def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Qu
 
 
 def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
-    """Asks the adapter of a run's output folder."""
+    """The count of completions that are the reference, by the adapter of a run's output folder."""
     from lopt_edge.adapters.generation import Sampling, load_generator
 
     config = load_config(folder / "config.yaml")
@@ -61,17 +61,17 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
     for prompt, reference in asked:
         n_tokens = len(generator.tokenizer(reference, add_special_tokens=False)["input_ids"])
         sampling = Sampling(max_new_tokens=2 * n_tokens + 16)  # what is longer is no match, however it is split into tokens
-        said = (
+        reply = (
             generator.continue_text(prompt, sampling)
             if isinstance(prompt, str)
             else generator.reply(list(prompt), sampling)
         )
-        matches += said.strip() == reference.strip()
+        matches += reply.strip() == reference.strip()
     return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches}
 
 
 def main(words: Sequence[str]) -> None:
-    """RUN-FOLDER DATA-FILE N RESULT.json"""
+    """Count the matches; the words are RUN-FOLDER DATA-FILE N RESULT.json."""
     folder, path, n_rows, target = words
     found = count_matches(Path(folder), path, int(n_rows))
     partial = Path(f"{target}.partial")

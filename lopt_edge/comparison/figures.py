@@ -30,7 +30,10 @@ Asked = tuple[str, int]  # data file, how many of its first rows
 
 @dataclass(frozen=True)
 class Figure:
-    """How one is shown. `digits` of a number; None: bytes. `always`: also where no run has it, or all have 0."""
+    """The form in which a figure is shown: `digits` of a number, None for bytes.
+
+    With `always` it has a column also where no run has it, or all have 0.
+    """
 
     heading: str
     digits: int | None
@@ -38,7 +41,7 @@ class Figure:
     percent: bool = False
 
     def text(self, mean: float, std: float | None) -> str:
-        """Mean and spread, in the unit that suits the mean."""
+        """The mean and spread in words, in the unit that suits the mean."""
         factor, unit, digits = (100.0, "%", 1) if self.percent else (1.0, "", self.digits)
         if digits is None:
             size, name = byte_unit(mean)
@@ -64,19 +67,22 @@ FIGURES: dict[str, Figure] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure over the seeds."""
+    """The values of one figure over the seeds."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float | None:
+        """The mean; None without values."""
         return mean(self.values) if self.values else None
 
     @property
     def std(self) -> float | None:
+        """The sample standard deviation (n - 1); None of fewer than two values."""
         return stdev(self.values) if len(self.values) > 1 else None
 
     def text(self, figure: Figure) -> str:
+        """Mean and spread in the figure's form; a dash without values."""
         if self.mean is None:
             return "-"
         return figure.text(self.mean, self.std)
@@ -84,7 +90,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: its figures, or why there are none. `facts` are what all runs should share."""
+    """The outcome of a cell: its figures, or why there are none. `facts` are what all runs should share."""
 
     cell: Cell
     figures: Mapping[str, float | None] | None
@@ -93,17 +99,19 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
+        """Whether the run was tried and left no figures."""
         return self.figures is None and (self.cell.done or bool(self.cell.attempts))
 
     @property
     def eval_loss(self) -> float | None:
+        """The held-out loss; None where the run has none."""
         return None if self.figures is None else self.figures["eval_loss"]
 
 
 def outcome_of(cell: Cell, asked: Asked | None = None) -> Outcome:
-    """Reads a cell's files. A finished run whose files cannot be read is told as such.
+    """The outcome of a cell, read from its files; one whose files cannot be read has that as its reason.
 
-    `asked`: of which rows an exact match is to be shown.
+    `asked` says of which rows an exact match is to be shown.
     """
     if not cell.done:
         return Outcome(cell, None, {}, cell.reason)
@@ -115,7 +123,7 @@ def outcome_of(cell: Cell, asked: Asked | None = None) -> Outcome:
 
 
 def figures_of(run: Mapping[str, Any], folder: Path, asked: Asked | None = None) -> dict[str, float | None]:
-    """All of `FIGURES`, of one finished run."""
+    """The figures in `FIGURES` of one finished run; None where it has none or it is not finite."""
     before, after, peaks = run["evaluation"]["before"], run["evaluation"]["after"], run["peaks"]
     was, is_now = before.get("retention_loss"), after.get("retention_loss")
     steps = [line for line in _lines(folder / "metrics.jsonl") if "step_seconds" in line]
@@ -138,7 +146,7 @@ def figures_of(run: Mapping[str, Any], folder: Path, asked: Asked | None = None)
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What should be the same in all runs of a seed, and is said where it is not."""
+    """The facts that should be the same in all runs of a seed, and are shown where they are not."""
     before = run["evaluation"]["before"].get("eval_loss")
     return {
         "data": run["data"]["fingerprint"],
@@ -148,7 +156,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         "device": run["device"],
         "compute dtype": run["compute_dtype"],
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        "held-out loss before": None if before is None else round(before, 3),  # knobs may change its rounding
+        "held-out loss before": None if before is None else round(before, 3),  # memory settings may change its rounding
     }
 
 
@@ -177,7 +185,7 @@ def _bytes_moved(path: Path) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant: its runs at the learning rate taken. `tuning` are the runs that chose it (none without a grid)."""
+    """A variant with its runs at the learning rate taken. `tuning` are the runs that chose it (none without a grid)."""
 
     name: str
     slug: str
@@ -186,27 +194,31 @@ class Row:
     tuning: tuple[Outcome, ...] = ()
 
     def spread(self, figure: str) -> Spread:
+        """The values of a figure over the runs that have it."""
         values = [outcome.figures.get(figure) for outcome in self.outcomes if outcome.figures is not None]
         return Spread(tuple(value for value in values if value is not None))
 
     @property
     def n_done(self) -> int:
+        """The number of runs with figures."""
         return sum(outcome.figures is not None for outcome in self.outcomes)
 
     @property
     def problems(self) -> list[str]:
         """A sentence for each run that is not there."""
-        told = [
+        found = [
             f"{outcome.cell.name}: {outcome.reason}" for outcome in (*self.tuning, *self.outcomes) if not outcome.figures
         ]
-        return list(dict.fromkeys(told))  # a run of the grid may be one of the seeds'
+        return list(dict.fromkeys(found))  # a run of the grid may be one of the seeds'
 
     @property
     def failed(self) -> bool:
+        """Whether any run failed, of the grid's or the seeds'."""
         return any(outcome.failed for outcome in (*self.tuning, *self.outcomes))
 
     @property
     def status(self) -> str:
+        """The status in words: done, failed, not run, partly failed or incomplete."""
         if self.outcomes and self.n_done == len(self.outcomes):
             return "done"
         if not self.n_done:

@@ -1,7 +1,7 @@
 """A comparison as one HTML page: pictures, table, remarks, settings. One file: no script, nothing fetched from elsewhere.
 
 It follows the reader's light or dark scheme, every picture has a description in words, tables have captions and scopes, and
-a table wider than the window scrolls by itself. It shows what the tables say (tables.py) and reckons nothing.
+a table wider than the window scrolls by itself. It shows what the tables say (tables.py) and computes nothing.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ li { overflow-wrap: anywhere; }
 
 
 def page(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str]) -> str:
-    """The page's text."""
+    """The text of the HTML page; `settings` are what all variants share."""
     title = f"Comparison: {', '.join(row.name for row in rows)}"
-    problems = [told for row in rows for told in row.problems]
+    problems = [problem for row in rows for problem in row.problems]
     tuning = tuning_table(rows)
     parts = [
         "<!doctype html>",

@@ -28,7 +28,7 @@ MARGIN = 0.06  # of an axis, on both sides of the data
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values to pixels, with round ticks."""
+    """An axis: values to pixels, with round ticks."""
 
     low: float
     high: float
@@ -64,7 +64,7 @@ def _reach(spread: Spread) -> tuple[float, float]:
 
 
 def dots(rows: Sequence[Row], *, across: str, upwards: str) -> str:
-    """One figure over another, a dot a variant. Empty where no variant has both."""
+    """The picture of one figure over another, a dot a variant; empty where no variant has both."""
     shown = [row for row in rows if row.spread(across).values and row.spread(upwards).values]
     if not shown:
         return ""
@@ -138,7 +138,7 @@ def _dot(row: Row, across: str, upwards: str, x_axis: _Axis, y_axis: _Axis, *, h
 
 
 def _names(dots_at: Mapping[str, tuple[float, float]], hues: Mapping[str, str], bottom: float) -> Iterator[str]:
-    """Beside the plot, at least a line apart, in the order of the dots; a thin line leads to each dot."""
+    """The names beside the plot, at least a line apart, in the order of the dots; a thin line leads to each dot."""
     ordered = [(name, dots_at[name]) for name in _from_above(dots_at)]
     heights: list[float] = []
     for _, (_, y) in ordered:
@@ -157,7 +157,7 @@ def _names(dots_at: Mapping[str, tuple[float, float]], hues: Mapping[str, str], 
 
 
 def bars(rows: Sequence[Row], *, figure: str) -> str:
-    """A bar a variant, from 0. Empty where no variant has the figure."""
+    """The picture of a figure, a bar a variant, from 0; empty where no variant has the figure."""
     shown = [row for row in rows if row.spread(figure).values]
     if not shown:
         return ""
@@ -193,7 +193,10 @@ def _bar(row: Row, figure: str, axis: _Axis, y: float) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    """Without its middle: variants differ at their ends. The whole name is in the element's title and in the table."""
+    """The name without its middle: variants differ at their ends.
+
+    The whole name is in the element's title and in the table.
+    """
     half = (LONGEST_NAME - 1) // 2
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 

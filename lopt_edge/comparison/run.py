@@ -32,7 +32,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answer. `problems` are of the variants that were to be run: runs that failed, exact matches not counted."""
+    """The answer of `compare`: what was asked, a row a variant, remarks, and the tables as Markdown.
+
+    `problems` are of the variants that were to be run: runs that failed, exact matches not counted.
+    """
 
     study: Study
     rows: tuple[Row, ...]
@@ -83,10 +86,10 @@ def compare(
         rows = tuple(_row(study, variant) for variant in study.variants)
         remarks = tuple(_remarks(study, rows))
         names = {variant.name for variant in study.only}
-        problems = (*(told for row in rows if row.name in names for told in row.problems), *unmatched)
-        settings, told = shared_settings(study), (*remarks, *unmatched)
-        found = Comparison(study, rows, remarks, problems, as_markdown(rows, settings, told))
-        texts = (as_json(rows, settings, told), found.markdown, as_csv(rows), page(rows, settings, told))
+        problems = (*(problem for row in rows if row.name in names for problem in row.problems), *unmatched)
+        settings, shown = shared_settings(study), (*remarks, *unmatched)
+        found = Comparison(study, rows, remarks, problems, as_markdown(rows, settings, shown))
+        texts = (as_json(rows, settings, shown), found.markdown, as_csv(rows), page(rows, settings, shown))
         for name, text in zip(TABLES, texts, strict=True):
             write(study.output / name, text)
     return found
@@ -107,7 +110,7 @@ def _run_missing(study: Study, cells: Sequence[Cell], say: Say) -> None:
 
 
 def _count_matches(study: Study, cells: Sequence[Cell], say: Say) -> list[str]:
-    """Ask what was not asked yet; a sentence for each run that could not be asked."""
+    """Count the matches that were not counted yet; returns a sentence for each run where that failed."""
     asked = study.asked
     if asked is None:
         return []
@@ -143,7 +146,7 @@ def _match_failure(cell: Cell) -> str:
         return "its log is gone"
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def _row(study: Study, variant: Variant) -> Row:
@@ -154,7 +157,7 @@ def _row(study: Study, variant: Variant) -> Row:
 
 
 def shared_settings(study: Study) -> dict[str, Any]:
-    """What all variants share: the config file's settings as given, and the comparison's own."""
+    """The settings that all variants share: the config file's as given, and the comparison's own."""
     varied = {"output", "seed", "method", *(key for variant in study.variants for key, _ in variant.settings)}
     varied |= {"lr"} if study.grid else set()
     given = study.base.model_dump(mode="json", exclude_unset=True)
@@ -170,7 +173,7 @@ def shared_settings(study: Study) -> dict[str, Any]:
 
 
 def _remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader must know to take the numbers for what they are."""
+    """The sentences that a reader must know to take the numbers for what they are."""
     seeds = ", ".join(map(str, study.seeds))
     yield f"mean ± standard deviation over the seeds {seeds}" if len(study.seeds) > 1 else f"one seed ({seeds}): no spread"
     if len(study.seeds) == 2:
@@ -208,7 +211,7 @@ def _tuning_remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _differences(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Facts that differ between runs of one seed."""
+    """A sentence for each fact that differs between runs of one seed."""
     for name in outcomes[0].facts if outcomes else ():
         by_seed: dict[int, set[str]] = {}
         for outcome in outcomes:

@@ -1,6 +1,6 @@
 """What a comparison is asked: settings, variants, seeds, learning rates, checked before anything runs.
 
-All mistakes are told together, the flags' beside the config's. What could be found out by a run alone is not looked for
+All mistakes are reported together, the flags' beside the config's. What could be found out by a run alone is not looked for
 here; what a model folder on this machine or a data file can say at once is. A `Study` also knows where each run lies, and
 which learning rate a grid's runs speak for. No torch here.
 """
@@ -25,7 +25,7 @@ from lopt_edge.system.lock import LOCK_NAME
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked, read and checked."""
+    """A comparison as it was asked for, read and checked; it also knows where each run lies."""
 
     base: Config
     variants: tuple[Variant, ...]
@@ -38,7 +38,10 @@ class Study:
     jobs: int
 
     def cell(self, variant: Variant, lr: float, seed: int, *, tuning: bool = False) -> Cell:
-        """Tuning runs have folders of their own only where their held-out data are others."""
+        """The run of a variant at a learning rate with a seed.
+
+        Tuning runs have folders of their own only where their held-out data are others.
+        """
         apart = tuning and self.test_data is not None
         folder = self.output / ("tuning" if apart else "runs") / variant.slug / f"lr-{lr!r}" / f"seed-{seed}"
         common = {"seed": seed, "output": str(folder)}
@@ -47,13 +50,18 @@ class Study:
         return Cell(variant, lr, seed, resolve(variant, lr, base=self.base, common=common))
 
     def tuning_cells(self, variant: Variant) -> list[Cell]:
+        """The runs of the grid, with the first seed; none without a grid."""
         return [self.cell(variant, lr, self.seeds[0], tuning=True) for lr in self.grid]
 
     def final_cells(self, variant: Variant, lr: float) -> list[Cell]:
+        """The runs of all seeds at the learning rate taken."""
         return [self.cell(variant, lr, seed) for seed in self.seeds]
 
     def chosen_lr(self, variant: Variant) -> float | None:
-        """The grid's of the lowest held-out loss; None while runs of it are missing, or if none ended well."""
+        """The learning rate with the grid's lowest held-out loss; without a grid the stated one.
+
+        None while runs of the grid are missing, or if none ended well.
+        """
         if not self.grid:
             return self.base.lr if variant.own_lr is None else variant.own_lr
         outcomes = [outcome_of(cell) for cell in self.tuning_cells(variant)]
@@ -64,12 +72,12 @@ class Study:
 
     @property
     def held_out(self) -> str | None:
-        """The file that the final losses are of."""
+        """The file that the final losses are of; None for a part of the data."""
         return self.test_data or self.base.eval_data
 
     @property
     def asked(self) -> Asked | None:
-        """The rows whose completions are compared."""
+        """The rows whose completions are compared: file and count; None where none are."""
         return (str(Path(self.held_out).resolve()), self.n_exact) if self.n_exact and self.held_out else None
 
 
@@ -85,7 +93,7 @@ def read_study(
     only: str,
     jobs: int,
 ) -> Study:
-    """Everything, checked. Raises InputError(s), all that were found."""
+    """The study that the arguments ask for. Raises InputError(s), all that were found."""
     variants, errors = parse_variants(methods, "--methods")
     wanted, more = parse_variants(only, "--only") if only else (variants, [])
     errors += more
@@ -109,10 +117,10 @@ def read_study(
 
 
 def _base(config: str | Path | Config, output: str | None, errors: list[InputError]) -> Config:
-    """The settings that all share. Raises InputErrors: what is wrong there, and what was wrong before."""
-    given = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, Config) else {}
+    """The settings that all variants share. Raises InputErrors: what is wrong there, and what was wrong before."""
+    path, given = (None, config.model_dump(mode="json", exclude_unset=True)) if isinstance(config, Config) else (config, {})
     try:
-        return load_config(None if given else config, {**given, "output": output or given.get("output")})  # type: ignore[arg-type]
+        return load_config(path, {**given, "output": output or given.get("output")})
     except InputError as error:
         raise_collected([*(error.errors if isinstance(error, InputErrors) else (error,)), *errors])
         raise
@@ -178,26 +186,26 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def _strangers(folder: Path) -> list[InputError]:
-    """What lies in the output folder and is of no comparison."""
+    """An error for what lies in the output folder and is of no comparison."""
     where, fix = f"output {folder}", "add --output DIR: a new folder, or that of an earlier comparison"
     if not folder.exists():
         return []
     try:
-        held = {path.name for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir()}
     except OSError as error:
         return [InputError(f"cannot be read: {error.strerror}", where=where, fix=fix)]
-    if held & {"config.yaml", "run.json"}:
+    if found & {"config.yaml", "run.json"}:
         return [InputError("holds a run of finetune", where=where, fix=fix)]
     own = {*TABLES, *(f"{name}.partial" for name in TABLES), "runs", "tuning", LOCK_NAME}
-    if strange := sorted(held - own):
+    if strange := sorted(found - own):
         return [InputError(f"holds {strange[0]!r}, which is of no comparison", where=where, fix=fix)]
-    if held & set(TABLES) and not is_ours(folder):
-        return [InputError(f"holds a {sorted(held & set(TABLES))[0]} that lopt-edge did not write", where=where, fix=fix)]
+    if found & set(TABLES) and not is_ours(folder):
+        return [InputError(f"holds a {sorted(found & set(TABLES))[0]} that lopt-edge did not write", where=where, fix=fix)]
     return []
 
 
 def _foreign_cells(study: Study) -> list[InputError]:
-    """Folders of runs with other settings, in the places of ours."""
+    """Errors for folders of runs with other settings, in the places of ours."""
     lrs = {variant: study.grid or (study.chosen_lr(variant),) for variant in study.variants}
     cells = [cell for variant in study.variants for lr in lrs[variant] if lr for cell in study.final_cells(variant, lr)]
     cells += [cell for variant in study.variants for cell in study.tuning_cells(variant)]
@@ -211,7 +219,10 @@ def _foreign_cells(study: Study) -> list[InputError]:
 
 
 def _against_model(base: Config, variants: Sequence[Variant], lr: float) -> Iterator[InputError]:
-    """What a model folder on this machine says of a variant (segments beyond its depth, say); a hub id is not asked."""
+    """Errors that a model folder on this machine shows of a variant (segments beyond its depth, say).
+
+    A hub id is not asked.
+    """
     from lopt_edge.models.folder import find_model
     from lopt_edge.planning.settings import against_facts
 
@@ -225,7 +236,7 @@ def _against_model(base: Config, variants: Sequence[Variant], lr: float) -> Iter
     for variant in variants:
         try:
             config = resolve(variant, lr, base=base, common={})
-        except InputError:  # told where the variants are checked
+        except InputError:  # reported where the variants are checked
             continue
         try:
             against_facts(config, facts)

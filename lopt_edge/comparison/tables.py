@@ -25,6 +25,7 @@ TABLES = (JSON_NAME, "compare.md", "compare.csv", "compare.html")
 
 
 def main_table(rows: Sequence[Row]) -> Table:
+    """The table of figures, one row a variant."""
     figures = shown_figures(rows)
     table = [["variant", "lr", "runs", *(figure.heading for figure in figures.values())]]
     for row in rows:
@@ -36,7 +37,7 @@ def main_table(rows: Sequence[Row]) -> Table:
 
 
 def tuning_table(rows: Sequence[Row]) -> Table:
-    """Held-out loss of each variant at each learning rate of the grid; nothing without one."""
+    """The held-out loss of each variant at each learning rate of the grid; empty without one."""
     tuned = [row for row in rows if row.tuning]
     if not tuned:
         return []
@@ -51,16 +52,18 @@ def tuning_table(rows: Sequence[Row]) -> Table:
 
 
 def settings_lines(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The settings as pairs of name and text."""
     for key, value in settings.items():
         yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_markdown(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str]) -> str:
+    """The comparison as Markdown: figures, remarks, learning rates, missing runs, shared settings."""
     parts = ["# Comparison", "", *_markdown_table(main_table(rows)), "", *(f"- {_cell(remark)}" for remark in remarks)]
     if tuning := tuning_table(rows):
         parts += ["", "## Learning rates: held-out loss of the first seed", "", *_markdown_table(tuning)]
-    if problems := [told for row in rows for told in row.problems]:
-        parts += ["", "## Runs that are not there", "", *(f"- {_cell(told)}" for told in problems)]
+    if problems := [problem for row in rows for problem in row.problems]:
+        parts += ["", "## Runs that are not there", "", *(f"- {_cell(problem)}" for problem in problems)]
     parts += ["", "## What all share", "", *(f"- {key}: {_cell(value)}" for key, value in settings_lines(settings))]
     return "\n".join(parts) + "\n"
 
@@ -73,11 +76,12 @@ def _markdown_table(table: Table) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """On one line, without what Markdown would take for a column's end or a tag."""
+    """The text on one line, without what Markdown would take for a column's end or a tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def as_csv(rows: Sequence[Row]) -> str:
+    """The comparison as CSV: every figure of each variant, numbers in full."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = [column for name in FIGURES for column in (name, f"{name}_std")]
@@ -90,6 +94,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str]) -> str:
+    """The comparison as JSON: every run of each variant."""
     values = {"shared": dict(settings), "remarks": list(remarks), "variants": [_row_values(row) for row in rows]}
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
@@ -129,7 +134,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def write(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a reader sees the old or the new one. Raises RunError."""
+    """Write a file beside its place and rename it, so that a reader sees the old or the new one. Raises RunError."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ A variant is METHOD[:key=value...]; its keys are settings of `Config`, so a meth
 Commas stand between variants, so a list inside one is written with `+` (boundary_layers=3+5). `lr_local=0.1x` is a tenth
 of the run's learning rate, whichever that is.
 
-The rules: what would make the comparison another one (data, seeds, tokens, budgets: `SHARED`) cannot be said of a single
+The rules: what would make the comparison another one (data, seeds, tokens, budgets: `SHARED`) cannot be set for a single
 variant; a setting that has no effect there is a mistake, because the row would carry a name that is not true; and two
 variants that come to the same settings are one. Nothing is judged here that `load_config` judges.
 """
@@ -49,22 +49,23 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The variant as it is written, with the short names of settings."""
         return ":".join([self.method, *(f"{SHORT_OF.get(key, key)}={value}" for key, value in self.settings)])
 
     @property
     def slug(self) -> str:
-        """A folder's name, made from the variant alone."""
+        """The name of its folder, made from the variant alone."""
         plain = self.name.replace(":", "_")
         slug = re.sub(r"[^A-Za-z0-9=+._-]", "-", plain)[:LONGEST_SLUG].lstrip(".")
         return slug if slug == plain else f"{slug}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
     @property
     def own_lr(self) -> float | None:
-        """The learning rate that it states itself."""
+        """The learning rate that it states itself; None if it states none."""
         return next((float(value) for key, value in self.settings if key == "lr"), None)
 
     def overrides(self, lr: float) -> dict[str, Any]:
-        """Settings over those of the config file. Raises ValueError for a factor that is no number."""
+        """The settings over those of the config file. Raises ValueError for a factor that is no number."""
         found: dict[str, Any] = {"method": self.method, "lr": lr, **dict(self.settings)}
         local = found.get("lr_local")
         if isinstance(local, str) and local.endswith("x"):
@@ -73,7 +74,7 @@ class Variant:
 
 
 def _listed(key: str, value: Any) -> Any:
-    """With commas for `+` in a list, and in a text by layer (weights=disk+0-5=resident)."""
+    """The value with commas for `+` in a list, and in a text by layer (weights=disk+0-5=resident)."""
     field = Config.model_fields.get(key)
     takes_list = field is not None and (field.annotation is str or "tuple" in str(field.annotation))
     return value.replace("+", ",") if takes_list and key != "method" and isinstance(value, str) else value
@@ -118,9 +119,10 @@ def _parse(text: str, flag: str) -> Variant:
 
 
 def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]) -> Config:
-    """The settings of one of its runs: those of `base`, its own, and `common`. Raises InputErrors that name the variant.
+    """The settings of one of the variant's runs: those of `base`, its own, and `common`.
 
-    Options of another method in `base` are for the variants of that method, and left out here.
+    Options of another method in `base` are for the variants of that method, and left out here. Raises InputErrors that
+    name the variant.
     """
     where = f"--methods {variant.name}"
     try:
@@ -135,12 +137,12 @@ def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]
         return load_config(None, {**shared, **own, **common})
     except InputError as error:
         faults = error.errors if isinstance(error, InputErrors) else (error,)
-        told = [InputError(one.what, where=f"{where}: {one.where.lstrip('-')}", fix=one.fix) for one in faults]
-        raise InputErrors(told) from None
+        named = [InputError(one.what, where=f"{where}: {one.where.lstrip('-')}", fix=one.fix) for one in faults]
+        raise InputErrors(named) from None
 
 
 def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[float], tuned: bool) -> list[InputError]:
-    """All that is wrong with them, beside the config file's settings `base`. `lrs`: the grid, or the config's own."""
+    """The errors of all variants, beside the config file's settings `base`. `lrs`: the grid, or the config's own."""
     errors: list[InputError] = []
     seen: list[tuple[Variant, Config]] = []
     for variant in variants:
@@ -164,7 +166,7 @@ def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[f
 
 
 def _effective(config: Config) -> dict[str, Any]:
-    """The settings, with what a default comes to."""
+    """The settings, each default replaced by what it comes to."""
     return {**config.model_dump(), "lr_local": config.local_lr}
 
 

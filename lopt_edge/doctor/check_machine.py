@@ -6,7 +6,7 @@ against a float64 reference that shares no kernel with it. `Report.problems` fol
 comes with one line of advice. The rule: nothing here may crash on a half-installed machine, since that is when a doctor
 is asked for; so torch and everything above it is imported inside functions, and what raises becomes a finding. A report
 is sound when a run could work: every package is there and every check passed. Other problems (little memory, say) are
-told, but do not make it unsound.
+reported, but do not make it unsound.
 
 It changes nothing, times nothing and reaches for no network. Printing and exit codes are the command line's matter.
 """
@@ -46,7 +46,10 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class System:
-    """`nvidia`: there is an NVIDIA driver; `torch_cuda`: the CUDA torch was built for; `faults`: what torch raised."""
+    """The software of this machine. `nvidia`: there is an NVIDIA driver; `torch_cuda`: the CUDA that torch was built for.
+
+    `faults` are what torch, or a package above it, raised.
+    """
 
     python: str
     platform: str
@@ -58,7 +61,8 @@ class System:
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's; `features` are the CPU's that matter for the dtype; `capability` is CUDA's."""
+    """A device for computing: `name` is torch's; `features` are the CPU's that matter for the dtype; `capability` is
+    CUDA's."""
 
     name: str
     model: str
@@ -81,6 +85,8 @@ class Tier:
 
 @dataclass(frozen=True)
 class Choice:
+    """The device and dtype that a run on this machine would take, each with the reason."""
+
     device: str
     device_reason: str
     dtype: str
@@ -89,6 +95,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Report:
+    """The facts about this machine; problems and verdict follow from them alone."""
+
     versions: dict[str, str | None]
     system: System
     devices: tuple[Device, ...]
@@ -98,16 +106,17 @@ class Report:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """(problem, advice) pairs, the worst first."""
+        """The (problem, advice) pairs, the worst first."""
         memory = [problem for tier in self.tiers for problem in _memory_problems(tier)]
         return (*_software_problems(self), *_check_problems(self), *memory)
 
     @property
     def sound(self) -> bool:
+        """Whether a run could work: every package is there and every check passed."""
         return all(self.versions.values()) and bool(self.checks) and all(check.passed for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; an error that is not finite is null."""
+        """The report as plain JSON values; an error that is not finite is null."""
         found = asdict(self)
         for entry, check in zip(found["checks"], self.checks, strict=True):
             entry["passed"] = check.passed
@@ -117,7 +126,7 @@ class Report:
 
 
 def check_machine(*, cache_dir: Path | None = None) -> Report:
-    """The report on this machine; takes a few seconds (imports, one small layer per device and dtype)."""
+    """The report on this machine; takes a few seconds (imports, one small layer for each device and dtype)."""
     versions = {name: _version(name) for name in PACKAGES}
     faults: list[str] = []
     torch_cuda, choice = None, None

@@ -22,7 +22,7 @@ PACKING_BOUND = 0.12  # what NF4 in blocks of 64 loses of a normal matrix: 0.09 
 
 @dataclass(frozen=True)
 class Check:
-    """Relative errors of one layer on a device in a dtype; `weight` is what packing lost. `fault`: it raised."""
+    """The relative errors of one layer on a device in a dtype; `weight` is what packing lost. `fault`: it raised."""
 
     device: str
     dtype: str
@@ -32,14 +32,17 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether it raised nothing and every error is within its bound."""
         return self.fault is None and all(self.errors[name] <= bound for name, bound in self.bounds.items())  # NaN fails
 
 
 def one_line(error: Exception) -> str:
+    """An error's type and text on one line, cut at 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_layers() -> tuple[Check, ...]:
+    """A check for every device and dtype that a run on this machine may use."""
     from lopt_edge.run.device import Host, accelerators
 
     checks = []
@@ -50,7 +53,7 @@ def check_layers() -> tuple[Check, ...]:
 
 
 def check_layer(device: str, *, dtype: str) -> Check:
-    """Pack a matrix, run a LoRA layer on it forward and backward, and compare; nothing that it raises goes further."""
+    """The check of a LoRA layer on a packed matrix, forward and backward; nothing that it raises goes further."""
     bounds = {"weight": PACKING_BOUND, **dict.fromkeys(("y", "dx", "dA", "dB"), BOUNDS[dtype])}
     try:
         return Check(device, dtype, _layer_errors(device, dtype), bounds)
@@ -79,12 +82,13 @@ def _layer_errors(device_name: str, dtype_name: str) -> dict[str, float]:
     layer.attach(nn.Parameter(a.clone().to(device)), nn.Parameter(b.clone().to(device)), scale=SCALE)
     leaf = x.clone().to(device, dtype).requires_grad_()
     y = layer(leaf)
-    y.backward(g.to(device, dtype))
+    torch.autograd.backward(y, g.to(device, dtype))
     unpacked = exact_weight(layer.weight)
     exact = _exact_layer(unpacked, *(tensor.double() for tensor in (bias, x, g, a, b)))
     assert layer.lora_a is not None and layer.lora_b is not None
-    found = {"y": y, "dx": leaf.grad, "dA": layer.lora_a.grad, "dB": layer.lora_b.grad}
-    errors = {name: _relative(tensor, exact[name]) for name, tensor in found.items()}
+    gradients = {"dx": leaf.grad, "dA": layer.lora_a.grad, "dB": layer.lora_b.grad}
+    found = {"y": y, **{name: tensor for name, tensor in gradients.items() if tensor is not None}}
+    errors = {name: _relative(found[name], tensor) for name, tensor in exact.items()}
     return {"weight": _relative(unpacked, weight.double()), **errors}
 
 
@@ -103,12 +107,14 @@ def exact_weight(packed: PackedWeight) -> Tensor:
 
 
 def _exact_layer(weight: Tensor, bias: Tensor, x: Tensor, g: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """y = x W^T + bias + s (x A) B by autograd; all float64."""
+    """y = x W^T + bias + s (x A) B and its gradients by autograd; all float64."""
+    import torch
+
     x, a, b = (tensor.requires_grad_() for tensor in (x, a, b))
     y = x @ weight.T + bias + SCALE * (x @ a) @ b
-    y.backward(g)
-    return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}
+    dx, da, db = torch.autograd.grad(y, (x, a, b), g)
+    return {"y": y.detach(), "dx": dx, "dA": da, "dB": db}
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found.detach().cpu().double() - exact).norm() / exact.norm()).item()
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())

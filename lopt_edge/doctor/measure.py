@@ -46,7 +46,7 @@ LEAST_BATCHES, MOST_BATCHES = 3, 200
 CHILD_SECONDS = 10.0  # a fresh process is asked only if at least this much was allowed; it takes some 5 s
 # Shares of the seconds, in the order of measuring; products are split over dtypes and shapes, the disk over both ways.
 SHARES = {"products": 0.3, "attention": 0.12, "unpack": 0.1, "memory": 0.08, "copies": 0.1, "overhead": 0.05, "disk": 0.25}
-BUSY_SHARE = 0.75  # of the cores: other work beyond that is told
+BUSY_SHARE = 0.75  # of the cores: other work beyond that is reported
 _LIBRARIES = (
     "import lopt_edge.training.run, transformers.models.llama.modeling_llama\n"
     "from lopt_edge.system.allocator import release_free_memory\n"
@@ -113,7 +113,7 @@ def measure_profile(device: torch.device | str, *, seconds: float = 20, page_dir
 
 
 def _clock(seconds: float) -> Callable[[str], float]:
-    """Asked in the order of SHARES: the seconds of this rate, its share of what is left now."""
+    """A clock that, asked in the order of SHARES, gives the seconds of a rate: its share of what is left now."""
     end = time.monotonic() + 0.9 * seconds  # setting up and warming up take the rest
 
     def allowed(name: str) -> float:
@@ -125,7 +125,7 @@ def _clock(seconds: float) -> Callable[[str], float]:
 
 
 def _busy() -> str:
-    """What to say if other programs use the cores."""
+    """A sentence for the profile if other programs use the cores; else an empty one."""
     cores = cpu_device().cores or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return f"; the machine was busy (load {load:.1f} on {cores} cores)" if load > BUSY_SHARE * cores else ""
@@ -169,7 +169,7 @@ def _products(device: torch.device, seconds: float) -> dict[str, float]:
             x = torch.randn(width_in, device=device).to(dtype).repeat(rows, 1)  # one row's randomness will do
             weight = torch.randn(width_in, device=device).to(dtype).repeat(width_out, 1)
             y = torch.empty(rows, width_out, device=device, dtype=dtype)
-            total += _seconds_per_call(lambda x=x, w=weight, y=y: torch.mm(x, w.t(), out=y), device, each)  # type: ignore[misc]
+            total += _seconds_per_call(lambda x=x, w=weight, y=y: torch.mm(x, w.t(), out=y), device, each)  # type: ignore[misc]  # no types of defaults
             operations += 2 * rows * width_in * width_out
         found[name] = operations / total
     return found

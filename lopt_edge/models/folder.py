@@ -68,9 +68,12 @@ def vocabulary_itemsize(source: ModelFolder) -> int:
 
 
 def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
-    """Each matrix that the config promises is there in the promised shape, before anything is allocated."""
+    """Refuse weights that are not all there in the shapes which the config promises, before anything is allocated.
+
+    Raises InputError.
+    """
     facts, layout = model.facts, model.facts.family.layout
-    expected = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
+    expected: dict[str, tuple[int, ...]] = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
     expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):
         for linear in facts.linears:
@@ -96,7 +99,10 @@ HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint
 
 
 def model_fingerprint(source: ModelFolder) -> str:
-    """Of config.json, the tensors' names, dtypes and shapes, and the first bytes of each: wherever the folder lies."""
+    """The SHA-256 of config.json, the tensors' names, dtypes and shapes, and the first bytes of each.
+
+    It is the same wherever the folder lies.
+    """
     digest = hashlib.sha256((source.path / "config.json").read_bytes())
     for entry in sorted(tensor_entries(source.path).values(), key=lambda entry: entry.name):
         digest.update(f"\n{entry.name} {entry.dtype} {entry.shape}\n".encode())

@@ -25,13 +25,17 @@ CACHE_VERSION = 1
 
 
 def default_cache() -> Path:
+    """The folder of 4-bit copies where the settings name none."""
     return Path.home() / ".cache" / "lopt-edge"
 
 
 def four_bit_folder(
     model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
 ) -> tuple[Path, bool]:
-    """The folder with the model in 4 bits, and whether it was there already."""
+    """The folder with the model in 4 bits, and whether it was there already.
+
+    A copy that is missing is made; `on_tensor` hears each tensor's name. Raises InputError.
+    """
     check_weights(model, tensor_entries(model.path))
     target = four_bit_path(model, cache_dir=cache_dir)
     if (target / "config.json").exists():
@@ -59,7 +63,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
-    """Where the model in 4 bits is, or will be: a folder in the cache, or the model's own if that is in 4 bits already."""
+    """The folder where the model in 4 bits is, or will be: in the cache, or its own if that is in 4 bits already."""
     if model.facts.quantised:
         return model.path
     root = Path(cache_dir).expanduser() if cache_dir else default_cache()
@@ -67,7 +71,7 @@ def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files of a model folder take of the disk."""
+    """The bytes that the files of a model folder take of the disk."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""Models named by a hub id: what is fetched, and what is said where that is refused.
+"""Models named by a hub id: what is fetched, and the error where that is refused.
 
 The rule: configuration, weights in safetensors and the tokenizer's files are all that is ever asked for; no code and no
 pickle. A plan needs the configuration alone. Who reads the folder afterwards is folder.py.
@@ -29,9 +29,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, int]:
-    """Facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone.
+    """The facts and `vocabulary_itemsize` of a hub id, by its config.json and the headers of its weights alone.
 
-    Both are of one commit, also when the branch moves between the two requests.
+    Both are of one commit, also when the branch moves between the two requests. Raises InputError.
     """
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import (

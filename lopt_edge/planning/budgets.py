@@ -1,7 +1,7 @@
 """The budgets of a run: what the user stated, and what the machine has where nothing was stated.
 
 The rule: a budget travels with the reason for it, which is printed. Reading a machine's free memory is system/memory.py's
-and run/device.py's (imported where it is asked: a plan loads no torch); holding a budget is training/prepare/tiers.py's.
+and run/device.py's (imported where it is asked: a plan loads no torch); enforcing a budget is training/prepare/tiers.py's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def stated_budget(config: Config, device: torch.device) -> Budget:
 
 
 def free_bytes(profile: DeviceProfile) -> FreeBytes:
-    """What this machine has left; of a GPU all of it, since asking it would need torch."""
+    """The bytes that this machine has left; of a GPU all it has, since asking it would need torch."""
     disk = shutil.disk_usage(".").free
     if kind_of(profile.device_type).host_is_below:
         return FreeBytes(device=profile.memory_bytes, host=available_bytes(), disk=disk)

@@ -37,7 +37,7 @@ def ground_of(
     datasets: Sequence[Dataset | None],
     teacher: ModelFolder | None = None,
 ) -> Ground:
-    """A run's model and data on this machine. `datasets`: what trains first, then what is evaluated."""
+    """The ground of a run's model and data on this machine. `datasets`: what trains first, then what is evaluated."""
     profile, itemsize = machine_profile(device), dtype.itemsize
     return Ground(
         source.facts,
@@ -46,7 +46,7 @@ def ground_of(
         library_bytes(source) if kind_of(device.type).counts_process else profile.context_bytes,
         vocabulary_itemsize(source),
         partial(largest_step, datasets),
-        teacher and Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
+        None if teacher is None else Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
     )
 
 
@@ -82,7 +82,7 @@ def library_bytes(source: ModelFolder) -> int:
 
 
 def machine_profile(device: torch.device) -> DeviceProfile:
-    """As measured by `doctor --measure`, else the card's by its name, else a default."""
+    """The device's profile as measured by `doctor --measure`, else the card's by its name, else a default."""
     if profile_path().exists() and (measured := load_profile(profile_path())).device_type == device.type:
         return measured
     own = device_of(device)

@@ -25,7 +25,7 @@ from lopt_edge.planning.settings import against_facts, search_space
 class LargestStep:
     """The micro-batches of a run's largest step, the longest first, and its largest evaluation batch.
 
-    `epochs`: how often the run comes by an example, where a number of steps says it.
+    `epochs` is how often the run comes by an example, where a number of steps decides that.
     """
 
     batches: tuple[MicroBatchSize, ...]
@@ -35,10 +35,11 @@ class LargestStep:
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """A model on a machine: `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary.
+    """All that does not change while the planner compares settings: a model on a machine.
 
-    `library_bytes`: what the process takes beside its tensors. `largest_step` gives it for settings, whose micro-batches
-    may be split in another way. `teacher`: another model than the base.
+    `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary, `library_bytes` what the
+    process takes beside its tensors. `largest_step` finds the largest step of given settings, whose micro-batches may be
+    split in another way. `teacher` is another model than the base.
     """
 
     facts: ModelFacts

@@ -1,7 +1,7 @@
-"""From settings to what the planner asks: the method's course, target modules, the knobs the user fixed, what may vary.
+"""From settings to what the planner asks: the method's course, target modules, the settings that are fixed, what may vary.
 
 What contradicts itself or cannot be with this model or device is refused here, all mistakes together; a memory setting
-without effect is said. Which of the free combinations is taken is decided in plan/search/search.py. No torch.
+without effect is reported. Which of the free combinations is taken is decided in plan/search/search.py. No torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Asked = TypeVar("Asked")
 
 
 def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str) -> None:
-    """Raise InputError(s) for memory settings that cannot be or contradict each other."""
+    """Refuse memory settings that cannot be or contradict each other, all together (InputErrors)."""
     errors: list[InputError] = []
     for name, choices in (("weights", WEIGHTS), ("activations", ACTIVATIONS)):
         text = getattr(config, name)
@@ -76,7 +76,7 @@ def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
 
 
 def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str, ...], int]:
-    """The method's course, target modules and longest sequence for this model; all misfits are told together."""
+    """The method's course, target modules and longest sequence (tokens) for this model. Raises InputErrors together."""
     errors: list[InputError] = []
     course: Course | None = None
     targets: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]
 
 
 def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:
-    """The combinations of knobs that a run may take, those that the user set being fixed."""
+    """The combinations of memory settings that a run may take, those that the user set being fixed."""
     fixed = fixed_knobs(config, facts)
     settings = {"states": "optimizer_states"}
     said = frozenset(name for name in fixed if settings.get(name, name) in config.model_fields_set)
@@ -124,7 +124,7 @@ def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:
 
 
 def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
-    """What the user said, as knob values."""
+    """The memory settings that the user stated, by the names of `Knobs`."""
     n_layers = facts.n_layers
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
     found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
@@ -159,7 +159,7 @@ def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
 
 
 def settled(config: Config, facts: ModelFacts, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> Asked:
-    """Of the variants the one to run; `ask` gives each with its best candidate. If none fits, the last one."""
+    """The variant to run; `ask` gives each with its best candidate. If none fits, the last one."""
     asked = None
     for group in variants(config, facts):
         found = [ask(variant) for variant in group]
@@ -172,8 +172,11 @@ def settled(config: Config, facts: ModelFacts, ask: Callable[[Config], tuple[Ask
 
 
 def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate | None]]) -> tuple[Asked, str]:
-    """A run under way: as it is if that fits, else the same sequences in smaller micro-batches, the largest that fit, and a
-    sentence that says so; as it is if none does. With dropout, whose masks go by micro-batch, none is tried."""
+    """The answer for a run under way, and a sentence if its micro-batches are split.
+
+    It is unchanged if that fits, else the same sequences in smaller micro-batches, the largest that fit; unchanged if none
+    does. With dropout, whose masks go by micro-batch, none is tried.
+    """
     as_it_is, best = ask(config)
     if best is not None:
         return as_it_is, ""
@@ -190,7 +193,7 @@ def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate 
 
 
 def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
-    """What the planner chose of the settings that it was let to choose."""
+    """A sentence for each setting that the planner was let to choose, with its choice."""
     if asked.choose_micro_batch:
         yield f"micro-batches chosen: {settled.grad_accum} of {settled.batch_size}"
     if asked.choose_segments and METHODS[settled.method].cuts:

@@ -50,7 +50,7 @@ def plan_run(model: str, *, gpu: str | None = None, **settings: Any) -> RunPlan:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, read and checked."""
+    """A plan's question, read and checked; `notes` are sentences for beside the answer."""
 
     config: Config
     search: Search
@@ -59,10 +59,12 @@ class Question:
 
     @property
     def device_type(self) -> str:
+        """The kind of device that the run is planned for, named as torch does."""
         return self.search.workload.shape.device_type
 
 
 def answer(asked: Question) -> RunPlan:
+    """The planner's answer; for a pipeline that of all its processes."""
     kinds = CONSUMER if kind_of(asked.device_type).host_is_below else ()
     found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
     if asked.config.pipeline == 1:
@@ -75,7 +77,10 @@ def answer(asked: Question) -> RunPlan:
 
 
 def question(config: Config, *, gpu: str | None = None) -> Question:
-    """Raises InputError(s): those of card and model together, then those of settings that need both."""
+    """The question for these settings, on a card or on this machine.
+
+    Raises InputError(s): those of card and model together, then those of settings that need both.
+    """
     card, (facts, vocabulary_itemsize) = together(
         lambda: None if gpu is None else _card(gpu), lambda: read_facts(config.model, config.revision)
     )
@@ -111,14 +116,14 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
 
 
 def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
-    """Another model that teaches. Raises InputError."""
+    """The other model that teaches; None where the settings name none. Raises InputError."""
     if config.teacher is None:
         return None
     return Teacher(*read_facts(config.teacher, None), itemsize, device_type)
 
 
 def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
-    """Every sequence of the greatest length, all of it supervised."""
+    """The largest step that the settings allow: every sequence of the greatest length, all of it supervised."""
     evaluates = config.eval_data or config.eval_fraction or config.retention_data
     batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
     return LargestStep((batch,) * config.grad_accum, batch if evaluates else None)
@@ -128,7 +133,7 @@ def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
 
 
 def read_facts(model: str, revision: str | None) -> tuple[ModelFacts, int]:
-    """Facts, and the bytes of a number of the stored vocabulary, of a preset, a folder or a hub id. Raises InputError."""
+    """The facts of a preset, folder or hub id, and the bytes of a number of its stored vocabulary. Raises InputError."""
     from lopt_edge.models.folder import find_model, vocabulary_itemsize
     from lopt_edge.models.hub import hub_facts
 
@@ -161,7 +166,7 @@ def _card(name: str) -> Card:
 
 
 def _profile(card: Card | None, device: str) -> DeviceProfile:
-    """The card's; else this machine's as measured, if it is of the wanted kind; else a default."""
+    """The card's profile; else this machine's as measured, if it is of the wanted kind; else a default."""
     if card is not None:
         return profile_of_card(card)
     measured = load_profile(profile_path()) if profile_path().exists() else None
@@ -174,7 +179,7 @@ def _profile(card: Card | None, device: str) -> DeviceProfile:
 
 
 def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int, tuple[str, ...]]:
-    """Bytes of the compute dtype, as run/device.py would choose it."""
+    """Bytes of the compute dtype, as run/device.py would choose it, and notes on that."""
     if config.compute_dtype != "auto":
         return (4 if config.compute_dtype == "float32" else 2), ()
     if kind_of(device_type).computes_on_cores:
@@ -185,7 +190,7 @@ def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int,
 
 
 def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[Budget, str]:
-    """The budgets as stated; without one for the device the card's memory, or what is free here, less a margin."""
+    """The budgets as stated; without one for the device the card's memory, or what is free here less a margin."""
     here = card is None
     free = free_bytes(profile) if here else FreeBytes(device=card.memory_bytes if card else None)
     stated = make_budget(

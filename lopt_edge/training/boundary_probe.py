@@ -3,14 +3,15 @@
 The paper (arXiv 2605.04913) leaves open where to cut. Each candidate (a quarter, a half, three quarters of the depth; two
 boundaries at the thirds) trains from the same start for the same few steps; what it earns is the held-out loss that it
 takes away per second of a step and GiB of device memory, both as the planner predicts them: so the choice is a function of
-model, data and settings, and not of what else the machine does (the measured seconds are told beside). Candidates that do
+model, data and settings, and not of what else the machine does (the measured seconds are shown beside). Candidates that do
 not fit the budget are left out. The table is printed, and kept in `boundary.json`; the run then is one with those
 boundaries, as if they had been given, so a resumed run probes nothing.
 
 The short runs are made in this process, which grows with the first one (on a CPU by some 90 MiB, peft's import among it):
 so the libraries' bytes are those before any of them, for all candidates.
 
-It is a short look: a few steps at the begin of the schedule, and one seed. It does not look at lr_local or the local loss.
+It is a short look: a few steps at the beginning of the schedule, and one seed. It does not look at lr_local or the local
+loss.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ QUIET = {"boundary": None, "resume": None, "eval_every": None, "keep_best": Fals
 
 @dataclass(frozen=True)
 class Probe:
-    """One candidate. `earned` is the fall of the held-out loss per second and GiB as predicted; None where it could not be
-    measured. `measured_seconds`: of a step, the median."""
+    """One candidate: its boundaries, its held-out loss before and after, and what its steps take.
+
+    `earned` is the fall of the held-out loss per second and GiB as predicted; None where it could not be measured.
+    `measured_seconds` is the median of a step.
+    """
 
     boundary_layers: tuple[int, ...]
     before: float | None = None
@@ -52,6 +56,7 @@ class Probe:
     note: str = ""
 
     def text(self) -> str:
+        """The candidate in a line: what it earned, or why it could not be measured."""
         name = f"boundary {', '.join(map(str, self.boundary_layers))}"
         if self.earned is None:
             return f"{name}: {self.note}"
@@ -64,17 +69,17 @@ class Probe:
 
 
 def candidates(n_layers: int) -> list[tuple[int, ...]]:
-    """Boundary layers: the halves first, so that they win where nothing differs."""
-    found = [(round(n_layers / 2),), (round(n_layers / 4),), (round(3 * n_layers / 4),)]
+    """The boundary layers to try, the halves first, so that they win where nothing differs."""
+    found: list[tuple[int, ...]] = [(round(n_layers / 2),), (round(n_layers / 4),), (round(3 * n_layers / 4),)]
     found.append((round(n_layers / 3), round(2 * n_layers / 3)))
     inside = [one for one in found if all(0 < layer < n_layers for layer in one) and len(set(one)) == len(one)]
     return list(dict.fromkeys(inside))
 
 
 def choose_boundary(config: Config, run: Callable[[Config], Any], progress: Progress) -> tuple[Config, list[Probe]]:
-    """The settings with the boundaries that earned most, and what all candidates did. `run` is `finetune`.
+    """The settings with the boundaries that earned most, and what all candidates did.
 
-    Raises InputError if no candidate could be measured.
+    `run` is `finetune`, called for each candidate. Raises InputError if no candidate could be measured.
     """
     inputs, _ = read_inputs(config.model_copy(update={**QUIET, "force": True}))
     n_steps = max(LEAST_STEPS, min(MOST_STEPS, inputs.n_steps // STEPS_SHARE))
@@ -133,7 +138,7 @@ def _probe(config: Config, run: Callable[[Config], Any]) -> Probe:
 
 
 def _valued(probe: Probe, *, library_bytes: int) -> Probe:
-    """With the libraries' bytes, and what it earned; as it is if it could not be measured."""
+    """The probe with the libraries' bytes and what it earned; unchanged if it could not be measured."""
     if probe.before is None or probe.after is None or probe.step_seconds is None or probe.device_bytes is None:
         return probe
     device_bytes = probe.device_bytes + library_bytes
@@ -142,5 +147,5 @@ def _valued(probe: Probe, *, library_bytes: int) -> Probe:
 
 
 def as_json(found: list[Probe]) -> list[dict[str, Any]]:
-    """What `boundary.json` holds."""
+    """The content of `boundary.json`: one object a candidate."""
     return [asdict(probe) for probe in found]

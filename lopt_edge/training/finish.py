@@ -23,7 +23,7 @@ from lopt_edge.training.session.session import Finished
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to; `evaluation` and `samples` map "before" and "after"."""
+    """The outcome of a run; `evaluation` and `samples` map "before" and "after"."""
 
     output: Path
     steps: int
@@ -38,7 +38,7 @@ class RunResult:
 
 
 def report(finished: Finished) -> RunResult:
-    """Write the files of a session that came to its end."""
+    """Write the files of a session that came to its end, run.json last; returns the result for the caller."""
     state, inputs = finished.state, finished.inputs
     device, output = inputs.device, Path(inputs.config.output)
     in_process = kind_of(device.type).counts_process

@@ -1,8 +1,8 @@
-"""After a step that memory did not hold: the planner's next plan.
+"""After a step for which memory ran out: the planner's next plan.
 
 The next plan is the fastest one that is predicted to take a tenth less device memory than the last, or the smallest one if
-none does, among the same combinations as before (so whatever the user fixed stays fixed). These knobs change no bit
-(design law 3). Where no combination takes less, micro-batches are split: equal up to rounding (law 5), and said. Where
+none does, among the same combinations as before (so whatever the user fixed stays fixed). These settings change no bit
+(design law 3). Where no combination takes less, micro-batches are split: equal up to rounding (law 5), and reported. Where
 that cannot be either, there is no next plan. The run then goes on from the checkpoint of the step's start (run.py).
 """
 
@@ -22,7 +22,7 @@ LEAST = 0.99  # of a step's tensors: what is not at least that much less is no s
 
 
 def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
-    """The inputs with the next plan, and a sentence about it; None if there is none."""
+    """The inputs with the next smaller plan, and a sentence about it; None if there is none."""
     before = inputs.predict()
     search = _search(inputs)
     allowed = replace(inputs.budget, device_bytes=round(STEP * before.device_bytes))
@@ -41,6 +41,7 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
 
 
 def _search(inputs: Inputs) -> Search:
+    """The planner's search for the run as it stands; the token tile is fixed, since another one changes bits."""
     config = inputs.config.model_copy(update={"token_tile": inputs.knobs.token_tile})  # another tile changes bits
     return search_for(config, inputs.ground)
 
@@ -49,6 +50,6 @@ def _with(inputs: Inputs, search: Search, allowed: Budget, note: str) -> tuple[I
     run_plan = make_run_plan(search, allowed, notes=("after a step that memory did not hold",), brief=True)
     assert run_plan.chosen is not None
     chosen = run_plan.chosen
-    run_plan = replace(run_plan, chosen=None, fits=chosen.prediction.fits(inputs.budget))  # what is held stays the same
+    run_plan = replace(run_plan, chosen=None, fits=chosen.prediction.fits(inputs.budget))  # what is enforced stays the same
     found = replace(inputs, knobs=chosen.knobs, workload=search.workload, run_plan=run_plan)
     return found, f"{note}next plan: {described(run_plan.knobs)}"

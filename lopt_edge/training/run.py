@@ -44,11 +44,11 @@ from lopt_edge.training.session.session import Session
 
 
 def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
-    """Train an adapter as `config` says and write the output folder. None for a dry run, and in the later processes of a
-    pipeline that torchrun started.
+    """Train an adapter as `config` says and write the output folder.
 
-    Raises InputError for anything wrong with the input (nothing is written then), RunError for a run that failed, and
-    Interrupted (a KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
+    Returns None for a dry run, and in the later processes of a pipeline that torchrun started. Raises InputError for
+    anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
+    KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
     """
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
@@ -116,7 +116,7 @@ def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
 
 
 def _make_ready(config: Config, output: Path, start: Start | None, progress: Progress) -> None:
-    """The output folder, with what dead runs left half written removed, and the settings for `lopt-edge resume`."""
+    """Make the output folder, with the settings for `lopt-edge resume`; what dead runs left half written is removed."""
     clean(output / CHECKPOINTS)
     if start is not None:
         for name in set_aside(output / CHECKPOINTS, beyond=start.checkpoint.folder):
@@ -127,7 +127,7 @@ def _make_ready(config: Config, output: Path, start: Start | None, progress: Pro
 
 
 def _nothing_was_made(output: Path, kind: type[BaseException] | None, *_: object) -> None:
-    """A new run that is refused while it loads (a model that cannot be built, say) leaves no folder."""
+    """Remove the folder of a new run that is refused while it loads (a model that cannot be built, say)."""
     if kind is not None and issubclass(kind, InputError):
         remove_features(output)
         for name in (SETTINGS_NAME, EVENTS_NAME, BOUNDARY_NAME):
@@ -138,7 +138,7 @@ def _nothing_was_made(output: Path, kind: type[BaseException] | None, *_: object
 
 @contextmanager
 def _events(output: Path, *, resumed: bool) -> Iterator[JsonLines]:
-    """events.jsonl: what happened beside the steps. A new run begins a new one."""
+    """The log events.jsonl, open: what happened beside the steps. A new run begins a new one."""
     path = output / EVENTS_NAME
     events = JsonLines(path, kept_bytes=path.stat().st_size if resumed and path.exists() else 0)
     try:
@@ -149,7 +149,7 @@ def _events(output: Path, *, resumed: bool) -> Iterator[JsonLines]:
 
 @contextmanager
 def _advice_when_stopped(output: Path) -> Iterator[None]:
-    """Stopped outside of training (loading, quantising, saving): what is there to go on from."""
+    """Let a stop outside of training (loading, quantising, saving) say what there is to go on from."""
     try:
         yield
     except Interrupted as stop:
@@ -160,7 +160,7 @@ def _advice_when_stopped(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failed:
-    """How a session ended that another one may take over from."""
+    """A session's end that another one may take over from."""
 
     error: RunError
     steps: int  # that were finished
@@ -168,7 +168,7 @@ class _Failed:
 
 
 def _sessions(inputs: Inputs, start: Start | None, context: RunContext) -> RunResult:
-    """One session after another, until one comes to its end."""
+    """The result of one session after another, until one comes to its end."""
     first, n_plans, skip, loss_scale = start, 0, set[int](), math.inf
     while True:
         found = _session(inputs, start, context, skip=skip, most_loss_scale=loss_scale)
@@ -202,7 +202,8 @@ def _sessions(inputs: Inputs, start: Start | None, context: RunContext) -> RunRe
 def _session(
     inputs: Inputs, start: Start | None, context: RunContext, *, skip: set[int], most_loss_scale: float
 ) -> RunResult | _Failed:
-    """Its result; or what failed, where another session may go on. Raises what it cannot. `skip`: steps known as bad."""
+    """The result of a session; or what failed, where another one may go on. Raises what it cannot. `skip`: steps known as
+    bad."""
     session = None
     try:
         with memory_faults("a session"):
@@ -230,13 +231,13 @@ def _first_line(error: RunError) -> str:
 
 
 def _bare(error: RunError) -> RunError:
-    """Without its frames, which hold the session's tensors."""
+    """The error without its frames, which keep the session's tensors alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def _last_checkpoint(inputs: Inputs, first: Start | None) -> Start | None:
-    """Where the next session starts: the newest checkpoint, else where the run began."""
+    """The start of the next session: the newest checkpoint, else where the run began."""
     found, _ = latest(Path(inputs.config.output) / CHECKPOINTS)
     checkpoint = found or (first.checkpoint if first is not None else None)
     if checkpoint is None:

@@ -9,8 +9,11 @@ import sys
 
 import pytest
 
-from lopt_edge.comparison.cells import Job, environment, failure_of, run_jobs
+from lopt_edge.comparison.cells import Cell, Job, comparable, environment, failure_of, run_jobs
+from lopt_edge.comparison.variants import parse_variants, resolve
+from lopt_edge.config.load import load_config, settings_text
 from lopt_edge.errors import Interrupted
+from lopt_edge.training.checkpoint.output_folder import SETTINGS_NAME
 
 
 def test_reasons_are_read_off_a_log():
@@ -18,6 +21,26 @@ def test_reasons_are_read_off_a_log():
     assert failure_of("step 1\nerror: one\nTraceback\nValueError: two") == "one Traceback ValueError: two"
     assert failure_of("Traceback\nValueError: two\n") == "ValueError: two"
     assert len(failure_of("error: " + "x" * 999)) == 300
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"), [("let:teacher=beside", "teacher"), ("frozen:boundary_cache=beside", "boundary_cache")]
+)
+def test_a_cell_with_a_relative_path_finds_its_own_finished_folder(tmp_path, monkeypatch, text, setting):
+    """A run's own file has every path absolute, whichever settings are paths; the cell's settings have it as given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside").mkdir()
+    base = load_config(None, {"model": "no/model", "data": "data.jsonl", "output": "here"})
+    (variant,), errors = parse_variants(text, "--methods")
+    folder = tmp_path / "runs" / variant.slug
+    cell = Cell(variant, 1e-4, 0, resolve(variant, 1e-4, base=base, common={"seed": 0, "output": str(folder)}))
+    assert not errors and cell.settings[setting] == "beside"
+    folder.mkdir(parents=True)
+    (folder / SETTINGS_NAME).write_text(settings_text(cell.config))  # as `finetune` leaves it
+    before = load_config(folder / SETTINGS_NAME)
+    assert getattr(before, setting) == str(tmp_path / "beside")
+    assert comparable(before) == comparable(load_config(None, cell.settings))
+    cell.check()
 
 
 def test_children_share_the_cores(monkeypatch):

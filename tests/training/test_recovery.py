@@ -26,6 +26,8 @@ from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
 from lopt_edge.training.checkpoint.run_state import LEVEL_STEPS, LossLevel
+from lopt_edge.training.prepare.read import read_inputs
+from lopt_edge.training.recovery import _search, smaller_plan
 from lopt_edge.training.session import loaded
 from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model
@@ -117,6 +119,17 @@ def test_a_smaller_plan_takes_over_and_no_bit_changes(model, tmp_path, happen, o
     (event,) = events(config)
     assert (event["event"], event["after_step"]) == ("out of memory", 2) and "next plan" in event["next"]
     assert any("after step 2 memory ran out" in text for text in listener.warnings)
+
+
+def test_a_smaller_plan_is_asked_for_with_the_teachers_pass(model, tmp_path):
+    """Else a plan could be taken as smaller which the teacher's pass, made again before it, does not fit."""
+    wide = make_model(tmp_path / "wide", hidden_size=96, num_hidden_layers=2)
+    config = make_config(model, tmp_path, method="let", teacher=str(wide), max_steps=2, batch_size=4, grad_accum=1)
+    inputs, _ = read_inputs(config)
+    assert inputs.workload.teacher is not None
+    assert _search(inputs).workload.teacher == inputs.workload.teacher
+    found = smaller_plan(inputs)
+    assert found is not None and found[0].workload.teacher == inputs.workload.teacher
 
 
 def test_in_the_first_step_too(model, tmp_path, happen):

@@ -46,15 +46,16 @@ class Checkpoint:
 
 
 def name_of(step: int, sequences: int = 0) -> str:
-    """`step` steps are finished, and so many sequences of the next one."""
+    """The name of the checkpoint after `step` finished steps and so many sequences of the next one."""
     return f"step-{step:06d}" + (f"+{sequences}" if sequences else "")
 
 
 @contextmanager
 def new_checkpoint(root: Path, name: str, *, need_bytes: int = 0) -> Iterator[Path]:
-    """A folder to write the files into; on leaving it becomes the checkpoint `name`. Raises RunError where it cannot.
+    """A folder to write the files into; on leaving it becomes the checkpoint `name`.
 
-    One of the same name is replaced. After a fault nothing of the new one is left. `need_bytes` are for the message.
+    A checkpoint of the same name is replaced. After a fault nothing of the new one is left, and RunError is raised.
+    `need_bytes` are for its message.
     """
     folder = root / f"{_WRITING}{name}-{os.getpid()}"
     try:
@@ -131,7 +132,7 @@ def names(root: Path) -> list[str]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Verify a checkpoint folder. Raises InputError that says what is wrong with it."""
+    """The checkpoint of a folder, verified. Raises InputError that says what is wrong with it."""
     if (fault := _fault(folder)) is not None:
         raise InputError(f"is no whole checkpoint: {fault}", where=str(folder), fix="use another one")
     try:
@@ -194,7 +195,7 @@ def _sha256(path: Path) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """The manifest goes first: from then on this is no checkpoint any more."""
+    """Remove a checkpoint, the manifest first: from then on it is no checkpoint any more."""
     with suppress(OSError):
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,9 +19,9 @@ LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, SETTINGS_NAME, LOCK_NAME}
 
 
 def check_output(folder: Path, *, resuming: bool = False) -> None:
-    """Refuse an output folder that cannot be written, or that holds something else than a run which saved nothing yet.
+    """Refuse an output folder that cannot be written, or that has something else in it than a run which saved nothing yet.
 
-    `resuming`: the files of a run are what is expected there.
+    With `resuming` the files of a run are what is expected there. Raises InputError.
     """
     try:
         exists, is_folder = folder.exists(), folder.is_dir()
@@ -42,7 +42,7 @@ def check_output(folder: Path, *, resuming: bool = False) -> None:
 
 
 def _check_empty(folder: Path, held: set[str]) -> None:
-    """Logs alone are what a run leaves that was stopped before it saved anything; a new run replaces them."""
+    """Refuse a folder with more in it than the logs of a run that saved nothing; a new run replaces those."""
     left = {name for name in held if not name.endswith(".partial")} - LOGS
     if "checkpoints" in left and not any((folder / "checkpoints").glob("step-*")):
         left -= {"checkpoints"}

@@ -4,10 +4,10 @@ What decides the arithmetic must be as it was: method, segments, LoRA's shape, o
 fingerprints (not by path) the model and the data. What may change is listed in `MAY_CHANGE`: budgets and paging, which
 change no bit (design law 3), logging, and the number of steps, which stretches the learning rates' schedule (not where it
 would move a stage that is over). What the planner had settled (micro-batches, segments, tiles) stays settled. Differences
-are told all together.
+are reported all together.
 
 The compute device may change too, and so may the number of threads and the versions of libraries: then the bits may
-differ, and that is said.
+differ, and a warning says so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint to go on from, and what is to be said about that."""
+    """A checkpoint to go on from, the state of its run, and the warnings that come with it."""
 
     checkpoint: Checkpoint
     state: RunState
@@ -50,6 +50,7 @@ class Start:
 
     @property
     def values(self) -> dict[str, Any]:
+        """The checkpoint's state.json."""
         return self.checkpoint.state
 
 
@@ -79,17 +80,17 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
 
 
 def _may_change(config: Config) -> frozenset[str]:
-    """Not what decides when a stage ends."""
+    """The settings that a resumed run may change: without those that decide when a stage ends."""
     return (MAY_CHANGE | BY_FINGERPRINT) - METHODS[config.method].pinned(config)
 
 
 def _default(name: str) -> Any:
-    """Of a setting that a checkpoint of an earlier version does not know."""
+    """The default of a setting that a checkpoint of an earlier version does not know."""
     return Config.model_fields[name].get_default()
 
 
 def _deciding(name: str, value: Any) -> Any:
-    """What of a setting decides the arithmetic: a boundary cache's folder may move, whether there is one may not."""
+    """The part of a setting that decides the arithmetic: of a boundary cache whether there is one, not where."""
     return value is not None if name == "boundary_cache" else value
 
 
@@ -137,9 +138,13 @@ def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Itera
 def check_same(
     start: Start, *, model: str, teacher: str, train: Dataset, device_type: str, dtype: str, threads: int
 ) -> list[str]:
-    """Whether model, data and dtype are those of the checkpoint. Raises InputErrors; returns warnings."""
-    values, differences = start.values, []
-    data = values.get("data") if isinstance(values.get("data"), dict) else {}
+    """Refuse a model, teacher, data or dtype other than the checkpoint's (InputErrors, all together).
+
+    Returns warnings about another device or number of threads, with which bits may differ.
+    """
+    values, differences = start.values, list[InputError]()
+    kept = values.get("data")
+    data: dict[str, Any] = kept if isinstance(kept, dict) else {}
     if values.get("model") != model:
         differences.append(InputError("its weights or its config.json are others than before", where="model"))
     if values.get("teacher", "") != teacher:

@@ -30,7 +30,7 @@ class LossLevel:
     variance: float = 0.0
 
     def add(self, loss: float) -> bool:
-        """Take the next loss; whether it lies far above the level so far."""
+        """Take the next loss into the level; returns whether it lies far above the level before it."""
         rise = loss - self.mean
         far = self.n_steps >= LEVEL_STEPS and rise > max(FAR_DEVIATIONS * self.variance**0.5, FAR_SHARE * abs(self.mean))
         share = max(LEVEL_SHARE, 1 / (self.n_steps + 1))
@@ -42,8 +42,11 @@ class LossLevel:
 
 @dataclass
 class RunState:
-    """`steps` are finished (skipped ones included); `sequences` of the next window are in the gradients and in `losses`
-    (by segment). `evaluated` is the last step whose evaluation is logged, -1 for none."""
+    """The place, counts and measurements of a run after a finished step, or inside the next one.
+
+    `steps` are finished (skipped ones included); `sequences` of the next window are in the gradients and in `losses` (by
+    segment). `evaluated` is the last step whose evaluation is logged, -1 for none.
+    """
 
     steps: int = 0
     sequences: int = 0
@@ -74,11 +77,12 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """The state as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, *, where: str) -> RunState:
-        """Raises InputError for what no run wrote."""
+        """The state that `as_dict` gave. Raises InputError, naming `where`, for values that no run wrote."""
         try:
             known = {item.name: values[item.name] for item in fields(cls) if item.name in values or item.name not in LATER}
             state = cls(**{**known, "level": LossLevel(**known["level"])})

@@ -51,7 +51,7 @@ HEADER_SHARE, FILES_BYTES = 1.05, 1 << 18  # headers and JSON files, for the che
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of it but the tensors; `facts` are fingerprints, plan and versions (resume.py)."""
+    """A checkpoint's content but for its tensors; `facts` are fingerprints, plan and versions (resume.py)."""
 
     state: RunState
     facts: dict[str, Any]
@@ -61,7 +61,10 @@ class Snapshot:
 
 
 def write_snapshot(folder: Path, executor: Executor, snapshot: Snapshot, *, cut: Cut | None = None) -> None:
-    """All files of a checkpoint but its manifest. Raises NotFinite, RunError, OSError."""
+    """Write all files of a checkpoint but its manifest; `cut` is where the step under way was left.
+
+    Raises NotFinite, RunError, OSError.
+    """
     save_adapter(folder, executor.model, snapshot.shape, plain=True)
     parts = list(_parts(executor, cut))
     layout = [(part.name, DTYPE_NAMES[part.dtype], part.shape) for part in parts]
@@ -122,7 +125,7 @@ def _parts(executor: Executor, cut: Cut | None) -> Iterator[_Part]:
 
 
 def _far_parts(executor: Executor, far: FarGroups) -> Iterator[_Part]:
-    """Of the groups that lie in other processes of a pipeline."""
+    """The tensors of the groups that lie in other processes of a pipeline."""
     for name, group in far.groups.items():
         dtype, shape = executor.optimizer.moments.form(group.n_elements)
         if name[0] == "aux":
@@ -145,7 +148,7 @@ def _random_key(source: Device) -> str:
 
 
 def snapshot_bytes(executor: Executor) -> int:
-    """What a checkpoint takes of the disk at most (inside a window, after the first update)."""
+    """The most bytes that a checkpoint takes of the disk (inside a window, after the first update)."""
     optimizer, total = executor.optimizer, FILES_BYTES
     sizes = [group.n_elements for group in optimizer.groups.values()]
     sizes += [group.n_elements for group in executor.far.groups.values()] if executor.far is not None else []
@@ -164,9 +167,10 @@ def _averages(executor: Executor) -> Mapping[int, Tensor]:
 
 
 def restore(executor: Executor, folder: Path, values: dict[str, Any], *, tier: str) -> Callable[[GroupName], Tensor | None]:
-    """Optimizer, aux heads and random states from a verified checkpoint; `tier` is where moments lie in the plan.
+    """Put optimizer, aux heads and random states of a verified checkpoint into place; `tier` is where the plan has
+    moments.
 
-    The adapter itself was attached before (preparation.build_executor). Returns what reads a group's accumulated gradient.
+    The adapter itself was attached before (training/prepare/build.py). Returns what reads a group's accumulated gradient.
     Raises InputError for a checkpoint of another shape.
     """
     where = str(folder / TENSORS_NAME)
@@ -215,7 +219,7 @@ def _read(entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...], wh
 
 
 def restore_best(folder: Path, output: Path, shape: AdapterShape) -> None:
-    """The best adapter so far, back in the output folder."""
+    """Copy the best adapter so far from a checkpoint back into the output folder, where it has one."""
     if not (folder / BEST_NAME).exists():
         return
     output.mkdir(parents=True, exist_ok=True)

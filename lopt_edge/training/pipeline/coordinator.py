@@ -1,6 +1,6 @@
-"""Process 0's hold on the other processes of a pipeline.
+"""Process 0's side of a pipeline: it leads the other processes.
 
-Process 0 is the run: it reads the data, keeps the clock, the log, the checkpoints and the signals, and tells the others
+Process 0 is the run: it reads the data, keeps the clock, the log, the checkpoints and the signals, and sends the others
 each thing that they shall do (worker.py), one at a time: a step with its batches, an evaluation, to hand out a group's
 values. So nothing needs to be agreed on but whether all numbers of a step are finite (run/link.py), and a checkpoint
 is that of one process, gathered one group at a time: it can be resumed with any number of processes.
@@ -47,7 +47,10 @@ CAUSE_SECONDS = 5.0  # to find out why a process was lost
 def open_coordinator(
     inputs: Inputs, start: Start | None, *, report: Callable[[], dict[str, int]]
 ) -> Iterator[Coordinator | None]:
-    """The other processes, started and told what the run is; None without a pipeline. `report`: this process' peaks."""
+    """The coordinator of the other processes, which are started and know what the run is; None without a pipeline.
+
+    `report` gives this process' peaks, in bytes by name.
+    """
     if inputs.part is None:
         yield None
         return
@@ -78,7 +81,7 @@ def open_coordinator(
 
 
 def _setup(inputs: Inputs, parts: Sequence[Part], start: Start | None) -> dict[str, Any]:
-    """All that the others need to know, as JSON values."""
+    """The facts that the others need to know, as JSON values."""
     config = inputs.config
     predicted = [replace(inputs.workload, part=part).predict(inputs.knobs) for part in parts]
     return {
@@ -102,7 +105,10 @@ def _lost(what: str, *, fix: str = "") -> RunError:
 
 
 class Coordinator:
-    """`link` leads to the others. Also what executor and model ask for what lies there (FarGroups, FarLayers)."""
+    """Process 0's side of a pipeline; `link` leads to the others.
+
+    Executor and model also ask it for what lies there (FarGroups, FarLayers).
+    """
 
     link: Link
 
@@ -119,7 +125,7 @@ class Coordinator:
         self.is_idle, self.shares_memory = False, True
 
     def begin(self, setup: dict[str, Any]) -> None:
-        """Tell them what the run is, and meet them."""
+        """Leave the run's facts at the meeting place, and meet the others there. Raises what `explained` gives."""
         from lopt_edge.run.link import Link
 
         self.store.set(SETUP, json.dumps(setup))
@@ -138,15 +144,16 @@ class Coordinator:
             raise self.explained(error) from None
 
     def join(self, executor: Executor) -> None:
-        """The others have loaded; the executor is one of a pipeline from now on."""
+        """Wait until the others have loaded; the executor is one of a pipeline from then on."""
         for peer in self.link.others:
             self.link.receive_message(peer)
         self.is_idle = True
-        executor.link, executor.far, executor.model.far = self.link, self, self
+        executor.link, executor.model.far = self.link, self
+        executor.far = self  # type: ignore[assignment, unused-ignore]  # FarGroups.groups is only read; a plain attribute there
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Whatever is raised inside leaves the others in the midst of something, but what all have agreed on."""
+        """Mark the others as busy; only after what all have agreed on are they idle in spite of an error."""
         self.is_idle = False
         try:
             yield
@@ -167,8 +174,11 @@ class Coordinator:
         start: Cut | None,
         between: Callable[[Cut], None],
     ) -> StepResult:
-        """As `Executor.run`, with all processes. A pipeline has micro-batches in several places at once: `between` is not
-        called, and a stop or a checkpoint waits for the step's end."""
+        """One step in all processes, otherwise as `Executor.run`.
+
+        A pipeline has micro-batches in several places at once: `between` is not called, and a stop or a checkpoint waits
+        for the step's end.
+        """
         with self._busy():
             self.link.broadcast(
                 {
@@ -183,13 +193,17 @@ class Coordinator:
             return executor.run(plan, batches, step=step, learning_rates=learning_rates, start=start)
 
     def load_adapter(self, folder: Path) -> None:
+        """Let every other process load its own layers' adapters from a folder."""
         with self._busy():
             self.link.broadcast({"do": "load adapter", "folder": str(folder)})
             for peer in self.link.others:
                 self.link.receive_message(peer)
 
     def peaks(self) -> dict[str, int]:
-        """Of all processes: on a CPU they share the memory, so their peaks add up (an upper bound); on GPUs the largest."""
+        """The peaks of all processes in bytes, by name.
+
+        On a CPU they share the memory, so their peaks add up (an upper bound); on GPUs the largest counts.
+        """
         add = sum if self.shares_memory else max
         found = {name: sum(report[name] for report in self.link.reports) for name in ("rss", "disk")}
         return {**found, "device": add(report["device"] for report in self.link.reports)}
@@ -203,7 +217,7 @@ class Coordinator:
 
     @property
     def groups(self) -> dict[GroupName, FarGroup]:
-        """As they are now."""
+        """The parameter groups of the other processes, asked for anew each time."""
         from lopt_edge.run.link import FarGroup
 
         found = (each for peer in self.link.others for each in self._ask(peer, {"do": "groups"})["groups"])
@@ -213,6 +227,7 @@ class Coordinator:
         return next(part.rank for part in self.parts if part.owns(group))
 
     def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A far group's tensor (`what`: values or moments), on the CPU."""
         peer = self._peer(name)
         with self._busy():
             self.link.send_message(peer, {"do": "give", "what": what, "group": list(name)})
@@ -224,10 +239,11 @@ class Coordinator:
         return {layer: shapes for each in found for layer, shapes in each}
 
     def shapes(self, layer: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """The far adapters of a layer: (module, shape of A, shape of B)."""
         return [(name, (a[0], a[1]), (b[0], b[1])) for name, a, b in self._shapes.get(layer, [])]
 
     def matrices(self, layer: int) -> Iterator[Tensor]:
-        """One layer's come in one piece."""
+        """The far adapter matrices of a layer, in the order of `shapes`; they come in one piece."""
         shapes = [shape for _, *pair in self.shapes(layer) for shape in pair]
         if not shapes:
             return
@@ -242,11 +258,15 @@ class Coordinator:
     # what went wrong -------------------------------------------------------------------------------------------------
 
     def explained(self, error: RunError) -> RunError:
-        """The error; for a lost process with the reason, as far as it can be known. Raises InputError for one that a
-        process found in its input."""
+        """The error to raise for this one: for a lost process with the reason, as far as it can be known.
+
+        Raises InputError for a fault that a process found in its input.
+        """
         if not isinstance(error, PeerLost):
             return error
-        deadline, codes, faults = time.monotonic() + CAUSE_SECONDS, {}, {}
+        deadline = time.monotonic() + CAUSE_SECONDS
+        codes: dict[int, int] = {}
+        faults: dict[int, dict[str, Any]] = {}
         while time.monotonic() < deadline and not faults and not codes:
             time.sleep(0.1)
             codes = {} if self.children is None else self.children.exit_codes()

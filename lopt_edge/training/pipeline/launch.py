@@ -3,7 +3,7 @@
 Process 0 is the one that the user started; it starts the others as `python -m lopt_edge.training.pipeline.worker` and tells
 them where to meet by variables of the environment. The rules: no process outlives process 0 (the kernel kills it then;
 where the kernel does not know that, it looks for its parent once a second), and process 0 never waits for a dead one
-(`check`). Ctrl-C reaches the whole group of processes: the others ignore it, process 0 says what becomes of it.
+(`check`). Ctrl-C reaches the whole group of processes: the others ignore it, process 0 decides what becomes of it.
 
 What torchrun started it watches itself; there only process 0 runs the program, the others follow. No torch here.
 """
@@ -18,12 +18,8 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lopt_edge.errors import PeerLost
-
-if TYPE_CHECKING:
-    pass
 
 RANK, PORT, PARENT = "LOPT_PIPELINE_RANK", "LOPT_PIPELINE_PORT", "LOPT_PIPELINE_PARENT"
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl, linux/prctl.h
@@ -31,14 +27,14 @@ PATIENCE_SECONDS = 10.0  # for a process to end by itself
 
 
 def torchrun_rank() -> tuple[int, int] | None:
-    """(rank, number of processes) as torchrun says; None where it did not start this process."""
+    """(rank, number of processes) as torchrun gives them; None where it did not start this process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Children:
-    """Processes 1 .. n - 1 of a pipeline on this machine."""
+    """Processes 1 .. n - 1 of a pipeline on this machine, started when this is made."""
 
     def __init__(self, n: int, *, port: int) -> None:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -56,17 +52,17 @@ class Children:
             raise
 
     def check(self) -> None:
-        """Raises PeerLost if one of them has ended."""
+        """Raise PeerLost if one of the processes has ended."""
         for rank, code in self.exit_codes().items():
             raise PeerLost(f"process {rank} of the pipeline {ended(code)}")
 
     def exit_codes(self) -> dict[int, int]:
-        """Of those that have ended."""
+        """The exit codes by rank of the processes that have ended; a negative one is a signal's number."""
         found = {rank: process.poll() for rank, process in self.processes.items()}
         return {rank: code for rank, code in found.items() if code is not None}
 
     def end(self, *, at_once: bool) -> None:
-        """None of them is left afterwards."""
+        """Wait for the processes to end (`at_once`: do not wait), and kill those that have not."""
         deadline = time.monotonic() + (0 if at_once else PATIENCE_SECONDS)
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
@@ -78,7 +74,7 @@ class Children:
 
 
 def ended(code: int) -> str:
-    """How a process ended, in words."""
+    """The end of a process in words, from its exit code."""
     if code >= 0:
         return f"ended with code {code}"
     try:
@@ -88,7 +84,7 @@ def ended(code: int) -> str:
 
 
 def end_with_parent(parent: int) -> None:
-    """This process ends when its parent does, whatever it is waiting for."""
+    """Let this process end when its parent does, whatever it is waiting for."""
     with suppress(OSError, AttributeError):  # no prctl on macOS
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

@@ -1,9 +1,9 @@
-"""Processes 1 .. N - 1 of a pipeline: load your own layers, then do what process 0 says until it says `end`.
+"""Processes 1 .. N - 1 of a pipeline: load your own layers, then do what process 0 asks for until it sends `end`.
 
 A worker reads no data and writes no file of the run: batches come with each step, adapters and optimizer states go out
 one group at a time when process 0 writes a checkpoint. What it needs to know of the run is one JSON text (coordinator.py),
 so it cannot come to another opinion of the plan than process 0 has. It ends with process 0, whichever way that ends; its
-own faults are left at the meeting place, where process 0 finds them, and told by it.
+own faults are left at the meeting place, where process 0 finds and reports them.
 
     python -m lopt_edge.training.pipeline.worker        started by launch.py, with its variables in the environment
 """
@@ -59,7 +59,7 @@ START_MINUTES = 5.0  # to find process 0's meeting place, which is there before 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What process 0 said, read: this process' counterpart of preparation.Inputs."""
+    """A worker's counterpart of `Inputs`: what process 0 sent about the run, read."""
 
     config: Config
     source: ModelFolder
@@ -80,18 +80,21 @@ class Task:
 
 
 def read_task(setup: dict[str, Any], rank: int) -> Task:
+    """The task of process `rank` from the text that process 0 left. Raises InputError(s)."""
     config = Config(**setup["config"])
     source = find_model(config.model, revision=config.revision)
     course, targets, _ = against_facts(config, source.facts)
     parts = parts_of(course.kinds[0].segments, config.pipeline)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()}
+    knobs: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()
+    }
     device = device_of(torch.device(setup["device"])).for_process(int(os.environ.get("LOCAL_RANK", rank)))
-    knobs = own_knobs(Knobs(**values), parts[rank])
-    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], knobs, parts, parts[rank])
+    own = own_knobs(Knobs(**knobs), parts[rank])
+    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], own, parts, parts[rank])
 
 
 class Worker:
-    """The process between `setup` and `end`."""
+    """The process between `setup` and `end`: its loaded layers, and an answer to each message."""
 
     def __init__(self, task: Task, link: Link, mover: Mover, setup: dict[str, Any]) -> None:
         self.task, self.link, self.mover = task, link, mover
@@ -121,6 +124,7 @@ class Worker:
         return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
 
     def go(self) -> None:
+        """Do what process 0 asks for, one thing after another, until it sends `end`."""
         while (message := self.link.receive_message(0))["do"] != "end":
             {
                 "step": self._step,
@@ -141,7 +145,7 @@ class Worker:
         except NotFinite:
             if self.link.broken:
                 raise
-            # else all processes have agreed on it: nothing was updated, and process 0 says what comes next
+            # else all processes have agreed on it: nothing was updated, and process 0 decides what comes next
 
     def _evaluate(self, message: dict[str, Any]) -> None:
         evaluation.work(self.model, self.link, message["token_tile"])
@@ -157,12 +161,14 @@ class Worker:
 
     def _give(self, message: dict[str, Any]) -> None:
         what, (unit, target) = message["what"], message["group"]
+        tensor: Tensor | None
         if what == "matrices":
             tensor = torch.cat([matrix.detach().reshape(-1).cpu() for matrix in layer_parameters(self.model, target)])
         elif what == "moments":
             tensor = self.executor.optimizer.moments_copy((unit, target))
         else:
             tensor = self.executor.optimizer.groups[unit, target].values
+        assert tensor is not None, f"{unit} {target} has no {what} yet"
         self.link.send_tensor(0, tensor)
 
     def _load_adapter(self, message: dict[str, Any]) -> None:
@@ -171,7 +177,7 @@ class Worker:
 
 
 def work(store: Any, rank: int, *, loopback: bool) -> None:
-    """The whole life of this process in the run. Raises LoptError."""
+    """Run the whole life of this process in the run. Raises LoptError."""
     setup = json.loads(store.get(SETUP))
     for number in (signal.SIGINT, signal.SIGTERM):  # process 0 hears them
         signal.signal(number, signal.SIG_IGN)
@@ -193,7 +199,8 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
 
 
 def _work(store: Any, rank: int, *, loopback: bool) -> int:
-    """The exit code. A fault of this process is left for process 0; a lost peer is told by whoever knows why."""
+    """The exit code of `work`. A fault of this process is left for process 0; a lost peer is reported by whoever knows
+    why."""
     try:
         work(store, rank, loopback=loopback)
     except PeerLost:
@@ -209,12 +216,14 @@ def _work(store: Any, rank: int, *, loopback: bool) -> int:
 
 
 def work_for_torchrun(rank: int, n: int, *, minutes: float) -> None:
+    """Follow process 0 in a process that torchrun started; one that failed exits here."""
     code = _work(torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
     if code:
         sys.exit(code)
 
 
 def main() -> None:
+    """Follow process 0 in a process that launch.py started, and exit."""
     end_with_parent(int(os.environ[PARENT]))
     rank, port = int(os.environ[RANK]), int(os.environ[PORT])
     code = _work(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
@@ -227,9 +236,10 @@ if __name__ == "__main__":
 
 
 def is_worker(config: Config) -> bool:
-    """Under torchrun, in all processes but the first: follow process 0 to the end of the run. Else False at once.
+    """Whether this process is a later one of torchrun's: then it has followed process 0 to the end of the run.
 
-    Raises InputError where torchrun started another number of processes.
+    False at once in the first process, and where torchrun started none. Raises InputError where torchrun started another
+    number of processes.
     """
     found = torchrun_rank()
     if found is None:

@@ -42,7 +42,7 @@ class BoundaryCaches:
         self.boundary = -1
 
     def identity(self, boundary: int | None) -> dict[str, Any]:
-        """What the boundary's hidden states depend on; without one, what all stages share."""
+        """The facts that the boundary's hidden states depend on; without a boundary, those that all stages share."""
         inputs, adapter = self.inputs, self.inputs.config.init_adapter
         carried = hashlib.sha256((Path(adapter) / ADAPTER_NAME).read_bytes()).hexdigest() if adapter else None
         return {
@@ -54,7 +54,7 @@ class BoundaryCaches:
         }
 
     def check(self) -> None:
-        """Before anything is written. Raises InputError(s)."""
+        """Refuse a folder of something else or too little room, before anything is written. Raises InputError(s)."""
         where = f"boundary_cache {self.root}"
         try:
             if self.root.exists() and not self.root.is_dir():
@@ -75,7 +75,7 @@ class BoundaryCaches:
             self._cache(self.root, kind.reads or 0).close()
 
     def of(self, kind: StepKind, executor: Executor) -> FeatureCache:
-        """That of a kind of step which reads or fills."""
+        """The cache of a kind of step that reads or fills one; whichever was open before is closed."""
         boundary = kind.reads or kind.writes or 0
         if self.open is None or self.boundary != boundary:
             self.close()
@@ -90,7 +90,7 @@ class BoundaryCaches:
         digest = hashlib.sha256()
         for (unit, layer), group in executor.optimizer.groups.items():
             if unit == "layer" and layer < boundary:
-                digest.update(group.values.detach().cpu().numpy())
+                digest.update(group.values.detach().cpu().numpy().data)
         folder = self.root / f"{STAGE}{boundary}-{digest.hexdigest()[:16]}"
         for other in self.root.glob(f"{STAGE}*"):
             if other != folder:
@@ -108,26 +108,27 @@ class BoundaryCaches:
         )
 
     def summary(self, *, n_read: int, n_steps: int) -> str:
-        """A sentence for the end of a run, of whose steps so many read."""
+        """A sentence for the end of a run: what is cached, and that `n_read` of `n_steps` steps read it."""
         assert self.open is not None
         there, size = f"{len(self.open.known):,} of {len(self.open.lengths):,} examples", format_bytes(self.open.held_bytes)
         return f"boundary cache {self.open.folder}: {there}, {size} of disk; {n_read} of {n_steps} steps read it"
 
     def close(self) -> None:
+        """Close the cache that is open, if one is."""
         if self.open is not None:
             self.open.close()
             self.open = None
 
 
 def check_boundary_cache(inputs: Inputs) -> None:
-    """Before anything is written. Raises InputError(s)."""
+    """Refuse a boundary cache that cannot be used, before anything is written. Raises InputError(s)."""
     if inputs.config.boundary_cache is not None:
         BoundaryCaches(inputs).check()
 
 
 @contextmanager
 def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
-    """Those that the settings name, their folder locked; None without any."""
+    """The caches in the folder that the settings name, locked while it is open; None where none is named."""
     if inputs.config.boundary_cache is None:
         yield None
         return

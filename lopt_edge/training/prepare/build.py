@@ -23,26 +23,31 @@ from lopt_edge.run.model.replaced import group_parameters
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.optim import SegmentOptimizer
-from quant.linear import DropoutClock
+from quant.linear import DropoutClock, PackedLinear
 
 
 class ExecutorInputs(Protocol):
-    """What an executor is made from: a run's Inputs, or what process 0 tells another one (training/pipeline/worker.py)."""
+    """The facts that an executor is made from: a run's `Inputs`, or a worker's `Task` (training/pipeline/worker.py)."""
 
-    config: Config
-    source: ModelFolder
-    course: Course
-    targets: tuple[str, ...]
-    device: torch.device
-
+    @property
+    def config(self) -> Config: ...
+    @property
+    def source(self) -> ModelFolder: ...
+    @property
+    def course(self) -> Course: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
     @property
     def part(self) -> Part | None: ...
 
 
 def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None = None) -> tuple[Executor, AdapterShape]:
-    """Adapters on every training layer, those of the folder `adapter` among them, aux heads, optimizer, executor.
+    """The executor of a loaded model, and the shape of its adapter.
 
-    In a pipeline those of this process' layers and segments.
+    Every training layer gets an adapter, those of the folder `adapter` among them; aux heads and optimizer are made. In a
+    pipeline these are of this process' layers and segments. Raises InputError for an adapter of another shape.
     """
     config, facts = inputs.config, inputs.source.facts
     model.clock.seed = config.seed  # of the dropout masks
@@ -106,16 +111,16 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
 
 
 def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, where: str) -> None:
-    """An adapter to start from must have the shape that the settings say: one adapter_config.json describes both."""
+    """Refuse an adapter of another shape than the settings': one adapter_config.json describes both."""
     config = inputs.config
     for layer in layers:
         for linear in inputs.source.facts.linears:
             module = model.layers[layer].get_submodule(linear.name)
+            assert isinstance(module, PackedLinear)
             wanted = linear.short_name in inputs.targets
-            found = module.lora_a is not None
-            if wanted != found or (
-                found and (module.lora_a.shape[1], module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)
-            ):
+            rank = None if module.lora_a is None else module.lora_a.shape[1]
+            found = rank is not None
+            if wanted != found or (found and (rank, module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)):
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
                     where=where,

@@ -39,7 +39,7 @@ MOST_PLANS = 16  # kept; a plan of an 8B is some 2,000 ops
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Everything that was read and decided before the weights are touched."""
+    """The record of all that was read and decided before the weights are touched."""
 
     config: Config
     source: ModelFolder
@@ -68,6 +68,7 @@ class Inputs:
 
     @property
     def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         per_epoch = ceil(len(self.train.examples) / prod(self.order))
         return self.config.max_steps or self.config.epochs * per_epoch
 
@@ -84,19 +85,22 @@ class Inputs:
 
     @property
     def part(self) -> Part | None:
-        """What this process runs of a pipeline: process 0, the others have no Inputs (training/pipeline/worker.py)."""
+        """The part of a pipeline that this process (process 0) runs; None without a pipeline.
+
+        The other processes have no Inputs (training/pipeline/worker.py).
+        """
         return self.workload.part
 
     @property
     def own_knobs(self) -> Knobs:
-        """With other processes' layers elsewhere."""
+        """The memory settings of this process: other processes' layers are elsewhere."""
         return self.knobs if self.part is None else own_knobs(self.knobs, self.part)
 
     def plan(self, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The validated plan of a step over this many micro-batches (the last window of an epoch may be short).
 
-        Of the first kind of step, unless another is named. It is made and validated once and kept, the last MOST_PLANS of
-        them: a method may draw a new kind for each step.
+        It is of the first kind of step, unless another is named. It is made and validated once and kept, the last
+        MOST_PLANS of them: a method may draw a new kind for each step.
         """
         key = (kind or self.course.kinds[0], n_micro_batches)
         found = self._plans.pop(key, None) or self.workload.plan(self.knobs, n_micro_batches=n_micro_batches, kind=kind)
@@ -106,7 +110,7 @@ class Inputs:
         return found
 
     def predict(self, batches: Sequence[MicroBatchSize] | None = None, kind: StepKind | None = None) -> Prediction:
-        """What a step takes: the largest one of the run, or one over these micro-batches."""
+        """The prediction for the largest step of the run, or for one over these micro-batches."""
         if batches is None:
             return self.workload.predict(self.knobs)
         return replace(self.workload, batches=tuple(batches)).predict(self.knobs, whole=True, kind=kind)
@@ -120,4 +124,5 @@ class Inputs:
 
     def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
         # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
+        """Some examples of a dataset as one padded batch on the device."""
         return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device, examples=indices)

@@ -1,16 +1,17 @@
 """What a run needs before its first step: the checks that cost nothing first, then data, model, adapters and plan.
 
 Order: everything that can be refused without loading (config, output folder, the checkpoint to go on from, model facts, the
-method's course, data, teacher, caches) comes before the first expensive act (quantising), so that a mistake is told in
+method's course, data, teacher, caches) comes before the first expensive act (quantising), so that a mistake is reported in
 seconds. Nothing is written to the output folder here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,9 +29,10 @@ from lopt_edge.plan.schedule.processes import parts_of
 from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search.search import Candidate, Search
+from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.budgets import planned_budget, stated_budget
 from lopt_edge.planning.from_data import ground_of
-from lopt_edge.planning.question import search_for
+from lopt_edge.planning.question import Ground, search_for
 from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
@@ -58,13 +60,58 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     check_output(Path(config.output), resuming=config.resume is not None)
     given = config
     config, start, resumed = find_start(config)
+    found = _read_files(config)
+    if start is not None:
+        resumed += check_same(
+            start,
+            model=found.fingerprint,
+            teacher=found.teacher_model,
+            train=found.train,
+            device_type=found.device.type,
+            dtype=found.dtype_name,
+            threads=torch.get_num_threads(),
+        )
+    planned = _ask_planner(config, found, resumes=start is not None)
+    inputs = _inputs(given, config, found, planned, resumed)
+    _check_stages(inputs)
+    check_boundary_cache(inputs)
+    check_teacher(inputs)
+    return inputs, start
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Device, model, data and teacher as they were found, and what the method takes of them."""
+
+    device: torch.device
+    device_reason: str
+    dtype: torch.dtype
+    dtype_reason: str
+    source: ModelFolder
+    targets: tuple[str, ...]
+    max_seq_len: int
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_out: Dataset | None
+    retention: Dataset | None
+    teacher: ModelFolder | None
+    teacher_model: str
+    fingerprint: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def _read_files(config: Config) -> _Files:
+    """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
     facts = source.facts
-    _, (course, targets, max_seq_len) = together(
+    _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )
-    check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is told before the data is read
+    check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is reported before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))
@@ -72,90 +119,124 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
-    fingerprint, dtype_name = model_fingerprint(source), str(dtype).removeprefix("torch.")
-    if start is not None:
-        resumed += check_same(
-            start,
-            model=fingerprint,
-            teacher=teacher_model,
-            train=train,
-            device_type=device.type,
-            dtype=dtype_name,
-            threads=torch.get_num_threads(),
-        )
+    return _Files(
+        device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
+        teacher, teacher_model, model_fingerprint(source),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """The planner's answer: the settings with what it settled, and the plan of the largest step."""
+
+    config: Config
+    order: tuple[int, int]  # batch_size and grad_accum of the windows
+    stated: Budget
+    ground: Ground
+    workload: Workload
+    run_plan: RunPlan
+    knobs: Knobs
+    disk_bytes: int  # of page files
+    pipeline_reasons: tuple[str, ...]
+    split: str  # a sentence, where micro-batches of a resumed run had to be split
+
+
+def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
+    """Budgets, what the planner settles of the settings, and the plan. Raises DoesNotFit, unless forced."""
+    device, source = found.device, found.source
     stated = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
-    ground = ground_of(source, device=device, dtype=dtype, datasets=(train, held_out, retention), teacher=teacher)
+    datasets = (found.train, found.held_out, found.retention)
+    ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
         search = search_for(variant, ground)
         return (variant, search), search.within(budget).best
 
-    asked = config
-    if start is None:
-        config, search = settled(config, facts, ask)
-        order = config.batch_size, config.grad_accum
-    else:  # what was settled stays; micro-batches are split only if nothing fits otherwise
+    order, split = (config.batch_size, config.grad_accum), ""
+    if resumes:  # what was settled stays; micro-batches are split only if nothing fits otherwise
         (config, search), split = split_to_fit(config, ask)
-        order = asked.batch_size, asked.grad_accum
-        resumed += [split] if split else []
-    workload, course = search.workload, search.workload.course
+    else:
+        config, search = settled(config, source.facts, ask)
+        order = config.batch_size, config.grad_accum
+    workload = search.workload
     run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
     pipeline_reasons: tuple[str, ...] = ()
-    parts = parts_of(course.kinds[0].segments, config.pipeline) if config.pipeline > 1 else ()
+    parts = parts_of(workload.course.kinds[0].segments, config.pipeline) if config.pipeline > 1 else ()
     if parts:
         run_plan, pipeline_reasons = in_processes(run_plan, workload, knobs, parts)
         workload = replace(workload, part=parts[0])
-    folder_warnings = check_folders(config, source, knobs, stated, need_disk_bytes=disk_bytes)
-    reasons = (
-        f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}",
-        f"device {device} ({device_reason}), compute dtype {dtype_name} ({dtype_reason})",
-        f"data {config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, {train.n_supervised:,} supervised"
-        f"; format {train.format} ({train.reason}); template: {train.template_reason}",
-        *(f"method {course.method}, {_described_kind(kind)}" for kind in course.kinds),
-        f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})",
-        *pipeline_reasons,
-        *chosen_settings(asked, config),
-        *(f"predicted for the largest step: {line}" for line in summary(run_plan)),
+    return _Answer(config, order, stated, ground, workload, run_plan, knobs, disk_bytes, pipeline_reasons, split)
+
+
+def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resumed: list[str]) -> Inputs:
+    """The record, once the folders of its tiers are sound. `given`: as the user wrote it; `asked`: with what a checkpoint
+    had settled; `resumed`: warnings about that checkpoint."""
+    config, source, knobs = planned.config, found.source, planned.knobs
+    folder_warnings = check_folders(config, source, knobs, planned.stated, need_disk_bytes=planned.disk_bytes)
+    warnings = (
+        *resumed,
+        *([planned.split] if planned.split else []),
+        *_warnings(given, source, found.train, max_seq_len=found.max_seq_len),  # settled settings were not stated
+        *memory_warnings(config, knobs),
+        *folder_warnings,
     )
-    warnings = tuple(_warnings(given, source, train, max_seq_len=max_seq_len))  # settled ones were not said
-    inputs = Inputs(
+    return Inputs(
         config,
         source,
-        tokenizer,
-        train.template,
-        train,
-        held_out,
-        retention,
-        course,
-        targets,
-        device,
-        dtype,
+        found.tokenizer,
+        found.train.template,
+        found.train,
+        found.held_out,
+        found.retention,
+        planned.workload.course,
+        found.targets,
+        found.device,
+        found.dtype,
         knobs,
-        stated,
-        ground,
-        workload,
-        run_plan,
-        reasons,
-        (*resumed, *warnings, *memory_warnings(config, knobs), *folder_warnings),
+        planned.stated,
+        planned.ground,
+        planned.workload,
+        planned.run_plan,
+        tuple(_reasons(asked, found, planned)),
+        warnings,
         given,
-        order,
-        fingerprint,
-        teacher,
-        teacher_model,
+        planned.order,
+        found.fingerprint,
+        found.teacher,
+        found.teacher_model,
     )
+
+
+def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
+    """A sentence about each thing that was decided."""
+    source, train, run_plan, course = found.source, found.train, planned.run_plan, planned.workload.course
+    facts = source.facts
+    yield f"model {source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}"
+    yield f"device {found.device} ({found.device_reason}), compute dtype {found.dtype_name} ({found.dtype_reason})"
+    yield (
+        f"data {planned.config.data}: {len(train.examples)} examples, {train.n_tokens:,} tokens, "
+        f"{train.n_supervised:,} supervised; format {train.format} ({train.reason}); template: {train.template_reason}"
+    )
+    yield from (f"method {course.method}, {_described_kind(kind)}" for kind in course.kinds)
+    yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
+    yield from planned.pipeline_reasons
+    yield from chosen_settings(asked, planned.config)
+    yield from (f"predicted for the largest step: {line}" for line in summary(run_plan))
+
+
+def _check_stages(inputs: Inputs) -> None:
+    """Refuse fewer steps than stages (InputError)."""
+    course = inputs.course
     if course.restarts and inputs.n_steps < len(course.phases):
         raise InputError(
             f"{len(course.phases)} stages need as many steps, the run has {inputs.n_steps}",
             where="stages",
             fix="lower --stages, or raise --max-steps or --epochs",
         )
-    check_boundary_cache(inputs)
-    check_teacher(inputs)
-    return inputs, start
 
 
-def _device_and_model(config: Config) -> list[Any]:
+def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFolder]:
     """(device and reason, model), with what else is wrong in files; a hub's model is fetched only if nothing is."""
     cheap = (lambda: choose_device(config.device), lambda: _check_files(config))
 
@@ -164,9 +245,9 @@ def _device_and_model(config: Config) -> list[Any]:
 
     if Path(config.model).expanduser().exists() or config.model.count("/") != 1:
         device, _, source = together(*cheap, find)
-        return [device, source]
+        return device, source
     device, _ = together(*cheap)
-    return [device, find()]
+    return device, find()
 
 
 def _check_files(config: Config) -> None:
@@ -216,15 +297,16 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
 def _datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    options = {"max_seq_len": max_seq_len, "chat_template": config.chat_template}
-    train = load_dataset(config.data, tokenizer, data_format=config.data_format, **options)
+    """What trains, what is held out, and what measures forgetting. Raises InputError."""
+    read = partial(load_dataset, tokenizer=tokenizer, max_seq_len=max_seq_len, chat_template=config.chat_template)
+    train = read(config.data, data_format=config.data_format)
     held_out = retention = None
     if config.eval_data:
-        held_out = load_dataset(config.eval_data, tokenizer, data_format=config.data_format, **options)
+        held_out = read(config.eval_data, data_format=config.data_format)
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
-        retention = load_dataset(config.retention_data, tokenizer, **options)
+        retention = read(config.retention_data)
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:

@@ -40,7 +40,7 @@ FEATURES = "teacher-features"
 
 
 def find_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelFolder | None:
-    """The other model that teaches, if there is one. Raises InputError if it reads other tokens."""
+    """The other model that teaches; None where the base does, or none. Raises InputError if it reads other tokens."""
     if config.teacher is None:
         return None
     try:
@@ -70,7 +70,7 @@ def aligned_examples(inputs: Inputs) -> list[int]:
 
 
 def check_teacher(inputs: Inputs) -> None:
-    """Before anything is written: room for the features. Raises InputError."""
+    """Refuse a disk without room for the features, before anything is written. Raises InputError."""
     if any(kind.teacher for kind in inputs.course.kinds):
         need = 2 * inputs.source.facts.hidden_size * sum(inputs.train.lengths[i] for i in aligned_examples(inputs))
         rows = Path(inputs.config.output) / FEATURES / ROWS_NAME
@@ -80,7 +80,7 @@ def check_teacher(inputs: Inputs) -> None:
 
 @contextmanager
 def teacher_features(inputs: Inputs) -> Iterator[FeatureCache | None]:
-    """The cache in the output folder; None where no step reads one."""
+    """The cache of features in the output folder, open; None where no step reads one. Raises RunError."""
     if not any(kind.teacher for kind in inputs.course.kinds):
         yield None
         return
@@ -103,7 +103,10 @@ def teacher_features(inputs: Inputs) -> Iterator[FeatureCache | None]:
 
 
 def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mover, between: Callable[[], None]) -> int:
-    """Compute what is missing; returns for how many examples. `base` has no adapters yet; `between`: before each batch."""
+    """Compute the features that are missing; returns for how many examples.
+
+    `base` has no adapters yet; `between` is called before each batch.
+    """
     missing = [index for index in aligned_examples(inputs) if not cache.has([index])]
     if not missing:
         return 0
@@ -119,7 +122,7 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
 
 @torch.no_grad()
 def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: list[int]) -> None:
-    """A batch; in a function of its own, so that nothing of it lives on into the next."""
+    """Compute a batch; in a function of its own, so that nothing of it lives on into the next."""
     hidden_BTD = model.embed(inputs.batch(inputs.train, indices).ids_BT)
     hidden_BTD = model.norm(model.run_all(hidden_BTD, model.layer_context(hidden_BTD)))
     cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size))
@@ -145,5 +148,5 @@ def at_width(hidden_BTD: Tensor, width: int) -> Tensor:
 
 
 def remove_features(output: Path) -> None:
-    """At the end of a run."""
+    """Remove the features from the output folder, at the end of a run."""
     shutil.rmtree(output / FEATURES, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""The tiers of a run, opened and closed: page folder and page files, pinned pool, and the budgets held by the system.
+"""The tiers of a run, opened and closed: page folder and page files, pinned pool, and the budgets that the system enforces.
 
-`check_folders` is called before anything is made, so that a cache or page folder that is memory in disguise is told in
-seconds, not after the model was quantised; `open_tiers` after all checks and before the model is loaded. Budgets are held,
-not hoped for: on a GPU the allocator refuses what is beyond the device budget (run/device.py), on the CPU
+`check_folders` is called before anything is made, so that a cache or page folder that is memory in disguise is reported
+in seconds, not after the model was quantised; `open_tiers` after all checks and before the model is loaded. Budgets are
+enforced, not hoped for: on a GPU the allocator refuses what is beyond the device budget (run/device.py), on the CPU
 the kernel refuses private memory beyond it (RLIMIT_DATA, system/memory.py), so that a wrong prediction ends in our
 message and not in the machine's swap. Page files cannot grow beyond the disk budget. What lies where plan/ decides.
 
@@ -39,7 +39,7 @@ PAGES_NAME, JOURNAL_NAME = "run", "journal"  # of the page files
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Peaks of the tiers below the device, so far."""
+    """The peaks of the tiers below the device, so far."""
 
     host: int = 0
     pinned: int = 0
@@ -105,9 +105,9 @@ def open_tiers(
 
 
 def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Callable[[], None]:
-    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that. Raises RunError.
+    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that.
 
-    A GPU's allocator gets the budget less `context_bytes`, which the driver takes beside it.
+    A GPU's allocator gets the budget less `context_bytes`, which the driver takes beside it. Raises RunError.
     """
     if budget.device_bytes is None:
         return lambda: None
@@ -115,6 +115,7 @@ def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0)
 
 
 def peaks_below(mover: Mover) -> PeakBytes:
+    """The peaks of host, pinned and disk so far, of a mover's pool and page files."""
     pool, files = mover.pinned, [file for file in (mover.page_file, mover.journal_file) if file is not None]
     on_host = pool.peak_bytes if pool.is_tier else 0
     return PeakBytes(host=on_host, pinned=pool.peak_pinned_bytes, disk=sum(file.peak_bytes for file in files))

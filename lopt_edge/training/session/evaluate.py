@@ -26,7 +26,7 @@ SAMPLE = Sampling(max_new_tokens=48)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses by name; whether they are those of the best adapter, which was saved; what the stage came to."""
+    """The losses by name; `is_best`: they are those of the best adapter, which was saved; what the stage came to."""
 
     losses: dict[str, float]
     is_best: bool
@@ -36,7 +36,10 @@ class Evaluation:
 def evaluate(
     loaded: Loaded, context: RunContext, log: JsonLines, *, step: int, best: Mapping[str, float] | None
 ) -> Evaluation:
-    """Held-out and retention loss, logged; with --keep-best the best adapter so far goes to the output folder."""
+    """Measure and log held-out and retention loss; with --keep-best the best adapter so far goes to the output folder.
+
+    Raises RunError for a loss that is not finite.
+    """
     config, between = loaded.inputs.config, context.interrupts.check
     with context.clock.phase("evaluate"), memory_faults("evaluation"):
         found = losses(
@@ -65,7 +68,7 @@ def evaluate(
 
 
 def sample(loaded: Loaded, context: RunContext) -> str | None:
-    """A completion of the sample prompt, if there is one."""
+    """A completion of the sample prompt; None where the settings name none."""
     prompt, template = loaded.inputs.config.sample_prompt, loaded.inputs.template
     if prompt is None:
         return None

@@ -22,8 +22,9 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.evaluation import losses
-from lopt_edge.run.step.executor import Cut, Executor
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.op_faults import memory_faults
+from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.watch.clock import PhaseClock
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """What all attempts at a run share."""
+    """The record of what all attempts at a run share."""
 
     progress: Progress
     clock: PhaseClock
@@ -62,7 +63,8 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Method repl at its beginning: the intact model's losses, and what of each matrix the mixtures leave unexplained."""
+    """The losses of the intact model at the beginning of method repl, and what the mixtures leave unexplained of each
+    matrix."""
 
     intact: Mapping[str, float]
     unexplained: Mapping[str, Mapping[str, float]]
@@ -72,7 +74,7 @@ class Replacement:
 class Loaded:
     """A model ready to train, and what trains, saves and watches it.
 
-    `evaluated` holds the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
+    `evaluated` has the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
     step goes on, if it was left inside; `begins_again`: it was, but its micro-batches are cut in another way now.
     `coordinator`: of the other processes of a pipeline.
     """
@@ -96,11 +98,11 @@ class Loaded:
 
     @property
     def link(self) -> Link | None:
-        """To the other processes of a pipeline."""
+        """The link to the other processes of a pipeline; None without one."""
         return self.executor.link
 
     def peaks(self) -> dict[str, int]:
-        """The most that this process took so far, on a CPU, on its device and on disk."""
+        """The most bytes that this process took so far, on a CPU, on its device and on disk."""
         return _own_peaks(self.inputs, self.mover)
 
 
@@ -114,7 +116,7 @@ def loading(
     predicted: Mapping[str, Any],
     most_loss_scale: float,
 ) -> Iterator[Loaded]:
-    """Everything opened and loaded; closed again at the end.
+    """A `Loaded` with everything opened and loaded; all is closed at the end.
 
     `predicted` has the bytes of the page files. `most_loss_scale`: a larger one overflowed before.
     """
@@ -202,7 +204,7 @@ class _Loader:
         )
 
     def _replace(self, model: Model, evaluated: Mapping[str, Sequence[Batch]]) -> Replacement | None:
-        """Method repl: the checkpoint's replaced layers; at the beginning the intact model's losses, then the fit."""
+        """Apply the checkpoint's replaced layers (method repl); at the beginning measure the intact model, and fit them."""
         layers, context = self.inputs.course.replaced, self.context
         if self.start is not None:
             apply_replaced(model, self.start.checkpoint.folder)
@@ -231,7 +233,7 @@ class _Loader:
             )
 
     def _go_on_from(self, start: Start, executor: Executor, shape: AdapterShape) -> tuple[Cut | None, bool]:
-        """Optimizer, loss scale and best adapter as they were; where the step goes on, and whether it begins again."""
+        """Restore optimizer, loss scale and best adapter; returns where the step goes on, and whether it begins again."""
         folder, state = start.checkpoint.folder, start.state
         gradient = restore(executor, folder, start.values, tier=self.inputs.knobs.states)
         executor.loss_scale = state.loss_scale

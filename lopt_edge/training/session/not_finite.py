@@ -31,7 +31,7 @@ def dump_not_finite(
     align_weight: float,
     error: NotFinite,
 ) -> tuple[Path, str]:
-    """Write the file; its path, and the text of the op where it began."""
+    """Write the file about a batch that is not finite; returns its path, and the text of the op where it began."""
     op = error.op
     if not plan.has_early_steps and executor.link is None:  # a pipeline's processes say it when they agree
         op = (

@@ -11,19 +11,19 @@ from typing import Any
 
 
 class Progress:
-    """Hears of notes, warnings, steps and evaluations, and shows nothing."""
+    """A listener to notes, warnings, steps and evaluations that shows nothing."""
 
     def note(self, text: str) -> None:
-        """A sentence about what was chosen or done."""
+        """Hear a sentence about what was chosen or done."""
 
     def warn(self, text: str) -> None:
-        """Something the user should know before the run goes on."""
+        """Hear what the user should know before the run goes on."""
 
     def start(self, n_steps: int, *, done: int = 0) -> None:
-        """Training begins; so many steps were done by an earlier run."""
+        """Hear that training begins; `done` of `n_steps` steps were done by an earlier run."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """One optimizer step; the keys are those of metrics.jsonl."""
+        """Hear of a finished optimizer step; the keys are those of metrics.jsonl."""
 
     def stop(self) -> None:
-        """Training ended, well or not."""
+        """Hear that training ended, well or not."""

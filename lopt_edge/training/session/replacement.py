@@ -3,7 +3,7 @@
     jump = loss after replacing - loss of the intact model;   closed = (loss after replacing - loss at the end) / jump
 
 The intact model was not trained, so `closed` counts what the task taught as well: beyond 100% the run ends below the intact
-model's loss. What the layers would have been worth is told by `--method e2e` on the same data, not here. No torch.
+model's loss. What the layers would have been worth is shown by `--method e2e` on the same data, not here. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = {"eval_loss": "held-out loss", "retention_loss": "retention loss"}
 
 
 def replacement(state: RunState, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Empty for a run that replaced nothing; `closed` only where the loss rose."""
+    """The facts of run.json about replaced layers: empty where nothing was replaced; `closed` only where the loss rose."""
     if not layers:
         return {}
     after = state.after or state.before
@@ -33,7 +33,7 @@ def replacement(state: RunState, layers: tuple[int, ...]) -> dict[str, Any]:
 
 
 def sentences(found: Mapping[str, Any], after: Mapping[str, float]) -> Iterator[str]:
-    """One for each loss."""
+    """A sentence for each loss: the intact model's, after replacing, after training."""
     for name, jump in found.get("jump", {}).items():
         intact = found["intact"][name]
         text = f"{NAMES[name]}: intact model {intact:.4f}, layers replaced {intact + jump:.4f} ({jump:+.4f})"

@@ -31,7 +31,7 @@ from lopt_edge.training.prepare.inputs import Inputs
 
 
 class Saver:
-    """Writes checkpoints of one session. `seconds` are those of the run so far, by phase.
+    """The writer of a session's checkpoints. `seconds` are those of the run so far, by phase.
 
     `newest` is the last checkpoint that is whole, None before the first.
     """
@@ -64,15 +64,20 @@ class Saver:
         return self.saved == name_of(self.state.steps, self.state.sequences)
 
     def minutes_are_up(self) -> bool:
+        """Whether `save_minutes` have passed since the last checkpoint."""
         minutes = self.config.save_minutes
         return bool(minutes) and time.monotonic() - self.last >= 60 * minutes
 
     def due(self, *, last: bool) -> bool:
+        """Whether a checkpoint is due after the step that was just finished."""
         every = self.config.save_every
         return last or self.minutes_are_up() or bool(every and self.state.steps % every == 0)
 
     def save(self, log: JsonLines, *, cut: Cut | None = None) -> None:
-        """Raises RunError, after which nothing of the new checkpoint is left and the older ones are whole."""
+        """Write a checkpoint, unless this place is saved; `cut`: inside a step.
+
+        Raises RunError, after which nothing of the new checkpoint is left and the older ones are whole.
+        """
         if self.is_saved:
             return
         self.last = time.monotonic()  # a disk that refuses is not asked again at once

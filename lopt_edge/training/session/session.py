@@ -49,7 +49,7 @@ NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """An attempt that came to its end: what the final report needs to know of it."""
+    """The facts about an attempt that came to its end which the final report needs."""
 
     inputs: Inputs
     state: RunState
@@ -62,9 +62,9 @@ class Finished:
 
 
 class Session:
-    """One attempt. It alone writes the run's state. `start`: the checkpoint to go on from; `skip`: steps known as bad.
+    """One attempt at a run; it alone writes the run's state.
 
-    `most_loss_scale`: a larger one overflowed before.
+    `start`: the checkpoint to go on from; `skip`: steps known as bad. `most_loss_scale`: a larger one overflowed before.
     """
 
     loaded: Loaded  # once `go` has it
@@ -92,7 +92,10 @@ class Session:
         self.predicted["step_seconds"] = inputs.run_plan.step_seconds
 
     def go(self) -> Finished:
-        """Raises RunError; OutOfMemory and NotFinite where the run could go on in another session; Interrupted."""
+        """Load, evaluate, train and save to the end.
+
+        Raises RunError; OutOfMemory and NotFinite where the run could go on in another session; Interrupted.
+        """
         inputs, context = self.inputs, self.context
         attempt = loading(
             inputs,
@@ -123,7 +126,7 @@ class Session:
         )  # fmt: skip
 
     def _note_loaded(self, loaded: Loaded) -> None:
-        """What loading found out that belongs into the state."""
+        """Write into the state what loading found out that belongs there."""
         if loaded.replacement is not None:
             self.state.intact = dict(loaded.replacement.intact)
             self.state.unexplained = {layer: dict(shares) for layer, shares in loaded.replacement.unexplained.items()}
@@ -189,7 +192,7 @@ class Session:
         return f"saved in {saver.newest}; go on with: lopt-edge resume {self.output}"
 
     def _with_checkpoint(self, error: RunError) -> RunError:
-        """The error, and where the run stands; the last finished step gets a checkpoint if it has none."""
+        """The error with where the run stands; the last finished step gets a checkpoint if it has none."""
         saver, coordinator, steps, said = self.loaded.saver, self.loaded.coordinator, self.state.steps, ""
         can_save = error.values_intact and (coordinator is None or coordinator.is_idle)
         if can_save and steps and not saver.is_saved and saver.newest_steps < steps:
@@ -205,7 +208,8 @@ class Session:
         return error
 
     def _rescue(self) -> str:
-        """Where a whole checkpoint cannot be had (its moments lay in a page file that is gone, say): the adapter alone."""
+        """Save the adapter alone where a whole checkpoint cannot be had (its moments lay in a page file that is gone,
+        say)."""
         folder = self.output / f"adapter-{name_of(self.state.steps)}"
         try:
             save_adapter(folder, self.loaded.model, self.loaded.shape, plain=True)
@@ -267,7 +271,7 @@ class Session:
     def _not_finite(
         self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, rates: Mapping[int, float], error: NotFinite
     ) -> None:
-        """Nothing was updated: say where it began, then go on without this batch, or stop."""
+        """Report where it began (nothing was updated), then go on without this batch, or stop."""
         file, op = dump_not_finite(
             self.inputs,
             self.loaded.executor,
@@ -287,7 +291,7 @@ class Session:
         self._skip(step, op, f"{what}\n{error}")
 
     def _skip(self, step: int, op: str, what: str) -> None:
-        """The step is over without an update, unless there were too many such steps."""
+        """End the step without an update, unless there were too many such steps."""
         state = self.state
         if state.skipped_in_row >= self.config.max_skipped:
             before = f"{state.skipped_in_row} batches before it were skipped in a row already"
@@ -299,7 +303,7 @@ class Session:
             raise RunError(f"every batch was skipped: nothing was learned; {what}", fix=NOT_FINITE_ADVICE)
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        """Of a finished step: a line that the disk does not take is kept for the run that goes on."""
+        """Log a finished step; a line that the disk does not take is kept for the run that goes on."""
         try:
             self.log.write(line)
         except RunError:
@@ -390,7 +394,7 @@ class Session:
             self.context.events.write({"event": "loss rose", "step": step, "loss": result.loss, "level": mean})
 
     def _save_or_warn(self, *, cut: Cut | None = None, last: bool = False) -> None:
-        """A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""
+        """Save. A disk that takes no checkpoint now may take the next one: training goes on, unless this was the last."""
         try:
             self.loaded.saver.save(self.log, cut=cut)
         except NotFinite:

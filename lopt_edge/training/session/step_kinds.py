@@ -1,6 +1,6 @@
 """Which kind of step a run takes next, at which learning rates: the course (plan/methods/course.py) as one run lives it.
 
-The course says what a step's number decides. Here comes what the run itself decides: whether a boundary cache has the
+The course has what a step's number decides. Here comes what the run itself decides: whether a boundary cache has the
 step's examples, and stages that end early on the held-out loss. Both are functions of the run's state and its data, so a
 resumed run decides as the undisturbed one did.
 """
@@ -20,7 +20,7 @@ from lopt_edge.training.prepare.inputs import Inputs
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its index, its lowest held-out loss, for how many evaluations that stands; a sentence if it is over."""
+    """The standing of a stage: its index, its lowest held-out loss, for how many evaluations that stands, and its end."""
 
     index: int
     loss: float
@@ -29,14 +29,14 @@ class Stage:
 
 
 class StepKinds:
-    """The kinds as this run takes them; it reads the state and writes none. `caches`: the boundary caches, if any."""
+    """The kinds of step as this run takes them; it reads the state and writes none."""
 
     def __init__(self, inputs: Inputs, state: RunState, executor: Executor, caches: BoundaryCaches | None) -> None:
         self.inputs, self.state, self.executor, self.caches = inputs, state, executor, caches
         self.n_read = 0  # steps of this session that read a boundary cache
 
     def of(self, step: int, window: Window) -> StepKind:
-        """Of a step over this window; the executor is given the cache that it needs."""
+        """The kind of a step over this window; the executor is given the cache that it needs."""
         kind = self._planned(step)
         if self.caches is None or kind.writes is None:
             return kind
@@ -51,7 +51,7 @@ class StepKinds:
         return self.inputs.course.kind(step, self.inputs.n_steps, ended=self.state.stage_ends)
 
     def rates(self, step: int, kind: StepKind) -> dict[int, float]:
-        """By segment: the task's rate where the gradient is the task's."""
+        """The learning rates by segment: the task's where the gradient is the task's, else `lr_local`."""
         config, course, n_steps = self.inputs.config, self.inputs.course, self.inputs.n_steps
         if course.restarts:  # each stage has a schedule of its own
             _, first, last = course.phase(step, n_steps, ended=self.state.stage_ends)
@@ -70,7 +70,7 @@ class StepKinds:
         return rates
 
     def align_weight(self, step: int) -> float:
-        """Of an alignment beside the task (LET): falls linearly to 0 at the end of the first phase."""
+        """The weight of an alignment beside the task (LET): it falls linearly to 0 at the end of the first phase."""
         course = self.inputs.course
         if not course.phases:
             return 0.0
@@ -78,14 +78,14 @@ class StepKinds:
         return 0.0 if index else course.align_weight * (1 - (step - 1) / last)
 
     def layers(self, step: int) -> tuple[int, ...] | None:
-        """Those that an evaluation after this step runs, where it is not all of them: a stage's network."""
+        """The layers that an evaluation after this step runs: a stage's network; None for all of them."""
         if not 0 < step < self.inputs.n_steps:
             return None
         absent = {layer for segment in self._planned(step).segments for layer in segment.absent}
         return tuple(layer for layer in range(self.inputs.source.facts.n_layers) if layer not in absent) if absent else None
 
     def stage_after(self, step: int, loss: float | None) -> Stage | None:
-        """Where a stage stands after an evaluation; None where nothing can end it, and nothing changes."""
+        """The standing of a stage after an evaluation; None where nothing can end it, and nothing changes."""
         state, patience = self.state, self.inputs.course.patience
         if patience is None or loss is None or not step:
             return None
