@@ -56,7 +56,7 @@ def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

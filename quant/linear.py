@@ -102,7 +102,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.synthesis is not None:
             return self.synthesis.apply(self, x)
-        return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, self.dropout_key())
+        key = self.dropout_key()
+        y: Tensor = _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, key)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
     def dropout_key(self) -> int | None:
         """The key of this call's dropout mask; None where there is no dropout."""

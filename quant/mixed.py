@@ -40,8 +40,9 @@ class Mixture:
     mix: nn.Parameter
 
     def apply(self, layer: PackedLinear, x: Tensor) -> Tensor:
-        found: Tensor = _MixedFunction.apply(x, layer.lora_a, layer.lora_b, self.mix, layer, layer.dropout_key())
-        return found
+        arguments = (x, layer.lora_a, layer.lora_b, self.mix, layer, layer.dropout_key())
+        y: Tensor = _MixedFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
 
 class Rows:
@@ -108,7 +109,8 @@ class _MixedFunction(torch.autograd.Function):
         da = db = None
         if ctx.has_lora:
             needed = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-            da, db = lora_gradients(layer, flat, *lora, g, key=ctx.key, dx=dx, needed=needed)
+            a, b = lora
+            da, db = lora_gradients(layer, flat, a, b, g, key=ctx.key, dx=dx, needed=needed)
         return dx.view(x.shape), da, db, dmix, None, None
 
 

@@ -84,10 +84,11 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     """The fp32 absolute maximum of each block, (n / block,)."""
     if weight.nested_absmax is None:
         return weight.absmax
+    assert weight.nested_map is not None and weight.offset is not None  # the three come together
     if not weight.codes.is_cpu:
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-        nested = QuantState(
+        nested = QuantState(  # type: ignore[no-untyped-call]  # bitsandbytes has no types there
             absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32, blocksize=weight.nested_block_elements
         )
         return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)

@@ -260,7 +260,7 @@ class Cuda:
 
     def _has_bfloat16(self) -> bool:
         with self.made_current():
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     def made_current(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device)
@@ -295,10 +295,10 @@ class Cuda:
         return _CudaStream(self.device)
 
     def pin(self, block: Tensor) -> bool:
-        return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+        return int(_cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
 
     def unpin(self, block: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+        _cudart().cudaHostUnregister(block.data_ptr())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -310,9 +310,15 @@ class Cuda:
         torch.cuda.set_rng_state(state, self.device)
 
 
+def _cudart() -> Any:
+    """torch's binding of the CUDA runtime."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # it has no types
+
+
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own has no types
 
     def record_event(self) -> Any:
         return self.stream.record_event()

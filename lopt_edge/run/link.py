@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed does not export them to checkers
+from torch.distributed.rendezvous import rendezvous
 
 from lopt_edge.errors import NotFinite, PeerLost, RunError
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName
@@ -56,24 +58,22 @@ class FarGroups(Protocol):
         """Its `values` or `moments`, on the CPU."""
 
 
-def host_store(n: int, timeout: timedelta) -> distributed.TCPStore:
+def host_store(n: int, timeout: timedelta) -> TCPStore:
     """Process 0's meeting place on this machine, on a port that is free; torch alone would listen on every interface."""
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     listener.listen()
     port = listener.getsockname()[1]
-    return distributed.TCPStore(
-        LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
-    )
+    return TCPStore(LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
 
 
-def join_store(port: int, timeout: timedelta) -> distributed.TCPStore:
-    return distributed.TCPStore(LOOPBACK, port, None, False, timeout=timeout, wait_for_workers=False)
+def join_store(port: int, timeout: timedelta) -> TCPStore:
+    return TCPStore(LOOPBACK, port, None, False, timeout=timeout, wait_for_workers=False)
 
 
-def torchrun_store(timeout: timedelta) -> distributed.Store:
+def torchrun_store(timeout: timedelta) -> Store:
     """The meeting place that torchrun's variables name."""
-    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=timeout)))
+    store: Store = next(iter(rendezvous("env://", timeout=timeout)))[0]
     return store
 
 
@@ -85,7 +85,7 @@ class Link:
 
     def __init__(
         self,
-        store: distributed.Store,
+        store: Store,
         parts: Sequence[Part],
         rank: int,
         *,
@@ -95,7 +95,8 @@ class Link:
         report: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.store, self.parts, self.rank, self.timeout, self.alive = store, tuple(parts), rank, timeout, alive
-        self.report, self.reports = report, [{} for _ in parts]
+        self.report = report
+        self.reports: list[dict[str, int]] = [{} for _ in parts]
         self.broken = False
         self._in_flight: deque[tuple[Any, Tensor]] = deque()
         self._meet()
@@ -121,10 +122,10 @@ class Link:
     def _group(self, name: str, loopback: bool) -> Any:
         """All processes meet. Made directly, so that a program may have several runs one after the other."""
         gloo = distributed.ProcessGroupGloo
-        options = gloo._Options()
+        options = gloo._Options()  # type: ignore[attr-defined]  # torch's stub calls it Options
         options._timeout = CONNECT_TIMEOUT
         options._devices = [gloo.create_device(hostname=LOOPBACK) if loopback else gloo.create_default_device()]
-        store = distributed.PrefixStore(name, self.store)
+        store = PrefixStore(name, self.store)
         return self._wait(None, lambda: gloo(store, self.rank, len(self.parts), options))
 
     def _wait(self, peer: int | None, call: Callable[[], Any]) -> Any:

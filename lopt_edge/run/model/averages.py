@@ -29,7 +29,7 @@ class Averages:
         for layer in layers:
             parameters = layer_parameters(model, layer)
             flat = self.flat[layer] = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-            pieces = flat.split([parameter.numel() for parameter in parameters])
+            pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
             self._matrices[layer] = [
                 nn.Parameter(piece.view(parameter.shape), requires_grad=False)
                 for piece, parameter in zip(pieces, parameters, strict=True)

@@ -109,12 +109,13 @@ class Model:
         kinds = sorted(set(self.facts.layer_types))
         by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
-        return LayerContext(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
+        masks = {kind: make[kind](**arguments) for kind in kinds}
+        return LayerContext(positions, rotary, masks)  # type: ignore[arg-type]  # no BlockMask: flex attention is never asked
 
     def run_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None) -> Tensor:
         """Layer `layer`'s output (B, T, D)."""
         kind = self.facts.layer_types[layer]
-        output = self.layers[layer](
+        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden_BTD,
             attention_mask=frame.masks[kind],
             position_embeddings=frame.rotary[kind],
@@ -139,6 +140,7 @@ class Model:
         torch's non-reentrant checkpointing stops early to the same effect.
         """
         last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
+        assert isinstance(last, PackedLinear)
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
@@ -229,7 +231,10 @@ def make_skeleton(
     try:
         config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().get_submodule(layout.decoder)
+            model_class = AutoModelForCausalLM._model_mapping[type(config)]
+            model = model_class(config)  # type: ignore[operator]  # one class, no pair: that is how tokenizers are mapped
+            skeleton = model.eval().get_submodule(layout.decoder)
+            del model
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
         raise _unusable(folder, error) from None
     try:
@@ -256,17 +261,18 @@ def _packed_linear(
     linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
 ) -> tuple[PackedLinear, PackedLayout | None]:
     """The module, and where its weight lies on disk; None if the weight is in the module already."""
-    packed, on_disk = PackedLinear(linear.in_features, linear.out_features, buffer=buffer), None
+    packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
+    on_disk: PackedLayout | None = None
+    weight: PackedLayout | PackedWeight | Tensor
     name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
     if is_packed(entries, name):
-        on_disk = packed_on_disk(entries, name)
+        weight = on_disk = packed_on_disk(entries, name)
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
-        packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
+        weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
-        packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
-    found = tuple((on_disk or packed.weight).shape)
-    if found != shape:
-        raise FolderError(f"{name} has shape {found}, not what config.json says")
+        weight = packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
+    if tuple(weight.shape) != shape:
+        raise FolderError(f"{name} has shape {tuple(weight.shape)}, not what config.json says")
     if linear.bias:
         bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
@@ -298,14 +304,16 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
     """
-    mlp = layer.mlp
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    mlp = layer.get_submodule("mlp")
+    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
     for part in parts:
-        if isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight):
+        if isinstance(part.weight, PackedWeight):
             sizes[id(part)] = part.weight.block_elements
-    if all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
-        layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
+    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
+        gate, up, down = parts
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
 
 
 def fill_parameters(

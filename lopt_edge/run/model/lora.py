@@ -59,13 +59,18 @@ def attach_adapters(
             key = DropoutClock(seed=seed, step=-1).key(layer, index)  # no training step is -1
             bound = linear.in_features**-0.5
             a = torch.empty(linear.in_features, r).uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
-            module = model.layers[layer].get_submodule(linear.name)
+            module = _linear(model, layer, linear.name)
             _attach(module, a, torch.zeros(r, linear.out_features), scale=alpha / r, device=model.device)
             module.dropout_rate = dropout
 
 
-def _attach(module: nn.Module, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
+def _linear(model: Model, layer: int, name: str) -> PackedLinear:
+    module = model.layers[layer].get_submodule(name)
     assert isinstance(module, PackedLinear)
+    return module
+
+
+def _attach(module: PackedLinear, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
     module.attach(nn.Parameter(a.to(device)), nn.Parameter(b.to(device)), scale=scale)
 
 
@@ -97,8 +102,8 @@ def adapter_shapes(model: Model, layer: int) -> list[tuple[str, tuple[int, ...],
 def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all adapter matrices, those of other processes among them."""
     for layer in range(model.facts.n_layers):
-        is_far = model.far is not None and layer not in model.here
-        for name, *shapes in model.far.shapes(layer) if is_far else adapter_shapes(model, layer):
+        far = None if layer in model.here else model.far
+        for name, *shapes in adapter_shapes(model, layer) if far is None else far.shapes(layer):
             for letter, shape in zip("AB", shapes, strict=True):
                 yield _peft_name(model, layer, name, letter), shape
 
@@ -112,8 +117,8 @@ def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
     """One after the other, in the order of `_shapes`."""
     names = (name for name, _ in _shapes(model))
     for layer in range(model.facts.n_layers):
-        is_far = model.far is not None and layer not in model.here
-        for matrix in model.far.matrices(layer) if is_far else layer_parameters(model, layer):
+        far = None if layer in model.here else model.far
+        for matrix in layer_parameters(model, layer) if far is None else far.matrices(layer):
             yield next(names), matrix
 
 
@@ -161,8 +166,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
                 scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
-                module = model.layers[layer].get_submodule(linear.name)
-                _attach(module, a, b, scale=scale, device=model.device)
+                _attach(_linear(model, layer, linear.name), a, b, scale=scale, device=model.device)
     except FolderError as error:
         raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:

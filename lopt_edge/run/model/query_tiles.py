@@ -96,7 +96,8 @@ def attend(
     if dropout:
         raise NotImplementedError("attention in tiles of queries has no dropout")
     scores = Scores(scaling or query_BHTE.shape[-1] ** -0.5, softcap, sliding_window)
-    return _QueryTiles.apply(query_BHTE, key, value, attention_mask, scores), None
+    out_BTHE: Tensor = _QueryTiles.apply(query_BHTE, key, value, attention_mask, scores)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return out_BTHE, None
 
 
 class _QueryTiles(torch.autograd.Function):
@@ -144,7 +145,9 @@ class _Group:
         return tiles if self.mask_TS is None else [tile._replace(keys=slice(0, n_keys)) for tile in tiles]
 
 
-def _groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Iterator[tuple]:
+def _groups(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Iterator[tuple[_Group, int, slice]]:
     """(group, its sequence, its heads)."""
     size = query.shape[1] // key.shape[1]
     for b in range(query.shape[0]):

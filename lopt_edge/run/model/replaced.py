@@ -65,8 +65,8 @@ def replace_layers(model: Model, coefficients: Coefficients) -> None:
         for linear in model.facts.linears:
             module = _linear(model, layer, linear.name)
             mix = nn.Parameter(torch.tensor(by_linear[linear.name], dtype=torch.float32, device=model.device))
-            neighbours = (_linear(model, each, linear.name) for each in (layer - 1, layer + 1))
-            module.weight, module.synthesis = None, Mixture(*neighbours, mix)
+            before, after = (_linear(model, each, linear.name) for each in (layer - 1, layer + 1))
+            module.weight, module.synthesis = None, Mixture(before, after, mix)
     if model.weights is not None:
         model.weights.forget(coefficients)
 

@@ -25,10 +25,11 @@ class TokenTiled(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.inner.weight
+        return self.inner.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _TokenTiled.apply(x, self.inner)
+        y: Tensor = _TokenTiled.apply(x, self.inner)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
 
 class _TokenTiled(torch.autograd.Function):

@@ -40,7 +40,8 @@ class Batch:
     @property
     def size(self) -> MicroBatchSize:
         """What the planner knows of it."""
-        return MicroBatchSize(*self.ids_BT.shape, self.n_supervised, padded=self.real_N is not None)
+        n_sequences, n_tokens = self.ids_BT.shape
+        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=self.real_N is not None)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
-from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, segments_of
+from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -239,7 +239,7 @@ class Executor:
     def _write(self, state: StepState, op: Op) -> None:
         """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
         batch, cache = state.batches[op.micro_batch], self.caches[op.item]
-        cache.write(batch.examples, state.hidden_BTD)
+        cache.write(batch.examples, present(state.hidden_BTD))
         state.hidden_BTD = cache.read(
             batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
         )
@@ -255,39 +255,41 @@ class Executor:
 
     def _receive(self, state: StepState, op: Op) -> None:
         shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
-        state.hidden_BTD = self.link.receive_boundary(shape, self.model.dtype, self.model.device)
+        state.hidden_BTD = present(self.link).receive_boundary(shape, self.model.dtype, self.model.device)
         state.layer_context = self.model.layer_context(state.hidden_BTD)
 
     def _send(self, state: StepState, op: Op) -> None:
-        self.link.send_boundary(state.hidden_BTD)
+        present(self.link).send_boundary(present(state.hidden_BTD))
 
     def _agree(self, state: StepState, op: Op) -> None:
         """One bad number anywhere, and no process updates anything."""
-        self.link.flush()
+        link = present(self.link)
+        link.flush()
         if state.fault is None:
             try:
                 self.optimizer.check_finite()
             except NotFinite as error:
                 state.fault, state.fault_op = error, op.text()
-        self.link.agree(state.fault, state.fault_op)
+        link.agree(state.fault, state.fault_op)
         self.optimizer.checked = True
 
     def _forward(self, state: StepState, op: Op) -> None:
-        hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
+        hidden_BTD, key = present(state.hidden_BTD), (op.micro_batch, op.target)
         segment = state.plan.scope(op)
         if op.target == segment.first:
             held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
             state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
             state.hidden_BTD = None  # the graph holds what it needs
-            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.layer_context.tensors())
+            constants = present(state.layer_context).tensors()
+            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=constants)
             state.graphs[key] = graph
             state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)
             return
         if op.keep is Keep.INPUT:
             state.inputs[key] = OffloadedTensor(hidden_BTD)
         with torch.no_grad(), self._adapters(op):
-            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.layer_context)
+            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, present(state.layer_context))
 
     def _run_with_graph(
         self,
@@ -299,9 +301,9 @@ class Executor:
         run: Callable[[int, Tensor, LayerContext], Tensor],
     ) -> Tensor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
-        first = op.target == state.plan.scope(op).reached[0]
+        first, context = op.target == state.plan.scope(op).reached[0], present(state.layer_context)
         with torch.enable_grad(), graph.recording(), self._adapters(op):
-            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.layer_context))
+            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), context))
 
     def _adapters(self, op: Op) -> AbstractContextManager[None]:
         """The adapter set that the op computes with, in its layer."""
@@ -344,7 +346,7 @@ class Executor:
             n_local,
             state.batches[op.micro_batch],
             state.totals,
-            state.hidden_BTD,
+            present(state.hidden_BTD),
             target_BTD,
             state.teacher_BTD,
             state.plan.tile,
@@ -353,7 +355,7 @@ class Executor:
     def _target(self, state: StepState, op: Op, first_layer: int) -> Tensor:
         """What a local loss reconstructs: the segment's input."""
         saved = state.inputs.get((op.micro_batch, first_layer))
-        return state.target_BTD if saved is None else saved.here()
+        return present(state.target_BTD) if saved is None else saved.here()
 
     def _backward(self, state: StepState, op: Op) -> None:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
@@ -368,8 +370,8 @@ class Executor:
             if op.adapters == "train":
                 self._accept(state, group)
             if key in state.aligned:
-                state.grad_BTD = state.aligned.pop(key).add_(state.grad_BTD)
-            graph.feed(state.grad_BTD)
+                state.grad_BTD = state.aligned.pop(key).add_(present(state.grad_BTD))
+            graph.feed(present(state.grad_BTD))
             state.grad_BTD = None
             with self._adapters(op):
                 state.grad_BTD = graph.backward()
@@ -379,7 +381,7 @@ class Executor:
             self.optimizer.complete_gradients(group)
         segment = state.plan.scope(op)
         if op.target == segment.first and segment.begin < segment.first and self.cascade_weight != 1.0:
-            state.grad_BTD.mul_(self.cascade_weight)  # it crosses to the segment before
+            present(state.grad_BTD).mul_(self.cascade_weight)  # it crosses to the segment before
 
     def _accept(self, state: StepState, group: GroupName) -> None:
         self.optimizer.accept_gradients(group, own_block=state.own_blocks)
@@ -391,7 +393,7 @@ class Executor:
         self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
 
     def _average(self, state: StepState, op: Op) -> None:
-        self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
+        present(self.averages).take(op.target, self.optimizer.groups["layer", op.target].values)
 
     def _result(self, state: StepState) -> StepResult:
         segments = state.plan.segments

@@ -61,7 +61,8 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
 def task_loss(model: Model, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     """Summed cross-entropy (fp32 scalar) of the selected tokens' hidden states; differentiable in `hidden_ND`."""
     normed_ND = model.norm(hidden_ND)
-    return _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, logit_form(model))
+    loss: Tensor = _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, logit_form(model))  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return loss
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -82,12 +83,11 @@ def online_cross_entropy(
     normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, *, form: LogitForm, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss (fp32 scalar) and its gradient with respect to `normed_ND` (same dtype), in one pass."""
-    n_tokens = normed_ND.shape[0]
-    fresh = {"dtype": torch.float32, "device": normed_ND.device}
-    maximum_N = torch.full((n_tokens, 1), -torch.inf, **fresh)
-    normaliser_N, target_N = torch.zeros(n_tokens, 1, **fresh), torch.zeros(n_tokens, 1, **fresh)
-    target_slope_N = torch.ones(n_tokens, 1, **fresh)
-    sum_ND = torch.zeros(normed_ND.shape, **fresh) if need_grad else None
+    n_tokens, dtype, device = normed_ND.shape[0], torch.float32, normed_ND.device
+    maximum_N = torch.full((n_tokens, 1), -torch.inf, dtype=dtype, device=device)
+    normaliser_N, target_N = (torch.zeros(n_tokens, 1, dtype=dtype, device=device) for _ in range(2))
+    target_slope_N = torch.ones(n_tokens, 1, dtype=dtype, device=device)
+    sum_ND = torch.zeros(normed_ND.shape, dtype=dtype, device=device) if need_grad else None
     for start, rows_VD in lm_head.chunks(kind_of(normed_ND.device.type).vocabulary_chunk):
         scores_NV = (normed_ND @ rows_VD.t()).float().mul_(form.factor)
         slope_NV = None
@@ -153,5 +153,5 @@ class ReconstructHead(nn.Module):
 
     def forward(self, output_ND: Tensor, target_ND: Tensor) -> Tensor:
         """Squared error (fp32 scalar), summed over tokens and elements."""
-        predicted_ND = self.up(self.activation(self.down(self.norm(output_ND.float()))))
+        predicted_ND: Tensor = self.up(self.activation(self.down(self.norm(output_ND.float()))))
         return (predicted_ND - target_ND.float()).square().sum()

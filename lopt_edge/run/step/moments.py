@@ -56,7 +56,10 @@ class EightBitMoments:
         from bitsandbytes.functional import create_dynamic_map
 
         self.device = device
-        self.maps = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+        self.maps = tuple(
+            create_dynamic_map(signed=signed).to(device)  # type: ignore[no-untyped-call]  # bitsandbytes has no types there
+            for signed in (True, False)
+        )
 
     def form(self, n_elements: int) -> tuple[torch.dtype, tuple[int, ...]]:
         return torch.uint8, (sum(_part_bytes(n_elements)) * 2,)
@@ -71,10 +74,12 @@ class EightBitMoments:
         from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_blockwise
 
         parts = list(self._parts(stored, n_elements))
-        values = [
-            dequantize_blockwise(codes, QuantState(absmax=scales, code=code_map, blocksize=BLOCK, dtype=torch.float32))
-            for (codes, scales), code_map in zip(parts, self.maps, strict=True)
-        ]
+        values = []
+        for (codes, scales), code_map in zip(parts, self.maps, strict=True):
+            state = QuantState(  # type: ignore[no-untyped-call]  # bitsandbytes has no types there
+                absmax=scales, code=code_map, blocksize=BLOCK, dtype=torch.float32
+            )
+            values.append(dequantize_blockwise(codes, state))
         yield values[0], values[1]
         for value, (codes, scales), code_map in zip(values, parts, self.maps, strict=True):
             new, state = quantize_blockwise(value, code=code_map, blocksize=BLOCK)

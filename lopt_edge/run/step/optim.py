@@ -32,6 +32,7 @@ from torch.optim.adamw import adamw
 from lopt_edge.errors import LoptError, NotFinite, RunError
 from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.step.moments import Moments, make_moments
+from lopt_edge.run.step.step_state import present
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -141,7 +142,7 @@ class SegmentOptimizer:
         self._attach(group)
 
     def _attach(self, group: Group) -> None:
-        flat, position = group.gradient.here(), 0
+        flat, position = present(group.gradient).here(), 0
         for parameter in group.parameters:
             parameter.grad = flat[position : position + parameter.numel()].view(parameter.shape)
             position += parameter.numel()
@@ -150,26 +151,27 @@ class SegmentOptimizer:
         group = self.groups[name]
         for parameter in group.parameters:
             parameter.grad = None
-        self.mover.down(group.gradient, tier)
+        self.mover.down(present(group.gradient), tier)
 
     def load_gradients(self, name: GroupName) -> None:
-        self.mover.up(self.groups[name].gradient)
+        self.mover.up(present(self.groups[name].gradient))
 
     def wait_gradients(self, name: GroupName) -> None:
         group = self.groups[name]
-        self.mover.wait(group.gradient)
-        if group.gradient.tensor is not None:
+        gradient = present(group.gradient)
+        self.mover.wait(gradient)
+        if gradient.tensor is not None:
             self._attach(group)
 
     def complete_gradients(self, name: GroupName) -> None:
         """The group's gradients of this step are complete: take their norm (looked at later, in `check_finite`)."""
         group = self.groups[name]
-        group.square_norm = group.gradient.here().square().sum()
+        group.square_norm = present(group.gradient).here().square().sum()
 
     # states ----------------------------------------------------------------------------------------------------------
 
     def store_states(self, name: GroupName, tier: str) -> None:
-        self.mover.down(self.groups[name].moments, tier)
+        self.mover.down(present(self.groups[name].moments), tier)
 
     def load_states(self, name: GroupName) -> None:
         """Moments come up; the values before the update go down, for `roll_back`."""
@@ -184,7 +186,7 @@ class SegmentOptimizer:
 
     def wait_states(self, name: GroupName) -> None:
         group = self.groups[name]
-        self.mover.wait(group.moments)
+        self.mover.wait(present(group.moments))
         if group.journal is None:
             return
         try:
@@ -235,7 +237,7 @@ class SegmentOptimizer:
             self.check_finite()
             self.checked = not early
         group = self.groups[name]
-        gradient = group.gradient.here()
+        gradient = present(group.gradient).here()
         factor = self._clip_factor(group.segment) / self.loss_scale  # a power of two: exact
         if factor != 1.0:
             gradient.mul_(factor)
@@ -286,10 +288,10 @@ class SegmentOptimizer:
                     self.mover.settle(offloaded)
             if group.journal is not None:  # paged moments: what counts is the copy below, if there is one yet
                 group.journal.tensor = None
-                if group.moments.offset is None and group.moments.host is None:
-                    group.moments = None
-                else:
+                if group.moments is not None and group.moments.is_below:
                     group.moments.tensor = None
+                else:
+                    group.moments = None
 
     @property
     def any_updated(self) -> bool:
@@ -306,7 +308,7 @@ class SegmentOptimizer:
     def put_gradient(self, name: GroupName, flat: Tensor, *, own_block: bool) -> None:
         """What was accumulated before a cut, on the device."""
         self.accept_gradients(name, own_block=own_block)
-        self.groups[name].gradient.here().copy_(flat)
+        present(self.groups[name].gradient).here().copy_(flat)
 
     def moments_copy(self, name: GroupName) -> Tensor | None:
         """The group's stored moments, on the CPU, wherever they lie now; None before its first update."""

@@ -22,6 +22,7 @@ from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
+from lopt_edge.run.step.step_state import present
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +75,16 @@ class SegmentLosses:
                 loss = task_loss(self.model, leaf_ND, output.batch.targets_N[start : start + output.tile])
                 denominator = max(1, output.totals.supervised)
             else:
-                loss = self.heads[segment.index](leaf_ND, output.target_BTD.flatten(0, 1)[tile_N])
+                loss = self.heads[segment.index](leaf_ND, present(output.target_BTD).flatten(0, 1)[tile_N])
                 denominator = output.totals.tokens * self.model.facts.hidden_size
             loss = loss * (1.0 / denominator)
-            (loss if factor == 1.0 else loss * factor).backward()
-        return leaf_ND.grad, loss.item()
+            torch.autograd.backward(loss if factor == 1.0 else loss * factor)
+        return present(leaf_ND.grad), loss.item()
 
 
 def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
     """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss."""
-    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), output.teacher_BTD.flatten(0, 1), 0.0
+    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1), 0.0
     grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
     positions = torch.arange(len(hidden_ND), device=hidden_ND.device) if rows_N is None else rows_N
     for start in range(0, len(positions), output.tile):

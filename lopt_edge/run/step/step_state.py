@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
 
+T = TypeVar("T")
 ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
 
 
@@ -72,6 +74,13 @@ class StepState:
     fault_op: str = ""
     inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
+
+
+def present(value: T | None) -> T:
+    """The value itself, which an earlier op of a sound plan has left. Raises RuntimeError for None: a defect of ours."""
+    if value is None:
+        raise RuntimeError("the op needs what no earlier op has left")
+    return value
 
 
 def segments_of(plan: Plan) -> dict[GroupName, int]:

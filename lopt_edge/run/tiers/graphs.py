@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
-View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int]
+View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int | torch.SymInt]
 
 
 class _Tap(torch.autograd.Function):
@@ -66,13 +66,14 @@ class LayerGraph:
     def begin(self, hidden: Tensor, *, needs_gradient: bool) -> Tensor:
         if not needs_gradient:
             return hidden.detach()
-        return _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)
+        tapped: Tensor = _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return tapped
 
     def recording(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._save, self._give) if self.movable else nullcontext()
 
     def end(self, output: Tensor) -> Tensor:
-        self.root = _Seed.apply(output, self)
+        self.root = _Seed.apply(output, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
         return output.detach()
 
     def _save(self, tensor: Tensor) -> Tensor | View:
@@ -101,7 +102,7 @@ class LayerGraph:
         root, self.root = self.root, None
         if root is None or self.seed is None:
             raise RuntimeError("this graph was not ended, or has no gradient to begin with")
-        root.backward()
+        torch.autograd.backward(root)
         found, self.input_grad = self.input_grad, None
         return found
 

@@ -120,8 +120,7 @@ class Mover:
         if self.delay is not None:
             self.delay(name)
 
-    # offloaded tensors
-    # ---------------------------------------------------------------------------------------------------------
+    # offloaded tensors -----------------------------------------------------------------------------------------------
 
     def down(self, offloaded: OffloadedTensor, tier: str) -> None:
         """Begin to copy the offloaded tensor's tensor to `tier` ("host" or "disk"); at `wait` the device copy is let go."""
@@ -137,7 +136,7 @@ class Mover:
             if offloaded.host is None:
                 offloaded.host = self.pinned.take(tensor.nbytes)
             event = self._copy(offloaded.host, _flat(tensor))
-            offloaded.pending = lambda: (self.before_compute(event), self._let_go(offloaded))[1]
+            offloaded.pending = _in_turn(lambda: self.before_compute(event), lambda: self._let_go(offloaded))
             return
         file = self._file(offloaded)
         if offloaded.offset is None:
@@ -145,7 +144,7 @@ class Mover:
         offset = offloaded.offset
         if self.stream is None:
             job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
-            offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
+            offloaded.pending = _in_turn(lambda: result_of(job), lambda: self._let_go(offloaded))
             return
         staging = self.pinned.take(tensor.nbytes)
         event = self._copy(staging, _flat(tensor))
@@ -156,7 +155,7 @@ class Mover:
             self.pinned.give(staging)
 
         job = self.submit("write", write)
-        offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
+        offloaded.pending = _in_turn(lambda: result_of(job), lambda: self._let_go(offloaded))
 
     def up(self, offloaded: OffloadedTensor) -> None:
         """Begin to bring the offloaded tensor back to the device; its copy below stays until `free`."""
@@ -168,12 +167,12 @@ class Mover:
 
         if offloaded.host is not None:
             event = self._copy(_flat(tensor), offloaded.host)
-            offloaded.pending = lambda: (self.before_compute(event), arrive())[1]
+            offloaded.pending = _in_turn(lambda: self.before_compute(event), arrive)
             return
         if offloaded.offset is None:
             raise RuntimeError("this offloaded tensor has no copy below")
         job = self.submit("read", self._reader(self._file(offloaded), offloaded.offset, tensor, self.after_compute()))
-        offloaded.pending = lambda: (result_of(job), arrive())[1]
+        offloaded.pending = _in_turn(lambda: result_of(job), arrive)
 
     def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
         stream = self.stream
@@ -254,6 +253,16 @@ class Mover:
             if file is not None:
                 file.close()
         self.pinned.close()
+
+
+def _in_turn(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
+    """Both calls as one; the second is not made if the first raises."""
+
+    def both() -> None:
+        first()
+        then()
+
+    return both
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.schedule.ops import Op
-from lopt_edge.run.device import device_of
+from lopt_edge.run.device import Counters, device_of
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -42,16 +42,19 @@ class MemoryMeter:
     """Watches one step of an executor: `with meter.watching(batches): executor.run(...)`."""
 
     def __init__(self, executor: Executor) -> None:
-        self.executor, self.rows = executor, []
+        self.executor = executor
+        self.rows: list[MeasuredOp] = []
         self.device = executor.model.device
         counters = device_of(self.device).counters()
-        self.tracker = MemoryTracker(self.device.type) if counters is None else None
-        self.counters = counters or self.tracker
+        self.tracker: MemoryTracker | None = None
+        if counters is None:
+            counters = self.tracker = MemoryTracker(self.device.type)
+        self.counters: Counters = counters
 
     @contextmanager
     def watching(self, batches: Sequence[Batch]) -> Iterator[None]:
         """Around one `executor.run` over these batches."""
-        self.rows: list[MeasuredOp] = []
+        self.rows = []
         if self.tracker is not None:
             self.tracker.watch(tensor for _, tensor in held_tensors(self.executor))
             for batch in batches:

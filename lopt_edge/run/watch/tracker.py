@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__ has no types
     """`live_bytes` now; `peak_bytes` since the last `start_peak`. One device type only."""
 
     def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.device_type = device_type
         self.live_bytes = self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
