@@ -31,13 +31,14 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class PackedGatedMLP(nn.Module):
-    """Takes the place of a layer's MLP; its linears stay reachable under the names of the family's module."""
+    """A gated MLP in the place of a layer's own; its linears stay reachable under the names of the family's module."""
 
     def __init__(self, gate_proj: PackedLinear, up_proj: PackedLinear, down_proj: PackedLinear, act_fn: Activation) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output (..., D) for x (..., D). Raises RuntimeError if a weight is not resident."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         if any(linear.dropout_key() is not None or linear.synthesis is not None for linear in linears):
             plain: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -77,7 +78,7 @@ class _Pass:
             yield slice(start, start + size)
 
     def weights(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """G (J, D), U (J, D), D (D, J) of a block, in one shared buffer."""
+        """The matrices G (J, D), U (J, D) and D (D, J) of a block, in one shared buffer."""
         width, hidden = block.stop - block.start, self.x_ND.shape[1]
         out = self.mlp.down_proj.out_features
         flat = self.mlp.gate_proj.buffer.view((1, width * (2 * hidden + out)), self.x_ND.dtype, self.x_ND.device)[0]
@@ -89,7 +90,7 @@ class _Pass:
         return gate, up, down
 
     def project(self, which: int, tile: slice, weight_JD: Tensor, block: slice) -> Tensor:
-        """x G^T or x U^T of a tile and block, with LoRA and bias: (tile, J)."""
+        """The product x G^T (`which` 0) or x U^T (1) of a tile and block, with LoRA and bias: (tile, J)."""
         linear, pair, low_NR = self.linears[which], self.lora[which], self.low_NR[which]
         y = self.x_ND[tile] @ weight_JD.t()
         if linear.bias is not None:
@@ -141,7 +142,7 @@ def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
 def _forward_tile(
     run: _Pass, block: slice, tile: slice, *, weights: tuple[Tensor, ...], sum_ND: Tensor, low_NR: Tensor | None
 ) -> None:
-    """A function of its own, so that no intermediate of one tile lives on into the next."""
+    """Add a tile's share of a block; in a function of its own, so that no intermediate lives on into the next tile."""
     gate_JD, up_JD, down_DJ = weights
     lora = run.lora[2]
     inner_NJ = run.mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
@@ -187,7 +188,7 @@ def _adapter_sums(pair: tuple[Tensor, Tensor] | None, low_NR: Tensor | None) -> 
 def _backward(
     mlp: PackedGatedMLP, x_ND: Tensor, g_ND: Tensor, *, need_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the gradients of (A, B) of gate, up and down; None where there is no adapter."""
+    """The gradients of x and of A and B of gate, up and down; None where none is needed or no adapter is."""
     run = _Pass(mlp, x_ND)
     sums = _BackwardSums(run, g_ND, need_x=need_x)
     for block in run.blocks():
@@ -210,7 +211,7 @@ def _backward(
 
 
 def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, ...]) -> None:
-    """One block of features for one tile of tokens; at most six (tile, J) tensors at a time."""
+    """Add one tile's share of one block to the sums; at most six (tile, J) tensors exist at a time."""
     gate_JD, up_JD, down_DJ = weights
     gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
     d_inner_NJ = sums.g_ND[tile] @ down_DJ
@@ -240,7 +241,7 @@ def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *
 
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
-    """sum_ += alpha a b, with `sum_` in fp32."""
+    """Add alpha a b to `sum_`, which is in fp32."""
     if a.dtype == torch.float32:
         sum_.addmm_(a, b, alpha=alpha)
     else:

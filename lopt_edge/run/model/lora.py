@@ -28,7 +28,7 @@ ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.
 
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
-    """The linear layers of a layer that carry an adapter, with their paths inside the layer."""
+    """Yield the path inside the layer and the module of each linear layer of `layer` that carries an adapter."""
     for linear in model.facts.linears:
         module = model.layers[layer].get_submodule(linear.name)
         if isinstance(module, PackedLinear) and module.lora_a is not None:
@@ -36,7 +36,7 @@ def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def layer_parameters(model: Model, layer: int) -> list[nn.Parameter]:
-    """A layer's adapter matrices, in a fixed order."""
+    """The adapter matrices of a layer, A and B of each linear layer in the model's order."""
     pairs = ((module.lora_a, module.lora_b) for _, module in adapted(model, layer))
     return [matrix for pair in pairs for matrix in pair if matrix is not None]
 
@@ -51,7 +51,10 @@ def attach_adapters(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Put fresh adapters on the given layers."""
+    """Put fresh adapters of rank `r` on the linear layers of these layers whose short names are in `targets`.
+
+    A is uniform, B zero, both fp32; the scale is alpha / r.
+    """
     for layer in layers:
         for index, linear in enumerate(model.facts.linears):
             if linear.short_name not in targets:
@@ -75,12 +78,12 @@ def _attach(module: PackedLinear, a: Tensor, b: Tensor, *, scale: float, device:
 
 
 def adapter_tensors(model: Model) -> dict[str, Tensor]:
-    """All adapter matrices by peft's names and in peft's layout, fp32 on the CPU."""
+    """All adapter matrices by peft's names and in peft's layout (transposed), fp32 on the CPU."""
     return {name: _in_peft_layout(matrix) for name, matrix in _matrices(model)}
 
 
 def write_adapter(model: Model, path: Path) -> None:
-    """`adapter_tensors` as a safetensors file, one matrix in memory at a time; synced, then renamed into place.
+    """Write `adapter_tensors` as a safetensors file, one matrix in memory at a time; it is synced, then renamed into place.
 
     Raises NotFinite, and leaves what was there, if a value is not finite; OSError where the file cannot be written.
     """
@@ -94,13 +97,13 @@ def write_adapter(model: Model, path: Path) -> None:
 
 
 def adapter_shapes(model: Model, layer: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """(module, shape of A, shape of B) of each adapter of a layer of this process."""
+    """List (module, shape of A, shape of B) of each adapter of a layer that this process has."""
     found = ((name, module.lora_a, module.lora_b) for name, module in adapted(model, layer))
     return [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in found if a is not None and b is not None]
 
 
 def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all adapter matrices, those of other processes among them."""
+    """Yield the name and shape of every adapter matrix, those of other processes among them."""
     for layer in range(model.facts.n_layers):
         far = None if layer in model.here else model.far
         for name, *shapes in adapter_shapes(model, layer) if far is None else far.shapes(layer):
@@ -109,12 +112,12 @@ def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _peft_name(model: Model, layer: int, module: str, letter: str) -> str:
-    """peft wraps transformers' class twice and names a matrix by its path there."""
+    """The name that peft gives a matrix: its path in transformers' class, which peft wraps twice."""
     return f"base_model.model.{model.facts.family.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """One after the other, in the order of `_shapes`."""
+    """Yield the name and the matrix of every adapter, in the order of `_shapes`."""
     names = (name for name, _ in _shapes(model))
     for layer in range(model.facts.n_layers):
         far = None if layer in model.here else model.far
@@ -139,7 +142,7 @@ def check_adapter_folder(folder: Path) -> None:
 def load_adapters(model: Model, folder: Path) -> list[int]:
     """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit.
 
-    In a pipeline a process attaches those of its own layers.
+    In a pipeline a process attaches the adapters of its own layers alone.
     """
     where = str(folder)
     try:

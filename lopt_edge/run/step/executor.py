@@ -1,4 +1,4 @@
-"""The executor: runs a plan, one short method per op. It decides nothing: what to keep and move, and when, the plan says.
+"""The executor: it runs a plan, one method per op. It decides nothing: what to keep and move, and when, the plan says.
 
 Gradients flow by hand between layers: each layer's graph begins at its input and ends at its output, and
 `BACKWARD i` hands the gradient of its input to `BACKWARD i - 1`. So no graph is ever longer than one layer, and the
@@ -10,7 +10,7 @@ overflow). If one overflows, the same step is run again with a quarter of the sc
 update in the step it cannot be run again: the caller goes back to a checkpoint (training/run.py).
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
-movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
+movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree.
 
 State lives in one `StepState` (step_state.py), dropped with the step.
 Shapes: B sequences, T tokens, N selected tokens, D hidden.
@@ -52,7 +52,7 @@ FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lower
 
 
 class Executor:
-    """Runs plans on a model. `heads` are the aux heads by segment index. Observers see each op, before and after it."""
+    """The runner of plans on a model. `heads` are the aux heads by segment index. Observers see each op begin and end."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Executor:
         self.mover = optimizer.mover
         self.observers: list[Observer] = []
         self.link: Link | None = None  # to the other processes of a pipeline
-        self.far: FarGroups | None = None  # what they hold, for checkpoints
+        self.far: FarGroups | None = None  # their tensors, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: StepState | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
@@ -93,10 +93,11 @@ class Executor:
         start: Cut | None = None,
         between: Callable[[Cut], None] | None = None,
     ) -> StepResult:
-        """One optimizer step. Raises RunError that shows the plan around the op that failed.
+        """Run one optimizer step. Raises RunError, which shows the plan around the op that failed.
 
-        `align_weight` is that of ALIGN ops. `start`: go on from there. `between` is called before each micro-batch but the
-        first; what it raises ends the step there, and the adapters are those of the last step.
+        `learning_rates` are by segment index, `align_weight` is that of ALIGN ops, and `start` is a cut to go on from.
+        `between` is called before each micro-batch but the first; what it raises ends the step there, and the adapters are
+        those of the last step. In float16 the step is run again with a smaller loss scale if a gradient overflows.
         """
         while True:
             try:
@@ -181,7 +182,7 @@ class Executor:
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Call `observer` around each op inside, beside the others that look."""
+        """A context in which `observer` is called before and after each op, beside the other observers."""
         self.observers.append(observer)
         try:
             yield
@@ -197,7 +198,7 @@ class Executor:
             observer(op, True)
 
     def _clean_up(self, state: StepState) -> bool:
-        """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
+        """Let all that the step keeps go, after a fault. Returns whether the values are those of the last step."""
         state.cleaned = True
         for offloaded in state.inputs.values():
             self.mover.free(offloaded)
@@ -209,7 +210,7 @@ class Executor:
         return self.optimizer.roll_back()
 
     def release(self) -> None:
-        """No step follows: moments, gradients and the buffers of streamed layers go; the adapters stay."""
+        """Let moments, gradients and the buffers of streamed layers go, since no step follows; the adapters stay."""
         self.optimizer.release()
         if self.model.weights is not None:
             self.model.weights.release()
@@ -237,7 +238,7 @@ class Executor:
         state.hidden_BTD, state.layer_context = found_BTD, self.model.layer_context(found_BTD)
 
     def _write(self, state: StepState, op: Op) -> None:
-        """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
+        """Write to the cache and go on with what it gives back, so that this step equals one that reads, bit for bit."""
         batch, cache = state.batches[op.micro_batch], self.caches[op.item]
         cache.write(batch.examples, present(state.hidden_BTD))
         state.hidden_BTD = cache.read(
@@ -262,7 +263,7 @@ class Executor:
         present(self.link).send_boundary(present(state.hidden_BTD))
 
     def _agree(self, state: StepState, op: Op) -> None:
-        """One bad number anywhere, and no process updates anything."""
+        """Agree with the other processes: after one bad number anywhere no process updates anything."""
         link = present(self.link)
         link.flush()
         if state.fault is None:
@@ -280,7 +281,7 @@ class Executor:
             held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
             state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
-            state.hidden_BTD = None  # the graph holds what it needs
+            state.hidden_BTD = None  # the graph keeps what it needs
             constants = present(state.layer_context).tensors()
             graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=constants)
             state.graphs[key] = graph
@@ -310,7 +311,7 @@ class Executor:
         return nullcontext() if op.adapters == "train" or self.averages is None else self.averages.used(op.target)
 
     def _loss(self, state: StepState, op: Op) -> None:
-        """The segment's loss and its gradient with respect to the segment's output."""
+        """Compute the segment's loss and its gradient with respect to the segment's output."""
         segment = state.plan.segments[op.target]
         if segment.has_head:
             self._accept(state, ("aux", op.target))
@@ -323,7 +324,7 @@ class Executor:
             self.optimizer.complete_gradients(("aux", op.target))
 
     def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, float]:
-        """A function of its own: nothing that it holds lives on."""
+        """The gradient and the loss of a segment; in a function of its own, so that nothing in it lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
 
         def check(value: float, which: str) -> float:
@@ -353,7 +354,7 @@ class Executor:
         )
 
     def _target(self, state: StepState, op: Op, first_layer: int) -> Tensor:
-        """What a local loss reconstructs: the segment's input."""
+        """The segment's input, which its local loss reconstructs."""
         saved = state.inputs.get((op.micro_batch, first_layer))
         return present(state.target_BTD) if saved is None else saved.here()
 
@@ -408,7 +409,7 @@ class Executor:
         )
 
     def _exchange(self, state: StepState, link: Link) -> None:
-        """Losses and norms of all segments come to process 0."""
+        """Bring the losses and norms of all segments to process 0."""
         own = state.plan.own_segments
         losses = {segment.index: state.losses[segment.index] for segment in own}
         norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}

@@ -19,14 +19,14 @@ from lopt_edge.run.tiers.moves import OffloadedTensor
 
 
 class Held(Protocol):
-    """What of a step can move, by (micro-batch, layer)."""
+    """The things of a step that can move, by (micro-batch, layer)."""
 
     inputs: dict[tuple[int, int], OffloadedTensor]
     graphs: dict[tuple[int, int], LayerGraph]
 
 
 class MovementOps:
-    """`methods` by the kind of op, for the executor's table."""
+    """The runners of all movements; `methods` has them by the kind of op, for the executor's table."""
 
     def __init__(self, model: Model, optimizer: SegmentOptimizer) -> None:
         self.model, self.optimizer, self.mover = model, optimizer, optimizer.mover
