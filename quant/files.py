@@ -41,7 +41,7 @@ Layout = list[tuple[str, str, tuple[int, ...]]]
 
 
 def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
-    """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads."""
+    """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads. Raises FolderError."""
     try:
         with entry.path.open("rb", buffering=0) as file:
             position, done = entry.start + start, 0
@@ -55,12 +55,12 @@ def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    """The memory of a contiguous CPU tensor as writable bytes; nothing is copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor in fresh CPU memory, in its stored dtype and shape."""
+    """One tensor in fresh CPU memory, in its stored dtype and shape. Raises FolderError."""
     if entry.dtype not in TORCH_DTYPES:
         raise FolderError(f"{entry.path}: tensor {entry.name!r} has dtype {entry.dtype}, which is not supported")
     out = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
@@ -76,7 +76,7 @@ def is_packed(entries: dict[str, TensorEntry], name: str) -> bool:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """A packed matrix on disk: where its parts lie ("" the codes, ".absmax", ...) and what its state records."""
+    """A packed matrix on disk: the places of its parts ("" the codes, ".absmax", ...), and what its state records."""
 
     parts: Mapping[str, TensorEntry]
     shape: tuple[int, int]
@@ -104,7 +104,10 @@ class PackedLayout:
 
 
 def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayout:
-    """Where a packed matrix of a bitsandbytes folder lies; checks every size against the recorded shape."""
+    """The layout of a packed matrix of a bitsandbytes folder, every size checked against the recorded shape.
+
+    Raises FolderError for a state that is missing or malformed, and for a size that does not fit.
+    """
     kinds = [kind for kind in ("nf4", "fp4") if f"{name}{STATE_SUFFIX}{kind}" in entries]
     if not kinds:
         raise FolderError(f"{entries[name].path}: {name!r} has no bitsandbytes 4-bit quantisation state")
@@ -137,7 +140,7 @@ def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayou
 
 
 def read_packed(entries: Mapping[str, TensorEntry], name: str) -> PackedWeight:
-    """One packed matrix from a bitsandbytes folder, in fresh CPU memory."""
+    """One packed matrix from a bitsandbytes folder, in fresh CPU memory. Raises FolderError."""
     layout = packed_on_disk(entries, name)
     tensors = {part: read_tensor(entry).view(-1) for part, entry in layout.parts.items()}
     if layout.offset is not None:
@@ -169,7 +172,7 @@ def _read_state(entry: TensorEntry, where: str, *, quant_type: str, nested: bool
 
 
 def packed_layout(name: str, shape: tuple[int, int]) -> Layout:
-    """Names, dtypes and shapes of the tensors that a packed matrix becomes on disk, in writing order."""
+    """The names, dtypes and shapes of the tensors that a packed matrix becomes on disk, in writing order."""
     sizes = packed_sizes(shape)
     return [
         (name, "U8", (sizes.codes_bytes, 1)),
@@ -185,7 +188,7 @@ STATE_BYTES = 256  # the JSON state is padded with blanks to this, so that the l
 
 
 def packed_tensors(name: str, weight: PackedWeight) -> Iterator[NamedTensor]:
-    """The tensors of `packed_layout`, from a packed matrix."""
+    """Yield the tensors of `packed_layout`, from a packed matrix. Raises ValueError if it is not double-quantised."""
     if weight.nested_absmax is None or weight.nested_map is None or weight.offset is None:
         raise ValueError("only double-quantised matrices are written")
     state = {
@@ -207,7 +210,7 @@ def packed_tensors(name: str, weight: PackedWeight) -> Iterator[NamedTensor]:
 
 
 def quantization_config(compute_dtype: str) -> dict[str, Any]:
-    """The `quantization_config` entry of config.json for our folders (every default that misleads is said)."""
+    """The `quantization_config` entry of config.json for our folders; every default that misleads is written out."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -230,7 +233,7 @@ def four_bit_layout(layout: Layout, should_pack: Callable[[str], bool]) -> Layou
 def four_bit_tensors(
     tensors: Iterable[NamedTensor], should_pack: Callable[[str], bool], *, dtype: torch.dtype
 ) -> Iterator[NamedTensor]:
-    """The tensors of `four_bit_layout` from full-precision ones, packed one by one; `dtype` is what is recorded."""
+    """Yield the tensors of `four_bit_layout` from full-precision ones, packed one by one; `dtype` is what is recorded."""
     for name, tensor in tensors:
         if should_pack(name):
             packed = pack(tensor, dtype=dtype)
@@ -242,7 +245,7 @@ def four_bit_tensors(
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy what belongs to a model folder beside its weights and config: tokenizer, template, generation settings."""
+    """Copy the files of a model folder beside its weights and config: tokenizer, template, generation settings, licence."""
     for pattern in (
         "tokenizer*",
         "special_tokens_map.json",

@@ -32,7 +32,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_stale(target: Path) -> None:
-    """Half-written forms of `target` whose process is gone."""
+    """Remove the half-written forms of `target` whose process is gone."""
     for partial in target.parent.glob(f"{target.name}.partial-*"):
         pid = partial.name.rpartition("-")[2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
@@ -50,7 +50,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in it durable."""
+    """Make the names in a folder durable. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,7 @@ Shapes: N tokens, D hidden, J features of a block, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +31,21 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class PackedGatedMLP(nn.Module):
-    """Takes the place of a layer's MLP; its linears stay reachable under the names of the family's module."""
+    """A gated MLP in the place of a layer's own; its linears stay reachable under the names of the family's module."""
 
     def __init__(self, gate_proj: PackedLinear, up_proj: PackedLinear, down_proj: PackedLinear, act_fn: Activation) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output (..., D) for x (..., D). Raises RuntimeError if a weight is not resident."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         if any(linear.dropout_key() is not None or linear.synthesis is not None for linear in linears):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            plain: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return plain
         adapters = [matrix for linear in linears for matrix in (linear.lora_a, linear.lora_b)]
-        return _GatedMLPFunction.apply(x, self, *adapters)
+        y: Tensor = _GatedMLPFunction.apply(x, self, *adapters)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
 
 def blocks_fit(n_columns: int, block_elements: int) -> bool:
@@ -58,8 +62,8 @@ class _Pass:
         self.packed = [_resident(linear) for linear in self.linears]
         self.scales = [unpack_scales(weight) for weight in self.packed]
         self.lora = [
-            None if linear.lora_a is None else (linear.lora_a.to(x_ND.dtype), linear.lora_b.to(x_ND.dtype))
-            for linear in self.linears
+            None if a is None or b is None else (a.to(x_ND.dtype), b.to(x_ND.dtype))
+            for a, b in ((linear.lora_a, linear.lora_b) for linear in self.linears)
         ]
         self.low_NR = [None if pair is None else x_ND @ pair[0] for pair in self.lora[:2]]
 
@@ -74,7 +78,7 @@ class _Pass:
             yield slice(start, start + size)
 
     def weights(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """G (J, D), U (J, D), D (D, J) of a block, in one shared buffer."""
+        """The matrices G (J, D), U (J, D) and D (D, J) of a block, in one shared buffer."""
         width, hidden = block.stop - block.start, self.x_ND.shape[1]
         out = self.mlp.down_proj.out_features
         flat = self.mlp.gate_proj.buffer.view((1, width * (2 * hidden + out)), self.x_ND.dtype, self.x_ND.device)[0]
@@ -86,13 +90,13 @@ class _Pass:
         return gate, up, down
 
     def project(self, which: int, tile: slice, weight_JD: Tensor, block: slice) -> Tensor:
-        """x G^T or x U^T of a tile and block, with LoRA and bias: (tile, J)."""
-        linear = self.linears[which]
+        """The product x G^T (`which` 0) or x U^T (1) of a tile and block, with LoRA and bias: (tile, J)."""
+        linear, pair, low_NR = self.linears[which], self.lora[which], self.low_NR[which]
         y = self.x_ND[tile] @ weight_JD.t()
         if linear.bias is not None:
             y += linear.bias[block]
-        if self.lora[which] is not None:
-            y.addmm_(self.low_NR[which][tile], self.lora[which][1][:, block], alpha=linear.scale)
+        if pair is not None and low_NR is not None:
+            y.addmm_(low_NR[tile], pair[1][:, block], alpha=linear.scale)
         return y
 
 
@@ -121,105 +125,123 @@ class _GatedMLPFunction(torch.autograd.Function):
 
 def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
     run, down = _Pass(mlp, x_ND), mlp.down_proj
+    lora = run.lora[2]
     sum_ND = torch.zeros(len(x_ND), down.out_features, dtype=torch.float32, device=x_ND.device)
-    low_NR = None if run.lora[2] is None else torch.zeros(len(x_ND), run.lora[2][0].shape[1], device=x_ND.device)
+    low_NR = None if lora is None else torch.zeros(len(x_ND), lora[0].shape[1], device=x_ND.device)
     for block in run.blocks():
         weights = run.weights(block)
         for tile in run.tiles():
             _forward_tile(run, block, tile, weights=weights, sum_ND=sum_ND, low_NR=low_NR)
     if down.bias is not None:
         sum_ND += down.bias
-    if low_NR is not None:
-        _add_product(sum_ND, low_NR.to(x_ND.dtype), run.lora[2][1], alpha=down.scale)
+    if lora is not None and low_NR is not None:
+        _add_product(sum_ND, low_NR.to(x_ND.dtype), lora[1], alpha=down.scale)
     return sum_ND.to(x_ND.dtype)
 
 
 def _forward_tile(
     run: _Pass, block: slice, tile: slice, *, weights: tuple[Tensor, ...], sum_ND: Tensor, low_NR: Tensor | None
 ) -> None:
-    """A function of its own, so that no intermediate of one tile lives on into the next."""
+    """Add a tile's share of a block; in a function of its own, so that no intermediate lives on into the next tile."""
     gate_JD, up_JD, down_DJ = weights
+    lora = run.lora[2]
     inner_NJ = run.mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
     _add_product(sum_ND[tile], inner_NJ, down_DJ.t())
-    if low_NR is not None:
-        low_NR[tile] += inner_NJ @ run.lora[2][0][block]
+    if lora is not None and low_NR is not None:
+        low_NR[tile] += inner_NJ @ lora[0][block]
+
+
+@dataclass(frozen=True, eq=False)
+class _AdapterSums:
+    """The sums of one adapter: fp32 gradients of A (`da`) and B (`db`), and a low-rank (N, R) sum.
+
+    Gate and up: `low_NR` is x A, `low_sum_NR` adds up its gradient. Down: `low_NR` is g B^T, `low_sum_NR` adds up the
+    intermediate times A. `a` and `b` are in the dtype of x.
+    """
+
+    a: Tensor
+    b: Tensor
+    da: Tensor
+    db: Tensor
+    low_NR: Tensor
+    low_sum_NR: Tensor
 
 
 class _BackwardSums:
-    """What the backward adds up over blocks and tiles: dx (N, D), the adapters' gradients, and low-rank (N, R) parts."""
+    """What the backward adds up over blocks and tiles: dx (N, D), and the sums of each adapter (None: there is none)."""
 
     def __init__(self, run: _Pass, g_ND: Tensor, *, need_x: bool) -> None:
         x_ND, down = run.x_ND, run.lora[2]
         self.g_ND = g_ND
-        self.adapters = [
-            None
-            if pair is None
-            else (torch.zeros_like(pair[0], dtype=torch.float32), torch.zeros_like(pair[1], dtype=torch.float32))
-            for pair in run.lora
-        ]
         self.dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device) if need_x else None
-        self.g_low_NR = None if down is None else g_ND @ down[1].t()
-        self.low_NR = None if down is None else torch.zeros(len(x_ND), down[0].shape[1], device=x_ND.device)
-        self.low_grads = [None if low is None else torch.zeros(low.shape, device=low.device) for low in run.low_NR]
+        low_NR = (*run.low_NR, None if down is None else g_ND @ down[1].t())
+        self.gate, self.up, self.down = (_adapter_sums(*both) for both in zip(run.lora, low_NR, strict=True))
+
+
+def _adapter_sums(pair: tuple[Tensor, Tensor] | None, low_NR: Tensor | None) -> _AdapterSums | None:
+    if pair is None or low_NR is None:
+        return None
+    da, db = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in pair)
+    return _AdapterSums(*pair, da, db, low_NR, torch.zeros(low_NR.shape, device=low_NR.device))
 
 
 def _backward(
     mlp: PackedGatedMLP, x_ND: Tensor, g_ND: Tensor, *, need_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the gradients of (A, B) of gate, up and down; None where there is no adapter."""
+    """The gradients of x and of A and B of gate, up and down; None where none is needed or no adapter is."""
     run = _Pass(mlp, x_ND)
     sums = _BackwardSums(run, g_ND, need_x=need_x)
     for block in run.blocks():
         weights = run.weights(block)
         for tile in run.tiles():
             _backward_tile(run, sums, block, tile, weights=weights)
-    for which in (0, 1):
-        if sums.adapters[which] is None:
+    for linear, adapter in ((mlp.gate_proj, sums.gate), (mlp.up_proj, sums.up)):
+        if adapter is None:
             continue
-        low_grad = sums.low_grads[which].to(x_ND.dtype)
-        sums.adapters[which][0].add_(x_ND.t() @ low_grad)
+        low_grad = adapter.low_sum_NR.to(x_ND.dtype)
+        adapter.da.add_(x_ND.t() @ low_grad)
         if sums.dx_ND is not None:
-            _add_product(sums.dx_ND, low_grad, run.lora[which][0].t(), alpha=run.linears[which].scale)
-    if sums.low_NR is not None:
-        sums.adapters[2][1].add_(sums.low_NR.to(g_ND.dtype).t() @ g_ND)
+            _add_product(sums.dx_ND, low_grad, adapter.a.t(), alpha=linear.scale)
+    if sums.down is not None:
+        sums.down.db.add_(sums.down.low_sum_NR.to(g_ND.dtype).t() @ g_ND)
     grads: list[Tensor | None] = []
-    for linear, pair in zip(run.linears, sums.adapters, strict=True):
-        grads += [None, None] if pair is None else [matrix.mul_(linear.scale) for matrix in pair]
+    for linear, adapter in zip(run.linears, (sums.gate, sums.up, sums.down), strict=True):
+        grads += [None, None] if adapter is None else [matrix.mul_(linear.scale) for matrix in (adapter.da, adapter.db)]
     return None if sums.dx_ND is None else sums.dx_ND.to(x_ND.dtype), grads
 
 
 def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, ...]) -> None:
-    """One block of features for one tile of tokens; at most six (tile, J) tensors at a time."""
+    """Add one tile's share of one block to the sums; at most six (tile, J) tensors exist at a time."""
     gate_JD, up_JD, down_DJ = weights
     gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
     d_inner_NJ = sums.g_ND[tile] @ down_DJ
-    if sums.g_low_NR is not None:
-        a_JR = run.lora[2][0][block]
-        d_inner_NJ.addmm_(sums.g_low_NR[tile], a_JR.t(), alpha=run.mlp.down_proj.scale)
+    down = sums.down
+    if down is not None:
+        d_inner_NJ.addmm_(down.low_NR[tile], down.a[block].t(), alpha=run.mlp.down_proj.scale)
     with torch.enable_grad():
         leaf_NJ = gate_NJ.detach().requires_grad_()
         active_NJ = run.mlp.act_fn(leaf_NJ)
     (d_gate_NJ,) = torch.autograd.grad(active_NJ, leaf_NJ, d_inner_NJ * up_NJ)
     active_NJ = active_NJ.detach()
     del gate_NJ, leaf_NJ
-    if sums.low_NR is not None:
+    if down is not None:
         inner_NJ = up_NJ.mul_(active_NJ)
-        sums.low_NR[tile] += inner_NJ @ a_JR
-        sums.adapters[2][0][block] += inner_NJ.t() @ sums.g_low_NR[tile]
+        down.low_sum_NR[tile] += inner_NJ @ down.a[block]
+        down.da[block] += inner_NJ.t() @ down.low_NR[tile]
         del inner_NJ
     del up_NJ
     d_up_NJ = d_inner_NJ.mul_(active_NJ)
     del active_NJ, d_inner_NJ
-    for which, (d_NJ, weight_JD) in enumerate(((d_gate_NJ, gate_JD), (d_up_NJ, up_JD))):
-        if sums.adapters[which] is not None:
-            sums.adapters[which][1][:, block] += run.low_NR[which][tile].t() @ d_NJ
-            sums.low_grads[which][tile] += d_NJ @ run.lora[which][1][:, block].t()
+    for adapter, d_NJ, weight_JD in ((sums.gate, d_gate_NJ, gate_JD), (sums.up, d_up_NJ, up_JD)):
+        if adapter is not None:
+            adapter.db[:, block] += adapter.low_NR[tile].t() @ d_NJ
+            adapter.low_sum_NR[tile] += d_NJ @ adapter.b[:, block].t()
         if sums.dx_ND is not None:
             _add_product(sums.dx_ND[tile], d_NJ, weight_JD)
 
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
-    """sum_ += alpha a b, with `sum_` in fp32."""
+    """Add alpha a b to `sum_`, which is in fp32."""
     if a.dtype == torch.float32:
         sum_.addmm_(a, b, alpha=alpha)
     else:

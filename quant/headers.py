@@ -6,7 +6,7 @@ ever allocated on the word of a header alone; an index file may name only files 
 (.bin, .pt) are never read. Faults raise `FolderError`, which names the file; callers turn it into their own error type.
 
 The writer (`SafetensorsWriter`) is here because safetensors' own `save_file` wants all tensors of a file at once, and we
-must never hold more than one.
+must never keep more than one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a safetensors file: `start` counts from the beginning of the file."""
+    """The place of one tensor in a safetensors file; `start` is its byte offset from the beginning of the file."""
 
     name: str
     path: Path
@@ -44,7 +44,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, each range checked against the file's real size."""
+    """The tensors of one safetensors file by name, each range checked against the file's real size. Raises FolderError."""
     n_bytes = _weight_bytes(path)
     try:
         with path.open("rb") as file:
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_bytes(path: Path) -> int:
-    """The size of a weights file; a missing one is told with the pickle that lies there in its place, if one does."""
+    """The size of a weights file. The error for a missing one names the pickle that lies in its place, if one does."""
     found = [] if os.path.lexists(path) else pickles_in(path.parent)
     if found:
         raise FolderError(f"{path}: not found; {_pickle_reason(found[0])}")
@@ -101,7 +101,7 @@ def _entry(name: str, value: Any, path: Path, data_start: int, file_bytes: int) 
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
-    """All tensors of a model folder, through its index file or its single safetensors file."""
+    """All tensors of a model folder by name, through its index file or its single safetensors file. Raises FolderError."""
     index_path = folder / INDEX_NAME
     check_folder(folder)
     if index_path.exists():
@@ -138,7 +138,7 @@ def _no_weights(folder: Path) -> str:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor. The layout is declared first, then the bytes come in that order.
+    """A writer of one safetensors file, tensor by tensor. The layout is declared first, then the bytes come in that order.
 
     The file appears under its final name only when all tensors were written (written beside, synced, renamed).
     """
@@ -161,7 +161,7 @@ class SafetensorsWriter:
         self.n_written = 0
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Append the bytes of the next tensor; name and size must be the declared ones."""
+        """Append the bytes of the next tensor. Raises ValueError unless name and size are the declared ones."""
         if (name, len(data)) != self.expected[self.n_written]:
             raise ValueError(f"{name} with {len(data)} bytes, declared was {self.expected[self.n_written]}")
         self.file.write(data)

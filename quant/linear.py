@@ -25,7 +25,7 @@ from quant.nf4 import PackedWeight, unpack_into
 
 
 class UnpackBuffer:
-    """One flat buffer per dtype, grown to the largest weight seen; every view is void after the next `view`."""
+    """A flat buffer per device and dtype, grown to the largest weight seen; every view is void after the next `view`."""
 
     def __init__(self) -> None:
         self.flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -42,7 +42,7 @@ class UnpackBuffer:
 
 @dataclass(eq=False)
 class DropoutClock:
-    """Where the run stands, for dropout masks: a mask is a function of (seed, step, micro-batch, layer, module)."""
+    """The point at which a run is, for dropout masks: a mask is a function of (seed, step, micro-batch, layer, module)."""
 
     seed: int = 0
     step: int = 0
@@ -50,7 +50,7 @@ class DropoutClock:
     active: bool = False
 
     def key(self, layer: int, module: int) -> int:
-        """A 63-bit key; the five numbers are mixed one after the other (splitmix64's finaliser)."""
+        """The 63-bit key of a module's mask; the five numbers are mixed one after the other (splitmix64's finaliser)."""
         state = 0
         for number in (self.seed, self.step, self.micro_batch, layer, module):
             state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -67,13 +67,14 @@ def dropout_mask(like: Tensor, *, rate: float, key: int) -> Tensor:
 
 
 class Synthesis(Protocol):
-    """Makes a layer's output without a weight of its own."""
+    """A way to make a layer's output without a weight of its own."""
 
-    def apply(self, layer: PackedLinear, x: Tensor) -> Tensor: ...
+    def apply(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """The output (..., out) of `layer` for x (..., in), its LoRA branch included."""
 
 
 class PackedLinear(nn.Module):
-    """Linear layer over a packed weight; `lora_a` (in, r) and `lora_b` (r, out) are fp32 or absent.
+    """A linear layer over a packed weight; `lora_a` (in, r) and `lora_b` (r, out) are fp32 or absent.
 
     Input (..., in) in the compute dtype, output (..., out) in the same. The bias is kept in the compute dtype.
     """
@@ -100,9 +101,12 @@ class PackedLinear(nn.Module):
         self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output (..., out) for x (..., in). Raises RuntimeError if the weight is not resident."""
         if self.synthesis is not None:
             return self.synthesis.apply(self, x)
-        return _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, self.dropout_key())
+        key = self.dropout_key()
+        y: Tensor = _PackedLinearFunction.apply(x, self.lora_a, self.lora_b, self, key)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
     def dropout_key(self) -> int | None:
         """The key of this call's dropout mask; None where there is no dropout."""
@@ -110,7 +114,10 @@ class PackedLinear(nn.Module):
         return self.clock.key(*self.position) if on and self.clock is not None else None
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dequantised weight (out, in) in the shared buffer; void after any other layer's call."""
+        """The dequantised weight (out, in) in the shared buffer; void after any other layer's call.
+
+        Raises RuntimeError if the weight is not resident.
+        """
         if self.weight is None:
             raise RuntimeError("the weight of this layer is not resident")
         if isinstance(self.weight, Tensor):
@@ -139,7 +146,10 @@ def lora_gradients(
     dx: Tensor | None,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dB), those that are `needed`, from the gradient g (N, out) of the output; the branch's share is added to dx."""
+    """The gradients (dA, dB) that are `needed`, from the gradient g (N, out) of the output.
+
+    The branch's share of the input's gradient is added to `dx` (N, in), if there is one.
+    """
     mask = da = db = None
     if key is not None:
         mask = dropout_mask(flat, rate=layer.dropout_rate, key=key)

@@ -33,19 +33,21 @@ SINGULAR = 1e-6  # of the larger eigenvalue: below it the two matrices count as 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """The weight a * before + b * after. `mix` (2,) fp32 holds a and b."""
+    """The weight a * before + b * after; `mix` (2,) fp32 is a and b."""
 
     before: PackedLinear
     after: PackedLinear
     mix: nn.Parameter
 
     def apply(self, layer: PackedLinear, x: Tensor) -> Tensor:
-        found: Tensor = _MixedFunction.apply(x, layer.lora_a, layer.lora_b, self.mix, layer, layer.dropout_key())
-        return found
+        """The output (..., out) of `layer` for x (..., in). Raises RuntimeError if a neighbour's weight is not resident."""
+        arguments = (x, layer.lora_a, layer.lora_b, self.mix, layer, layer.dropout_key())
+        y: Tensor = _MixedFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
 
 class Rows:
-    """Several matrices of one shape, read together in blocks of rows, which are void after the next read."""
+    """A reader of several matrices of one shape, in blocks of rows, which are void after the next read."""
 
     def __init__(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> None:
         self.linears, self.dtype = linears, dtype
@@ -59,12 +61,13 @@ class Rows:
         ]
 
     def blocks(self) -> Iterator[slice]:
+        """Yield the rows of each block, in order."""
         n_out = self.weights[0].shape[0]
         for start in range(0, n_out, self.at_once):
             yield slice(start, min(start + self.at_once, n_out))
 
     def read(self, rows: slice) -> tuple[Tensor, ...]:
-        """(J, in) of each matrix."""
+        """The dequantised rows (J, in) of each matrix, in the shared buffer."""
         height, n_in = rows.stop - rows.start, self.weights[0].shape[1]
         device = self.weights[0].device
         flat = self.linears[0].buffer.view((len(self.weights) * height, n_in), self.dtype, device)
@@ -108,12 +111,13 @@ class _MixedFunction(torch.autograd.Function):
         da = db = None
         if ctx.has_lora:
             needed = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-            da, db = lora_gradients(layer, flat, *lora, g, key=ctx.key, dx=dx, needed=needed)
+            a, b = lora
+            da, db = lora_gradients(layer, flat, a, b, g, key=ctx.key, dx=dx, needed=needed)
         return dx.view(x.shape), da, db, dmix, None, None
 
 
 def _product(layer: PackedLinear, flat: Tensor) -> Tensor:
-    """x (a W1 + b W2)^T + bias."""
+    """The product x (a W1 + b W2)^T, plus the bias: (N, out)."""
     mixture = _mixture(layer)
     (a, b), rows = mixture.mix.tolist(), Rows((mixture.before, mixture.after), flat.dtype)
     y = flat.new_empty(len(flat), layer.out_features)
@@ -124,7 +128,7 @@ def _product(layer: PackedLinear, flat: Tensor) -> Tensor:
 
 
 def _gradients(layer: PackedLinear, flat: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """dx without LoRA's share, and (da, db)."""
+    """The gradients dx (N, in), without LoRA's share, and (da, db) (2,) fp32."""
     mixture = _mixture(layer)
     rows = Rows((mixture.before, mixture.after), g.dtype)
     dx, dmix = torch.empty_like(flat), torch.zeros(2, dtype=torch.float32, device=g.device)
@@ -136,7 +140,7 @@ def _gradients(layer: PackedLinear, flat: Tensor, g: Tensor) -> tuple[Tensor, Te
 def _add_block(
     mix: Tensor, weights: tuple[Tensor, ...], flat: Tensor, g: Tensor, *, dx: Tensor, dmix: Tensor, first: bool
 ) -> None:
-    """A function of its own, so that no block's gradient lives on into the next."""
+    """Add a block's share to the gradients; in a function of its own, so that nothing lives on into the next block."""
     (a, b), (before, after) = mix.tolist(), weights
     gradient = g.t() @ flat  # (J, in)
     dmix[0] += _inner(gradient, before)
@@ -150,7 +154,7 @@ def _add_block(
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """<left, right> in fp32."""
+    """The inner product <left, right> of two matrices in fp32, a scalar tensor."""
     if left.dtype == torch.float32:
         return torch.dot(left.view(-1), right.reshape(-1))
     return left.float().mul_(right).sum()
@@ -163,10 +167,10 @@ def _mixture(layer: PackedLinear) -> Mixture:
 
 @torch.no_grad()
 def fit(own: PackedLinear, before: PackedLinear, after: PackedLinear) -> tuple[float, float, float]:
-    """(a, b) of the least |W - a W1 - b W2|, and the share |W - a W1 - b W2| / |W| that they leave.
+    """The a and b of the least |W - a W1 - b W2|, and the share |W - a W1 - b W2| / |W| that they leave.
 
-    From the products of the three dequantised matrices, taken block by block. Where W1 and W2 are (nearly) one direction
-    the shortest (a, b) is taken.
+    They are computed from the products of the three dequantised matrices, taken block by block. Where W1 and W2 are
+    (nearly) one direction the shortest (a, b) is taken.
     """
     rows, products = Rows((own, before, after), torch.float32), torch.zeros(3, 3, dtype=torch.float64)
     for block in rows.blocks():

@@ -1,6 +1,6 @@
 """A 4-bit model folder from a full-precision one, tensor by tensor.
 
-The rule: memory holds one full-precision tensor plus its packed result (the usual stack needs 10.3 GiB for a 3B model); the
+The rule: memory has one full-precision tensor plus its packed result (the usual stack needs 10.3 GiB for a 3B model); the
 new folder appears under its name only when complete. Which tensors to pack is the caller's choice.
 """
 

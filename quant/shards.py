@@ -1,7 +1,7 @@
 """Model folders written tensor by tensor: shards of bounded size, and their index.
 
 The layout (names, dtypes, shapes) is known before the first byte, so that the cut into shards and every header are too, and
-memory holds one tensor at a time. Used by quantising, by merging and by tools that make models. A folder with one shard has
+memory has one tensor at a time. Used by quantising, by merging and by tools that make models. A folder with one shard has
 no index, as transformers writes it. The caller makes the folder and gives it its final name.
 """
 
@@ -30,7 +30,7 @@ def write_sharded(
     shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> int:
-    """Write CPU tensors that come in the layout's order; returns their bytes. `on_tensor` hears each written name."""
+    """Write CPU tensors that come in the layout's order; returns their bytes. `on_tensor` gets each name once written."""
     shards = _cut(layout, shard_bytes)
     weight_map: dict[str, str] = {}
     stream = iter(tensors)

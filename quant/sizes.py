@@ -2,7 +2,7 @@
 
 The form is bitsandbytes' NF4 with double quantisation: two 4-bit codes a byte; one absolute maximum per block of 64
 elements, itself stored in 8 bits as an offset from the mean with one fp32 scale per 256 blocks; a 16-entry and a
-256-entry code map. The rule: every number here equals the size of the tensor that `quant.nf4.pack` makes; a test holds
+256-entry code map. The rule: every number here equals the size of the tensor that `quant.nf4.pack` makes; a test checks
 it. Beside them stand the sizes of the pieces in which our modules work; who predicts what they take reads them here. It
 knows nothing of files or models.
 """
@@ -29,7 +29,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class PackedSizes:
-    """Bytes of one packed matrix: the codes, the scales that belong to it, and the (shareable) code maps."""
+    """The bytes of one packed matrix: the codes, the scales that belong to it, and the (shareable) code maps."""
 
     codes_bytes: int
     absmax_bytes: int
@@ -38,16 +38,17 @@ class PackedSizes:
 
     @property
     def scales_bytes(self) -> int:
+        """The bytes of the scales of both levels."""
         return self.absmax_bytes + self.nested_absmax_bytes
 
     @property
     def total_bytes(self) -> int:
-        """What one matrix takes in memory; the code maps are shared by all matrices and left out."""
+        """The bytes of one matrix in memory; the code maps are shared by all matrices and left out."""
         return self.codes_bytes + self.scales_bytes
 
 
 def packed_sizes(shape: tuple[int, ...]) -> PackedSizes:
-    """Sizes of the packed form of a matrix of this shape."""
+    """The sizes of the packed form of a matrix of this shape."""
     n_elements = prod(shape)
     n_blocks = ceil(n_elements / BLOCK_ELEMENTS)
     return PackedSizes(
@@ -59,7 +60,7 @@ def packed_sizes(shape: tuple[int, ...]) -> PackedSizes:
 
 
 def rows_at_once(out_features: int, in_features: int) -> int:
-    """Rows of a matrix that are unpacked at a time where it is mixed with another one (quant/mixed.py).
+    """The number of rows of a matrix that are unpacked at a time where it is mixed with another one (quant/mixed.py).
 
     Rows can be cut out only where no quantisation block crosses them.
     """
@@ -67,5 +68,8 @@ def rows_at_once(out_features: int, in_features: int) -> int:
 
 
 def token_tile(*, on_cpu: bool) -> int:
-    """Tokens whose block of intermediate features exists at a time (quant/gated_mlp.py); a GPU wants larger products."""
+    """The number of tokens whose block of intermediate features exists at a time (quant/gated_mlp.py).
+
+    A GPU wants larger products than a CPU.
+    """
     return 1024 if on_cpu else 4096

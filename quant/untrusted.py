@@ -3,7 +3,7 @@
 Rules. A file is opened only if it is a regular file (a FIFO would block for ever, a device would never end) and its real
 place is inside the folder. Links are followed, and where they end is what counts: in a hub snapshot
 (`<repo>/snapshots/<commit>/`) every file is a link into `<repo>/blobs/`, which belongs to the download, so that is allowed
-too, and nothing else is. Else a folder from an archive could hold `LICENSE -> ~/.ssh/id_ed25519`, which an export copies.
+too, and nothing else is. Else a folder from an archive could have `LICENSE -> ~/.ssh/id_ed25519`, which an export copies.
 
 JSON is read up to `MAX_JSON_BYTES` and `MAX_JSON_DEPTH` levels. Both limits bound memory: a JSON text can become 30 times
 its size in Python (`{},{},...`), so at most some 950 MB, and only for as long as it is looked at. Real files are far below
@@ -32,23 +32,23 @@ CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 def printable(text: str) -> str:
-    """`text` as every terminal takes it: a name from a file may hold half a character or an escape sequence."""
+    """The text as every terminal takes it: a name from a file may contain half a character or an escape sequence."""
     return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
 
 
 class FolderError(Exception):
-    """A model or adapter folder that cannot be read; the text names the file and the fault."""
+    """The error for a model or adapter folder that cannot be read; its text names the file and the fault."""
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(text))
 
 
 class TooDeep(ValueError):
-    """JSON that nests deeper than the limit."""
+    """The error for JSON that nests deeper than the limit."""
 
 
 def parse_json(text: str, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """`json.loads`, at most `MAX_JSON_DEPTH` levels deep. Raises TooDeep and what json.loads raises (ValueErrors)."""
+    """Parse JSON as `json.loads` does, at most `MAX_JSON_DEPTH` levels deep. Raises TooDeep, and what json.loads raises."""
     try:
         value = json.loads(text, parse_constant=parse_constant)
     except RecursionError:
@@ -69,7 +69,7 @@ def _check_depth(value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a model folder; broken, too large or too deeply nested text raises `FolderError`."""
+    """The value of a JSON file of a model folder. Raises FolderError for broken, too large or too deeply nested text."""
     try:
         if (n_bytes := file_bytes(path)) > MAX_JSON_BYTES:
             raise FolderError(f"{path}: has {n_bytes} bytes, at most {MAX_JSON_BYTES} are read as JSON")
@@ -92,7 +92,7 @@ def file_bytes(path: Path) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder with a link that leads out of it, a device, FIFO or socket, or a small file that is not small."""
+    """Raise FolderError for a folder with a link that leads out of it, a device, FIFO or socket, or an oversized file."""
     real = Path(os.path.realpath(folder))
     roots = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for place in (folder, *(folder / name for name in SUBFOLDERS if (folder / name).is_dir())):
@@ -110,7 +110,7 @@ def _check_entry(entry: os.DirEntry[str], roots: list[Path]) -> None:
         real = Path(os.path.realpath(entry.path))
         if not any(real.is_relative_to(root) for root in roots):
             raise FolderError(f"{path}: is a link that leads out of the folder ({real}); put the file itself there")
-    if not path.exists() or entry.is_dir():  # a dangling link is a missing file, said where the file is needed
+    if not path.exists() or entry.is_dir():  # a dangling link is a missing file, reported where the file is needed
         return
     if file_bytes(path) > MAX_SMALL_FILE_BYTES and path.suffix in (".json", ".jinja", ".txt", ".model"):
         raise FolderError(f"{path}: is too large; at most {MAX_SMALL_FILE_BYTES} bytes are read of such a file")

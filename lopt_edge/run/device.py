@@ -37,35 +37,38 @@ class SideStream(Protocol):
     """A stream of copies beside the computing one. A mark is a point of either stream that has yet to be passed."""
 
     def record_event(self) -> Any:
-        """A mark on this stream; `synchronize()` on it waits in this thread."""
+        """Put a mark on this stream and return it; its `synchronize()` waits in this thread until the stream is past it."""
 
     def mark_compute(self) -> Any:
-        """A mark on the computing stream."""
+        """Put a mark on the computing stream and return it."""
 
     def after(self, mark: Any) -> AbstractContextManager[Any]:
-        """What is begun inside runs on this stream, once `mark` (if any) is passed."""
+        """A context: what is begun inside runs on this stream, once `mark` (None: no mark) is passed."""
 
     def hold_compute(self, mark: Any) -> None:
-        """Let the computing stream wait for a mark of this one."""
+        """Let the computing stream wait for a mark of this stream; this thread goes on."""
 
     def synchronize(self) -> None:
-        """Wait in this thread for all that was begun."""
+        """Wait in this thread for all that was begun on this stream."""
 
 
 class Counters(Protocol):
-    """Bytes of live tensors, now and at most since `start_peak`."""
+    """Counters of the bytes of live tensors of one device."""
 
     @property
-    def live_bytes(self) -> int: ...
+    def live_bytes(self) -> int:
+        """The bytes of the tensors that are alive now."""
 
     @property
-    def peak_bytes(self) -> int: ...
+    def peak_bytes(self) -> int:
+        """The most that `live_bytes` was since the last `start_peak`."""
 
-    def start_peak(self) -> None: ...
+    def start_peak(self) -> None:
+        """Let `peak_bytes` begin anew, at what is alive now."""
 
 
 class Device(Protocol):
-    """One device of one kind. Bytes are those of the device tier (`kind.counts_process` says which these are)."""
+    """One device of one kind. All byte counts are of the device tier; `kind.counts_process` says what that counts."""
 
     kind: DeviceKind
     device: torch.device
@@ -74,72 +77,79 @@ class Device(Protocol):
 
     @classmethod
     def found(cls) -> tuple[Device, ...]:
-        """Those of this machine that torch can use."""
+        """The devices of this kind that torch can use on this machine."""
 
     @classmethod
     def current(cls) -> torch.device | None:
-        """The one to take where none is named; None where torch finds none."""
+        """The torch device of this kind that a run gets if it names none; None where torch finds none."""
 
     # what it is
 
     def name(self) -> str:
-        """As its maker calls it."""
+        """The name that the device's maker gave it."""
 
     def capability(self) -> str | None:
-        """The version of its instructions; None where it has none."""
+        """The version of the device's instructions, as "8.9"; None for a kind that has no such number."""
 
     def auto_dtype(self) -> tuple[torch.dtype, str]:
-        """The compute dtype that it is best at, and why."""
+        """The compute dtype that the device is best at, and the reason in words."""
 
     def check_dtype(self, name: str) -> None:
-        """Raises InputError for a dtype in which training is no good here."""
+        """Raise InputError if training in the dtype of this name is no good on this kind of device."""
 
     def dtype_names(self) -> tuple[str, ...]:
-        """The dtypes that a run may use."""
+        """The names of the compute dtypes that a run may use on this device."""
 
     def made_current(self) -> AbstractContextManager[Any]:
-        """Inside, kernels of other libraries run on it, too."""
+        """A context inside which kernels of other libraries, too, run on this device."""
 
     def for_process(self, number: int) -> torch.device:
-        """The device of this machine's n-th process of a pipeline, made its current one."""
+        """The torch device of this machine's process `number` (from 0) of a pipeline, made the process' current one."""
 
     # memory
 
-    def total_bytes(self) -> int: ...
+    def total_bytes(self) -> int:
+        """The size of the device's memory."""
 
     def free_bytes(self) -> int:
-        """What is left for a run that begins now; on the CPU what its process has already is part of that."""
+        """The bytes that a run which begins now may take; on the CPU with what its process has already."""
 
     def taken_bytes(self) -> int:
-        """What this process takes now; a driver's context is not part of it."""
+        """The bytes that this process takes now, without a driver's context."""
 
     def peak_bytes(self) -> int:
         """The most that `taken_bytes` ever was."""
 
     def counters(self) -> Counters | None:
-        """The allocator's; None where none counts tensors."""
+        """The allocator's counters; None where no allocator counts tensors."""
 
     def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
-        """Let the system refuse what is beyond `n_bytes`; returns what lifts that. Raises RunError."""
+        """Let the system refuse what is beyond `n_bytes`; returns a call that lifts the limit.
+
+        Raises RunError if the process takes more already.
+        """
 
     # movement
 
     def side_stream(self) -> SideStream | None:
-        """A new one; None where copies need none."""
+        """A new stream for copies; None on a device whose copies need none."""
 
     def pin(self, block: Tensor) -> bool:
         """Lock a block of host memory in its place, so that the device reads it itself; False where that is refused."""
 
-    def unpin(self, block: Tensor) -> None: ...
+    def unpin(self, block: Tensor) -> None:
+        """Undo `pin` of this block."""
 
     def synchronize(self) -> None:
-        """Wait for all that was begun."""
+        """Wait in this thread for all that was begun on the device."""
 
     # random numbers
 
-    def random_state(self) -> Tensor: ...
+    def random_state(self) -> Tensor:
+        """The state of torch's generator for this device, as bytes (uint8, one dimension)."""
 
-    def set_random_state(self, state: Tensor) -> None: ...
+    def set_random_state(self, state: Tensor) -> None:
+        """Put back what `random_state` gave."""
 
 
 class Host:
@@ -260,7 +270,7 @@ class Cuda:
 
     def _has_bfloat16(self) -> bool:
         with self.made_current():
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
     def made_current(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device)
@@ -286,7 +296,7 @@ class Cuda:
         return _CudaCounters(self.device)
 
     def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
-        """The allocator gets the bytes less `context_bytes`, which the driver takes beside it."""
+        """Bound torch's allocator by `n_bytes` less `context_bytes`, which the driver takes beside it."""
         total = torch.cuda.mem_get_info(self.device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, n_bytes - context_bytes) / total), self.device)
         return lambda: torch.cuda.set_per_process_memory_fraction(1.0, self.device)
@@ -295,10 +305,10 @@ class Cuda:
         return _CudaStream(self.device)
 
     def pin(self, block: Tensor) -> bool:
-        return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+        return int(_cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
 
     def unpin(self, block: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+        _cudart().cudaHostUnregister(block.data_ptr())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -310,9 +320,15 @@ class Cuda:
         torch.cuda.set_rng_state(state, self.device)
 
 
+def _cudart() -> Any:
+    """torch's binding of the CUDA runtime."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # it has no types
+
+
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own has no types
 
     def record_event(self) -> Any:
         return self.stream.record_event()
@@ -352,17 +368,17 @@ CLASSES: dict[str, type[Device]] = {CUDA.name: Cuda, CPU.name: Host}  # the orde
 
 
 def device_of(device: torch.device) -> Device:
-    """What stands for a torch device."""
+    """The `Device` that stands for a torch device."""
     return CLASSES[device.type](device)
 
 
 def accelerators() -> tuple[Device, ...]:
-    """All of this machine but the CPU."""
+    """All devices of this machine but the CPU."""
     return tuple(one for cls in CLASSES.values() if cls.kind.host_is_below for one in cls.found())
 
 
 def random_sources(device: torch.device) -> tuple[Device, ...]:
-    """Whose random numbers a run on `device` draws: the CPU's, then the device's own."""
+    """The devices whose random numbers a run on `device` draws: the CPU, then the device itself if it is another one."""
     own, host = device_of(device), Host(Host.current())
     return (host,) if own.kind is host.kind else (host, own)
 
@@ -376,7 +392,7 @@ def torch_build() -> str | None:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device for auto or the name of a kind, and why. Raises InputError for a kind that is not there."""
+    """The device for auto or the name of a kind, and the reason in words. Raises InputError if there is none."""
     if name not in (AUTO, *DEVICE_TYPES):
         raise InputError(f"{name!r} is unknown", where="device", fix=f"choose {in_words(AUTO, *DEVICE_TYPES)}")
     for cls in CLASSES.values():
@@ -391,7 +407,10 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype, and why."""
+    """The compute dtype for auto or a name of `DTYPES`, and the reason in words.
+
+    Raises InputError for a name that is unknown, or a dtype in which training is no good on this device.
+    """
     if name not in (AUTO, *DTYPES):
         raise InputError(f"{name!r} is unknown", where="compute_dtype", fix=f"choose auto, {', '.join(DTYPES)}")
     own = device_of(device)

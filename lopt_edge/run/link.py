@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed does not export them to checkers
+from torch.distributed.rendezvous import rendezvous
 
 from lopt_edge.errors import NotFinite, PeerLost, RunError
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName
@@ -40,7 +42,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class FarGroup:
-    """A parameter group in another process of a pipeline."""
+    """What is known here of a parameter group in another process of a pipeline."""
 
     n_elements: int
     steps: int
@@ -48,44 +50,44 @@ class FarGroup:
 
 
 class FarGroups(Protocol):
-    """All of those, and what they hold."""
+    """The parameter groups in the other processes of a pipeline, and access to their tensors."""
 
     groups: Mapping[GroupName, FarGroup]
 
     def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Its `values` or `moments`, on the CPU."""
+        """A group's `values` or `moments` (`what` says which), on the CPU."""
 
 
-def host_store(n: int, timeout: timedelta) -> distributed.TCPStore:
-    """Process 0's meeting place on this machine, on a port that is free; torch alone would listen on every interface."""
+def host_store(n: int, timeout: timedelta) -> TCPStore:
+    """Open process 0's meeting place on a free port of the loopback; torch alone would listen on every interface."""
     listener = socket.socket()
     listener.bind((LOOPBACK, 0))
     listener.listen()
     port = listener.getsockname()[1]
-    return distributed.TCPStore(
-        LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
-    )
+    return TCPStore(LOOPBACK, port, n, True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
 
 
-def join_store(port: int, timeout: timedelta) -> distributed.TCPStore:
-    return distributed.TCPStore(LOOPBACK, port, None, False, timeout=timeout, wait_for_workers=False)
+def join_store(port: int, timeout: timedelta) -> TCPStore:
+    """Join the meeting place that process 0 opened on this port of this machine."""
+    return TCPStore(LOOPBACK, port, None, False, timeout=timeout, wait_for_workers=False)
 
 
-def torchrun_store(timeout: timedelta) -> distributed.Store:
+def torchrun_store(timeout: timedelta) -> Store:
     """The meeting place that torchrun's variables name."""
-    store, _, _ = next(iter(distributed.rendezvous("env://", timeout=timeout)))
+    store: Store = next(iter(rendezvous("env://", timeout=timeout)))[0]
     return store
 
 
 class Link:
-    """One process' end. `alive` is asked while it waits and raises if a peer is known to be dead.
+    """One process' end of the link. `alive` is called while it waits, and raises if a peer is known to be dead.
 
-    `report` gives what process 0 shall know of this one after each step; `reports` are those of the last one, by process.
+    `report` gives what process 0 shall know of this process after each step; `reports` are those of the last step, by
+    process. Every method that sends or receives raises PeerLost when the peer is gone or silent for longer than `timeout`.
     """
 
     def __init__(
         self,
-        store: distributed.Store,
+        store: Store,
         parts: Sequence[Part],
         rank: int,
         *,
@@ -95,7 +97,8 @@ class Link:
         report: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.store, self.parts, self.rank, self.timeout, self.alive = store, tuple(parts), rank, timeout, alive
-        self.report, self.reports = report, [{} for _ in parts]
+        self.report = report
+        self.reports: list[dict[str, int]] = [{} for _ in parts]
         self.broken = False
         self._in_flight: deque[tuple[Any, Tensor]] = deque()
         self._meet()
@@ -103,10 +106,11 @@ class Link:
 
     @property
     def part(self) -> Part:
+        """This process' part of the pipeline."""
         return self.parts[self.rank]
 
     def _meet(self) -> None:
-        """Until all processes are there. By asking: whoever waits inside the store keeps others from asking it."""
+        """Wait until all processes are there. It polls: whoever waits inside the store keeps others from asking it."""
         self.store.set(f"here {self.rank}", "")
         keys = [f"here {part.rank}" for part in self.parts]
         deadline = time.monotonic() + self.timeout.total_seconds()
@@ -119,16 +123,16 @@ class Link:
             time.sleep(POLL_SECONDS / 4)
 
     def _group(self, name: str, loopback: bool) -> Any:
-        """All processes meet. Made directly, so that a program may have several runs one after the other."""
+        """A gloo group of all processes, made without torch's global one: a program may have several runs in turn."""
         gloo = distributed.ProcessGroupGloo
-        options = gloo._Options()
+        options = gloo._Options()  # type: ignore[attr-defined]  # torch's stub calls it Options
         options._timeout = CONNECT_TIMEOUT
         options._devices = [gloo.create_device(hostname=LOOPBACK) if loopback else gloo.create_default_device()]
-        store = distributed.PrefixStore(name, self.store)
+        store = PrefixStore(name, self.store)
         return self._wait(None, lambda: gloo(store, self.rank, len(self.parts), options))
 
     def _wait(self, peer: int | None, call: Callable[[], Any]) -> Any:
-        """The call's result. In a thread: it cannot be stopped, and must hold up neither signals nor the exit."""
+        """The call's result. It runs in a thread: it cannot be stopped, and must delay neither signals nor the exit."""
         found: list[Any] = []
 
         def run() -> None:
@@ -168,14 +172,14 @@ class Link:
     # boundaries ------------------------------------------------------------------------------------------------------
 
     def send_boundary(self, hidden: Tensor) -> None:
-        """To the next process. Returns at once, unless too many are under way."""
+        """Send hidden states to the next process. It returns at once, unless MOST_IN_FLIGHT of them are under way."""
         flat = _bytes_of(hidden.detach().contiguous().cpu())
         while len(self._in_flight) >= MOST_IN_FLIGHT:
             self._finish_oldest()
         self._in_flight.append((self._data.send([flat], self.rank + 1, 0), flat))
 
     def receive_boundary(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """From the process before."""
+        """Receive hidden states of this shape and dtype from the process before, onto `device`."""
         hidden = torch.empty(*shape, dtype=dtype)
         self._wait(self.rank - 1, lambda: self._data.recv([_bytes_of(hidden)], self.rank - 1, 0).wait(self.timeout))
         return hidden.to(device)
@@ -186,29 +190,33 @@ class Link:
         self._in_flight.popleft()
 
     def flush(self) -> None:
-        """Until all that was sent is taken."""
+        """Wait until the next process has taken all that was sent."""
         while self._in_flight:
             self._finish_oldest()
 
     # messages between process 0 and another one ----------------------------------------------------------------------
 
     def send_message(self, peer: int, message: Mapping[str, Any]) -> None:
+        """Send JSON values to one process."""
         payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         self.send_tensor(peer, torch.tensor([len(payload)]))
         self.send_tensor(peer, payload)
 
     def receive_message(self, peer: int) -> dict[str, Any]:
+        """Receive the JSON values that `peer` sends. Raises RunError for a size that no message has."""
         n_bytes = int(self.receive_tensor(peer, (1,), torch.int64))
         if not 0 < n_bytes <= MOST_MESSAGE_BYTES:
             raise RunError(f"a message of {n_bytes} bytes came from {self.parts[peer].text()}")
         return dict(json.loads(self.receive_tensor(peer, (n_bytes,), torch.uint8).numpy().tobytes()))
 
     def send_tensor(self, peer: int, tensor: Tensor) -> None:
+        """Send the bytes of a tensor to one process, and wait until they are taken; an empty tensor sends nothing."""
         flat = _bytes_of(tensor.detach().contiguous().cpu())
         if len(flat):
             self._wait(peer, lambda: self._control.send([flat], peer, 0).wait(self.timeout))
 
     def receive_tensor(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Receive a tensor of this shape and dtype from one process, on the CPU."""
         tensor = torch.empty(*shape, dtype=dtype)
         if tensor.numel():
             self._wait(peer, lambda: self._control.recv([_bytes_of(tensor)], peer, 0).wait(self.timeout))
@@ -216,14 +224,19 @@ class Link:
 
     @property
     def others(self) -> range:
+        """The ranks of all processes but process 0."""
         return range(1, len(self.parts))
 
     def broadcast(self, message: Mapping[str, Any]) -> None:
+        """Send JSON values from process 0 to all others."""
         for peer in self.others:
             self.send_message(peer, message)
 
     def agree(self, fault: NotFinite | None, op: str) -> None:
-        """Every process says whether its numbers are finite. Raises NotFinite in all of them if one's are not."""
+        """Exchange whether all numbers are finite; NotFinite is raised in every process if those of one are not.
+
+        `fault` is this process' own, found in the op of text `op`.
+        """
         own = None if fault is None else {"what": str(fault).splitlines()[0], "op": op, "of_loss": fault.of_loss}
         if self.rank:
             self.send_message(0, {"fault": own})
@@ -238,7 +251,7 @@ class Link:
             raise error
 
     def gather(self, own: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What came out of a step, in process 0 that of all the others."""
+        """Bring the values of a step to process 0: a list, by process, of what the others gave. Elsewhere it is empty."""
         if self.rank:
             self.send_message(0, {**own, "report": self.report()})
             return []

@@ -4,7 +4,7 @@
 
 fp32, on the device, one flat block a layer, laid out as the optimizer's group of that layer. The rule: an average gets no
 gradient, and a layer computes with it only inside `used`; outside of it the layer has the adapters that train. What is
-written to an adapter folder is never an average; checkpoints hold them (training/checkpoint/snapshot.py).
+written to an adapter folder is never an average; checkpoints contain them (training/checkpoint/snapshot.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lopt_edge.run.model.lora import adapted, layer_parameters
 
 
 class Averages:
-    """Of the adapters of `layers`, as they are now."""
+    """The averages of the adapters of `layers`, which begin as the adapters are now."""
 
     def __init__(self, model: Model, layers: Iterable[int], *, momentum: float) -> None:
         self.model, self.momentum = model, momentum
@@ -29,19 +29,22 @@ class Averages:
         for layer in layers:
             parameters = layer_parameters(model, layer)
             flat = self.flat[layer] = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-            pieces = flat.split([parameter.numel() for parameter in parameters])
+            pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
             self._matrices[layer] = [
                 nn.Parameter(piece.view(parameter.shape), requires_grad=False)
                 for piece, parameter in zip(pieces, parameters, strict=True)
             ]
 
     def take(self, layer: int, values: Tensor) -> None:
-        """`values`: the layer's adapters after the step, flat."""
+        """Move a layer's average towards `values`, its adapters after the step (flat, fp32)."""
         self.flat[layer].mul_(self.momentum).add_(values.detach(), alpha=1 - self.momentum)
 
     @contextmanager
     def used(self, layer: int) -> Iterator[None]:
-        """The layer computes with its average, without dropout. For its backward too: that reads the adapters again."""
+        """A context in which the layer computes with its average and without dropout.
+
+        It must be open in the layer's backward too, which reads the adapters again.
+        """
         modules = [module for _, module in adapted(self.model, layer)]
         trained = [(module.lora_a, module.lora_b) for module in modules]
         matrices, clock = iter(self._matrices[layer]), self.model.clock

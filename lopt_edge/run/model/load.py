@@ -47,7 +47,7 @@ class LayerContext:
     masks: dict[str, Tensor | None]
 
     def tensors(self) -> list[Tensor]:
-        """What all layers share: no layer's graph owns it."""
+        """The tensors that all layers share, so that no layer's graph owns them."""
         tables = [table for pair in self.rotary.values() for table in pair]
         return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
 
@@ -56,15 +56,15 @@ class FarLayers(Protocol):
     """The adapters of layers that lie in other processes of a pipeline."""
 
     def shapes(self, layer: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """(module, shape of A, shape of B) of each adapter of the layer."""
+        """List (module, shape of A, shape of B) of each adapter of the layer."""
 
     def matrices(self, layer: int) -> Iterator[Tensor]:
-        """A and B of each, in that order, fp32 on the CPU."""
+        """Yield A and B of each adapter of the layer, in the order of `shapes`, fp32 on the CPU."""
 
 
 @dataclass(eq=False)
 class Model:
-    """The frozen base in units. `clock` is shared by all layers' dropout."""
+    """The frozen base model in units: embedding, layers, head. `clock` is shared by all layers' dropout."""
 
     facts: ModelFacts
     config: Any
@@ -82,7 +82,7 @@ class Model:
     far: FarLayers | None = None  # where the others are
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states (B, T, D) in the compute dtype, with the family's embedding factor."""
+        """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
         hidden_BTD = self.embedding.rows(ids_BT.reshape(-1)).view(*ids_BT.shape, -1)
         factor = self.facts.family.embedding_factor
         if factor == ROOT_OF_HIDDEN:
@@ -91,7 +91,7 @@ class Model:
         return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
     def layer_context(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> LayerContext:
-        """Positions start .. start + T; masks are None where the attention kernel's own causal mask does.
+        """The context of positions start .. start + T - 1; a mask is None where the kernel's own causal mask does.
 
         Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
         """
@@ -109,12 +109,13 @@ class Model:
         kinds = sorted(set(self.facts.layer_types))
         by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
-        return LayerContext(positions, rotary, {kind: make[kind](**arguments) for kind in kinds})
+        masks = {kind: make[kind](**arguments) for kind in kinds}
+        return LayerContext(positions, rotary, masks)  # type: ignore[arg-type]  # no BlockMask: flex attention is never asked
 
     def run_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None) -> Tensor:
-        """Layer `layer`'s output (B, T, D)."""
+        """The output (B, T, D) of layer `layer`, whose weights are resident."""
         kind = self.facts.layer_types[layer]
-        output = self.layers[layer](
+        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden_BTD,
             attention_mask=frame.masks[kind],
             position_embeddings=frame.rotary[kind],
@@ -127,18 +128,19 @@ class Model:
     def run_all(
         self, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None, layers: Sequence[int] | None = None
     ) -> Tensor:
-        """All layers of this process in order (or these), forward only; streamed ones come and go."""
+        """Run all layers of this process in order (or those of `layers`), forward only; streamed ones come and go."""
         layers = self.here if layers is None else layers
         for layer in self.weights.stream(layers) if self.weights is not None else layers:
             hidden_BTD = self.run_layer(layer, hidden_BTD, frame, cache=cache)
         return hidden_BTD
 
     def rerun_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext) -> Tensor:
-        """A layer's graph for its backward. The output's values are undefined: its last product is left out.
+        """Make a layer's graph anew for its backward. The output's values are undefined: its last product is left out.
 
         torch's non-reentrant checkpointing stops early to the same effect.
         """
         last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
+        assert isinstance(last, PackedLinear)
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
@@ -157,7 +159,7 @@ def load_model(
 ) -> Model:
     """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
 
-    `placement` is a plan's (default: all layers resident); `mover` carries what is streamed.
+    `placement` says where a plan has each unit's weights (default: all layers resident); `mover` carries what is streamed.
     """
     entries = tensor_entries(folder)
     knobs = default_knobs(facts, device.type)
@@ -191,7 +193,10 @@ def load_model(
 
 
 def import_model_code(folder: Path) -> Any:
-    """transformers' class for the model of a folder, its code imported (some 110 MiB of modules). Raises InputError."""
+    """Import and return transformers' class for the model of a folder (some 110 MiB of modules).
+
+    Raises InputError if transformers cannot build this model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -219,7 +224,7 @@ def make_skeleton(
     head: str = "disk",
     mover: Mover | None = None,
 ) -> Model:
-    """The model with transformers' layers still without weights (on the meta device); the rest is ready."""
+    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     layout, attention = facts.family.layout, "sdpa"
@@ -229,7 +234,10 @@ def make_skeleton(
     try:
         config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().get_submodule(layout.decoder)
+            model_class = AutoModelForCausalLM._model_mapping[type(config)]
+            model = model_class(config)  # type: ignore[operator]  # one class, no pair: that is how tokenizers are mapped
+            skeleton = model.eval().get_submodule(layout.decoder)
+            del model
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
         raise _unusable(folder, error) from None
     try:
@@ -255,18 +263,19 @@ def make_skeleton(
 def _packed_linear(
     linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
 ) -> tuple[PackedLinear, PackedLayout | None]:
-    """The module, and where its weight lies on disk; None if the weight is in the module already."""
-    packed, on_disk = PackedLinear(linear.in_features, linear.out_features, buffer=buffer), None
+    """The module of a linear layer, and where its weight lies on disk; None if the weight is in the module already."""
+    packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
+    on_disk: PackedLayout | None = None
+    weight: PackedLayout | PackedWeight | Tensor
     name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
     if is_packed(entries, name):
-        on_disk = packed_on_disk(entries, name)
+        weight = on_disk = packed_on_disk(entries, name)
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
-        packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
+        weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
-        packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
-    found = tuple((on_disk or packed.weight).shape)
-    if found != shape:
-        raise FolderError(f"{name} has shape {found}, not what config.json says")
+        weight = packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
+    if tuple(weight.shape) != shape:
+        raise FolderError(f"{name} has shape {tuple(weight.shape)}, not what config.json says")
     if linear.bias:
         bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
@@ -298,20 +307,25 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
     """
-    mlp = layer.mlp
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    mlp = layer.get_submodule("mlp")
+    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
     for part in parts:
-        if isinstance(part, PackedLinear) and isinstance(part.weight, PackedWeight):
+        if isinstance(part.weight, PackedWeight):
             sizes[id(part)] = part.weight.block_elements
-    if all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
-        layer.mlp = PackedGatedMLP(*parts, act_fn=mlp.act_fn)
+    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
+        gate, up, down = parts
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
 
 
 def fill_parameters(
     module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace every meta parameter by the folder's, frozen, in the compute dtype."""
+    """Replace every meta parameter of `module` by the folder's tensor, frozen, in the compute dtype.
+
+    Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
+    """
     for name, parameter in list(module.named_parameters()):
         value = read_tensor(_entry(entries, prefix + name, tuple(parameter.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")

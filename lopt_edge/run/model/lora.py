@@ -28,7 +28,7 @@ ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.
 
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
-    """The linear layers of a layer that carry an adapter, with their paths inside the layer."""
+    """Yield the path inside the layer and the module of each linear layer of `layer` that carries an adapter."""
     for linear in model.facts.linears:
         module = model.layers[layer].get_submodule(linear.name)
         if isinstance(module, PackedLinear) and module.lora_a is not None:
@@ -36,7 +36,7 @@ def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def layer_parameters(model: Model, layer: int) -> list[nn.Parameter]:
-    """A layer's adapter matrices, in a fixed order."""
+    """The adapter matrices of a layer, A and B of each linear layer in the model's order."""
     pairs = ((module.lora_a, module.lora_b) for _, module in adapted(model, layer))
     return [matrix for pair in pairs for matrix in pair if matrix is not None]
 
@@ -51,7 +51,10 @@ def attach_adapters(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Put fresh adapters on the given layers."""
+    """Put fresh adapters of rank `r` on the linear layers of these layers whose short names are in `targets`.
+
+    A is uniform, B zero, both fp32; the scale is alpha / r.
+    """
     for layer in layers:
         for index, linear in enumerate(model.facts.linears):
             if linear.short_name not in targets:
@@ -59,23 +62,28 @@ def attach_adapters(
             key = DropoutClock(seed=seed, step=-1).key(layer, index)  # no training step is -1
             bound = linear.in_features**-0.5
             a = torch.empty(linear.in_features, r).uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
-            module = model.layers[layer].get_submodule(linear.name)
+            module = _linear(model, layer, linear.name)
             _attach(module, a, torch.zeros(r, linear.out_features), scale=alpha / r, device=model.device)
             module.dropout_rate = dropout
 
 
-def _attach(module: nn.Module, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
+def _linear(model: Model, layer: int, name: str) -> PackedLinear:
+    module = model.layers[layer].get_submodule(name)
     assert isinstance(module, PackedLinear)
+    return module
+
+
+def _attach(module: PackedLinear, a: Tensor, b: Tensor, *, scale: float, device: torch.device) -> None:
     module.attach(nn.Parameter(a.to(device)), nn.Parameter(b.to(device)), scale=scale)
 
 
 def adapter_tensors(model: Model) -> dict[str, Tensor]:
-    """All adapter matrices by peft's names and in peft's layout, fp32 on the CPU."""
+    """All adapter matrices by peft's names and in peft's layout (transposed), fp32 on the CPU."""
     return {name: _in_peft_layout(matrix) for name, matrix in _matrices(model)}
 
 
 def write_adapter(model: Model, path: Path) -> None:
-    """`adapter_tensors` as a safetensors file, one matrix in memory at a time; synced, then renamed into place.
+    """Write `adapter_tensors` as a safetensors file, one matrix in memory at a time; it is synced, then renamed into place.
 
     Raises NotFinite, and leaves what was there, if a value is not finite; OSError where the file cannot be written.
     """
@@ -89,31 +97,31 @@ def write_adapter(model: Model, path: Path) -> None:
 
 
 def adapter_shapes(model: Model, layer: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """(module, shape of A, shape of B) of each adapter of a layer of this process."""
+    """List (module, shape of A, shape of B) of each adapter of a layer that this process has."""
     found = ((name, module.lora_a, module.lora_b) for name, module in adapted(model, layer))
     return [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in found if a is not None and b is not None]
 
 
 def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all adapter matrices, those of other processes among them."""
+    """Yield the name and shape of every adapter matrix, those of other processes among them."""
     for layer in range(model.facts.n_layers):
-        is_far = model.far is not None and layer not in model.here
-        for name, *shapes in model.far.shapes(layer) if is_far else adapter_shapes(model, layer):
+        far = None if layer in model.here else model.far
+        for name, *shapes in adapter_shapes(model, layer) if far is None else far.shapes(layer):
             for letter, shape in zip("AB", shapes, strict=True):
                 yield _peft_name(model, layer, name, letter), shape
 
 
 def _peft_name(model: Model, layer: int, module: str, letter: str) -> str:
-    """peft wraps transformers' class twice and names a matrix by its path there."""
+    """The name that peft gives a matrix: its path in transformers' class, which peft wraps twice."""
     return f"base_model.model.{model.facts.family.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """One after the other, in the order of `_shapes`."""
+    """Yield the name and the matrix of every adapter, in the order of `_shapes`."""
     names = (name for name, _ in _shapes(model))
     for layer in range(model.facts.n_layers):
-        is_far = model.far is not None and layer not in model.here
-        for matrix in model.far.matrices(layer) if is_far else layer_parameters(model, layer):
+        far = None if layer in model.here else model.far
+        for matrix in layer_parameters(model, layer) if far is None else far.matrices(layer):
             yield next(names), matrix
 
 
@@ -134,7 +142,7 @@ def check_adapter_folder(folder: Path) -> None:
 def load_adapters(model: Model, folder: Path) -> list[int]:
     """Attach the adapters of a LoRA folder; returns the layers that carry one. Raises InputError for a misfit.
 
-    In a pipeline a process attaches those of its own layers.
+    In a pipeline a process attaches the adapters of its own layers alone.
     """
     where = str(folder)
     try:
@@ -161,8 +169,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
                 scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
-                module = model.layers[layer].get_submodule(linear.name)
-                _attach(module, a, b, scale=scale, device=model.device)
+                _attach(_linear(model, layer, linear.name), a, b, scale=scale, device=model.device)
     except FolderError as error:
         raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:

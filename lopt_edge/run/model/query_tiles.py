@@ -38,7 +38,7 @@ NAME = "lopt_edge_query_tiles"
 
 
 class Scores(NamedTuple):
-    """How a layer makes scores. `window` is None where all earlier tokens are seen."""
+    """The way in which a layer makes scores. `cap` None: no soft cap. `window` None: all earlier tokens are seen."""
 
     scaling: float
     cap: float | None
@@ -63,7 +63,10 @@ def make_mask(
     allow_is_causal_skip: bool = True,
     **rest: Any,
 ) -> Tensor | None:
-    """None where a tile knows itself what it sees: no padding, and the last query is at the last key."""
+    """The mask that transformers asks for; None where a tile knows itself which keys its queries see.
+
+    It knows that where there is no padding and the last query is at the last key.
+    """
     from transformers.masking_utils import eager_mask
 
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
@@ -92,11 +95,15 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature; the result (B, T, H, E)."""
+    """Causal attention in tiles of queries, with transformers' signature; the result is (B, T, H, E) and no weights.
+
+    query (B, H, T, E); key and value (B, H / G, S, E). Raises NotImplementedError for a dropout.
+    """
     if dropout:
         raise NotImplementedError("attention in tiles of queries has no dropout")
     scores = Scores(scaling or query_BHTE.shape[-1] ** -0.5, softcap, sliding_window)
-    return _QueryTiles.apply(query_BHTE, key, value, attention_mask, scores), None
+    out_BTHE: Tensor = _QueryTiles.apply(query_BHTE, key, value, attention_mask, scores)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return out_BTHE, None
 
 
 class _QueryTiles(torch.autograd.Function):
@@ -123,7 +130,7 @@ class _QueryTiles(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Group:
-    """The heads of a sequence that share keys."""
+    """The heads of one sequence that share keys, and what attention needs of them."""
 
     query_GTE: Tensor
     key_SE: Tensor
@@ -144,8 +151,10 @@ class _Group:
         return tiles if self.mask_TS is None else [tile._replace(keys=slice(0, n_keys)) for tile in tiles]
 
 
-def _groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Iterator[tuple]:
-    """(group, its sequence, its heads)."""
+def _groups(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Iterator[tuple[_Group, int, slice]]:
+    """Yield each group with the index of its sequence and the slice of its heads."""
     size = query.shape[1] // key.shape[1]
     for b in range(query.shape[0]):
         mask_TS = None if mask is None else mask.expand(len(query), -1, -1, -1)[b, 0]
@@ -155,7 +164,7 @@ def _groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scor
 
 
 def _group_gradients(group: _Group, g_GTE: Tensor, dq_GTE: Tensor, dk_SE: Tensor, dv_SE: Tensor) -> None:
-    """Fills the last three. Sums over tiles are in fp32."""
+    """Fill the gradients dq, dk and dv of a group. Sums over tiles are in fp32."""
     sum_ES = torch.zeros(dk_SE.t().shape, dtype=torch.float32, device=dk_SE.device)
     sum_SE = torch.zeros(dv_SE.shape, dtype=torch.float32, device=dv_SE.device)
     for tile in group.tiles:
@@ -166,7 +175,7 @@ def _group_gradients(group: _Group, g_GTE: Tensor, dq_GTE: Tensor, dk_SE: Tensor
 
 
 class _Part:
-    """A tile of a group."""
+    """One tile of a group, with the arithmetic of its forward and backward."""
 
     def __init__(self, group: _Group, tile: QueryTile) -> None:
         self.q_GnE, self.scores = group.query_GTE[:, tile.queries], group.scores
@@ -176,16 +185,17 @@ class _Part:
         self.factor = 1.0 if group.scores.cap is None else group.scores.cap
 
     def output_GnE(self) -> Tensor:
+        """The tile's output, softmax of its scores times the values."""
         weights_Gnm = self._weights(self._tanh().mul_(self.factor)).to(self.q_GnE.dtype)
         return torch.bmm(weights_Gnm, self.v_GmE)
 
     def _tanh(self) -> Tensor:
-        """(G, n, m) scores before they are multiplied by the cap; without a cap just scores."""
+        """The scores (G, n, m) before they are multiplied by the cap; without a cap the scores themselves."""
         raw_Gnm = torch.bmm(self.q_GnE, self.k_GmE.transpose(1, 2)).mul_(self.scores.scaling)
         return raw_Gnm if self.scores.cap is None else raw_Gnm.div_(self.scores.cap).tanh_()
 
     def _weights(self, scores_Gnm: Tensor) -> Tensor:
-        """In fp32. Scores are changed in place."""
+        """The softmax of scores, in fp32. The scores are changed in place."""
         if self.mask_nm is not None:
             scores_Gnm += self.mask_nm
         else:
@@ -193,7 +203,10 @@ class _Part:
         return torch.softmax(scores_Gnm.float(), dim=-1)
 
     def _hidden_nm(self) -> Tensor:
-        """Where a key is later than the query, or before its window. `own_key` is the column of the first query's key."""
+        """A mask (n, m), true where a key is later than the query, or before its window.
+
+        `own_key` is the column of the first query's key.
+        """
         n, m = self.q_GnE.shape[1], self.k_GmE.shape[1]
         seen_nm = torch.ones(n, m, dtype=torch.bool, device=self.q_GnE.device).tril_(self.own_key)
         if self.scores.window is not None:
@@ -217,6 +230,6 @@ class _Part:
 
 
 def _add_products(total: Tensor, left_G: Tensor, right_G: Tensor) -> None:
-    """Head by head: eager's gradient of a repeated key is the sum of its heads', each a product of its own."""
+    """Add the products of all heads to `total`, head by head: eager sums a repeated key's gradients in that order."""
     for head in range(len(left_G)):
         total += torch.bmm(left_G[head : head + 1], right_G[head : head + 1])[0]

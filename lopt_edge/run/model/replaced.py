@@ -2,7 +2,7 @@
 
 `fit_layers` reads each layer's own weights once, one layer in a buffer at a time, finds the mixing coefficients of least
 squares, and lets the weights go; `apply_replaced` does the same with coefficients that a run has learned. Norms and biases
-of the layer stay as they are. The rule: after either, no byte of the layer's packed weights is held or read again.
+of the layer stay as they are. The rule: after either, no byte of the layer's packed weights is kept or read again.
 
 Coefficients are fp32 parameters, trained in the group of their layer, and lie beside the adapter in `replaced_layers.json`,
 in an output folder and in each checkpoint (a number in JSON has all digits of an fp32 one):
@@ -36,13 +36,13 @@ Coefficients = Mapping[int, Mapping[str, tuple[float, float]]]  # by layer and l
 
 
 def loading_placement(knobs: Knobs, replaced: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
-    """Where units' weights lie when a model is loaded: those of layers that will be replaced stay on disk."""
+    """The (unit, place) pairs with which a model is loaded: weights of layers that will be replaced stay on disk."""
     names = {f"layer {layer}" for layer in replaced}
     return tuple((unit, "disk" if unit in names else place) for unit, place in placement_of(knobs))
 
 
 def fit_layers(model: Model, layers: Iterable[int]) -> dict[int, dict[str, float]]:
-    """Replace layers by least squares; returns which share of each matrix the mixture leaves unexplained."""
+    """Replace layers by least squares; returns, by layer and linear layer, the share |W - mixture| / |W| that is left."""
     coefficients: dict[int, dict[str, tuple[float, float]]] = {}
     left: dict[int, dict[str, float]] = {}
     for layer in _present(model, layers):
@@ -60,13 +60,13 @@ def _present(model: Model, layers: Iterable[int]) -> Iterator[int]:
 
 
 def replace_layers(model: Model, coefficients: Coefficients) -> None:
-    """Let the weights of these layers go; from now on they are mixtures."""
+    """Let the weights of these layers go, and compute with mixtures of the neighbours' from now on."""
     for layer, by_linear in coefficients.items():
         for linear in model.facts.linears:
             module = _linear(model, layer, linear.name)
             mix = nn.Parameter(torch.tensor(by_linear[linear.name], dtype=torch.float32, device=model.device))
-            neighbours = (_linear(model, each, linear.name) for each in (layer - 1, layer + 1))
-            module.weight, module.synthesis = None, Mixture(*neighbours, mix)
+            before, after = (_linear(model, each, linear.name) for each in (layer - 1, layer + 1))
+            module.weight, module.synthesis = None, Mixture(before, after, mix)
     if model.weights is not None:
         model.weights.forget(coefficients)
 
@@ -78,7 +78,7 @@ def _linear(model: Model, layer: int, name: str) -> PackedLinear:
 
 
 def mixtures(model: Model, layer: int) -> Iterator[tuple[str, Mixture]]:
-    """A layer's linear layers that are mixtures, by name, in the model's order."""
+    """Yield the name and the mixture of each linear layer of `layer` that is one, in the model's order."""
     for linear in model.facts.linears if layer in model.here else ():
         found = _linear(model, layer, linear.name).synthesis
         if isinstance(found, Mixture):
@@ -86,7 +86,7 @@ def mixtures(model: Model, layer: int) -> Iterator[tuple[str, Mixture]]:
 
 
 def group_parameters(model: Model, layer: int) -> list[nn.Parameter]:
-    """What trains in a layer, in a fixed order: its adapter, then its mixing coefficients."""
+    """The parameters that train in a layer, in a fixed order: its adapter, then its mixing coefficients."""
     return [*layer_parameters(model, layer), *(mixture.mix for _, mixture in mixtures(model, layer))]
 
 
@@ -94,7 +94,10 @@ def group_parameters(model: Model, layer: int) -> list[nn.Parameter]:
 
 
 def replaced_values(model: Model) -> dict[str, Any] | None:
-    """What replaced_layers.json holds; None for a model without. Raises NotFinite."""
+    """The content of replaced_layers.json; None for a model without replaced layers.
+
+    Raises NotFinite if a coefficient is not finite.
+    """
     layers = {}
     for layer in range(model.facts.n_layers):
         if found := {name: mixture.mix.tolist() for name, mixture in mixtures(model, layer)}:
@@ -115,7 +118,10 @@ def check_plain_adapter(folder: Path) -> None:
 
 
 def apply_replaced(model: Model, folder: Path) -> tuple[int, ...]:
-    """Replace the layers that a folder names, if it does; returns them. Raises InputError for a misfit."""
+    """Replace the layers that a folder's replaced_layers.json names; returns them (none without such a file).
+
+    Raises InputError if the file is damaged or does not fit the model.
+    """
     if not (folder / REPLACED_NAME).exists():
         return ()
     where = str(folder / REPLACED_NAME)

@@ -17,7 +17,7 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 
 
 class TokenTiled(nn.Module):
-    """Wraps `inner`, a module that maps each row (last dimension) on its own."""
+    """A module that runs `inner`, which maps each row (last dimension) on its own, in tiles of rows."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -25,10 +25,13 @@ class TokenTiled(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.inner.weight
+        """The weight of the wrapped module."""
+        return self.inner.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _TokenTiled.apply(x, self.inner)
+        """The wrapped module's output for x (..., D), bitwise; the graph keeps x alone."""
+        y: Tensor = _TokenTiled.apply(x, self.inner)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return y
 
 
 class _TokenTiled(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The two vocabulary matrices (token embedding, lm_head): rows gathered by id, or read in chunks of the vocabulary.
 
-They stay in their original precision and are the largest tensors of a small model, so they are not held in memory on the
+They stay in their original precision and are the largest tensors of a small model, so they are not kept in memory on the
 CPU: rows and chunks come by positioned reads from the model's file (the operating system's page cache makes a repeated
 read a memory copy, and does not count as ours), into buffers that are reused. On CUDA the lm_head lies on the device.
 The rule: a chunk is void once the next one is asked for. No arithmetic here.
@@ -19,7 +19,7 @@ from quant.headers import TensorEntry
 
 
 class Vocabulary:
-    """A (vocabulary, hidden) matrix behind a file. `resident` puts it whole on the device."""
+    """A (vocabulary, hidden) matrix that is read from its file as needed. `resident` puts it whole on the device."""
 
     def __init__(self, entry: TensorEntry, *, device: torch.device, dtype: torch.dtype, resident: bool) -> None:
         self.entry, self.device, self.dtype = entry, device, dtype
@@ -31,7 +31,7 @@ class Vocabulary:
         self._cast: Tensor | None = None
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        """Rows (N, hidden) in the compute dtype on the device; ids (N,) int64 on any device.
+        """The rows (N, hidden) of these ids in the compute dtype on the device; ids are (N,) int64 on any device.
 
         Raises InputError for an id that has no row: in the file another tensor's data would lie there. (A resident
         matrix is indexed by torch, which checks.)
@@ -52,7 +52,10 @@ class Vocabulary:
         return raw.to(device=self.device, dtype=self.dtype)[inverse.to(self.device)]
 
     def chunks(self, n_rows: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows (<= n_rows, hidden) in the compute dtype), through the whole vocabulary in order."""
+        """Yield (first row, rows (<= n_rows, hidden) in the compute dtype) through the whole vocabulary, in order.
+
+        The rows are void once the next ones are asked for.
+        """
         for start in range(0, self.n_rows, n_rows):
             count = min(n_rows, self.n_rows - start)
             if self.matrix_VD is not None:
@@ -65,7 +68,7 @@ class Vocabulary:
             yield start, self._in_compute_dtype(raw)
 
     def tensors(self) -> list[Tensor]:
-        """What is held between calls."""
+        """The tensors that are kept between calls."""
         return [tensor for tensor in (self.matrix_VD, self._raw, self._cast) if tensor is not None]
 
     def _in_compute_dtype(self, raw: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """ids (B, T); `supervised_N` flat positions (into B x T) whose next token is a target, `targets_N` those targets.
+    """A micro-batch on the device: token ids (B, T), and which positions are supervised; all tensors are int64.
 
-    `real_N` are the flat positions of non-padding tokens, or None when there is no padding. `examples` and `lengths` say
-    which example of the data each row is, and how long.
+    `supervised_N` are the flat positions (into B x T) whose next token is a target, `targets_N` those targets, `real_N` the
+    flat positions of non-padding tokens (None: no padding). `examples` and `lengths` say which example of the data each row
+    is, and how long; `n_tokens` is the sum of the lengths.
     """
 
     ids_BT: Tensor
@@ -35,23 +36,26 @@ class Batch:
 
     @property
     def n_supervised(self) -> int:
+        """The number of supervised tokens."""
         return len(self.targets_N)
 
     @property
     def size(self) -> MicroBatchSize:
-        """What the planner knows of it."""
-        return MicroBatchSize(*self.ids_BT.shape, self.n_supervised, padded=self.real_N is not None)
+        """The size of the batch, as the planner counts it."""
+        n_sequences, n_tokens = self.ids_BT.shape
+        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=self.real_N is not None)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Token counts of one accumulation window."""
+    """The token counts of one accumulation window: supervised ones, and all but padding."""
 
     supervised: int
     tokens: int
 
 
 def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Sequence[int] = ()) -> Batch:
+    """The batch of a micro-batch of the data, on `device`."""
     ids_BT = torch.tensor(micro_batch.input_ids, dtype=torch.int64)
     targets_flat = torch.tensor(micro_batch.targets, dtype=torch.int64).view(-1)
     supervised_N = (targets_flat != IGNORED).nonzero().squeeze(1)
@@ -69,7 +73,7 @@ def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Seque
 
 
 def _real_positions(lengths: Sequence[int], n_tokens: int) -> Tensor | None:
-    """Flat positions of what is no padding; None where there is none."""
+    """The flat positions of what is no padding; None where there is no padding."""
     if sum(lengths) == len(lengths) * n_tokens:
         return None
     lengths_B = torch.tensor(lengths).unsqueeze(1)
@@ -77,7 +81,7 @@ def _real_positions(lengths: Sequence[int], n_tokens: int) -> Tensor | None:
 
 
 def as_message(batch: Batch) -> dict[str, Any]:
-    """What the later processes of a pipeline need of a batch, as JSON values: all but its token ids."""
+    """The JSON values of a batch that the later processes of a pipeline need: all but its token ids."""
     return {
         "n_tokens": batch.ids_BT.shape[1],
         "lengths": list(batch.lengths),
@@ -87,7 +91,7 @@ def as_message(batch: Batch) -> dict[str, Any]:
 
 
 def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch of `as_message`; its ids are zeros."""
+    """The batch that `as_message` described, on `device`; its token ids are zeros."""
     lengths, n_tokens = tuple(values["lengths"]), values["n_tokens"]
     real_N = _real_positions(lengths, n_tokens)
     return Batch(
@@ -101,4 +105,5 @@ def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:
 
 
 def window_totals(batches: Sequence[Batch]) -> Totals:
+    """The token counts of an accumulation window of these batches."""
     return Totals(sum(batch.n_supervised for batch in batches), sum(batch.n_tokens for batch in batches))

@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: the same step once more, looking at what each op leaves.
+"""The search for the op where numbers stopped being finite: the same step is run again, and what each op leaves is checked.
 
 A step is a function of its inputs, so the second run fails as the first did, and the adapters stay as they are: it is left
 before its first update even if it should be finite this time (steps with early updates are not diagnosed). It costs one
@@ -20,7 +20,7 @@ from lopt_edge.run.step.executor import Executor
 
 
 class _Enough(Exception):
-    """The step came to its updates, which must not be done again."""
+    """Raised when the step comes to its updates, which must not be done again."""
 
 
 def first_not_finite(
@@ -54,7 +54,7 @@ def first_not_finite(
 
 
 def _left_by(executor: Executor, op: Op) -> list[Tensor | None]:
-    """The tensors of what the op's row says that it makes, those of them that hold numbers of this step."""
+    """The tensors of this step that the op's row says that it makes."""
     state, plan = executor.state, executor.state and executor.state.plan
     if state is None or plan is None:
         return []

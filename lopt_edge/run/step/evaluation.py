@@ -1,9 +1,9 @@
 """The task loss of held-out batches, forward only, layer by layer, in tiles of tokens: in one process, or along a pipeline.
 
-It needs no optimizer and no plan, so it can be asked before there is one. In a pipeline process 0 tells the others each
+It needs no optimizer and no plan, so it can be asked before there is one. In a pipeline process 0 sends the others each
 batch, hidden states flow from process to process, the last one adds up the losses (in the order in which one process
-would, so the sum is the same to the last bit) and tells process 0 the mean. Both ends of that talk stand here. A signal is
-heard between batches; then the others are told that no more come. Shapes: B sequences, T tokens, N selected, D hidden.
+would, so the sum is the same to the last bit) and sends process 0 the mean. Both ends of that talk stand here. A signal is
+heard between batches; then the others learn that no more come. Shapes: B sequences, T tokens, N selected, D hidden.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def held_out_loss(
     between: Callable[[], None],
     link: Link | None = None,
 ) -> float:
-    """Mean task loss per supervised token, in tiles of so many tokens. `between`: before each batch.
+    """The mean task loss per supervised token of these batches, in tiles of `token_tile` tokens.
 
-    `layers`: those that run, where it is not all of them. `link`: to the other processes of a pipeline.
+    `between` is called before each batch. `layers` are those that run (None: all). `link` leads to the other processes of
+    a pipeline.
     """
     if link is not None:
         return _lead(model, link, batches, token_tile, between)
@@ -54,7 +55,7 @@ def losses(
     layers: Sequence[int] | None = None,
     link: Link | None = None,
 ) -> dict[str, float]:
-    """The mean task loss of the model as it stands (or of these layers) on each set of batches, by its name."""
+    """The mean task loss of the model as it is (or of `layers` alone) on each set of batches, by the set's name."""
     return {
         name: held_out_loss(model, batches, token_tile=token_tile, layers=layers, between=between, link=link)
         for name, batches in evaluated.items()
@@ -81,7 +82,7 @@ def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, b
 
 
 def work(model: Model, link: Link, token_tile: int) -> None:
-    """A later process' part."""
+    """Do a later process' part of one evaluation: run the batches that process 0 sends, until it sends no more."""
     total, n_supervised = 0.0, 0
     while (values := link.receive_message(0)["batch"]) is not None:
         batch = from_message(values, model.device)
@@ -97,7 +98,7 @@ def work(model: Model, link: Link, token_tile: int) -> None:
 def _tile_losses(
     model: Model, link: Link | None, batch: Batch, token_tile: int, layers: Sequence[int] | None = None
 ) -> list[float]:
-    """The summed loss of each tile; none where the hidden states are sent on instead."""
+    """The summed loss of each tile; an empty list where the hidden states are sent on instead."""
     if link is None or link.rank == 0:
         hidden_BTD = model.embed(batch.ids_BT)
     else:

@@ -1,4 +1,4 @@
-"""The executor: runs a plan, one short method per op. It decides nothing: what to keep and move, and when, the plan says.
+"""The executor: it runs a plan, one method per op. It decides nothing: what to keep and move, and when, the plan says.
 
 Gradients flow by hand between layers: each layer's graph begins at its input and ends at its output, and
 `BACKWARD i` hands the gradient of its input to `BACKWARD i - 1`. So no graph is ever longer than one layer, and the
@@ -10,7 +10,7 @@ overflow). If one overflows, the same step is run again with a quarter of the sc
 update in the step it cannot be run again: the caller goes back to a checkpoint (training/run.py).
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
-movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is told where they agree.
+movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree.
 
 State lives in one `StepState` (step_state.py), dropped with the step.
 Shapes: B sequences, T tokens, N selected tokens, D hidden.
@@ -39,7 +39,7 @@ from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
-from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, segments_of
+from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -52,7 +52,7 @@ FLOAT16_SCALE, SCALE_CUT = 2.0**16, 4  # at first; by how much an overflow lower
 
 
 class Executor:
-    """Runs plans on a model. `heads` are the aux heads by segment index. Observers see each op, before and after it."""
+    """The runner of plans on a model. `heads` are the aux heads by segment index. Observers see each op begin and end."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Executor:
         self.mover = optimizer.mover
         self.observers: list[Observer] = []
         self.link: Link | None = None  # to the other processes of a pipeline
-        self.far: FarGroups | None = None  # what they hold, for checkpoints
+        self.far: FarGroups | None = None  # their tensors, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: StepState | None = None  # of the step under way, for those who observe
         self.loss_scale = loss_scale or (FLOAT16_SCALE if model.dtype == torch.float16 else 1.0)
@@ -93,10 +93,11 @@ class Executor:
         start: Cut | None = None,
         between: Callable[[Cut], None] | None = None,
     ) -> StepResult:
-        """One optimizer step. Raises RunError that shows the plan around the op that failed.
+        """Run one optimizer step. Raises RunError, which shows the plan around the op that failed.
 
-        `align_weight` is that of ALIGN ops. `start`: go on from there. `between` is called before each micro-batch but the
-        first; what it raises ends the step there, and the adapters are those of the last step.
+        `learning_rates` are by segment index, `align_weight` is that of ALIGN ops, and `start` is a cut to go on from.
+        `between` is called before each micro-batch but the first; what it raises ends the step there, and the adapters are
+        those of the last step. In float16 the step is run again with a smaller loss scale if a gradient overflows.
         """
         while True:
             try:
@@ -181,7 +182,7 @@ class Executor:
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Call `observer` around each op inside, beside the others that look."""
+        """A context in which `observer` is called before and after each op, beside the other observers."""
         self.observers.append(observer)
         try:
             yield
@@ -197,7 +198,7 @@ class Executor:
             observer(op, True)
 
     def _clean_up(self, state: StepState) -> bool:
-        """After a fault: nothing is held, nothing is on its way. Whether the values are those of the last step."""
+        """Let all that the step keeps go, after a fault. Returns whether the values are those of the last step."""
         state.cleaned = True
         for offloaded in state.inputs.values():
             self.mover.free(offloaded)
@@ -209,7 +210,7 @@ class Executor:
         return self.optimizer.roll_back()
 
     def release(self) -> None:
-        """No step follows: moments, gradients and the buffers of streamed layers go; the adapters stay."""
+        """Let moments, gradients and the buffers of streamed layers go, since no step follows; the adapters stay."""
         self.optimizer.release()
         if self.model.weights is not None:
             self.model.weights.release()
@@ -237,9 +238,9 @@ class Executor:
         state.hidden_BTD, state.layer_context = found_BTD, self.model.layer_context(found_BTD)
 
     def _write(self, state: StepState, op: Op) -> None:
-        """What goes on is what the cache holds, so that this step is one that reads, bit for bit."""
+        """Write to the cache and go on with what it gives back, so that this step equals one that reads, bit for bit."""
         batch, cache = state.batches[op.micro_batch], self.caches[op.item]
-        cache.write(batch.examples, state.hidden_BTD)
+        cache.write(batch.examples, present(state.hidden_BTD))
         state.hidden_BTD = cache.read(
             batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
         )
@@ -255,39 +256,41 @@ class Executor:
 
     def _receive(self, state: StepState, op: Op) -> None:
         shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
-        state.hidden_BTD = self.link.receive_boundary(shape, self.model.dtype, self.model.device)
+        state.hidden_BTD = present(self.link).receive_boundary(shape, self.model.dtype, self.model.device)
         state.layer_context = self.model.layer_context(state.hidden_BTD)
 
     def _send(self, state: StepState, op: Op) -> None:
-        self.link.send_boundary(state.hidden_BTD)
+        present(self.link).send_boundary(present(state.hidden_BTD))
 
     def _agree(self, state: StepState, op: Op) -> None:
-        """One bad number anywhere, and no process updates anything."""
-        self.link.flush()
+        """Agree with the other processes: after one bad number anywhere no process updates anything."""
+        link = present(self.link)
+        link.flush()
         if state.fault is None:
             try:
                 self.optimizer.check_finite()
             except NotFinite as error:
                 state.fault, state.fault_op = error, op.text()
-        self.link.agree(state.fault, state.fault_op)
+        link.agree(state.fault, state.fault_op)
         self.optimizer.checked = True
 
     def _forward(self, state: StepState, op: Op) -> None:
-        hidden_BTD, key = state.hidden_BTD, (op.micro_batch, op.target)
+        hidden_BTD, key = present(state.hidden_BTD), (op.micro_batch, op.target)
         segment = state.plan.scope(op)
         if op.target == segment.first:
             held_here = segment.has_head and op.keep in (Keep.GRAPH, Keep.PAGES)
             state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
-            state.hidden_BTD = None  # the graph holds what it needs
-            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=state.layer_context.tensors())
+            state.hidden_BTD = None  # the graph keeps what it needs
+            constants = present(state.layer_context).tensors()
+            graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=constants)
             state.graphs[key] = graph
             state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)
             return
         if op.keep is Keep.INPUT:
             state.inputs[key] = OffloadedTensor(hidden_BTD)
         with torch.no_grad(), self._adapters(op):
-            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, state.layer_context)
+            state.hidden_BTD = self.model.run_layer(op.target, hidden_BTD, present(state.layer_context))
 
     def _run_with_graph(
         self,
@@ -299,16 +302,16 @@ class Executor:
         run: Callable[[int, Tensor, LayerContext], Tensor],
     ) -> Tensor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
-        first = op.target == state.plan.scope(op).reached[0]
+        first, context = op.target == state.plan.scope(op).reached[0], present(state.layer_context)
         with torch.enable_grad(), graph.recording(), self._adapters(op):
-            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), state.layer_context))
+            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), context))
 
     def _adapters(self, op: Op) -> AbstractContextManager[None]:
         """The adapter set that the op computes with, in its layer."""
         return nullcontext() if op.adapters == "train" or self.averages is None else self.averages.used(op.target)
 
     def _loss(self, state: StepState, op: Op) -> None:
-        """The segment's loss and its gradient with respect to the segment's output."""
+        """Compute the segment's loss and its gradient with respect to the segment's output."""
         segment = state.plan.segments[op.target]
         if segment.has_head:
             self._accept(state, ("aux", op.target))
@@ -321,7 +324,7 @@ class Executor:
             self.optimizer.complete_gradients(("aux", op.target))
 
     def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, float]:
-        """A function of its own: nothing that it holds lives on."""
+        """The gradient and the loss of a segment; in a function of its own, so that nothing in it lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
 
         def check(value: float, which: str) -> float:
@@ -344,16 +347,16 @@ class Executor:
             n_local,
             state.batches[op.micro_batch],
             state.totals,
-            state.hidden_BTD,
+            present(state.hidden_BTD),
             target_BTD,
             state.teacher_BTD,
             state.plan.tile,
         )
 
     def _target(self, state: StepState, op: Op, first_layer: int) -> Tensor:
-        """What a local loss reconstructs: the segment's input."""
+        """The segment's input, which its local loss reconstructs."""
         saved = state.inputs.get((op.micro_batch, first_layer))
-        return state.target_BTD if saved is None else saved.here()
+        return present(state.target_BTD) if saved is None else saved.here()
 
     def _backward(self, state: StepState, op: Op) -> None:
         key, group = (op.micro_batch, op.target), ("layer", op.target)
@@ -368,8 +371,8 @@ class Executor:
             if op.adapters == "train":
                 self._accept(state, group)
             if key in state.aligned:
-                state.grad_BTD = state.aligned.pop(key).add_(state.grad_BTD)
-            graph.feed(state.grad_BTD)
+                state.grad_BTD = state.aligned.pop(key).add_(present(state.grad_BTD))
+            graph.feed(present(state.grad_BTD))
             state.grad_BTD = None
             with self._adapters(op):
                 state.grad_BTD = graph.backward()
@@ -379,7 +382,7 @@ class Executor:
             self.optimizer.complete_gradients(group)
         segment = state.plan.scope(op)
         if op.target == segment.first and segment.begin < segment.first and self.cascade_weight != 1.0:
-            state.grad_BTD.mul_(self.cascade_weight)  # it crosses to the segment before
+            present(state.grad_BTD).mul_(self.cascade_weight)  # it crosses to the segment before
 
     def _accept(self, state: StepState, group: GroupName) -> None:
         self.optimizer.accept_gradients(group, own_block=state.own_blocks)
@@ -391,7 +394,7 @@ class Executor:
         self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
 
     def _average(self, state: StepState, op: Op) -> None:
-        self.averages.take(op.target, self.optimizer.groups["layer", op.target].values)
+        present(self.averages).take(op.target, self.optimizer.groups["layer", op.target].values)
 
     def _result(self, state: StepState) -> StepResult:
         segments = state.plan.segments
@@ -406,7 +409,7 @@ class Executor:
         )
 
     def _exchange(self, state: StepState, link: Link) -> None:
-        """Losses and norms of all segments come to process 0."""
+        """Bring the losses and norms of all segments to process 0."""
         own = state.plan.own_segments
         losses = {segment.index: state.losses[segment.index] for segment in own}
         norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}

@@ -33,20 +33,21 @@ from lopt_edge.run.model.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class LogitForm:
-    """How a family turns h W^T into logits: first a factor, then a soft cap."""
+    """The way in which a family turns h W^T into logits: first a factor, then a soft cap (None: no cap)."""
 
     factor: float = 1.0
     soft_cap: float | None = None
 
 
 def logit_form(model: Model) -> LogitForm:
+    """The logit form of a model's family, with the numbers of its config."""
     divisor, cap = model.facts.family.logit_divisor, model.facts.family.logit_cap
     factor = 1.0 / getattr(model.config, divisor) if divisor else 1.0
     return LogitForm(factor, getattr(model.config, cap, None) if cap else None)
 
 
 def logits(model: Model, hidden_ND: Tensor) -> Tensor:
-    """Logits (N, vocabulary) in fp32, for a few tokens (generation, checks)."""
+    """The logits (N, vocabulary) in fp32 of hidden states (N, D), for a few tokens (generation, checks)."""
     form = logit_form(model)
     with torch.no_grad():
         normed_ND = model.norm(hidden_ND)
@@ -59,9 +60,10 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
 
 
 def task_loss(model: Model, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Summed cross-entropy (fp32 scalar) of the selected tokens' hidden states; differentiable in `hidden_ND`."""
+    """The summed cross-entropy (fp32 scalar) of hidden states (N, D) against targets (N,); differentiable in the former."""
     normed_ND = model.norm(hidden_ND)
-    return _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, logit_form(model))
+    loss: Tensor = _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, logit_form(model))  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return loss
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -81,13 +83,15 @@ class _VocabularyLoss(torch.autograd.Function):
 def online_cross_entropy(
     normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, *, form: LogitForm, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss (fp32 scalar) and its gradient with respect to `normed_ND` (same dtype), in one pass."""
-    n_tokens = normed_ND.shape[0]
-    fresh = {"dtype": torch.float32, "device": normed_ND.device}
-    maximum_N = torch.full((n_tokens, 1), -torch.inf, **fresh)
-    normaliser_N, target_N = torch.zeros(n_tokens, 1, **fresh), torch.zeros(n_tokens, 1, **fresh)
-    target_slope_N = torch.ones(n_tokens, 1, **fresh)
-    sum_ND = torch.zeros(normed_ND.shape, **fresh) if need_grad else None
+    """The summed loss (fp32 scalar) and its gradient with respect to `normed_ND` (same dtype), in one pass.
+
+    The gradient is None unless `need_grad`.
+    """
+    n_tokens, dtype, device = normed_ND.shape[0], torch.float32, normed_ND.device
+    maximum_N = torch.full((n_tokens, 1), -torch.inf, dtype=dtype, device=device)
+    normaliser_N, target_N = (torch.zeros(n_tokens, 1, dtype=dtype, device=device) for _ in range(2))
+    target_slope_N = torch.ones(n_tokens, 1, dtype=dtype, device=device)
+    sum_ND = torch.zeros(normed_ND.shape, dtype=dtype, device=device) if need_grad else None
     for start, rows_VD in lm_head.chunks(kind_of(normed_ND.device.type).vocabulary_chunk):
         scores_NV = (normed_ND @ rows_VD.t()).float().mul_(form.factor)
         slope_NV = None
@@ -124,7 +128,7 @@ def online_cross_entropy(
 
 
 def alignment(hidden_ND: Tensor, teacher_ND: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Minus the summed cosines (fp32 scalar), times `scale`, and the gradient with respect to `hidden_ND` (its dtype).
+    """Minus the summed cosines (fp32 scalar) times `scale`, and the gradient with respect to `hidden_ND` (its dtype).
 
     By hand, with c = cos(h, t):  d(-c) / dh = -t / (|h| |t|) + c h / |h|^2. LET (arXiv 2602.05393).
     """
@@ -152,6 +156,6 @@ class ReconstructHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, output_ND: Tensor, target_ND: Tensor) -> Tensor:
-        """Squared error (fp32 scalar), summed over tokens and elements."""
-        predicted_ND = self.up(self.activation(self.down(self.norm(output_ND.float()))))
+        """The squared error (fp32 scalar) of the reconstruction, summed over tokens and elements."""
+        predicted_ND: Tensor = self.up(self.activation(self.down(self.norm(output_ND.float()))))
         return (predicted_ND - target_ND.float()).square().sum()

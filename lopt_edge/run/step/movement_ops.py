@@ -13,19 +13,20 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.optim import SegmentOptimizer
+from lopt_edge.run.step.step_state import present
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
 
 
 class Held(Protocol):
-    """What of a step can move, by (micro-batch, layer)."""
+    """The things of a step that can move, by (micro-batch, layer)."""
 
     inputs: dict[tuple[int, int], OffloadedTensor]
     graphs: dict[tuple[int, int], LayerGraph]
 
 
 class MovementOps:
-    """`methods` by the kind of op, for the executor's table."""
+    """The runners of all movements; `methods` has them by the kind of op, for the executor's table."""
 
     def __init__(self, model: Model, optimizer: SegmentOptimizer) -> None:
         self.model, self.optimizer, self.mover = model, optimizer, optimizer.mover
@@ -36,13 +37,13 @@ class MovementOps:
         }  # fmt: skip
 
     def _fetch(self, held: Held, op: Op) -> None:
-        self.model.weights.fetch(op.target)
+        present(self.model.weights).fetch(op.target)
 
     def _evict(self, held: Held, op: Op) -> None:
         if op.item == "input":
             self.mover.drop(held.inputs[op.micro_batch, op.target])
         else:
-            self.model.weights.evict(op.target)
+            present(self.model.weights).evict(op.target)
 
     def _spill(self, held: Held, op: Op) -> None:
         self.mover.down(held.inputs[op.micro_batch, op.target], op.tier)
@@ -72,4 +73,4 @@ class MovementOps:
         elif op.item == "gradients":
             self.optimizer.wait_gradients(op.group)
         else:
-            self.model.weights.wait(op.target)
+            present(self.model.weights).wait(op.target)

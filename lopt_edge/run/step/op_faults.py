@@ -21,7 +21,10 @@ REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate 
 
 
 def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> RunError:
-    """`intact`: whether the step's updates, if there were any, have been undone."""
+    """The error of ours for `error`, raised in the op at `position`: NotFinite, OutOfMemory or RunError.
+
+    `intact` says whether the step's updates, if there were any, have been undone.
+    """
     text = plan.ops[position].text()
     memory = is_out_of_memory(error)
     untouched = not any(op.kind.name == "STEP" for op in plan.ops[:position])
@@ -51,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_faults(doing: str) -> Iterator[None]:
-    """Outside of ops: refused memory becomes OutOfMemory."""
+    """A context for work outside of ops: refused memory becomes OutOfMemory, with `doing` as its place."""
     try:
         yield
     except LoptError:

@@ -32,6 +32,7 @@ from torch.optim.adamw import adamw
 from lopt_edge.errors import LoptError, NotFinite, RunError
 from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.step.moments import Moments, make_moments
+from lopt_edge.run.step.step_state import present
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -39,7 +40,10 @@ ALIGNMENT = 16  # elements: each group begins at 64 bytes, so that vector loops 
 
 
 def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """The rate of step `step` (from 1): linear warm-up over ceil(ratio x steps), then cosine or linear to 0."""
+    """The learning rate of step `step` (from 1): linear warm-up over ceil(ratio x steps), then `schedule`.
+
+    The schedule is "constant", "linear" (to 0) or cosine (to 0).
+    """
     n_warmup = math.ceil(warmup_ratio * n_steps)
     if step <= n_warmup:
         return peak * step / n_warmup
@@ -51,7 +55,7 @@ def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup
 
 @dataclass(eq=False)
 class Group:
-    """One parameter group. `values` is flat; `gradient` and `moments` are offloaded tensors (None: not made yet)."""
+    """A parameter group. `values` is flat fp32; `gradient` and `moments` are offloaded tensors (None: not made yet)."""
 
     name: GroupName
     segment: int  # in the step under way
@@ -66,11 +70,12 @@ class Group:
 
     @property
     def n_elements(self) -> int:
+        """The number of the group's values."""
         return self.values.numel()
 
 
 class SegmentOptimizer:
-    """One AdamW over all groups. `groups` gives each group's parameters. `clip` 0: no clipping."""
+    """An AdamW over all groups. `groups` gives each group's parameters. `clip` 0: no clipping."""
 
     def __init__(
         self,
@@ -112,9 +117,10 @@ class SegmentOptimizer:
     # gradients -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, *, segments: Mapping[GroupName, int], loss_scale: float = 1.0) -> None:
-        """`segments`: of each group, for the clip norms of this step; a group without is not updated in it.
+        """Begin a step. `segments` gives each group's segment, for the clip norms; a group without one is not updated.
 
-        Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone."""
+        Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone.
+        """
         if self.journal_fault is not None:
             fault, self.journal_fault = self.journal_fault, None
             raise RunError(f"the last step's undo copies could not be written: {fault}")
@@ -125,7 +131,7 @@ class SegmentOptimizer:
     def accept_gradients(self, name: GroupName, *, own_block: bool) -> None:
         """Make the group ready to add gradients to: zeros at first, later what is there already.
 
-        `own_block`: in a tensor of its own, which can move; else in the block of all groups.
+        `own_block` puts them in a tensor of their own, which can move; else they lie in the block of all groups.
         """
         group = self.groups[name]
         if group.gradient is not None:
@@ -141,38 +147,43 @@ class SegmentOptimizer:
         self._attach(group)
 
     def _attach(self, group: Group) -> None:
-        flat, position = group.gradient.here(), 0
+        flat, position = present(group.gradient).here(), 0
         for parameter in group.parameters:
             parameter.grad = flat[position : position + parameter.numel()].view(parameter.shape)
             position += parameter.numel()
 
     def store_gradients(self, name: GroupName, tier: str) -> None:
+        """Begin to move a group's gradients to `tier`."""
         group = self.groups[name]
         for parameter in group.parameters:
             parameter.grad = None
-        self.mover.down(group.gradient, tier)
+        self.mover.down(present(group.gradient), tier)
 
     def load_gradients(self, name: GroupName) -> None:
-        self.mover.up(self.groups[name].gradient)
+        """Begin to bring a group's gradients back to the device."""
+        self.mover.up(present(self.groups[name].gradient))
 
     def wait_gradients(self, name: GroupName) -> None:
+        """End the movement of a group's gradients. Raises RunError if it failed."""
         group = self.groups[name]
-        self.mover.wait(group.gradient)
-        if group.gradient.tensor is not None:
+        gradient = present(group.gradient)
+        self.mover.wait(gradient)
+        if gradient.tensor is not None:
             self._attach(group)
 
     def complete_gradients(self, name: GroupName) -> None:
-        """The group's gradients of this step are complete: take their norm (looked at later, in `check_finite`)."""
+        """Take the norm of a group's gradients, which are complete for this step; `check_finite` looks at it later."""
         group = self.groups[name]
-        group.square_norm = group.gradient.here().square().sum()
+        group.square_norm = present(group.gradient).here().square().sum()
 
     # states ----------------------------------------------------------------------------------------------------------
 
     def store_states(self, name: GroupName, tier: str) -> None:
-        self.mover.down(self.groups[name].moments, tier)
+        """Begin to move a group's moments to `tier`."""
+        self.mover.down(present(self.groups[name].moments), tier)
 
     def load_states(self, name: GroupName) -> None:
-        """Moments come up; the values before the update go down, for `roll_back`."""
+        """Begin to bring a group's moments up, and its values before the update down, for `roll_back`."""
         group = self.groups[name]
         if group.moments is None:  # before the first step there is nothing below yet
             group.moments = OffloadedTensor(self.moments.zeros(group.n_elements))
@@ -183,8 +194,12 @@ class SegmentOptimizer:
         self.mover.down(group.journal, "disk" if self.mover.page_file else "host")
 
     def wait_states(self, name: GroupName) -> None:
+        """End the movements of a group's moments and undo copy. Raises RunError if the step must not go on.
+
+        A lost undo copy is raised at the next `begin_step` instead, if a group of this step is updated already.
+        """
         group = self.groups[name]
-        self.mover.wait(group.moments)
+        self.mover.wait(present(group.moments))
         if group.journal is None:
             return
         try:
@@ -196,7 +211,7 @@ class SegmentOptimizer:
             self.journal_fault = self.journal_fault or error
 
     def roll_back(self) -> bool:
-        """After a fault between updates: undo those of this step. False if that was not possible.
+        """Undo the updates of this step, after a fault between two of them. Returns False if that was not possible.
 
         Where moments are paged an update reads files, so it may fail half way; elsewhere it cannot, and nothing is undone.
         """
@@ -217,7 +232,7 @@ class SegmentOptimizer:
     # updates ---------------------------------------------------------------------------------------------------------
 
     def check_finite(self) -> None:
-        """Norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN."""
+        """Compute the norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN."""
         squares: dict[int, list[Tensor]] = {}
         for group in self.groups.values():
             if group.square_norm is not None:
@@ -230,12 +245,15 @@ class SegmentOptimizer:
                 raise NotFinite(f"the gradient of segment {segment} is not finite; nothing was updated")
 
     def step(self, name: GroupName, *, lr: float, early: bool = False) -> None:
-        """Clip, update and free the gradients of one group. `early`: other groups' gradients may still be missing."""
+        """Clip the gradients of one group, update its values, free the gradients. Raises NotFinite before it updates.
+
+        `early` says that other groups' gradients may still be missing.
+        """
         if early or not self.checked:
             self.check_finite()
             self.checked = not early
         group = self.groups[name]
-        gradient = group.gradient.here()
+        gradient = present(group.gradient).here()
         factor = self._clip_factor(group.segment) / self.loss_scale  # a power of two: exact
         if factor != 1.0:
             gradient.mul_(factor)
@@ -278,7 +296,7 @@ class SegmentOptimizer:
             group.gradient = None
 
     def drop_gradients(self) -> None:
-        """After a fault: no gradient is left, and no movement is under way."""
+        """Let all gradients go and end all movements; for use after a fault."""
         for group in self.groups.values():
             self._drop(group)
             for offloaded in (group.moments, group.journal):
@@ -286,10 +304,10 @@ class SegmentOptimizer:
                     self.mover.settle(offloaded)
             if group.journal is not None:  # paged moments: what counts is the copy below, if there is one yet
                 group.journal.tensor = None
-                if group.moments.offset is None and group.moments.host is None:
-                    group.moments = None
-                else:
+                if group.moments is not None and group.moments.is_below:
                     group.moments.tensor = None
+                else:
+                    group.moments = None
 
     @property
     def any_updated(self) -> bool:
@@ -304,9 +322,9 @@ class SegmentOptimizer:
         return None if offloaded is None else self.mover.look(offloaded).view(-1)
 
     def put_gradient(self, name: GroupName, flat: Tensor, *, own_block: bool) -> None:
-        """What was accumulated before a cut, on the device."""
+        """Put back the gradient (flat) that a group had accumulated before a cut, on the device."""
         self.accept_gradients(name, own_block=own_block)
-        self.groups[name].gradient.here().copy_(flat)
+        present(self.groups[name].gradient).here().copy_(flat)
 
     def moments_copy(self, name: GroupName) -> Tensor | None:
         """The group's stored moments, on the CPU, wherever they lie now; None before its first update."""
@@ -314,7 +332,7 @@ class SegmentOptimizer:
         return None if offloaded is None else self.mover.look(offloaded)
 
     def put_state(self, name: GroupName, *, moments: Tensor | None, steps: int, tier: str) -> None:
-        """The moments and the number of updates of a checkpoint; the moments go to the tier where the plan has them."""
+        """Put back a checkpoint's moments and number of updates; the moments go to `tier`, where the plan has them."""
         group = self.groups[name]
         group.steps = steps
         if moments is None:
@@ -325,7 +343,7 @@ class SegmentOptimizer:
             self.mover.wait(group.moments)
 
     def release(self) -> None:
-        """No update follows: gradients and moments go, here and below."""
+        """Let gradients and moments go, on the device and below, since no update follows."""
         self.drop_gradients()
         self._gradients = None
         for group in self.groups.values():
@@ -335,7 +353,7 @@ class SegmentOptimizer:
             group.moments = group.journal = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(category, tensor) of what is held on the device now."""
+        """Yield (category, tensor) of all that is kept on the device now."""
         yield "adapters", self._values
         if self._gradients is not None:
             yield "gradients", self._gradients

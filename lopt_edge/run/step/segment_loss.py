@@ -22,11 +22,15 @@ from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
+from lopt_edge.run.step.step_state import present
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentOutput:
-    """`target_BTD` is what a reconstruction aims at, `teacher_BTD` what an alignment does."""
+    """A segment's output, and all that its loss needs beside it.
+
+    `target_BTD` is what a reconstruction aims at, `teacher_BTD` what an alignment aims at; `tile` is in tokens.
+    """
 
     segment: Segment
     n_local: int  # segments with a local loss in this kind of step; 0: theirs are not weighed by lambda
@@ -39,7 +43,7 @@ class SegmentOutput:
 
 
 class SegmentLosses:
-    """`heads` are the aux heads by segment index."""
+    """The losses of all segments of a model. `heads` are the aux heads by segment index, `local_weight` is lambda."""
 
     def __init__(self, model: Model, heads: Mapping[int, ReconstructHead], *, local_weight: float) -> None:
         self.model, self.heads, self.local_weight = model, heads, local_weight
@@ -47,7 +51,10 @@ class SegmentLosses:
     def gradient(
         self, output: SegmentOutput, *, loss_scale: float, check: Callable[[float, str], float]
     ) -> tuple[Tensor, float]:
-        """The gradient (B, T, D) times `loss_scale`, and the loss, each part of which goes through `check` (`finite`)."""
+        """The gradient (B, T, D) of the segment's loss times `loss_scale`, and the loss before its weight.
+
+        Each tile's loss goes through `check`, as `finite` is one. The gradients of aux heads are accumulated on the way.
+        """
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":
@@ -66,7 +73,7 @@ class SegmentLosses:
     def _tile(
         self, output: SegmentOutput, leaf_ND: Tensor, tile_N: Tensor, *, start: int, factor: float
     ) -> tuple[Tensor, float]:
-        """The gradient of a tile, and its loss."""
+        """The gradient (N, D) of a tile, and its loss."""
         segment = output.segment
         leaf_ND.requires_grad_()
         with torch.enable_grad():
@@ -74,16 +81,16 @@ class SegmentLosses:
                 loss = task_loss(self.model, leaf_ND, output.batch.targets_N[start : start + output.tile])
                 denominator = max(1, output.totals.supervised)
             else:
-                loss = self.heads[segment.index](leaf_ND, output.target_BTD.flatten(0, 1)[tile_N])
+                loss = self.heads[segment.index](leaf_ND, present(output.target_BTD).flatten(0, 1)[tile_N])
                 denominator = output.totals.tokens * self.model.facts.hidden_size
             loss = loss * (1.0 / denominator)
-            (loss if factor == 1.0 else loss * factor).backward()
-        return leaf_ND.grad, loss.item()
+            torch.autograd.backward(loss if factor == 1.0 else loss * factor)
+        return present(leaf_ND.grad), loss.item()
 
 
 def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
     """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss."""
-    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), output.teacher_BTD.flatten(0, 1), 0.0
+    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1), 0.0
     grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
     positions = torch.arange(len(hidden_ND), device=hidden_ND.device) if rows_N is None else rows_N
     for start in range(0, len(positions), output.tile):
@@ -94,7 +101,7 @@ def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
 
 
 def finite(value: float, which: str) -> float:
-    """The value. Raises NotFinite."""
+    """The loss itself. Raises NotFinite, which names the loss, if it is infinite or NaN."""
     if not math.isfinite(value):
         raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
     return value

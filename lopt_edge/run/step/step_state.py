@@ -1,6 +1,6 @@
 """What is alive inside one training step, what is left of one that stopped between micro-batches, and what one came to.
 
-The rule: everything that a step holds is in its StepState, which is dropped with the step; nothing of it outlives a fault.
+The rule: everything that a step keeps is in its StepState, which is dropped with the step; nothing of it outlives a fault.
 Who fills and frees it is executor.py. Shapes: B sequences, T tokens, D hidden.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,14 +20,15 @@ from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
 
+T = TypeVar("T")
 ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of one optimizer step, before their weights, and each segment's gradient norm (0 for a frozen one).
+    """The losses of one optimizer step before their weights, and each segment's gradient norm (0 for a frozen one).
 
-    `align_loss`: of an alignment beside the task, minus the mean cosine of its tokens.
+    `align_loss` is that of an alignment beside the task: minus the mean cosine of its tokens.
     """
 
     loss: float
@@ -40,7 +42,7 @@ class StepResult:
 class Cut:
     """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
 
-    `gradient` gives a group's as a flat fp32 tensor on the CPU, None for one that has none.
+    `gradient` gives a group's gradient as a flat fp32 tensor on the CPU, None for a group that has none.
     """
 
     micro_batch: int
@@ -50,7 +52,7 @@ class Cut:
 
 @dataclass(eq=False)
 class StepState:
-    """What is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
+    """All that is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
 
     plan: Plan
     batches: Sequence[Batch]
@@ -62,16 +64,23 @@ class StepState:
     hidden_BTD: Tensor | None = None
     layer_context: LayerContext | None = None
     held_BTD: Tensor | None = None  # what the micro-batch's next pass enters with
-    target_BTD: Tensor | None = None  # the running segment's input, if no saved input holds it
+    target_BTD: Tensor | None = None  # the running segment's input, if it is no saved input
     grad_BTD: Tensor | None = None
     align_weight: float = 0.0
     teacher_BTD: Tensor | None = None
     aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
     cleaned: bool = False
-    fault: NotFinite | None = None  # in a pipeline: told when the processes agree
+    fault: NotFinite | None = None  # in a pipeline: reported when the processes agree
     fault_op: str = ""
     inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
+
+
+def present(value: T | None) -> T:
+    """The value itself, which an earlier op of a sound plan has left. Raises RuntimeError for None: a defect of ours."""
+    if value is None:
+        raise RuntimeError("the op needs what no earlier op has left")
+    return value
 
 
 def segments_of(plan: Plan) -> dict[GroupName, int]:

@@ -7,7 +7,7 @@ that whatever a crash or a damaged disk leaves, an example is whole or it is abs
 goes on with what it reads back, so it is one that reads, bit for bit. (A row that was lost and is computed again may come
 out of another batch, with other padding: its last bits, before rounding to bfloat16, may differ.)
 
-One process holds a cache at a time (its caller locks the folder). Nothing here decides what is cached or when.
+One process has a cache at a time (its caller locks the folder). Nothing here decides what is cached or when.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ THERE = b"done"
 
 
 class FeatureCache:
-    """`lengths` in tokens of each example, `width` numbers a token. Raises InputError for a folder of another identity."""
+    """A cache of hidden states in a folder: `lengths` are tokens by example, `width` is numbers a token.
+
+    Raises InputError for a folder of another identity, RunError if its files cannot be opened.
+    """
 
     def __init__(self, folder: Path, *, identity: Mapping[str, Any], lengths: Sequence[int], width: int) -> None:
         self.folder, self.lengths, self.width = folder, tuple(lengths), width
@@ -50,16 +53,16 @@ class FeatureCache:
 
     @property
     def n_bytes(self) -> int:
-        """Of the rows, once all are there."""
+        """The bytes of all rows, once all are there."""
         return 2 * self.width * self.starts[-1]
 
     @property
     def held_bytes(self) -> int:
-        """Of the disk, now."""
+        """The bytes that the rows take of the disk now."""
         return os.fstat(self._rows).st_blocks * 512
 
     def has(self, examples: Sequence[int]) -> bool:
-        """Whether all of them are there, whole: each is summed once in a process."""
+        """Whether all of these examples are there and whole; each one's sum is checked once in a process."""
         return all(self._has(example) for example in examples)
 
     def _has(self, example: int) -> bool:
@@ -77,7 +80,7 @@ class FeatureCache:
         return 2 * self.width * self.starts[example]
 
     def write(self, examples: Sequence[int], hidden_BTD: Tensor) -> None:
-        """Keep the rows of a micro-batch (its first row's first tokens are the first example, ...)."""
+        """Write the rows of a micro-batch (B, T, width), whose rows begin with these examples' tokens, in bfloat16."""
         for example, hidden_TD in zip(examples, hidden_BTD, strict=True):
             if example in self.known:
                 continue
@@ -87,7 +90,7 @@ class FeatureCache:
             self.known.add(example)
 
     def read(self, examples: Sequence[int], *, n_tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(B, n_tokens, width) of examples that are there; padding is zero."""
+        """The hidden states (B, n_tokens, width) of examples that are there; padding is zero."""
         hidden_BTD = torch.zeros(len(examples), n_tokens, self.width, dtype=dtype, device=device)
         for row, example in enumerate(examples):
             found = torch.frombuffer(self._example_bytes(example), dtype=torch.bfloat16)
@@ -95,7 +98,7 @@ class FeatureCache:
         return hidden_BTD
 
     def _read(self, descriptor: int, position: int, out: bytearray) -> bytearray:
-        """What the file has there; zeros beyond its end."""
+        """Fill `out` with what the file has at `position` (zeros beyond its end), and return it."""
         view, done = memoryview(out), 0
         try:
             while done < len(out) and (n_read := os.preadv(descriptor, [view[done:]], position + done)):
@@ -120,12 +123,13 @@ class FeatureCache:
         )
 
     def close(self) -> None:
+        """Close the cache's files."""
         for descriptor in (self._rows, self._marks):
             os.close(descriptor)
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder a cache of this identity. Raises InputError if it is one of another, or holds something else."""
+    """Make the folder a cache of this identity. Raises InputError if it is a cache of another, or contains other things."""
     path = folder / IDENTITY_NAME
     if not path.exists():
         strangers = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -150,6 +154,6 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    """A fingerprint by its first digits."""
+    """The value as text, a fingerprint by its first digits."""
     text = str(value)
     return text if len(text) <= 16 else f"{text[:12]}..."

@@ -1,8 +1,8 @@
 """One layer's autograd graph, from its input to its output, whose saved tensors may be moved to another tier.
 
-Neither the input nor the output is held here: the gradient of the input is caught by a tap at the graph's beginning, the
+Neither the input nor the output is kept here: the gradient of the input is caught by a tap at the graph's beginning, the
 gradient of the output is fed in at its end by a seed and belongs to autograd alone from there on (so that it is freed as
-soon as it is used). The graph holds what autograd saved and nothing else.
+soon as it is used). The graph keeps what autograd saved and nothing else.
 A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one offloaded tensor,
 shared by all tensors that view it. Frozen parameters, LoRA matrices and what all layers share (rotary tables, masks) are
 not the graph's own and stay. `page_out` / `page_in` begin to move all offloaded tensors, `wait` ends that.
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 
-View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int]
+View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int | torch.SymInt]
 
 
 class _Tap(torch.autograd.Function):
-    """Identity; its backward hands the gradient to the graph. `anchor` makes autograd record it."""
+    """The identity, whose backward hands the gradient to the graph. `anchor` makes autograd record it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, anchor: Tensor, graph: LayerGraph) -> Tensor:
@@ -53,7 +53,11 @@ class _Seed(torch.autograd.Function):
 
 
 class LayerGraph:
-    """`begin` with the input, run the layer inside `recording`, `end` with the output, later `backward`."""
+    """The autograd graph of one layer, from its input to its output.
+
+    Call `begin` with the input, run the layer inside `recording`, `end` with the output; later `feed` and `backward`.
+    Tensors of `constants` are not the graph's own, and are never moved.
+    """
 
     def __init__(self, mover: Mover, *, movable: bool = False, constants: Iterable[Tensor] = ()) -> None:
         self.mover, self.movable = mover, movable
@@ -64,15 +68,19 @@ class LayerGraph:
         self.seed: Tensor | None = None
 
     def begin(self, hidden: Tensor, *, needs_gradient: bool) -> Tensor:
+        """The tensor with which the layer is to be run; the graph catches its gradient if it needs one."""
         if not needs_gradient:
             return hidden.detach()
-        return _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)
+        tapped: Tensor = _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return tapped
 
     def recording(self) -> AbstractContextManager[Any]:
+        """A context in which a movable graph saves its tensors as offloaded ones."""
         return torch.autograd.graph.saved_tensors_hooks(self._save, self._give) if self.movable else nullcontext()
 
     def end(self, output: Tensor) -> Tensor:
-        self.root = _Seed.apply(output, self)
+        """End the graph at the layer's output; returns the output without its graph."""
+        self.root = _Seed.apply(output, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
         return output.detach()
 
     def _save(self, tensor: Tensor) -> Tensor | View:
@@ -93,36 +101,43 @@ class LayerGraph:
         return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
 
     def feed(self, grad: Tensor) -> None:
-        """The gradient of the output; the caller must not hold it any longer."""
+        """Take the gradient of the output, with which `backward` begins; the caller must not keep it any longer."""
         self.seed = grad
 
     def backward(self) -> Tensor | None:
-        """Accumulate the adapters' gradients; the gradient of the input, or None where it is frozen."""
+        """Accumulate the adapters' gradients; returns the gradient of the input, None where that needs none.
+
+        Raises RuntimeError before `end` and `feed`.
+        """
         root, self.root = self.root, None
         if root is None or self.seed is None:
             raise RuntimeError("this graph was not ended, or has no gradient to begin with")
-        root.backward()
+        torch.autograd.backward(root)
         found, self.input_grad = self.input_grad, None
         return found
 
     @property
     def page_bytes(self) -> int:
+        """The bytes of the graph's offloaded tensors that are on the device now."""
         return sum(offloaded.tensor.nbytes for offloaded in self.pages.values() if offloaded.tensor is not None)
 
     def page_out(self, tier: str) -> None:
+        """Begin to move all offloaded tensors to `tier`."""
         for offloaded in self.pages.values():
             self.mover.down(offloaded, tier)
 
     def page_in(self) -> None:
+        """Begin to bring all offloaded tensors back."""
         for offloaded in self.pages.values():
             self.mover.up(offloaded)
 
     def wait(self) -> None:
+        """End the movements under way. Raises RunError if one failed."""
         for offloaded in self.pages.values():
             self.mover.wait(offloaded)
 
     def free(self) -> None:
-        """Let all pages go, here and below."""
+        """Let all that the graph keeps go, on the device and below."""
         for offloaded in self.pages.values():
             self.mover.free(offloaded)
         self.pages, self.root, self.seed = {}, None, None

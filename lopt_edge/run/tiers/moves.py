@@ -40,7 +40,7 @@ Delay = Callable[[str], None]
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """One tensor and its copy below. `tensor` is None while it is only below."""
+    """A tensor and its copy below. `tensor` is None while only the copy is there."""
 
     tensor: Tensor | None
     host: Tensor | None = None
@@ -53,16 +53,18 @@ class OffloadedTensor:
 
     @property
     def is_below(self) -> bool:
+        """Whether there is a copy in host memory or in a page file."""
         return self.host is not None or self.offset is not None
 
     def here(self) -> Tensor:
+        """The tensor on the device. Raises RuntimeError while it is only below, or while a movement is under way."""
         if self.tensor is None or self.pending is not None:
             raise RuntimeError("this tensor is not on the device")
         return self.tensor
 
 
 class Mover:
-    """Moves offloaded tensors. `page_file` is needed for the disk tier, `pinned` for the host tier of a GPU.
+    """The mover of offloaded tensors between tiers. The disk tier needs `page_file`, the host tier of a GPU `pinned`.
 
     `journal_file` takes the optimizer's undo copies; without it they go to `page_file`, and are lost with that.
     """
@@ -84,8 +86,11 @@ class Mover:
         self.bytes_moved = 0
 
     def _start_workers(self) -> None:
-        """All of them now, not with the first jobs: a thread that begins where memory has just run out may die before it
-        says that it began, and whoever starts it waits for ever (seen under RLIMIT_DATA, Python 3.11)."""
+        """Start all workers now, not with the first jobs.
+
+        A thread that begins where memory has just run out may die before it says that it began, and whoever starts it
+        waits for ever (seen under RLIMIT_DATA, Python 3.11).
+        """
         barrier = threading.Barrier(N_WORKERS + 1)
         for _ in range(N_WORKERS):
             self.workers.submit(barrier.wait)
@@ -98,7 +103,7 @@ class Mover:
         return None if self.stream is None else self.stream.mark_compute()
 
     def on_side(self, mark: Any) -> AbstractContextManager[Any]:
-        """Work on the side stream after `mark`."""
+        """A context in which work goes to the side stream, after `mark`; on the CPU it does nothing."""
         return nullcontext() if self.stream is None else self.stream.after(mark)
 
     def before_compute(self, event: Any) -> None:
@@ -107,7 +112,7 @@ class Mover:
             self.stream.hold_compute(event)
 
     def submit(self, name: str, work: Callable[[], None]) -> Future[None]:
-        """Run `work` in a worker; faults of files become RunErrors."""
+        """Run `work` in a worker; `result_of` makes RunErrors of its faults. `name` is that of the stage, for `delay`."""
 
         def run() -> None:
             self.pause(name)
@@ -117,14 +122,14 @@ class Mover:
         return self.workers.submit(run)
 
     def pause(self, name: str) -> None:
+        """Call a test's `delay` with the stage's name, if there is one."""
         if self.delay is not None:
             self.delay(name)
 
-    # offloaded tensors
-    # ---------------------------------------------------------------------------------------------------------
+    # offloaded tensors -----------------------------------------------------------------------------------------------
 
     def down(self, offloaded: OffloadedTensor, tier: str) -> None:
-        """Begin to copy the offloaded tensor's tensor to `tier` ("host" or "disk"); at `wait` the device copy is let go."""
+        """Begin to copy the tensor to `tier` ("host" or "disk"); `wait` ends that and lets the device copy go."""
         tensor = offloaded.here().contiguous()
         offloaded.tensor, offloaded.shape, offloaded.dtype, offloaded.n_bytes = (
             tensor,
@@ -137,7 +142,7 @@ class Mover:
             if offloaded.host is None:
                 offloaded.host = self.pinned.take(tensor.nbytes)
             event = self._copy(offloaded.host, _flat(tensor))
-            offloaded.pending = lambda: (self.before_compute(event), self._let_go(offloaded))[1]
+            offloaded.pending = _in_turn(lambda: self.before_compute(event), lambda: self._let_go(offloaded))
             return
         file = self._file(offloaded)
         if offloaded.offset is None:
@@ -145,7 +150,7 @@ class Mover:
         offset = offloaded.offset
         if self.stream is None:
             job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
-            offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
+            offloaded.pending = _in_turn(lambda: result_of(job), lambda: self._let_go(offloaded))
             return
         staging = self.pinned.take(tensor.nbytes)
         event = self._copy(staging, _flat(tensor))
@@ -156,10 +161,10 @@ class Mover:
             self.pinned.give(staging)
 
         job = self.submit("write", write)
-        offloaded.pending = lambda: (result_of(job), self._let_go(offloaded))[1]
+        offloaded.pending = _in_turn(lambda: result_of(job), lambda: self._let_go(offloaded))
 
     def up(self, offloaded: OffloadedTensor) -> None:
-        """Begin to bring the offloaded tensor back to the device; its copy below stays until `free`."""
+        """Begin to bring the tensor back to the device; `wait` ends that. The copy below stays until `free`."""
         tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=self.device)
         self.bytes_moved += tensor.nbytes
 
@@ -168,12 +173,12 @@ class Mover:
 
         if offloaded.host is not None:
             event = self._copy(_flat(tensor), offloaded.host)
-            offloaded.pending = lambda: (self.before_compute(event), arrive())[1]
+            offloaded.pending = _in_turn(lambda: self.before_compute(event), arrive)
             return
         if offloaded.offset is None:
             raise RuntimeError("this offloaded tensor has no copy below")
         job = self.submit("read", self._reader(self._file(offloaded), offloaded.offset, tensor, self.after_compute()))
-        offloaded.pending = lambda: (result_of(job), arrive())[1]
+        offloaded.pending = _in_turn(lambda: result_of(job), arrive)
 
     def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
         stream = self.stream
@@ -205,7 +210,7 @@ class Mover:
             pending()
 
     def look(self, offloaded: OffloadedTensor) -> Tensor:
-        """The offloaded tensor's values on the CPU (not to be changed), wherever they are; it stays as it is."""
+        """The values on the CPU (not to be changed), wherever they are; the offloaded tensor stays as it is."""
         if offloaded.tensor is not None:
             return offloaded.tensor.detach().cpu()
         if offloaded.host is not None:
@@ -219,17 +224,17 @@ class Mover:
         return found
 
     def drop(self, offloaded: OffloadedTensor) -> None:
-        """Let the device copy go; the one below stays."""
+        """Let the device copy go; the copy below stays."""
         offloaded.here()
         self._let_go(offloaded)
 
     def settle(self, offloaded: OffloadedTensor) -> None:
-        """After a fault: end what is under way, whatever comes of it (the fault that matters was raised already)."""
+        """End the movement under way and ignore how it ends; for use after a fault, which was raised already."""
         with suppress(Exception):
             self.wait(offloaded)
 
     def free(self, offloaded: OffloadedTensor) -> None:
-        """Let everything go; a movement under way is ended first."""
+        """Let the device copy and the copy below go; a movement under way is ended first."""
         self.settle(offloaded)
         offloaded.tensor = None
         if offloaded.host is not None:
@@ -256,12 +261,22 @@ class Mover:
         self.pinned.close()
 
 
+def _in_turn(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
+    """Both calls as one; the second is not made if the first raises."""
+
+    def both() -> None:
+        first()
+        then()
+
+    return both
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
 def result_of(job: Future[None]) -> None:
-    """The worker's result, its faults as errors of ours."""
+    """Wait for a worker's job. Raises RunError for what a file or the disk did wrong."""
     try:
         job.result()
     except FolderError as error:

@@ -1,10 +1,4 @@
-"""The disk tier: the folder in which page files live, and the page file itself.
-
-`check_page_dir` looks and makes nothing, `prepare_page_dir` looks and makes the folder. They refuse what would fail later
-or lie: a file in the folder's place, a folder that cannot be written, too little free space, more than the disk
-budget, and file systems that are memory (tmpfs, ramfs), where paging out would take the memory that it is to free. The
-file system is that of the longest mount point in /proc/self/mounts; without that file (macOS) it is unknown and passes.
-What it cannot see: a disk image, an overlay or a network file system that itself lies in memory, and quotas.
+"""The disk tier's file, in which paged tensors lie. The folder that it lies in is page_folder.py's.
 
 A `PageFile` is one file for all paged tensors of a process, its space reserved ahead, so that a full disk shows at the
 start and not at hour five. (File systems that write every block anew, btrfs and zfs, may still run out in a write.) Its
@@ -63,9 +57,9 @@ def _exactly(n_bytes: int) -> str:
 
 
 class Extents:
-    """Which ranges of a space are taken and which are free: first-fit, freed neighbours join. No I/O, no lock.
+    """The ranges of a space that are taken and that are free: first-fit, freed neighbours join. No I/O, no lock.
 
-    Both lists hold (start, size), sorted; together they cover [0, size) without overlap.
+    Both lists have (start, size), sorted; together they cover [0, size) without overlap.
     """
 
     def __init__(self) -> None:
@@ -75,19 +69,21 @@ class Extents:
 
     @property
     def free_extents(self) -> tuple[tuple[int, int], ...]:
+        """The free ranges as (start, size), sorted."""
         return tuple(self._free)
 
     @property
     def tail(self) -> int:
-        """Free bytes at the very end: what growing need not add."""
+        """The free bytes at the very end, which growing need not add."""
         return self._free[-1][1] if self._free and sum(self._free[-1]) == self.size else 0
 
     def grow(self, n_bytes: int) -> None:
+        """Add `n_bytes` free bytes at the end."""
         self._give(self.size, n_bytes)
         self.size += n_bytes
 
     def allocate(self, n_bytes: int) -> int | None:
-        """The start of the first gap that holds `n_bytes`, now taken; None where no gap does."""
+        """Take `n_bytes` of the first gap that has them; returns their start, None where no gap has."""
         at = next((at for at, (_, size) in enumerate(self._free) if size >= n_bytes), None)
         if at is None:
             return None
@@ -99,6 +95,7 @@ class Extents:
         return start
 
     def free(self, start: int) -> None:
+        """Free the range that begins at `start`. Raises ValueError if none does."""
         at = self._at(start)
         if at is None or self._taken[at][0] != start:
             raise ValueError(f"nothing is allocated at {start}")
@@ -128,9 +125,9 @@ class Extents:
 
 
 class PageFile:
-    """One file for paged tensors, nameless once made. `n_bytes` are reserved now; it grows up to `max_bytes` (None: on).
+    """A file for paged tensors, nameless once made. `n_bytes` are reserved now; it grows to `max_bytes` (None: no bound).
 
-    Sizes are rounded up to GRAIN. Safe to use from several threads.
+    Sizes are rounded up to GRAIN. Several threads may use it. Raises RunError for what the disk refuses.
     """
 
     def __init__(self, directory: Path, *, n_bytes: int, name: str, max_bytes: int | None = None) -> None:
@@ -155,23 +152,24 @@ class PageFile:
 
     @property
     def used_bytes(self) -> int:
+        """The bytes that are allocated now."""
         with self._lock:
             return self._extents.used
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was used at a time."""
+        """The most bytes that were allocated at a time."""
         with self._lock:
             return self._extents.peak
 
     @property
     def size_bytes(self) -> int:
-        """What the file takes of the disk."""
+        """The bytes that the file takes of the disk."""
         with self._lock:
             return self._extents.size
 
     def allocate(self, n_bytes: int) -> int:
-        """The offset of `n_bytes` that are now the caller's."""
+        """Allocate `n_bytes`, and return their offset. The file grows if it must; raises RunError where it cannot."""
         if n_bytes < 1:
             raise ValueError(f"cannot allocate {n_bytes} bytes")
         size = _round_up(n_bytes)
@@ -185,13 +183,13 @@ class PageFile:
             return offset
 
     def free(self, offset: int) -> None:
-        """Give an allocation back. Nothing happens once the file is closed. Not for finalisers: it takes the lock."""
+        """Give an allocation back; a closed file ignores it. It takes the lock, so no finaliser may call it."""
         with self._lock:
             if not self._closed:
                 self._extents.free(offset)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """All of `data` (contiguous) to `offset`, inside one allocation."""
+        """Write all of `data` (contiguous) to `offset`, inside one allocation. Raises RunError if the disk fails."""
         with self._transfer(offset, data.nbytes):
             done, data = 0, _as_bytes(data)
             while done < len(data):
@@ -201,7 +199,7 @@ class PageFile:
                     raise self._failure(f"cannot write at {offset + done}", len(data) - done, error) from None
 
     def read(self, offset: int, out: memoryview) -> None:
-        """Fill `out` (contiguous, writable) from `offset`, inside one allocation."""
+        """Fill `out` (contiguous, writable) from `offset`, inside one allocation. Raises RunError if the disk fails."""
         with self._transfer(offset, out.nbytes):
             done, out = 0, _as_bytes(out)
             while done < len(out):
@@ -228,6 +226,7 @@ class PageFile:
                 self.path.unlink(missing_ok=True)
 
     def fileno(self) -> int:
+        """The file's descriptor."""
         return self._file.fileno()
 
     def __enter__(self) -> PageFile:
@@ -238,7 +237,7 @@ class PageFile:
 
     @contextmanager
     def _transfer(self, offset: int, n_bytes: int) -> Iterator[None]:
-        """The file stays open inside, and the range belongs to one allocation at the start."""
+        """A context in which the file stays open; the range belongs to one allocation at its start."""
         with self._lock:
             self._check_open()
             if not self._extents.holds(offset, n_bytes):
@@ -260,7 +259,7 @@ class PageFile:
                 self._lock.notify_all()
 
     def _grow(self, n_bytes: int) -> None:
-        """Reserve `n_bytes` more at the end; all of them or none."""
+        """Reserve `n_bytes` more at the end, all of them or none."""
         size = self._extents.size
         if n_bytes == 0:
             return

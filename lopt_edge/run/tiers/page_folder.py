@@ -1,7 +1,11 @@
 """The folder of page files: where it lies, whether it can be written, what an earlier run left in it.
 
-The rule: a folder in memory (tmpfs) is refused, since pages there would take what they are to spare; a refusal says which
-folder and what to do. The files in it are page_file.py's.
+`check_page_dir` looks and makes nothing, `prepare_page_dir` looks and makes the folder. They refuse what would fail later
+or lie: a file in the folder's place, a folder that cannot be written, too little free space, more than the disk
+budget, and file systems that are memory (tmpfs, ramfs), where paging out would take the memory that it is to free. A
+refusal says which folder and what to do. The file system is that of the longest mount point in /proc/self/mounts; without
+that file (macOS) it is unknown and passes. What it cannot see: a disk image, an overlay or a network file system that
+itself lies in memory, and quotas. The files in the folder are page_file.py's.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from lopt_edge.system.file_systems import MEMORY_FILE_SYSTEMS, MOUNTS, _file_sys
 
 @dataclass(frozen=True)
 class PageDir:
-    """A folder for page files; `file_system` is its type, None where the system does not tell."""
+    """A folder for page files; `file_system` is its type, None where that is not known."""
 
     path: Path
     file_system: str | None
@@ -31,11 +35,12 @@ class PageDir:
 
     @property
     def is_memory(self) -> bool:
+        """Whether the folder lies in memory."""
         return self.file_system in MEMORY_FILE_SYSTEMS
 
 
 def check_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None, mounts: Path = MOUNTS) -> PageDir:
-    """Whether `path` may hold `need_bytes` of page files; InputError where it may not. Touches stale page files only."""
+    """Check that `path` may have `need_bytes` of page files, and remove stale ones. Raises InputError where it may not."""
     path = path.absolute()
     with _refused_where_unwritable(path):
         existing = _nearest(path)
@@ -49,7 +54,7 @@ def check_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None
 
 
 def prepare_page_dir(path: Path, *, need_bytes: int, disk_budget_bytes: int | None, mounts: Path = MOUNTS) -> PageDir:
-    """Make `path` ready for `need_bytes` of page files; InputError where that cannot be. Call before any PageFile."""
+    """Check `path` as `check_page_dir` does and make the folder; to be called before any PageFile. Raises InputError."""
     found = check_page_dir(path, need_bytes=need_bytes, disk_budget_bytes=disk_budget_bytes, mounts=mounts)
     with _refused_where_unwritable(found.path):
         found.path.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,7 @@ def _refusals(found: PageDir, need_bytes: int, disk_budget_bytes: int | None) ->
 
 
 def _remove_stale(folder: Path) -> None:
-    """Page files whose process is gone, or had our pid before us; what cannot be removed is another user's, and stays."""
+    """Remove page files whose process is gone, or had our pid before us; what cannot be removed is another user's."""
     for entry in os.scandir(folder):
         named = _PAGE_FILE.fullmatch(entry.name)
         if named and entry.is_file(follow_symlinks=False):

@@ -1,9 +1,9 @@
-"""Page-locked host memory, from which a GPU copies without the CPU's help. On a machine without GPU: plain memory.
+"""Page-locked host memory, from which a GPU copies without the CPU's help. On a machine without a GPU it is plain memory.
 
 torch's own pinned allocator rounds every block up to a power of two, which at a gigabyte a tensor is a budget of its own;
-so blocks here have their exact size: plain memory, registered with the driver. Freed blocks are kept for the next tensor of
-the same size and given back when the pool would pass its limit. Where registering is refused (WSL, containers), the pool
-says so once and hands out pageable memory: copies then wait for the CPU, results are the same.
+so a block here has its exact size: plain memory that is registered with the driver. Freed blocks are kept for the next
+tensor of the same size and given back when the pool would pass its limit. Where registering is refused (WSL,
+containers), the pool says so once and hands out pageable memory: copies then wait for the CPU, results are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lopt_edge.run.device import device_of
 
 
 class PinnedPool:
-    """Blocks of bytes (uint8, one dimension). `limit_bytes` bounds what is pinned; None: no bound."""
+    """A pool of blocks of bytes (uint8, one dimension). `limit_bytes` bounds what is pinned; None: no bound."""
 
     def __init__(self, device: torch.device, *, limit_bytes: int | None = None) -> None:
         self.device, self.limit_bytes = device_of(device), limit_bytes
@@ -33,7 +33,7 @@ class PinnedPool:
 
     @property
     def is_tier(self) -> bool:
-        """Whether its blocks are a tier of their own, below the device."""
+        """Whether the pool's blocks are a tier of their own, below the device."""
         return self.device.kind.host_is_below
 
     def take(self, n_bytes: int) -> Tensor:
@@ -67,7 +67,7 @@ class PinnedPool:
         return block
 
     def give(self, block: Tensor, *, after: Any = None) -> None:
-        """The block may be used again, once the mark `after` has passed."""
+        """Give a block back; it may be used again once the mark `after` has passed."""
         with self._lock:
             self.used_bytes -= block.nbytes
             if self.is_tier:  # plain memory goes back to the allocator
@@ -88,5 +88,6 @@ class PinnedPool:
             self.pinned_bytes -= block.nbytes
 
     def close(self) -> None:
+        """Give the free blocks back to the system."""
         with self._lock:
             self._shrink()

@@ -31,7 +31,7 @@ STREAMED_PARTS = ("", ".absmax", ".nested_absmax")
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of one linear layer's weight: `start` counts from the beginning of the layer's buffer."""
+    """One part of one linear layer's weight; `start` is its byte offset in the layer's buffer."""
 
     part: str
     entry: TensorEntry
@@ -40,13 +40,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """How a layer's weights lie in a buffer; `matrices` are (module, its layout on disk, its pieces)."""
+    """The places of a layer's weights in its buffer; `matrices` are (module, its layout on disk, its pieces)."""
 
     matrices: tuple[tuple[PackedLinear, PackedLayout, tuple[Piece, ...]], ...]
     n_bytes: int
 
 
 def lay_out(matrices: Iterable[tuple[PackedLinear, PackedLayout]]) -> LayerLayout:
+    """Lay the streamed parts of a layer's matrices one behind the other, each at a multiple of ALIGNMENT bytes."""
     position, found = 0, []
     for module, on_disk in matrices:
         pieces = []
@@ -59,7 +60,7 @@ def lay_out(matrices: Iterable[tuple[PackedLinear, PackedLayout]]) -> LayerLayou
 
 
 class Weights:
-    """All layers' packed weights. `placement` maps a layer to resident, host or disk; absent layers are not ours."""
+    """The packed weights of all layers. `placement` maps a layer to resident, host or disk; absent layers are not ours."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Weights:
         self.n_slots = 0
 
     def load(self) -> None:
-        """Read what lies on the device or the host. Raises FolderError."""
+        """Read the weights that lie on the device or the host. Raises FolderError if a file cannot be read."""
         device = self.mover.device
         for layer, place in self.placement.items():
             layout = self.layouts[layer]
@@ -125,7 +126,7 @@ class Weights:
             return None if self.mover.stream is None else self.mover.stream.record_event()
 
     def wait(self, layer: int) -> None:
-        """The layer's weights are there from now on. Raises RunError if reading them failed."""
+        """End the fetch of a layer, whose weights are there from now on. Raises RunError if reading them failed."""
         buffer, job, event = self._taken[layer]
         if job is not None:
             result_of(job)
@@ -133,7 +134,7 @@ class Weights:
         self._bind(layer, buffer)
 
     def evict(self, layer: int) -> None:
-        """The layer's buffer may be overwritten."""
+        """Unbind a fetched layer's weights, and let its buffer be overwritten."""
         buffer, job, _ = self._taken.pop(layer)
         if job is not None and not job.done():
             job.exception()  # after a fault elsewhere: never hand out a buffer that is still being written
@@ -142,12 +143,12 @@ class Weights:
         self._free.append(buffer)
 
     def evict_all(self) -> None:
-        """After a fault: every buffer back."""
+        """Evict every fetched layer; for use after a fault."""
         for layer in list(self._taken):
             self.evict(layer)
 
     def stream(self, layers: Iterable[int]) -> Iterator[int]:
-        """Yield the layers in order, each one there while it is out, the next one on its way (evaluation, generation)."""
+        """Yield the layers in order, each with its weights there while the next one is fetched (evaluation, generation)."""
         order = list(layers)
         streamed = [layer for layer in order if self.placement.get(layer, "resident") != "resident"]
         ahead = iter(streamed)
@@ -166,11 +167,11 @@ class Weights:
             self.evict_all()
 
     def forget(self, layers: Iterable[int]) -> None:
-        """These layers' weights are not needed any more; nothing is on its way."""
+        """Let the weights of these layers go for good; nothing may be under way."""
         self.release()
         for layer in layers:
-            for held in (self.placement, self.layouts, self.resident, self.host):
-                held.pop(layer, None)
+            for by_layer in (self.placement, self.layouts, self.resident, self.host):
+                by_layer.pop(layer, None)
         self.slot_bytes = self._slot_bytes()
 
     def _slot_bytes(self) -> int:
@@ -178,12 +179,12 @@ class Weights:
         return max(streamed, default=0)
 
     def release(self) -> None:
-        """The ring's buffers go; they are made anew when a layer is fetched."""
+        """Let the ring's buffers go; they are made anew when a layer is fetched."""
         self.evict_all()
         self._free.clear()
 
     def tensors(self) -> list[Tensor]:
-        """The buffers of the device: resident layers and the ring."""
+        """The buffers on the device: those of resident layers, and the ring's."""
         return [*self.resident.values(), *self._free, *(buffer for buffer, _, _ in self._taken.values())]
 
     def _new_slot(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run takes in seconds, phase by phase: loading, quantising, training, saving."""
+"""The seconds that a run takes, phase by phase: loading, quantising, training, saving."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from contextlib import contextmanager
 
 
 class PhaseClock:
-    """Seconds by phase of a run (load, quantise, train, save, ...); phases add up over repeated entries."""
+    """A clock of the phases of a run (load, quantise, train, save, ...); repeated entries of a phase add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def go_on_from(self, seconds: Mapping[str, float]) -> None:
-        """Add what an earlier part of the run took."""
+        """Add the seconds by phase that an earlier part of the run took."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A context whose seconds are added to the phase of this name."""
         start = time.perf_counter()
         try:
             yield

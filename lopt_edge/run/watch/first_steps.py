@@ -3,7 +3,7 @@
 The first step is the largest one of the run (data/order.py), the second is the first with all optimizer states: what is
 too much shows here and not in hour five. On the CPU an op's bytes are the resident set at its end, and the process' peak
 if the op raised it; on a GPU what the allocator has reserved by then, and the context. Reading them costs some 0.1 ms an
-op, so only two steps are read. A peak beyond the prediction is said, and the prediction corrected by what was measured
+op, so only two steps are read. A peak beyond the prediction is reported, and the prediction corrected by what was measured
 (plan/costs/correction.py) is kept beside it; nothing is changed by either.
 """
 
@@ -30,7 +30,10 @@ N_STEPS = 2
 
 
 class FirstSteps:
-    """Watches steps of an executor and keeps both sides of each. `evaluated`: what the run evaluates it did once before."""
+    """A watch on steps of an executor, which keeps what was predicted and what was measured of each.
+
+    `evaluated` says whether the run has evaluated before, so that the peak so far contains an evaluation.
+    """
 
     def __init__(self, executor: Executor, *, evaluated: bool = True) -> None:
         self.executor, self.device, self.evaluated = executor, device_of(executor.model.device), evaluated
@@ -39,7 +42,7 @@ class FirstSteps:
 
     @contextmanager
     def watching(self, step: int, prediction: Prediction) -> Iterator[None]:
-        """Around one `executor.run`; `prediction` is that of its micro-batches."""
+        """A context around one `executor.run` that measures it op by op; `prediction` is that of its micro-batches."""
         measured: list[int] = []
         peak = self._peak()
         fresh = any(
@@ -76,18 +79,18 @@ class FirstSteps:
         return self.device.peak_bytes() + self._context(prediction)
 
     def _peak(self) -> int:
-        """Of the process so far. An allocator's is not asked: it keeps what it reserved."""
+        """The process' peak so far in bytes. An allocator's is not asked (0): it keeps what it reserved."""
         return self.device.peak_bytes() if self.device.kind.counts_process else 0
 
     def _now(self, prediction: Prediction) -> int:
         return self.device.taken_bytes() + self._context(prediction)
 
     def _context(self, prediction: Prediction) -> int:
-        """What the device holds beside what it says that it holds."""
+        """The bytes on the device that its own count leaves out."""
         return 0 if self.device.kind.counts_process else prediction.library_bytes
 
     def surprise(self) -> str | None:
-        """A sentence if the last step took more than predicted."""
+        """A sentence for the user if the last step took more than predicted, else None."""
         last = self.steps[-1]
         predicted, measured = last["predicted_device_bytes"], last["measured_device_bytes"]
         if measured <= predicted:
@@ -99,14 +102,14 @@ class FirstSteps:
         )
 
     def corrected_bytes(self, largest_bytes: int) -> int | None:
-        """What training will take, as known after the last watched step; `largest_bytes` are predicted for its largest.
+        """The device bytes that training will take, computed from the watched steps; None if no step was watched.
 
-        None if no step was watched.
+        `largest_bytes` is what was predicted for the largest step.
         """
         return corrected_bytes(self.watched, largest_bytes, device_type=self.device.kind.name) if self.watched else None
 
     def correction(self, largest_bytes: int) -> str:
-        """The same in a sentence."""
+        """The result of `corrected_bytes` as a sentence for the user; at least one step has been watched."""
         corrected = self.corrected_bytes(largest_bytes)
         assert corrected is not None
         return (
@@ -115,6 +118,7 @@ class FirstSteps:
         )
 
     def write(self, output: Path, plan: RunPlan) -> None:
+        """Write the plan, the watched steps and the corrected bytes to `plan.json` in the output folder."""
         corrected = self.corrected_bytes(plan.peak_bytes["device"])
         values = {"plan": plan.as_dict(), "corrected_device_bytes": corrected, "steps": self.steps}
         write_text(output / PLAN_NAME, json.dumps(values, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 One step is watched, the second where there is one (buffers have grown, moments exist): on the CPU by counting live tensors
 (tracker.py; that step takes longer), on a GPU by the allocator's own counters. Written are FILE.json (all rows, by
-category) and FILE.svg (the picture). Measured categories are what the runtime's stores hold; what is alive beyond them is
-activations. The resident set is written beside them: it holds the library and the allocator's gaps, too.
+category) and FILE.svg (the picture). Measured categories are what the runtime's stores keep; what is alive beyond them is
+activations. The resident set is written beside them: it contains the library and the allocator's gaps, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.schedule.ops import Op
-from lopt_edge.run.device import device_of
+from lopt_edge.run.device import Counters, device_of
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -30,7 +30,7 @@ from lopt_edge.system.memory import resident_bytes
 
 @dataclass
 class MeasuredOp:
-    """One op: tensor bytes by category at its beginning, the most during it, the resident set after it."""
+    """What one op took in bytes: tensors by category at its beginning, their peak during it, the resident set after it."""
 
     text: str
     held: dict[str, int]
@@ -39,19 +39,22 @@ class MeasuredOp:
 
 
 class MemoryMeter:
-    """Watches one step of an executor: `with meter.watching(batches): executor.run(...)`."""
+    """A meter that watches one step of an executor: `with meter.watching(batches): executor.run(...)`."""
 
     def __init__(self, executor: Executor) -> None:
-        self.executor, self.rows = executor, []
+        self.executor = executor
+        self.rows: list[MeasuredOp] = []
         self.device = executor.model.device
         counters = device_of(self.device).counters()
-        self.tracker = MemoryTracker(self.device.type) if counters is None else None
-        self.counters = counters or self.tracker
+        self.tracker: MemoryTracker | None = None
+        if counters is None:
+            counters = self.tracker = MemoryTracker(self.device.type)
+        self.counters: Counters = counters
 
     @contextmanager
     def watching(self, batches: Sequence[Batch]) -> Iterator[None]:
-        """Around one `executor.run` over these batches."""
-        self.rows: list[MeasuredOp] = []
+        """A context around one `executor.run` over these batches, which fills `rows`."""
+        self.rows = []
         if self.tracker is not None:
             self.tracker.watch(tensor for _, tensor in held_tensors(self.executor))
             for batch in batches:
@@ -81,7 +84,7 @@ class MemoryMeter:
 
 
 def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
-    """(category, tensor) of everything that the runtime's stores hold now, some of it perhaps on another tier."""
+    """Yield (category, tensor) of all that the runtime's stores keep now, some of it perhaps on another tier."""
     model, optimizer = executor.model, executor.optimizer
     if model.weights is not None:
         yield from (("weights", tensor) for tensor in model.weights.tensors())
@@ -111,7 +114,7 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
 def write_report(
     path: str, prediction: Prediction, meter: MemoryMeter, *, title: str, budget_bytes: int | None, plan_hash: str
 ) -> tuple[Path, Path]:
-    """Write the two files; returns their paths. Raises RunError if they cannot be written."""
+    """Write the report as JSON and as SVG; returns both paths. Raises RunError if they cannot be written."""
     base = Path(path)
     json_path = base if base.suffix == ".json" else base.with_name(base.name + ".json")
     svg_path = json_path.with_suffix(".svg")

@@ -18,11 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class MemoryTracker(TorchDispatchMode):
-    """`live_bytes` now; `peak_bytes` since the last `start_peak`. One device type only."""
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__ has no types
+    """A dispatch mode that counts the bytes of live tensors of one device type.
+
+    `live_bytes` is what is alive now, `peak_bytes` the most since the last `start_peak`.
+    """
 
     def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.device_type = device_type
         self.live_bytes = self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
@@ -34,6 +37,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._see(tensor.untyped_storage())
 
     def start_peak(self) -> None:
+        """Let `peak_bytes` begin anew, at what is alive now."""
         self.peak_bytes = self.live_bytes
 
     def _see(self, storage: torch.UntypedStorage) -> None:
