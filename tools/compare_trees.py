@@ -7,8 +7,8 @@
 
 The rule: a change that should alter no number is shown to alter none, by hashes: of each plan's text, of the log without
 what is measured, of the adapter file. Both trees run as processes of their own, one after the other, each with the package
-of its own checkout. Seconds are compared run by run in turn (before, after, before, ...), medians over steps and repeats, so
-that a machine that grows busy slows both. It needs nothing of either tree but the command line; it changes neither.
+of its own checkout. Seconds are compared in turn (before, after, before, ...), medians over steps and repeats, so that a
+machine that grows busy slows both. It needs nothing of either tree but the command line; it changes neither.
 """
 
 from __future__ import annotations
@@ -31,9 +31,20 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = "try:\n    from lopt_edge.cli.main import main\nexcept ImportError:\n    from lopt_edge.cli import main\nmain()\n"  # before the package had folders its command line was one file
-MEASURED = ("second", "bytes", "process_peaks")  # words in the names of what is measured, in a line of the log
-SHORT = {"max_steps": 6, "eval_data": None, "retention_data": None, "save_minutes": 0, "device": "cpu"}
+# Before the package had folders its command line was one file.
+LAUNCH = "try:\n    from lopt_edge.cli.main import main\nexcept ImportError:\n    from lopt_edge.cli import main\nmain()"
+MEASURED = (
+    "second",
+    "bytes",
+    "process_peaks",
+)  # words in the names of what is measured, in a line of the log
+SHORT = {
+    "max_steps": 6,
+    "eval_data": None,
+    "retention_data": None,
+    "save_minutes": 0,
+    "device": "cpu",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "e2e": {}, "frozen": {"method": "frozen"}, "lopt, paper's rate": {"method": "lopt", "lr_local": 3e-3},
     "lopt": {"method": "lopt"}, "lopt, 4 segments": {"num_segments": 4}, "lcsb": {"method": "lcsb"},
@@ -67,7 +78,13 @@ def run(tree: Path, settings: dict[str, Any], folder: Path) -> Path:
     given = {key: value for key, value in settings.items() if value is not None}
     file.write_text(yaml.safe_dump({**given, "output": str(output)}))
     command = [sys.executable, "-c", LAUNCH, "finetune", str(file)]
-    done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"{tree}: {settings}\n{done.stderr}")
     return output
@@ -114,10 +131,26 @@ def identical(trees: tuple[Path, Path], only: str, folder: Path) -> bool:
 def timed(trees: tuple[Path, Path], options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of medians and their ratio: the quick start, and with --model that model at 512 tokens."""
     quick = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
-    cases = {"quick start, 60 steps": {**quick, **SHORT, "max_steps": 60, "sample_prompt": None}}
+    cases = {
+        "quick start, 60 steps": {
+            **quick,
+            **SHORT,
+            "max_steps": 60,
+            "sample_prompt": None,
+        }
+    }
     if options.model is not None:
-        shape = {"model": str(options.model), "max_seq_len": 512, "batch_size": 1, "max_steps": 4, "sample_prompt": None}
-        cache = {"cache_dir": str(options.model) + "-cache", "data": str(ROOT / "examples" / "data" / "retention.txt")}
+        shape = {
+            "model": str(options.model),
+            "max_seq_len": 512,
+            "batch_size": 1,
+            "max_steps": 4,
+            "sample_prompt": None,
+        }
+        cache = {
+            "cache_dir": str(options.model) + "-cache",
+            "data": str(ROOT / "examples" / "data" / "retention.txt"),
+        }
         cases[f"{options.model.name}, 1 x 512"] = {**quick, **SHORT, **shape, **cache}
     rows = []
     for name, settings in cases.items():
@@ -126,8 +159,17 @@ def timed(trees: tuple[Path, Path], options: argparse.Namespace, folder: Path) -
             for tree, found in zip(trees, seconds, strict=True):
                 found += step_seconds(run(tree, settings, folder))
         before, after = (median(found) for found in seconds)
-        rows.append({"date": date.today(), "case": name, "before_seconds": round(before, 5), "after_seconds": round(after, 5),
-                     "ratio": round(after / before, 3), "repeats": options.repeats, "load": round(os.getloadavg()[0], 1)})  # fmt: skip
+        rows.append(
+            {
+                "date": date.today(),
+                "case": name,
+                "before_seconds": round(before, 5),
+                "after_seconds": round(after, 5),
+                "ratio": round(after / before, 3),
+                "repeats": options.repeats,
+                "load": round(os.getloadavg()[0], 1),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -137,9 +179,18 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--seconds", action="store_true", help="compare step seconds instead of bytes")
-    parser.add_argument("--model", type=Path, help="with --seconds: a model folder beside the quick start")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="with --seconds: a model folder beside the quick start",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="with --seconds: runs of each tree")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "trees.csv", help="appended to")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=Path(__file__).parent / "results" / "trees.csv",
+        help="appended to",
+    )
     options = parser.parse_args()
     trees = (options.before.resolve(), ROOT)
     with tempfile.TemporaryDirectory() as folder:

@@ -52,7 +52,8 @@ class FarGroup:
 class FarGroups(Protocol):
     """The parameter groups in the other processes of a pipeline, and access to their tensors."""
 
-    groups: Mapping[GroupName, FarGroup]
+    @property
+    def groups(self) -> Mapping[GroupName, FarGroup]: ...
 
     def tensor(self, what: str, name: GroupName, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A group's `values` or `moments` (`what` says which), on the CPU."""

@@ -58,11 +58,13 @@ def open_coordinator(
 
     config, timeout = inputs.config, timedelta(minutes=inputs.config.pipeline_minutes)
     parts = parts_of(inputs.course.kinds[0].segments, config.pipeline)
-    children, is_idle = None, False
+    children: Children | None = None
+    store: Any = None
+    is_idle = False
     try:
         if torchrun_rank() is None:
-            store = host_store(len(parts), timeout)
-            children = Children(len(parts), port=store.port)
+            here = host_store(len(parts), timeout)
+            children, store = Children(len(parts), port=here.port), here
         else:
             store = torchrun_store(timeout)
         coordinator = Coordinator(store, parts, children, timeout=timeout, report=report)
@@ -148,8 +150,7 @@ class Coordinator:
         for peer in self.link.others:
             self.link.receive_message(peer)
         self.is_idle = True
-        executor.link, executor.model.far = self.link, self
-        executor.far = self  # type: ignore[assignment, unused-ignore]  # FarGroups.groups is only read; a plain attribute there
+        executor.link, executor.far, executor.model.far = self.link, self, self
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
