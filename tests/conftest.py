@@ -12,11 +12,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import hypothesis
 import pytest
 import torch
 
 from tools.tiny_models import make_folder
 
+hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine gives no seconds
+hypothesis.settings.load_profile("ours")
 torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not depend on the number of cores
 
 

@@ -95,18 +95,18 @@ class Watch:
                 self.seconds[phase].append(time.perf_counter() - began)
 
     def _install(self) -> None:
-        from lopt_edge.models import folder as models
+        from lopt_edge.models import four_bit
         from lopt_edge.run.tiers.page_file import PageFile
         from lopt_edge.system.files import JsonLines
         from lopt_edge.training import run as training
-        from lopt_edge.training.session import saving, session
+        from lopt_edge.training.session import loaded, saving, session
 
         for home, name, phase in (
             (training, "read_inputs", "read inputs"),
             (training, "_make_ready", "make ready"),
-            (models, "quantise_model", "quantise"),
-            (session, "load_model", "load"),
-            (session, "restore", "restore"),
+            (four_bit, "quantise_model", "quantise"),
+            (loaded, "load_model", "load"),
+            (loaded, "restore", "restore"),
             (saving, "prune", "prune"),
             (session, "evaluate", "evaluate"),
             (session, "save_adapter", "save adapter"),

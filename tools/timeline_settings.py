@@ -223,7 +223,6 @@ def compare(setting: Setting, root: Path) -> Comparison:
     meter = MemoryMeter(bench.executor)
     with meter.watching(batches):
         bench.executor.run(bench.plan, batches, step=9, learning_rates=rates)
-    meter.stop()
     bench.executor.mover.close()
     return Comparison(setting, meter.rows, predicted(setting, bench.model.facts, bench, batches))
 
