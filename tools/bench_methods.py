@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from bench_peers import SEED, Row, append, check_csv, common_columns, usable_cores
+from bench_child import SEED, Row
+from bench_peers import append, check_csv, common_columns, usable_cores
 
 LAUNCH = "from lopt_edge.cli.main import main; main()"
 CACHE = "BOUNDARY-CACHE"  # stands for a new folder

@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_memory import LAUNCH, Case, data_file, environment, error_text, finetune_arguments
+from bench_memory_run import LAUNCH, Case, data_file, environment, error_text, finetune_arguments
 from bench_peers import append, check_csv, commit, usable_cores, versions
 
 from lopt_edge.pictures.svg import LEFT, RIGHT, axis_line, head, number, text, tick
