@@ -43,6 +43,8 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course where each step draws the layers that have a backward. Raises InputError for what this depth does not
+    allow."""
     if options.selection == "uniform":
         n_selected = max(1, round(options.select_ratio * n_layers))
         drawn = partial(_drawn, options, n_layers, n_selected)

@@ -48,6 +48,8 @@ class Options(LocalOptions):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of the task with an early layer drawn to the teacher's features beside it. Raises InputError for what this
+    depth does not allow."""
     align = min(2, n_layers - 1) if options.align_layer is None else options.align_layer
     if align >= n_layers:
         raise InputError(
@@ -59,6 +61,8 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def local_course(options: LocalOptions, n_layers: int) -> Course:
+    """The course where the early layers are aligned first, then the rest learns the task. Raises InputError for what this
+    depth does not allow."""
     segments = cut_depth(
         "align", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )

@@ -59,6 +59,8 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of LoPT: early segments learn a local loss, the last one the task. Raises InputError for what this depth
+    does not allow."""
     early = options.local_loss if options.local_every else "rest" if options.open_every else "none"
     segments = cut_depth(
         early, n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
@@ -77,7 +79,7 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
-    """Kinds by step, the largest one first, so that it is seen at once: the open one, else the local one.
+    """The kinds by step, the largest one first, so that it is seen at once: the open one, else the local one.
 
     Beside open steps the local one comes last in its turn; where both fall together the open one wins.
     """
@@ -94,7 +96,7 @@ def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
 
 
 def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
-    """`auto` beside given boundaries, an update order beside a global norm, a gradient beside a pipeline."""
+    """What contradicts: `auto` beside given boundaries, an update order beside a global norm, a gradient beside a pipeline."""
     fresh_global = run.clip and run.clip_scope == "global"
     if run.teacher and options.local_loss != "align":
         yield Problem("teacher", f"belongs to local_loss align, this is {options.local_loss}", "add --local-loss align")
@@ -127,7 +129,7 @@ def _pipeline_problems(options: Options) -> Iterator[Problem]:
 
 
 def warnings(options: Options, run: RunSettings) -> Iterator[str]:
-    """Settings of the local loss that change nothing."""
+    """The settings of the local loss that change nothing, a sentence for each."""
     given = run.model_fields_set
     if not options.local_every:
         local = ("lr_local", "local_weight", "local_loss", "boundary_update", "teacher")

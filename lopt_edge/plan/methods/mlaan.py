@@ -64,6 +64,8 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course where each segment's window reaches into the next one's layers. Raises InputError for what this depth does
+    not allow."""
     cut = cut_depth(
         "next-token", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )
@@ -88,21 +90,22 @@ def _windowed(cut: tuple[Segment, ...], segment: Segment, n_leaps: int) -> Segme
 
 
 def leaps(first: int, last: int, n_leaps: int) -> tuple[int, ...]:
-    """At most so many layers of `first` .. `last`, evenly spaced and with the last one; none if there are none."""
+    """The layers of a tail: at most so many of `first` .. `last`, evenly spaced and with the last one; none if there are
+    none."""
     n_later = last - first + 1
     n_leaps = min(n_leaps, n_later)
     return tuple(first + (i + 1) * n_later // n_leaps - 1 for i in range(n_leaps))
 
 
 def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
-    """Early updates: a segment runs in two windows."""
+    """What contradicts: early updates, since a segment runs in two windows."""
     if run.apply != "step":
         what = "mlaan needs step: a segment that was updated would run again in the next window"
         yield Problem("apply", what, "leave apply out")
 
 
 def warnings(_options: Options, run: RunSettings) -> Iterator[str]:
-    """The weight of local losses, which is another method's."""
+    """The weight of local losses, which is another method's and changes nothing here."""
     if "local_weight" in run.model_fields_set:
         yield "local_weight has no effect: cascade_weight weighs mlaan's losses"
 

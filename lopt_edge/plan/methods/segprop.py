@@ -46,6 +46,8 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course in stages, each of which trains a segment through a short tail. Raises InputError for what this depth does
+    not allow."""
     n_tail = options.tail_layers or max(1, n_layers // TAIL_SHARE)
     n_body = n_layers - n_tail
     if n_body < 1:
@@ -73,7 +75,7 @@ def _stage(stage: int, n_body: int, n_layers: int, n_stages: int) -> StepKind:
 
 
 def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
-    """What needs the whole model, dropout before a cached boundary, patience without evaluations."""
+    """What contradicts: what needs the whole model, dropout before a cached boundary, patience without evaluations."""
     if run.keep_best:
         what = "cannot be with segprop: its stages train other networks than the whole model"
         yield Problem("keep_best", what, "leave it out")
@@ -86,7 +88,8 @@ def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
 
 
 def pinned(options: Options) -> frozenset[str]:
-    """The number of steps decides where stages end; with patience so do the evaluations."""
+    """The settings that a resumed run must keep: the number of steps decides where stages end; with patience so do the
+    evaluations."""
     return frozenset({"max_steps", "epochs"} | ({"eval_every", "eval_data"} if options.stage_patience else set()))
 
 

@@ -26,6 +26,7 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course where only the last layers train. Raises InputError for what this depth does not allow."""
     wanted = options.train_layers
     if wanted is None:
         raise InputError("is needed by method top-layers", where="train_layers", fix=f"choose 1 to {n_layers}")
@@ -39,7 +40,7 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def problems(options: Options, _run: RunSettings) -> Iterator[Problem]:
-    """A number of layers must be said."""
+    """What is missing: the number of layers must be given."""
     if options.train_layers is None:
         yield Problem("train_layers", "is needed by method top-layers", "say how many of the last layers train")
 
