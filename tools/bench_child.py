@@ -60,7 +60,7 @@ def run_child(options: argparse.Namespace) -> Row:
 
 
 def loading(clock: Any) -> Row:
-    """What the time up to now took, once the model is loaded."""
+    """The seconds and the peak of this process up to now, once the model is loaded."""
     from lopt_edge.system.memory import peak_rss_bytes
 
     alive, load_seconds = time.time() - psutil.Process().create_time(), clock.seconds["load"]
@@ -175,7 +175,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
 
 
 def load_peers(options: argparse.Namespace, clock: Any) -> Step:
-    """QLoRA as its users write it, without lopt-edge."""
+    """The step of QLoRA as its users write it, without lopt-edge."""
     import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
     import torch

@@ -74,7 +74,7 @@ GPU = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memo
 
 
 def run_cases(options: Namespace, scratch: Path) -> list[Row]:
-    """Every process in turn; each row is appended as soon as it is known."""
+    """The rows of every process, run in turn; each row is appended as soon as it is known."""
     rows: list[Row] = []
     ready: set[Path] = set()
     for case in cases(options, scratch):
@@ -111,6 +111,7 @@ def cases(options: Namespace, scratch: Path) -> Iterator[Case]:
 
 
 def case_columns(options: Namespace, case: Case) -> Row:
+    """The columns that all rows of a case share."""
     from lopt_edge.models.folder import find_model
 
     facts = find_model(str(case.model)).facts
@@ -126,11 +127,12 @@ def case_columns(options: Namespace, case: Case) -> Row:
 
 
 def quantise_once(options: Namespace, case: Case, scratch: Path) -> str:
-    """Fill the cache; what went wrong, if anything did."""
+    """Fill the cache with the 4-bit copy, and return what went wrong, if anything did."""
     return str(measure(options, peers_arguments(options, case), method="quantise", folder=scratch).get("error", ""))
 
 
 def peers_arguments(options: Namespace, case: Case) -> list[str]:
+    """The arguments of bench_peers.py for this case."""
     values = {"model": case.model, "seq-len": case.seq_len, "steps": max(2, options.steps), "device": options.device,
               "dtype": options.dtype, "lora-r": options.lora_r, "lr": options.lr,
               "memory-fraction": options.memory_fraction}  # fmt: skip
@@ -138,7 +140,7 @@ def peers_arguments(options: Namespace, case: Case) -> list[str]:
 
 
 def run_repeat(options: Namespace, case: Case, first_losses: dict[str, list[Any]], scratch: Path) -> Iterator[Row]:
-    """The baseline, then every method in every setting, with its ratios."""
+    """The rows of the baseline, then of every method in every setting, with their ratios."""
     baseline: Row = {}
     if options.baseline:
         baseline = baseline_row(measure(options, peers_arguments(options, case), method="peers", folder=scratch), case)
@@ -174,6 +176,7 @@ def baseline_row(measured: Row, case: Case) -> Row:
 
 
 def agree(row: Row) -> str:
+    """The word of `peaks_agree`: yes, no, or empty where one of the two peaks is missing."""
     ours, theirs = row.get("peak_rss_bytes"), row.get("peak_rss_time_bytes")
     if not ours or not theirs:
         return ""
@@ -181,6 +184,7 @@ def agree(row: Row) -> str:
 
 
 def ratios(row: Row, baseline: Row) -> Row:
+    """The `_ratio` columns of a row, as far as both it and the baseline were measured."""
     pairs = (("step_ratio", "step_seconds"), ("rss_ratio", "peak_rss_bytes"), ("device_ratio", "peak_device_bytes"))
     return {ratio: row[column] / baseline[column] for ratio, column in pairs if row.get(column) and baseline.get(column)}
 
@@ -193,7 +197,7 @@ def rounded(row: Row) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    """One line per model, length, method and setting: medians over the repeats."""
+    """Print a table with a line per model, length, method and setting: medians over the repeats."""
     from rich.console import Console
     from rich.table import Table
 
@@ -223,12 +227,14 @@ def show(rows: list[Row]) -> None:
 
 
 def groups(rows: list[Row], keys: tuple[str, ...]) -> Iterator[list[Row]]:
+    """The rows in groups of equal values under these keys."""
     for values in dict.fromkeys(tuple(row.get(key, "") for key in keys) for row in rows):
         yield [row for row in rows if tuple(row.get(key, "") for key in keys) == values]
 
 
 def growth(rows: list[Row]) -> Iterator[str]:
-    """A line for each method and setting that was measured at several lengths, or at several depths of one shape."""
+    """The growth lines: one for each method and setting that was measured at several lengths, or at several depths of one
+    shape."""
     measured = [
         {**row, "family": row["shape"].replace(f" {row['n_layers']} x ", " ")}
         for row in rows
@@ -252,7 +258,7 @@ def growth(rows: list[Row]) -> Iterator[str]:
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """Slope and start of the least-squares line, and the largest distance from it."""
+    """The slope and start of the least-squares line, and the largest distance from it."""
     slope, start = linear_regression(x, y)
     return slope, start, max(abs(start + slope * a - b) for a, b in zip(x, y, strict=True))
 
@@ -261,6 +267,7 @@ def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def numbers(text: str) -> list[int]:
+    """The numbers of `512,1024`. Raises ArgumentTypeError for what is none, or below 1."""
     found = [int(part) for part in text.split(",") if part]
     if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 1, for example 512,1024")
@@ -328,7 +335,8 @@ def check_models(options: Namespace) -> None:
 
 
 def look_at_gpu(options: Namespace) -> None:
-    """The GPU's name, and the cap as a fraction of its memory; asked in a child, so that this process holds no context."""
+    """Set the GPU's name, and the cap as a fraction of its memory; both are asked in a child, so that this process has no
+    context."""
     options.gpu = ""
     if options.device == "cuda":
         done = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True)

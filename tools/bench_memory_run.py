@@ -24,14 +24,14 @@ from statistics import median
 from bench_child import CLIP, SEED, Row
 
 TIME = Path("/usr/bin/time")  # GNU time; its -v tells the peak
-# The console script's content; with a cap, CUDA has to be told before the command line makes its first tensor.
+# The console script's content; with a cap, CUDA has to know before the command line makes its first tensor.
 LAUNCH = "from lopt_edge.cli.main import main; main()"
 CAPPED = f"import sys, torch; torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1))); {LAUNCH}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the runs that are compared with each other share."""
+    """A case: what the runs that are compared with each other share."""
 
     model: Path
     seq_len: int
@@ -41,7 +41,7 @@ class Case:
 
 
 def run_ours(options: Namespace, case: Case, method: str, flags: list[str], scratch: Path) -> Row:
-    """One `lopt-edge finetune`, and what it took; an `error` when it failed."""
+    """The figures of one `lopt-edge finetune`; an `error` when it failed."""
     with tempfile.TemporaryDirectory(prefix="run-", dir=scratch) as folder:
         output, times = Path(folder) / "output", Path(folder) / "time.txt"
         launch = ["-c", CAPPED, str(options.memory_fraction)] if options.memory_fraction else ["-c", LAUNCH]
@@ -63,6 +63,7 @@ def run_ours(options: Namespace, case: Case, method: str, flags: list[str], scra
 
 
 def finetune_arguments(options: Namespace, case: Case, method: str, data: Path) -> list[str]:
+    """The words of the command line that are the same in every setting."""
     values = {
         "model": case.model, "data": data, "method": method, "max-seq-len": case.seq_len, "max-steps": options.steps,
         "batch-size": 1, "grad-accum": 1, "lr": options.lr, "schedule": "constant", "warmup-ratio": 0, "clip": CLIP,
@@ -73,13 +74,14 @@ def finetune_arguments(options: Namespace, case: Case, method: str, data: Path) 
 
 
 def environment(options: Namespace) -> dict[str, str]:
-    """The waiting policy is what our command line sets itself, but too late where a cap has imported torch."""
+    """The environment of a run. The waiting policy is what our command line sets itself, but too late where a cap has
+    imported torch."""
     fixed = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **fixed, "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
 
 
 def data_file(case: Case, options: Namespace, scratch: Path) -> Path:
-    """One row a step, of more tokens than `seq_len` (a word is at least one)."""
+    """The data file of a case: one row a step, of more tokens than `seq_len` (a word is at least one)."""
     path = scratch / f"words-{case.seq_len}.jsonl"
     if not path.exists():
         drawn = random.Random(SEED)
@@ -93,6 +95,7 @@ def data_file(case: Case, options: Namespace, scratch: Path) -> Path:
 
 
 def peak_of_time(path: Path) -> int | None:
+    """The peak in bytes from GNU time's report; None where there is none."""
     for line in path.read_text().splitlines() if path.exists() else []:
         name, _, value = line.strip().rpartition(": ")
         if name == "Maximum resident set size (kbytes)":
@@ -108,7 +111,7 @@ def error_text(stderr: str) -> str:
 
 
 def run_figures(output: Path, case: Case) -> Row:
-    """What the finished run's own files say."""
+    """The figures that the finished run's own files report."""
     run = json.loads((output / "run.json").read_text())
     peaks, predicted = run["peaks"], run["predicted"]["device_bytes"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ the first losses must agree.
 
 Ours runs the package's own code on its 4-bit copy, which is made once, in a process whose row is called `quantise`.
 The baseline is what a careful user writes: NF4 with double quantisation from the full-precision folder, the compute
-dtype said explicitly, SDPA, gradient checkpointing without re-entry, no cache. In bfloat16 it runs under autocast, as
+dtype given explicitly, SDPA, gradient checkpointing without re-entry, no cache. In bfloat16 it runs under autocast, as
 transformers' Trainer does (else peft would multiply its adapters in fp32).
 
 Columns: `step_seconds` is the median without the first step (on CUDA the device is waited for); `import_seconds` count
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, arguments: list[str], *, method: str, f
 
 
 def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Row, folder: Path) -> list[Row]:
-    """Every method once, with its ratios to the baseline."""
+    """The rows of every method, run once, with their ratios to the baseline."""
     rows = []
     for method in options.methods:
         rows.append(as_row(measure(options, arguments, method=method, folder=folder), {**common, "method": method}))
@@ -93,6 +93,7 @@ def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Ro
 
 
 def as_row(measured: Row, common: Row) -> Row:
+    """The row of a measured process: medians and speeds from its steps."""
     seconds, losses = measured.pop("seconds", []), measured.pop("losses", [])
     gpu = measured.pop("gpu", None)
     row = {**common, **measured, "hardware": f"{gpu}; {common['hardware']}" if gpu else common["hardware"]}
@@ -108,7 +109,7 @@ def as_row(measured: Row, common: Row) -> Row:
 
 
 def common_columns(options: argparse.Namespace) -> Row:
-    """What all rows of this call share."""
+    """The columns that all rows of this call share."""
     from lopt_edge.doctor.check_machine import cpu_device
     from lopt_edge.models.folder import find_model
 
@@ -132,6 +133,7 @@ def common_columns(options: argparse.Namespace) -> Row:
 
 
 def versions() -> Iterator[str]:
+    """The versions of the packages that matter here, as `name version`."""
     for package in PACKAGES:
         try:
             yield f"{package} {version(package)}"
@@ -149,7 +151,8 @@ def commit() -> str:
 
 
 def check_dtype(options: argparse.Namespace) -> None:
-    """The baseline computes in the dtype that a 4-bit folder records, whatever it is asked for."""
+    """Refuse a dtype that the baseline would not compute in: it takes the one that a 4-bit folder records, whatever it is
+    asked for."""
     quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config") or {}
     recorded = str(quantised.get("bnb_4bit_compute_dtype", options.dtype)).removeprefix("torch.")
     if "peers" in options.methods and recorded != options.dtype:
@@ -160,7 +163,7 @@ def check_dtype(options: argparse.Namespace) -> None:
 
 
 def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
-    """A file with other columns is never appended to."""
+    """Refuse a file with other columns: it is never appended to."""
     if path.exists() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8") as file:
             if tuple(next(csv.reader(file))) != columns:
@@ -168,6 +171,7 @@ def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
 
 
 def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> None:
+    """Append rows to a CSV, with the heading where it is new; keys that are no columns are left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
@@ -177,7 +181,7 @@ def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> N
 
 
 def show(rows: list[Row]) -> None:
-    """One line per method: medians over the repeats."""
+    """Print a table with a line per method: medians over the repeats."""
     from rich.console import Console
     from rich.table import Table
 
@@ -229,11 +233,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def usable_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_parent(options: argparse.Namespace, arguments: list[str]) -> list[Row]:
-    """All processes in turn; a repeat's rows are appended as soon as it is done."""
+    """The rows of all processes, run in turn; a repeat's rows are appended as soon as it is done."""
     common = common_columns(options)
     check_dtype(options)
     rows: list[Row] = []

@@ -99,7 +99,7 @@ def test_rule_9(break_it, message):
         validate(break_it(three_plans()[1]))
 
 
-def test_the_planner_reckons_each_process():
+def test_the_planner_computes_each_process():
     whole = plan_run("llama-3.2-1b", device="cpu", num_segments=4)
     found = plan_run("llama-3.2-1b", device="cpu", num_segments=4, pipeline=4)
     assert any(note.startswith("pipeline of 4: process 0 (layers 0-3)") for note in found.notes)

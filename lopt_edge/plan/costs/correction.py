@@ -21,7 +21,7 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 
 @dataclass(frozen=True)
 class Watched:
-    """A step that was watched: device bytes as predicted, the process' peak once it was over, and what it did not have yet."""
+    """A step that was watched: device bytes as predicted, the process' peak after it, and what it did not have yet."""
 
     predicted_bytes: int
     measured_bytes: int

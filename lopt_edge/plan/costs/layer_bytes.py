@@ -66,8 +66,7 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """The bytes of a layer's graph: `within` is the most that the forward takes, `rest` what the graph keeps beside its
-    input. A flag says whether it keeps the input."""
+    """The bytes of a graph: `within` the forward at most, and `rest` that the graph keeps beside its input."""
 
     within: int
     rest: int

@@ -283,7 +283,7 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
 
 @dataclass(frozen=True)
 class _Plain:
-    """The family's own MLP. `x_trains`: x needs a gradient. Then all does; else what lies behind a linear layer with LoRA."""
+    """The family's own MLP. `x_trains`: x needs a gradient. Then all does; else what lies behind a layer with LoRA."""
 
     shape: LayerShape
     n_rows: int

@@ -44,7 +44,7 @@ def _table() -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def program(case: str, op: str) -> tuple[Token, ...]:
-    """The program of an op in a case, from the table or from the nearest more general case. Its tokens are kept."""
+    """The program of an op in a case, from the table; where that has none, of the nearest more general case."""
     cases = _table()["cases"]
     found = next(cases[key] for key in (case, *more_general(case)) if key in cases)
     return tuple(_token(text) for text in _table()["programs"][found[op]].split())

@@ -207,7 +207,7 @@ def default_cpu_profile() -> DeviceProfile:
 
 
 def profile_path(folder: Path | None = None) -> Path:
-    """The path of this machine's measured profile, in `folder` or lopt-edge's cache. Home folders may be shared: by host."""
+    """The path of this machine's profile, in `folder` or lopt-edge's cache. Home folders may be shared: by host."""
     host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:80] or "this-machine"
     return (folder or Path.home() / ".cache" / "lopt-edge") / f"profile-{host}.json"
 

@@ -93,7 +93,7 @@ class Course:
 
     @cached_property
     def named(self) -> dict[str, StepKind]:
-        """The kinds by name; of two forms the one that fills a cache."""
+        """The kinds of step by name."""
         return {kind.name: kind for kind in self.kinds}
 
     @cached_property

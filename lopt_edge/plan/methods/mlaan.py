@@ -56,7 +56,7 @@ NUM_SEGMENTS = 4  # by default
 
 
 class Options(method.Options):
-    """How a window is read out, and how much of its loss reaches the segment before."""
+    """The options of mlaan: how a window is read out, and how much of its loss reaches the segment before."""
 
     leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
     ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
@@ -64,8 +64,7 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
-    """The course where each segment's window reaches into the next one's layers. Raises InputError for what this depth does
-    not allow."""
+    """The course of segments in overlapping windows, one kind of step. Raises InputError for fewer than 3 segments."""
     cut = cut_depth(
         "next-token", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )
@@ -98,7 +97,7 @@ def leaps(first: int, last: int, n_leaps: int) -> tuple[int, ...]:
 
 
 def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
-    """What contradicts: early updates, since a segment runs in two windows."""
+    """The contradictions: early updates, since a segment runs in two windows."""
     if run.apply != "step":
         what = "mlaan needs step: a segment that was updated would run again in the next window"
         yield Problem("apply", what, "leave apply out")

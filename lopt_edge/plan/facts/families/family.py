@@ -5,7 +5,7 @@ whoever needs such a thing asks a field of `facts.family`. Where families differ
 is added here, with what most families do as its default, so that a family's record says only in what it is special.
 
 What a config.json says about one model is read by model.py, through these records. What goes on inside a decoder layer (the
-order of its norms, Granite's residual factor, the activation) is not told: transformers' own modules do it, and nobody here
+order of its norms, Granite's residual factor, the activation) is not here: transformers' own modules do it, and nobody
 asks. This file knows no family.
 """
 
