@@ -9,7 +9,7 @@
 compares the peak and its op. `process` draws a model, a length, a method and a budget between the smallest and the
 largest predicted peak, lets `finetune` plan and train under it, and compares peak (with what was predicted before the first
 step, and as corrected after the second), page files and step seconds; the budget is kept by the system (RLIMIT_DATA, the
-CUDA allocator's fraction), so a plan that wrongly fits by its figures fails its run. Ratios are predicted over measured: the
+CUDA allocator's fraction), so a plan that fits by its figures alone fails its run. Ratios are predicted over measured: the
 first over the whole process' peak, the corrected one over the peak until the last step (on a CPU with little memory it is
 saving, which imports peft, that sets the process' peak). Every row is appended as soon as it is known, and a call goes on
 with other draws (`--seed`).

@@ -8,7 +8,7 @@ file, so that one run shows all of them.
 Sizes are limited before memory is taken: a row (a line of .jsonl, a field of .csv) has at most `MAX_ROW_BYTES`, a file has
 at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_BYTES`, and a Parquet file may unpack to as
 much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
-own claims have been checked against these limits. So at most 25 bytes of memory are taken per byte of JSON (`{},{},...`).
+own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of JSON (`{},{},...`).
 
 Places: `data.jsonl:12` and `data.csv:12` are physical lines counted from 1 (a CSV row that spans lines is named by its
 first), `data.json[12]` is the 12th element counted from 0 as JSON tools do, `data.parquet row 12` counts from 1.
@@ -277,8 +277,8 @@ def _check_claims(metadata: Any, *, path: Path) -> None:
 
 
 def _check_types(schema: Any, *, path: Path) -> None:
-    """Refuse all but whole columns that are coded by a dictionary: a value that many places share is small until it is a
-    Python object in each."""
+    """Refuse types with coded values inside: a value that many places share is small until it is a Python object in each.
+    Only whole columns may be so coded."""
     coded = ("dictionary<", "run_end_encoded<", "_view")
     for field in schema:
         kind = str(field.type)
