@@ -157,6 +157,7 @@ def load_ours(options: argparse.Namespace, clock: Any) -> Step:
             dtype=dtype,
             knobs=knobs,
             budget=Budget(),
+            ground=unread,
             workload=whole,
             run_plan=unread,
             reasons=(),
