@@ -14,11 +14,11 @@ from typing import Any
 
 from quant.untrusted import printable
 
-MOST_SHOWN = 60  # of errors told together: more than a run has settings that matter to its resumption
+MOST_SHOWN = 60  # of errors shown together: more than a run has settings that matter to its resumption
 
 
 class LoptError(Exception):
-    """Base of every error that lopt-edge raises on purpose; `exit_code` is what the process ends with."""
+    """The base of every error that lopt-edge raises on purpose; `exit_code` is what the process ends with."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class LoptError(Exception):
 
 
 class InputError(LoptError):
-    """Wrong input. `what` is wrong, `where` it stands (file:line, config key, flag), and the `fix`."""
+    """An error in the input. `what` is wrong, `where` it stands (file:line, config key, flag), and the `fix`."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class InputErrors(InputError):
 
 
 def together(*asked: Callable[[], Any]) -> list[Any]:
-    """All answers; the input errors of all of them are told in one message."""
+    """The answers to all that is asked; the input errors of all of them are shown in one message."""
     found: list[Any] = []
     errors: list[InputError] = []
     for ask in asked:
@@ -80,17 +80,18 @@ class RunError(LoptError):
 
 
 class OutOfMemory(RunError):
-    """The device's memory, or the budget that is held, did not hold a step."""
+    """A step that the device's memory, or the budget that is kept, could not hold."""
 
 
 class PeerLost(RunError):
-    """Another process of a pipeline is gone or silent. The step under way is lost with it."""
+    """The loss of another process of a pipeline, gone or silent. The step under way is lost with it."""
 
     values_intact = False
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM was heard; `advice` says how to go on. No LoptError, so that nothing takes it for a fault."""
+    """The end of a run by SIGINT or SIGTERM; `advice` says how to go on. It is no LoptError, so that nothing takes it for a
+    fault."""
 
     def __init__(self, signal_number: int, advice: str = "") -> None:
         self.signal_number, self.advice = signal_number, advice
@@ -98,6 +99,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
+        """The exit code by custom: 128 and the signal's number."""
         return 128 + self.signal_number  # as a shell counts: 130 and 143
 
 
@@ -110,7 +112,7 @@ def raise_collected(errors: Sequence[InputError]) -> None:
 
 
 class NotFinite(RunError):
-    """A loss or a gradient of the step is infinite or NaN. `op`: the plan's op that found it."""
+    """An infinite or NaN loss or gradient of the step. `op`: the plan's op that found it."""
 
     untouched = True  # no group was updated before it
     op = ""

@@ -1,7 +1,7 @@
 """Bytes in words, both ways: "24GB" and "8 GiB" to bytes, bytes to the shortest true words.
 
-The rule: what a user may write is said once, here, and what is printed can be written back. Shares ("80%") need to know
-of what; who asks says so. It knows no device and no budget.
+The rule: what a user may write is defined once, here, and what is printed can be written back. Shares ("80%") need to know
+of what; who asks names it. It knows no device and no budget.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _FORMS = "write bytes with a unit (24GB, 16GiB, 500MB, 1.5TB) or a share of what
 
 
 def parse_bytes(text: str, *, free_bytes: int | None, where: str) -> int:
-    """Bytes from `24GB`, `16 GiB`, `24G` or `80%` (of `free_bytes`), rounded down; `where` names the setting in errors."""
+    """The bytes of `24GB`, `16 GiB`, `24G` or `80%` (of `free_bytes`), rounded down; `where` names the setting in errors.
+    Raises InputError."""
     shown = repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
     found = _AMOUNT.fullmatch(text.strip()) if len(text) <= _LONGEST else None
     if found is None:
@@ -50,7 +51,7 @@ def _share(percent: Fraction, shown: str, free_bytes: int | None, where: str) ->
 
 
 def format_bytes(n_bytes: int) -> str:
-    """For messages: `1.5 GiB`, `512 MiB`; below one MiB the bytes themselves."""
+    """The bytes in words for messages: `1.5 GiB`, `512 MiB`; below one MiB the bytes themselves."""
     if abs(n_bytes) >= 2**30:
         return f"{n_bytes / 2**30:.1f} GiB"
     return f"{n_bytes / 2**20:.0f} MiB" if abs(n_bytes) >= 2**20 else f"{n_bytes:,} bytes"

@@ -55,7 +55,7 @@ LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "i
 
 
 def settings_of(name: str, n_layers: int, *, below: str) -> Knobs:
-    """Knobs by name; `below` is the tier under the device."""
+    """The memory settings of this name; `below` is the tier under the device."""
     resident = Knobs(("resident",) * n_layers, ("recompute",) * n_layers, saved_inputs=below, pages=below, states=below)
     streamed = replace(resident, weights=(below,) * n_layers)
     return {"resident": resident, "streamed": streamed, "smallest": replace(streamed, gradients=below)}[name]
@@ -68,7 +68,7 @@ def kind_of(method: str, facts: ModelFacts, *, num_segments: int) -> StepKind:
 
 
 def predicted(facts: ModelFacts, options: argparse.Namespace, *, method: str, settings: str, tokens: int) -> dict[str, Any]:
-    """Peaks by the timeline. Saved inputs go to disk where the host would take more than HOST_LIMIT."""
+    """The peaks by the timeline. Saved inputs go to disk where the host would take more than HOST_LIMIT."""
     below = "host" if options.device == "cuda" else "disk"
     knobs = settings_of(settings, facts.n_layers, below=below)
     kind = kind_of(method, facts, num_segments=options.num_segments)
@@ -94,7 +94,7 @@ def predicted(facts: ModelFacts, options: argparse.Namespace, *, method: str, se
 def measured(
     options: argparse.Namespace, *, method: str, settings: str, tokens: int, card_gb: float | None
 ) -> dict[str, Any]:
-    """One step in a process of its own; a failed one gives its message as the note."""
+    """The figures of one step in a process of its own; a failed one gives its message as the note."""
     command = [sys.executable, __file__, "--child", json.dumps({
         "model": str(options.model), "method": method, "settings": settings, "tokens": tokens, "card_gb": card_gb,
         "device": options.device, "dtype": options.dtype, "lora_r": options.lora_r, "num_segments": options.num_segments,

@@ -30,22 +30,19 @@ machine. Seconds are only worth something on a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import random
 import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
-from bench_peers import CLIP, SEED, Row, append, check_csv, check_dtype, common_columns, measure, usable_cores
+from bench_child import Row
+from bench_memory_run import TIME, Case, environment, error_text, run_ours
+from bench_peers import append, check_csv, check_dtype, common_columns, measure, usable_cores
 
 from lopt_edge.errors import LoptError
 
@@ -69,119 +66,15 @@ COLUMNS = (
     "predicted_device_bytes", "predicted_ratio", "step_seconds", "first_step_seconds", "tokens_per_second",
     "wall_seconds", "first_loss", "losses_equal", "step_ratio", "rss_ratio", "device_ratio", "error",
 )  # fmt: skip
-TIME = Path("/usr/bin/time")  # GNU time; its -v tells the peak
 AGREE = 0.01
-# The console script's content; with a cap, CUDA has to be told before the command line makes its first tensor.
-LAUNCH = "from lopt_edge.cli.main import main; main()"
-CAPPED = f"import sys, torch; torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1))); {LAUNCH}"
 GPU = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory, p.name)"
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the runs that are compared with each other share."""
-
-    model: Path
-    seq_len: int
-
-
-# --- one run of the command line --------------------------------------------------------------------------------------
-
-
-def run_ours(options: Namespace, case: Case, method: str, flags: list[str], scratch: Path) -> Row:
-    """One `lopt-edge finetune`, and what it took; an `error` when it failed."""
-    with tempfile.TemporaryDirectory(prefix="run-", dir=scratch) as folder:
-        output, times = Path(folder) / "output", Path(folder) / "time.txt"
-        launch = ["-c", CAPPED, str(options.memory_fraction)] if options.memory_fraction else ["-c", LAUNCH]
-        command = [sys.executable, *launch, *finetune_arguments(options, case, method, data_file(case, options, scratch))]
-        command += ["--output", str(output), *flags]
-        started = time.perf_counter()
-        done = subprocess.run(
-            [*([str(TIME), "-v", "-o", str(times)] if TIME.exists() else []), *command],
-            env=environment(options),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        measured: Row = {"wall_seconds": time.perf_counter() - started, "peak_rss_time_bytes": peak_of_time(times)}
-        if done.returncode:
-            print(done.stderr[-4000:], file=sys.stderr)
-            return {**measured, "error": f"exit code {done.returncode}: {error_text(done.stderr)}"}
-        return measured | run_figures(output, case)
-
-
-def finetune_arguments(options: Namespace, case: Case, method: str, data: Path) -> list[str]:
-    values = {
-        "model": case.model, "data": data, "method": method, "max-seq-len": case.seq_len, "max-steps": options.steps,
-        "batch-size": 1, "grad-accum": 1, "lr": options.lr, "schedule": "constant", "warmup-ratio": 0, "clip": CLIP,
-        "lora-r": options.lora_r, "lora-alpha": 2 * options.lora_r, "device": options.device,
-        "compute-dtype": options.dtype, "cache-dir": options.cache_dir, "page-dir": options.page_dir,
-    }  # fmt: skip
-    return ["finetune", *(f"--{name}={value}" for name, value in values.items() if value is not None)]
-
-
-def environment(options: Namespace) -> dict[str, str]:
-    """The waiting policy is what our command line sets itself, but too late where a cap has imported torch."""
-    fixed = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **fixed, "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
-
-
-def data_file(case: Case, options: Namespace, scratch: Path) -> Path:
-    """One row a step, of more tokens than `seq_len` (a word is at least one)."""
-    path = scratch / f"words-{case.seq_len}.jsonl"
-    if not path.exists():
-        drawn = random.Random(SEED)
-        words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=drawn.randint(2, 9))) for _ in range(5000)]
-        rows = [
-            {"prompt": "Words:", "completion": " " + " ".join(drawn.choices(words, k=case.seq_len))}
-            for _ in range(options.steps)
-        ]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def peak_of_time(path: Path) -> int | None:
-    for line in path.read_text().splitlines() if path.exists() else []:
-        name, _, value = line.strip().rpartition(": ")
-        if name == "Maximum resident set size (kbytes)":
-            return int(value) * 1024
-    return None
-
-
-def error_text(stderr: str) -> str:
-    """The message of a failed run, on one line; without one, its last words."""
-    lines = [line.strip(" │") for line in stderr.splitlines() if any(map(str.isalnum, line))]  # typer draws a box
-    named = [index for index, line in enumerate(lines) if line.startswith("error:")]
-    return " ".join(lines[named[0] :] if named else lines[-1:])[:300] or "no message"
-
-
-def run_figures(output: Path, case: Case) -> Row:
-    """What the finished run's own files say."""
-    run = json.loads((output / "run.json").read_text())
-    peaks, predicted = run["peaks"], run["predicted"]["device_bytes"]
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    seconds, tokens = [line["step_seconds"] for line in steps], {line["tokens"] for line in steps}
-    typical = median(seconds[1:] if len(seconds) >= 3 else seconds)
-    return {
-        "peak_rss_bytes": peaks["peak_rss_bytes"],
-        "peak_device_bytes": peaks["peak_device_bytes"],
-        "peak_disk_bytes": peaks["peak_disk_bytes"],
-        "predicted_device_bytes": predicted,
-        "predicted_ratio": predicted / peaks["peak_device_bytes"],
-        "step_seconds": typical,
-        "first_step_seconds": seconds[0],
-        "tokens_per_second": case.seq_len / typical,
-        "losses": [(line["loss"], line["local_loss"]) for line in steps],
-        "error": "" if tokens == {case.seq_len} else f"steps of {sorted(tokens)} tokens, not of {case.seq_len}",
-    }
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def run_cases(options: Namespace, scratch: Path) -> list[Row]:
-    """Every process in turn; each row is appended as soon as it is known."""
+    """The rows of every process, run in turn; each row is appended as soon as it is known."""
     rows: list[Row] = []
     ready: set[Path] = set()
     for case in cases(options, scratch):
@@ -218,6 +111,7 @@ def cases(options: Namespace, scratch: Path) -> Iterator[Case]:
 
 
 def case_columns(options: Namespace, case: Case) -> Row:
+    """The columns that all rows of a case share."""
     from lopt_edge.models.folder import find_model
 
     facts = find_model(str(case.model)).facts
@@ -233,11 +127,12 @@ def case_columns(options: Namespace, case: Case) -> Row:
 
 
 def quantise_once(options: Namespace, case: Case, scratch: Path) -> str:
-    """Fill the cache; what went wrong, if anything did."""
+    """Fill the cache with the 4-bit copy, and return what went wrong, if anything did."""
     return str(measure(options, peers_arguments(options, case), method="quantise", folder=scratch).get("error", ""))
 
 
 def peers_arguments(options: Namespace, case: Case) -> list[str]:
+    """The arguments of bench_peers.py for this case."""
     values = {"model": case.model, "seq-len": case.seq_len, "steps": max(2, options.steps), "device": options.device,
               "dtype": options.dtype, "lora-r": options.lora_r, "lr": options.lr,
               "memory-fraction": options.memory_fraction}  # fmt: skip
@@ -245,7 +140,7 @@ def peers_arguments(options: Namespace, case: Case) -> list[str]:
 
 
 def run_repeat(options: Namespace, case: Case, first_losses: dict[str, list[Any]], scratch: Path) -> Iterator[Row]:
-    """The baseline, then every method in every setting, with its ratios."""
+    """The rows of the baseline, then of every method in every setting, with their ratios."""
     baseline: Row = {}
     if options.baseline:
         baseline = baseline_row(measure(options, peers_arguments(options, case), method="peers", folder=scratch), case)
@@ -281,6 +176,7 @@ def baseline_row(measured: Row, case: Case) -> Row:
 
 
 def agree(row: Row) -> str:
+    """The word of `peaks_agree`: yes, no, or empty where one of the two peaks is missing."""
     ours, theirs = row.get("peak_rss_bytes"), row.get("peak_rss_time_bytes")
     if not ours or not theirs:
         return ""
@@ -288,6 +184,7 @@ def agree(row: Row) -> str:
 
 
 def ratios(row: Row, baseline: Row) -> Row:
+    """The `_ratio` columns of a row, as far as both it and the baseline were measured."""
     pairs = (("step_ratio", "step_seconds"), ("rss_ratio", "peak_rss_bytes"), ("device_ratio", "peak_device_bytes"))
     return {ratio: row[column] / baseline[column] for ratio, column in pairs if row.get(column) and baseline.get(column)}
 
@@ -300,7 +197,7 @@ def rounded(row: Row) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    """One line per model, length, method and setting: medians over the repeats."""
+    """Print a table with a line per model, length, method and setting: medians over the repeats."""
     from rich.console import Console
     from rich.table import Table
 
@@ -330,12 +227,14 @@ def show(rows: list[Row]) -> None:
 
 
 def groups(rows: list[Row], keys: tuple[str, ...]) -> Iterator[list[Row]]:
+    """The rows in groups of equal values under these keys."""
     for values in dict.fromkeys(tuple(row.get(key, "") for key in keys) for row in rows):
         yield [row for row in rows if tuple(row.get(key, "") for key in keys) == values]
 
 
 def growth(rows: list[Row]) -> Iterator[str]:
-    """A line for each method and setting that was measured at several lengths, or at several depths of one shape."""
+    """The growth lines: one for each method and setting that was measured at several lengths, or at several depths of one
+    shape."""
     measured = [
         {**row, "family": row["shape"].replace(f" {row['n_layers']} x ", " ")}
         for row in rows
@@ -359,7 +258,7 @@ def growth(rows: list[Row]) -> Iterator[str]:
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """Slope and start of the least-squares line, and the largest distance from it."""
+    """The slope and start of the least-squares line, and the largest distance from it."""
     slope, start = linear_regression(x, y)
     return slope, start, max(abs(start + slope * a - b) for a, b in zip(x, y, strict=True))
 
@@ -368,6 +267,7 @@ def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def numbers(text: str) -> list[int]:
+    """The numbers of `512,1024`. Raises ArgumentTypeError for what is none, or below 1."""
     found = [int(part) for part in text.split(",") if part]
     if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 1, for example 512,1024")
@@ -435,7 +335,8 @@ def check_models(options: Namespace) -> None:
 
 
 def look_at_gpu(options: Namespace) -> None:
-    """The GPU's name, and the cap as a fraction of its memory; asked in a child, so that this process holds no context."""
+    """Set the GPU's name, and the cap as a fraction of its memory; both are asked in a child, so that this process has no
+    context."""
     options.gpu = ""
     if options.device == "cuda":
         done = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True)

@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from bench_peers import SEED, Row, append, check_csv, common_columns, usable_cores
+from bench_child import SEED, Row
+from bench_peers import append, check_csv, common_columns, usable_cores
 
 LAUNCH = "from lopt_edge.cli.main import main; main()"
 CACHE = "BOUNDARY-CACHE"  # stands for a new folder
@@ -35,7 +36,8 @@ CACHE = "BOUNDARY-CACHE"  # stands for a new folder
 
 @dataclass(frozen=True)
 class Variant:
-    """`flags` of finetune; `n_steps` of which the first is left out (of those named `kind`, where one is named)."""
+    """A variant to run: `flags` of finetune, and `n_steps` of which the first is left out (of those named `kind`, where one
+    is named)."""
 
     name: str
     flags: str
@@ -74,7 +76,7 @@ COLUMNS = ("date", "hardware", "threads", "versions", "commit", "model", "shape"
 
 
 def run_variant(options: argparse.Namespace, variant: Variant, scratch: Path) -> Row:
-    """One run; with a cache one to fill it goes before."""
+    """The figures of one run; with a cache one to fill it goes before."""
     data = data_file(options, scratch, sparse=variant.sparse)
     with tempfile.TemporaryDirectory(prefix="run-", dir=scratch) as folder:
         flags = variant.flags.replace(CACHE, f"{folder}/cache").split()
@@ -107,7 +109,8 @@ def finetune(options: argparse.Namespace, flags: list[str], data: Path, output: 
 
 
 def data_file(options: argparse.Namespace, scratch: Path, *, sparse: bool) -> Path:
-    """As many rows as a run has steps, each longer than a sequence; `sparse`: the prompt takes four fifths of it."""
+    """The data file: as many rows as a run has steps, each longer than a sequence; `sparse`: the prompt takes four fifths
+    of it."""
     from tokenizers import Tokenizer
 
     path = scratch / f"words-{'sparse' if sparse else 'all'}.jsonl"
@@ -147,7 +150,7 @@ def run_all(options: argparse.Namespace, scratch: Path) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    """Medians over the repeats."""
+    """Print the medians over the repeats."""
     print(f"{'variant':38s} {'s a step':>9s} {'x e2e':>6s} {'asked':>6s} {'peak MiB':>9s}")
     for variant in VARIANTS:
         found = [row for row in rows if row["variant"] == variant.name and not row["error"]]

@@ -4,13 +4,14 @@
     python tools/bench_peers.py --model /tmp/model --seq-len 512 --steps 5 --repeats 3
 
 The rule: every number comes from a process of its own that runs alone, so that a peak is one method's and nothing is warm
-from another's. A process is this script again (`--child METHOD --result FILE`). All of them see the same random token ids
-(a function of the step alone, every token supervised), one sequence a step, the same LoRA shape on all linear layers,
-the same learning rate, fused AdamW, clipping at 1.0, fp32 adapters. B starts at zero, so the first losses must agree.
+from another's. A process is this script again (`--child METHOD --result FILE`); what it does is in bench_child.py. All of
+them see the same random token ids (a function of the step alone, every token supervised), one sequence a step, the same
+LoRA shape on all linear layers, the same learning rate, fused AdamW, clipping at 1.0, fp32 adapters. B starts at zero, so
+the first losses must agree.
 
 Ours runs the package's own code on its 4-bit copy, which is made once, in a process whose row is called `quantise`.
 The baseline is what a careful user writes: NF4 with double quantisation from the full-precision folder, the compute
-dtype said explicitly, SDPA, gradient checkpointing without re-entry, no cache. In bfloat16 it runs under autocast, as
+dtype given explicitly, SDPA, gradient checkpointing without re-entry, no cache. In bfloat16 it runs under autocast, as
 transformers' Trainer does (else peft would multiply its adapters in fp32).
 
 Columns: `step_seconds` is the median without the first step (on CUDA the device is waited for); `import_seconds` count
@@ -31,229 +32,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
-from typing import Any
 
-import psutil
+from bench_child import Row, run_child
 
 from lopt_edge.errors import LoptError
 
 OURS = ("e2e", "lopt", "frozen")
 METHODS = (*OURS, "peers")
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
-CLIP = 1.0
 N_LOSSES = 5  # losses kept of the first steps
-SEED = 1234
 COLUMNS = (
     "date", "hardware", "threads", "versions", "commit", "model", "shape", "method", "repeat", "device", "dtype",
     "lora_r", "seq_len", "batch_size", "steps", "step_seconds", "first_step_seconds", "tokens_per_second",
     "peak_rss_bytes", "peak_device_bytes", "import_seconds", "load_seconds", "load_peak_rss_bytes",
     "load_peak_device_bytes", "losses", "step_ratio", "rss_ratio", "device_ratio", "error",
 )  # fmt: skip
-Row = dict[str, Any]
-Step = Callable[[int, list[list[int]]], float]  # (step number from 1, token ids by sequence) -> loss
-
-
-# --- one process: load, step, measure ---------------------------------------------------------------------------------
-
-
-def run_child(options: argparse.Namespace) -> Row:
-    """Load one method, run its steps, and return what this process took."""
-    import torch
-
-    from lopt_edge.run.device import peak_device_bytes
-    from lopt_edge.run.watch.clock import PhaseClock
-    from lopt_edge.system.memory import peak_rss_bytes
-
-    torch.set_num_threads(options.threads)
-    device, clock = torch.device(options.device), PhaseClock()
-    if device.type == "cuda" and options.memory_fraction:
-        torch.cuda.set_per_process_memory_fraction(options.memory_fraction)
-    if options.child == "quantise":
-        return run_quantise(options, clock)
-    step = (load_peers if options.child == "peers" else load_ours)(options, clock)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    measured = {
-        **loading(clock),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "load_peak_device_bytes": peak_device_bytes(device),
-    }
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    seconds, losses = [], []
-    for number in range(1, options.steps + 1):
-        ids = token_ids(number, batch_size=options.batch_size, seq_len=options.seq_len, vocabulary=vocabulary)
-        started = time.perf_counter()
-        losses.append(step(number, ids))
-        wait()
-        seconds.append(time.perf_counter() - started)
-    peaks = {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": peak_device_bytes(device)}
-    return {**measured, **peaks, "seconds": seconds, "losses": losses}
-
-
-def loading(clock: Any) -> Row:
-    """What the time up to now took, once the model is loaded."""
-    from lopt_edge.system.memory import peak_rss_bytes
-
-    alive, load_seconds = time.time() - psutil.Process().create_time(), clock.seconds["load"]
-    return {"import_seconds": alive - load_seconds, "load_seconds": load_seconds, "load_peak_rss_bytes": peak_rss_bytes()}
-
-
-def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
-    """Make our 4-bit copy in the cache; its seconds count as loading. Empty if it is there already."""
-    import bitsandbytes  # noqa: F401  the import is not part of quantising
-
-    from lopt_edge.models.folder import find_model
-    from lopt_edge.models.four_bit import four_bit_folder
-
-    with clock.phase("load"):
-        _, was_there = four_bit_folder(find_model(str(options.model)), cache_dir=str(options.cache_dir))
-    measured = loading(clock)
-    return {} if was_there else {**measured, "peak_rss_bytes": measured["load_peak_rss_bytes"]}
-
-
-def token_ids(step: int, *, batch_size: int, seq_len: int, vocabulary: int) -> list[list[int]]:
-    """The ids of a step, one list a sequence: the same for every method."""
-    import torch
-
-    generator = torch.Generator().manual_seed(SEED + step)
-    ids = torch.randint(vocabulary, (batch_size * seq_len,), generator=generator).tolist()
-    return [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-
-
-def load_ours(options: argparse.Namespace, clock: Any) -> Step:
-    """Our model and executor, built as `finetune` builds them; the config's files are never read or written."""
-    import bitsandbytes  # noqa: F401  imported here so that loading is not charged with it
-    import transformers  # noqa: F401
-
-    from lopt_edge.config.settings import Config
-    from lopt_edge.data import IGNORED, MicroBatch
-    from lopt_edge.models.folder import find_model
-    from lopt_edge.models.four_bit import four_bit_folder
-    from lopt_edge.plan.facts.budget import Budget
-    from lopt_edge.plan.methods import course_of
-    from lopt_edge.plan.schedule.build import step_plan
-    from lopt_edge.plan.schedule.knobs import default_knobs
-    from lopt_edge.plan.schedule.passes import arrange
-    from lopt_edge.plan.schedule.validate import validate
-    from lopt_edge.planning.settings import target_modules
-    from lopt_edge.run.device import choose_device, choose_dtype
-    from lopt_edge.run.model.load import load_model
-    from lopt_edge.run.step.batches import make_batch
-    from lopt_edge.system.allocator import settle_host_allocator
-    from lopt_edge.training.prepare.build import build_executor
-    from lopt_edge.training.prepare.inputs import Inputs
-
-    config = Config(
-        model=str(options.model),
-        data="(random ids)",
-        output="(none)",
-        method=options.child,
-        grad_accum=1,
-        max_seq_len=options.seq_len,
-        lr=options.lr,
-        clip=CLIP,
-        lora_r=options.lora_r,
-        lora_alpha=2 * options.lora_r,
-        device=options.device,
-        compute_dtype=options.dtype,
-    )
-    settle_host_allocator()  # as finetune does
-    with clock.phase("load"):
-        source = find_model(config.model)
-        folder, _ = four_bit_folder(source, cache_dir=str(options.cache_dir))
-        device, _ = choose_device(config.device)
-        dtype, _ = choose_dtype(config.compute_dtype, device)
-        course = course_of(config, source.facts.n_layers)
-        knobs = default_knobs(source.facts, device.type)
-        knobs = replace(knobs, activations=(options.activations,) * source.facts.n_layers)
-        whole: Any = SimpleNamespace(part=None)  # one process
-        unread: Any = None  # there is no tokenizer and no data set: the batches are made below
-        inputs = Inputs(
-            config=config,
-            source=source,
-            tokenizer=unread,
-            template=None,
-            train=unread,
-            held_out=None,
-            retention=None,
-            course=course,
-            targets=target_modules(source.facts, config.lora_targets),
-            device=device,
-            dtype=dtype,
-            knobs=knobs,
-            budget=Budget(),
-            workload=whole,
-            run_plan=unread,
-            reasons=(),
-        )
-        model = load_model(folder, source.facts, device=device, dtype=dtype)
-        executor, _ = build_executor(inputs, model)
-    plan = validate(arrange(step_plan(config.method, course.kinds[0], n_micro_batches=1), knobs))
-    rates = {segment.index: options.lr for segment in plan.segments}
-
-    def step(number: int, ids: list[list[int]]) -> float:
-        targets = [[*row[1:], IGNORED] for row in ids]
-        batch = make_batch(MicroBatch(ids, targets, tuple(map(len, ids))), device)
-        return executor.run(plan, [batch], step=number, learning_rates=rates).loss
-
-    return step
-
-
-def load_peers(options: argparse.Namespace, clock: Any) -> Step:
-    """QLoRA as its users write it, without lopt-edge."""
-    import accelerate  # noqa: F401
-    import bitsandbytes  # noqa: F401
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    dtype = getattr(torch, options.dtype)
-    four_bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config")  # then it wins
-    lora = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=2 * options.lora_r,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with clock.phase("load"):
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map={"": device},
-            **({} if quantised else {"quantization_config": four_bit}),
-        )
-        model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = get_peft_model(model, lora)  # adapters are fp32
-        model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, fused=True)
-
-    def step(number: int, ids: list[list[int]]) -> float:
-        ids_BT = torch.tensor(ids, device=device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
 
 
 # --- the parent: one process after the other, rows, table -------------------------------------------------------------
@@ -282,7 +80,7 @@ def measure(options: argparse.Namespace, arguments: list[str], *, method: str, f
 
 
 def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Row, folder: Path) -> list[Row]:
-    """Every method once, with its ratios to the baseline."""
+    """The rows of every method, run once, with their ratios to the baseline."""
     rows = []
     for method in options.methods:
         rows.append(as_row(measure(options, arguments, method=method, folder=folder), {**common, "method": method}))
@@ -295,6 +93,7 @@ def rows_of_repeat(options: argparse.Namespace, arguments: list[str], common: Ro
 
 
 def as_row(measured: Row, common: Row) -> Row:
+    """The row of a measured process: medians and speeds from its steps."""
     seconds, losses = measured.pop("seconds", []), measured.pop("losses", [])
     gpu = measured.pop("gpu", None)
     row = {**common, **measured, "hardware": f"{gpu}; {common['hardware']}" if gpu else common["hardware"]}
@@ -310,7 +109,7 @@ def as_row(measured: Row, common: Row) -> Row:
 
 
 def common_columns(options: argparse.Namespace) -> Row:
-    """What all rows of this call share."""
+    """The columns that all rows of this call share."""
     from lopt_edge.doctor.check_machine import cpu_device
     from lopt_edge.models.folder import find_model
 
@@ -334,6 +133,7 @@ def common_columns(options: argparse.Namespace) -> Row:
 
 
 def versions() -> Iterator[str]:
+    """The versions of the packages that matter here, as `name version`."""
     for package in PACKAGES:
         try:
             yield f"{package} {version(package)}"
@@ -351,7 +151,8 @@ def commit() -> str:
 
 
 def check_dtype(options: argparse.Namespace) -> None:
-    """The baseline computes in the dtype that a 4-bit folder records, whatever it is asked for."""
+    """Refuse a dtype that the baseline would not compute in: it takes the one that a 4-bit folder records, whatever it is
+    asked for."""
     quantised = json.loads((options.model / "config.json").read_text()).get("quantization_config") or {}
     recorded = str(quantised.get("bnb_4bit_compute_dtype", options.dtype)).removeprefix("torch.")
     if "peers" in options.methods and recorded != options.dtype:
@@ -362,7 +163,7 @@ def check_dtype(options: argparse.Namespace) -> None:
 
 
 def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
-    """A file with other columns is never appended to."""
+    """Refuse a file with other columns: it is never appended to."""
     if path.exists() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8") as file:
             if tuple(next(csv.reader(file))) != columns:
@@ -370,6 +171,7 @@ def check_csv(path: Path, columns: tuple[str, ...] = COLUMNS) -> None:
 
 
 def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> None:
+    """Append rows to a CSV, with the heading where it is new; keys that are no columns are left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
@@ -379,7 +181,7 @@ def append(path: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> N
 
 
 def show(rows: list[Row]) -> None:
-    """One line per method: medians over the repeats."""
+    """Print a table with a line per method: medians over the repeats."""
     from rich.console import Console
     from rich.table import Table
 
@@ -431,11 +233,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def usable_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_parent(options: argparse.Namespace, arguments: list[str]) -> list[Row]:
-    """All processes in turn; a repeat's rows are appended as soon as it is done."""
+    """The rows of all processes, run in turn; a repeat's rows are appended as soon as it is done."""
     common = common_columns(options)
     check_dtype(options)
     rows: list[Row] = []

@@ -88,7 +88,7 @@ class Quotas:
 
 @dataclass
 class Tally:
-    """What happened so far. A kill may have been in several phases."""
+    """The count of what happened so far. A kill may have been in several phases."""
 
     kills: int = 0
     phases: Counter[str] = field(default_factory=Counter)
@@ -110,13 +110,13 @@ class Tally:
         self.in_loading += bool(phases & LOADING)
 
     def missing(self, quotas: Quotas) -> dict[str, int]:
-        """By quota, how many kills are still to come; those that are reached are left out."""
+        """The number of kills that are still to come, by quota; those that are reached are left out."""
         short = {name: wanted - getattr(self, name) for name, wanted in vars(quotas).items()}
         return {name: number for name, number in short.items() if number > 0}
 
 
 def verdict(tally: Tally, quotas: Quotas) -> list[str]:
-    """Why this was no success; empty if it was."""
+    """The reasons why this was no success; empty if it was."""
     said = [f"{name}: {number} fewer than asked for" for name, number in tally.missing(quotas).items()]
     return [*said, *([] if tally.runs else ["no run came to its end"]), *tally.faults]
 
@@ -125,7 +125,7 @@ def verdict(tally: Tally, quotas: Quotas) -> list[str]:
 
 
 class Chaos:
-    """All attempts of one call of this tool, in `folder`."""
+    """The attempts of one call of this tool, all of them in `folder`."""
 
     def __init__(self, options: Namespace, folder: Path) -> None:
         self.folder, self.steps = folder, options.steps
@@ -161,7 +161,7 @@ class Chaos:
         self.start_seconds = sum(sum(found[phase]) for phase in ("read inputs", "make ready", "quantise", "load"))
 
     def go(self) -> None:
-        """Until every quota is reached; then the run under way is let to its end."""
+        """Run and kill until every quota is reached; then the run under way is let to its end."""
         tally = self.tally
         while tally.missing(self.quotas) and tally.attempts < MOST_ATTEMPTS * (self.quotas.kills + 5):
             before = tally.kills
@@ -236,7 +236,8 @@ class Chaos:
     # where the next kill is aimed at -----------------------------------------------------------------------------------
 
     def _target(self) -> Target:
-        """In the start again after some kills, else by what the quotas lack; whatever they leave over is at random."""
+        """The next target: in the start again after some kills, else by what the quotas lack; whatever they leave over is
+        at random."""
         if self.was_killed and self.random.random() < AGAIN_SHARE:
             return Target(self.random.uniform(0, self.start_seconds))
         missing = self.tally.missing(self.quotas)

@@ -23,7 +23,7 @@ LEFTOVERS = (".writing-", ".partial", "lopt-pages-", ".lock", ".old")
 
 @dataclass(frozen=True)
 class Final:
-    """What two runs of the same settings have in common."""
+    """The final state that two runs of the same settings have in common."""
 
     adapter: bytes
     log: tuple[str, ...]
@@ -37,7 +37,7 @@ def final_of(output: Path, cache: Path) -> Final:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """By path inside `folder`; nothing half written counts."""
+    """The hash of each file by its path inside `folder`; nothing half written counts."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -46,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def final_faults(output: Path, cache: Path, whole: Final) -> Iterator[str]:
-    """How a finished run differs from the undisturbed one, and what it left lying about."""
+    """The faults of a finished run: how it differs from the undisturbed one, and what it left lying about."""
     try:
         found = final_of(output, cache)
     except (OSError, ValueError) as error:
@@ -68,21 +68,21 @@ def final_faults(output: Path, cache: Path, whole: Final) -> Iterator[str]:
 
 
 def stamps(*paths: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file."""
+    """The size and time of change of every file."""
     files = [path for root in paths for path in ([root] if root.is_file() else sorted(root.rglob("*")))]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @dataclass
 class Chain:
-    """One run with its output folder, over all its attempts."""
+    """A run with its output folder, over all its attempts."""
 
     output: Path
     kills: int = 0
     newest: tuple[int, int] = (0, 0)  # steps, sequences of the newest whole checkpoint
 
     def faults(self, *, keep: int) -> Iterator[str]:
-        """What is wrong with the folder after a kill."""
+        """The faults of the folder after a kill."""
         whole = []
         for folder in (self.output / checkpoint.CHECKPOINTS).glob("step-*"):
             if not (folder / checkpoint.MANIFEST).exists():

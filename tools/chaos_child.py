@@ -49,7 +49,8 @@ POLL_SECONDS = 0.0003
 
 
 class Board:
-    """How often each phase is entered and not yet left, in memory shared with the children that are forked later."""
+    """A board of how often each phase is entered and not yet left, in memory shared with the children that are forked
+    later."""
 
     def __init__(self) -> None:
         self._cells = mmap.mmap(-1, mmap.PAGESIZE)
@@ -73,7 +74,7 @@ class Board:
 
 
 class Watch:
-    """Marks phases on the board from now on. `seconds`: of each phase, one entry for each time it was left."""
+    """A watch that marks phases on the board from now on. `seconds`: of each phase, one entry for each time it was left."""
 
     def __init__(self, board: Board) -> None:
         self.board, self.seconds = board, {phase: list[float]() for phase in PHASES}
@@ -84,6 +85,7 @@ class Watch:
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
+        """A context that marks the phase on the board."""
         began = time.perf_counter()
         with self._lock:
             self.board.add(phase, 1)
@@ -168,7 +170,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Target:
-    """Wait `seconds`, then until it was in `phase`, if one is named, for `seconds_inside`; then kill."""
+    """A moment to kill: wait `seconds`, then until it was in `phase`, if one is named, for `seconds_inside`; then kill."""
 
     seconds: float
     phase: frozenset[str] = frozenset()
@@ -177,7 +179,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Ended:
-    """`phases` where it was killed, None where it ended by itself, with `code` (None: it hung)."""
+    """The end of an attempt: `phases` where it was killed, None where it ended by itself, with `code` (None: it hung)."""
 
     child: int  # process id
     phases: frozenset[str] | None
@@ -185,7 +187,7 @@ class Ended:
 
 
 class Forks:
-    """Runs attempts in children. `log` gets what they print."""
+    """A runner of attempts in children. `log` gets what they print."""
 
     def __init__(self, folder: Path) -> None:
         for name in PRELOADED:
@@ -195,7 +197,7 @@ class Forks:
         self.board, self.log, self.measured = Board(), folder / "child.log", folder / "phases.json"
 
     def call(self, work: Callable[[], Any], target: Target | None = None) -> Ended:
-        """`work` in a child, killed as `target` says."""
+        """Run `work` in a child, which is killed as `target` says."""
         self.board.clear()
         sys.stdout.flush()
         child = os.fork()

@@ -30,7 +30,7 @@ Graph = Mapping[str, frozenset[str]]
 
 
 def source_files(root: Path) -> dict[str, Path]:
-    """Every module by its dotted name; a package goes by the name of its folder."""
+    """The modules by their dotted names; a package goes by the name of its folder."""
     found = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -64,7 +64,7 @@ def imports_of(module: str, files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def room_graph(root: Path = ROOT) -> Graph:
-    """Room -> the rooms that it imports. A folder that holds no more than an empty `__init__.py` is no room."""
+    """The rooms that each room imports. A folder that holds no more than an empty `__init__.py` is no room."""
     files = source_files(root)
     found: dict[str, set[str]] = {}
     for module, path in files.items():
@@ -76,7 +76,7 @@ def room_graph(root: Path = ROOT) -> Graph:
 
 
 def reachable(graph: Graph, room: str) -> frozenset[str]:
-    """All rooms that one can come to by imports; itself only where it lies on a circle."""
+    """The rooms that one can come to by imports; itself only where it lies on a circle."""
     seen: set[str] = set()
     open_rooms = list(graph[room])
     while open_rooms:
@@ -94,7 +94,7 @@ def circles(graph: Graph) -> list[tuple[str, ...]]:
 
 
 def levels(graph: Graph) -> dict[str, int]:
-    """Room -> its level: 0 imports nothing, every other one lies above all that it imports; a circle has one level."""
+    """The level of each room: 0 imports nothing, every other one lies above all that it imports; a circle has one level."""
     together = {room: frozenset(circle) for circle in circles(graph) for room in circle}
     found: dict[str, int] = {}
 

@@ -31,7 +31,7 @@ TOKENS, HOST_MEMORY, DISK_MEMORY = 2048, "32GB", "100GB"
 
 
 def cell(card: str, model: str) -> str:
-    """Peak, speed and longest context of one model on one card."""
+    """The peak, speed and longest context of one model on one card."""
     found = plan_run(model, gpu=card, max_seq_len=TOKENS, host_memory=HOST_MEMORY, disk_memory=DISK_MEMORY)
     if not found.fits:
         return "does not fit"

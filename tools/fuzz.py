@@ -49,12 +49,13 @@ PACKAGES = ("lopt-edge", "jinja2", "PyYAML", "pydantic", "pyarrow", "torch")
 
 
 class Hang(BaseException):
-    """Too long; no `except Exception` of the code that is tried may take it for an error of the input."""
+    """The end of a reading that takes too long; no `except Exception` of the tried code may take it for an error of the
+    input."""
 
 
 @dataclass
 class Counts:
-    """What became of a target's inputs."""
+    """The counts of what became of a target's inputs."""
 
     inputs: int = 0
     accepted: int = 0
@@ -75,7 +76,7 @@ class Shared(ctypes.Structure):
 
 
 def outcome(target: str, path: Path) -> str:
-    """ "accepted", "rejected", or what is wrong."""
+    """The outcome of reading one input: "accepted", "rejected", or what is wrong."""
     from lopt_edge.errors import LoptError
     from lopt_edge.plan.schedule.ops import PlanTextError
     from quant.headers import FolderError
@@ -94,7 +95,7 @@ def outcome(target: str, path: Path) -> str:
 def has_place(error: Exception, path: Path) -> bool:
     """Whether each fault names the file, a line, or (settings) the flag or key; a swallowed MemoryError does not.
 
-    Nor does what a terminal cannot print, or takes for a command.
+    An error has no place either if a terminal cannot print it, or takes it for a command.
     """
     from quant.untrusted import printable
 
@@ -108,7 +109,7 @@ def has_place(error: Exception, path: Path) -> bool:
 
 
 def limit_process() -> None:
-    """The memory limit and the watchdog of this process. Call after the imports."""
+    """Set the memory limit and the watchdog of this process. Call it after the imports."""
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # data and stack
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
     signal.signal(signal.SIGPROF, _hang)
@@ -134,7 +135,7 @@ def read_one(target: str, folder: Path, name: str, content: bytes) -> str:
 
 
 def warm_up(target: str, folder: Path) -> None:
-    """All imports and caches, before limits are set: the first inputs, unwatched."""
+    """Load all imports and caches before limits are set: the first inputs are read unwatched."""
     from lopt_edge.data import template_meter
 
     template_meter.MAX_SECONDS = HANG_SECONDS / 2  # else its own clock (5 s) would be taken for a hang
@@ -150,7 +151,7 @@ def warm_up(target: str, folder: Path) -> None:
 def run_range(
     target: str, *, seed: int, first: int, last: int, folder: Path, failures: Path, end: float, shared: Any
 ) -> None:
-    """Inputs `first` to `last` (without it) of a target, until the clock reads `end`."""
+    """Read inputs `first` to `last` (without it) of a target, until the clock reads `end`."""
     peak = peak_bytes()
     for number in range(first, last):
         shared.at = number
@@ -192,7 +193,7 @@ def child(target: str, options: Namespace, first: int, last: int, folder: Path, 
 
 
 def run_target(target: str, options: Namespace, n_inputs: int) -> Counts:
-    """All inputs of a target, in as many children as it takes."""
+    """The counts of all inputs of a target, read in as many children as it takes."""
     context = multiprocessing.get_context("fork")
     shared: Any = context.Value(Shared, lock=False)
     start, first = time.monotonic(), 0
@@ -216,7 +217,7 @@ def run_target(target: str, options: Namespace, n_inputs: int) -> Counts:
 
 
 def wait_for(process: Any, shared: Any) -> str:
-    """Why the child ended before its work was done; "" if it did not."""
+    """The reason why the child ended before its work was done; "" if it did not."""
     at, since = shared.at, time.monotonic()
     while process.is_alive():
         process.join(timeout=0.5)
@@ -248,7 +249,7 @@ def replay(path: Path) -> int:
 
 
 def run_atheris(options: Namespace) -> None:
-    """libFuzzer's loop over one target; the first byte of an input chooses which of the target's files it is."""
+    """Run libFuzzer's loop over one target; the first byte of an input chooses which of the target's files it is."""
     import atheris
 
     target = options.target[0]

@@ -22,7 +22,7 @@ TOKENS = (b"\x00", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\r", b"\t", b" ",
 
 
 def damaged_bytes(rng: random.Random, content: bytes, *, tokens: tuple[bytes, ...] = TOKENS, times: int = 3) -> bytes:
-    """Between one and `times` strokes at random places."""
+    """The content with one to `times` strokes at random places."""
     raw = bytearray(content)
     for _ in range(rng.randint(1, times)):
         at = rng.randrange(len(raw) + 1)
@@ -98,7 +98,7 @@ def damaged_json(rng: random.Random, seeds: tuple[str, ...], *, most: int = 3) -
 
 
 def damaged_lines(rng: random.Random, text: str, *, tokens: tuple[bytes, ...]) -> bytes:
-    """Whole lines dropped, doubled and moved, words swapped, then perhaps bytes."""
+    """The text with whole lines dropped, doubled and moved, words swapped, then perhaps bytes."""
     lines = text.split("\n")
     for _ in range(rng.randint(0, 3)):
         at, other = rng.randrange(len(lines)), rng.randrange(len(lines))

@@ -27,7 +27,7 @@ Input = tuple[str, bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """`share` is how many of a million inputs it gets; `make` and `read` as above."""
+    """A target of the fuzzer. `share` is how many of a million inputs it gets; `make` and `read` as above."""
 
     share: int
     make: Callable[[random.Random], Input]
@@ -372,7 +372,7 @@ TARGETS = {
 
 
 def make_input(target: str, seed: int, number: int) -> Input:
-    """Input `number` of a target."""
+    """The input of this number of a target."""
     return TARGETS[target].make(random.Random(f"{seed} {target} {number}"))
 
 

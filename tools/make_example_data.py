@@ -43,7 +43,7 @@ def is_good(entry: DocEntry) -> bool:
 
 
 def choose(files: list[SourceFile], count: int, used: set[str]) -> list[DocEntry]:
-    """At most `count` entries whose sentence is not in `used`, to which theirs are added."""
+    """The chosen entries, at most `count`, whose sentence is not in `used`, to which theirs are added."""
     entries = [entry for file in files for entry in doc_entries(file) if is_good(entry)]
     chosen = []
     for entry in sorted(entries, key=lambda entry: by_hash(entry.signature)):

@@ -96,7 +96,7 @@ def config(shape: Shape, layers: int) -> PretrainedConfig:
 
 
 def layout(shape: Shape, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and size of every stored tensor, in the order in which data meets them."""
+    """The name and size of every stored tensor, in the order in which data meets them."""
     yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
     for index in range(layers):
         for name, size in _layer_layout(shape):
@@ -124,7 +124,7 @@ def _layer_layout(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def tensors(shape: Shape, layers: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model in bfloat16; only the one in hand exists."""
+    """The tensors of the model in bfloat16, one after the other; only the one in hand exists."""
     for name, size in layout(shape, layers):
         if name.endswith("norm.weight"):
             yield name, torch.ones(size, dtype=torch.bfloat16)
@@ -135,7 +135,7 @@ def tensors(shape: Shape, layers: int, seed: int) -> Iterator[tuple[str, torch.T
 
 
 def write_small_files(shape: Shape, layers: int, folder: Path, *, quantized: bool) -> None:
-    """config.json and the tokenizer."""
+    """Write config.json and the tokenizer."""
     values = config(shape, layers).to_diff_dict()
     values |= {"quantization_config": quantization_config("bfloat16")} if quantized else {}
     (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
@@ -145,7 +145,7 @@ def write_small_files(shape: Shape, layers: int, folder: Path, *, quantized: boo
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "2GB" or "500MB" (powers of ten, as transformers counts shards)."""
+    """The bytes of "2GB" or "500MB" (powers of ten, as transformers counts shards)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = text[:-2], text[-2:].upper()
     if unit not in units or not number.replace(".", "", 1).isdigit():

@@ -71,7 +71,7 @@ def by_hash(seed: int, name: str) -> str:
 
 
 def without_repeats(rows: Iterable[Row], *, seed: int) -> list[Row]:
-    """In the order of a hash; of rows with the same prompt the first one."""
+    """The rows in the order of a hash; of rows with the same prompt the first one."""
     unique: dict[str, Row] = {}
     for row in rows:
         unique.setdefault(row.prompt, row)
@@ -79,7 +79,8 @@ def without_repeats(rows: Iterable[Row], *, seed: int) -> list[Row]:
 
 
 def two_halves(rows: list[Row], *, seed: int, enough: int) -> tuple[list[Row], list[Row]]:
-    """Whole sources, in the order of a hash, to whichever half has fewer rows, until both have enough."""
+    """The rows in two halves: whole sources, in the order of a hash, to whichever half has fewer rows, until both have
+    enough."""
     halves: tuple[list[Row], list[Row]] = ([], [])
     for source in sorted({row.source for row in rows}, key=lambda source: by_hash(seed, source)):
         smaller = min(halves, key=len)
@@ -103,7 +104,7 @@ def is_prose(sentence: str) -> bool:
 
 
 def manual_rows(topic: str, text: str) -> list[Row]:
-    """Every sentence with its successor, where both are prose; not across a paragraph that is code or a table."""
+    """The sentences with their successors, where both are prose; not across a paragraph that is code or a table."""
     sentences = [s for paragraph in text.split("\n\n") for s in SENTENCE_END.split(" ".join(paragraph.split()))]
     return [
         Row(topic, first, f" {second}")
@@ -151,7 +152,7 @@ def parameter_rows(file: SourceFile) -> list[Row]:
 
 
 def narrow_splits(files: list[SourceFile], *, seed: int, train: int, heldout: int) -> Splits:
-    """`files`: all but those that give retention text."""
+    """The splits of the narrow task; `files`: all but those that give retention text."""
     known = without_repeats((row for file in files if not file.heldout for row in parameter_rows(file)), seed=seed)
     prompts = {row.prompt for row in known}
     new = (row for file in files if file.heldout for row in parameter_rows(file) if row.prompt not in prompts)

@@ -54,7 +54,7 @@ CHAT_ONE_IN = 3  # docstrings that also become a ChatML document
 
 
 def documents(files: list[SourceFile]) -> list[str]:
-    """What the model reads, in a fixed order."""
+    """The texts that the model reads, in a fixed order."""
     texts = []
     for file in files:
         texts += [file.text, reference_page(file)]
@@ -107,13 +107,13 @@ def build_model() -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
-    """One tensor of ids per document, each opened by END."""
+    """The ids of each document, a tensor each, opened by END."""
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
     return [torch.tensor([0, *item.ids], dtype=torch.int32) for item in encoded]
 
 
 def rows(encoded: list[torch.Tensor], length: int, generator: torch.Generator) -> torch.Tensor:
-    """One epoch of packed rows (n, length + 1): documents in random order, cut, rows in random order."""
+    """The packed rows (n, length + 1) of one epoch: documents in random order, cut, rows in random order."""
     order = torch.randperm(len(encoded), generator=generator).tolist()
     stream = torch.cat([encoded[index] for index in order])
     stream = stream[int(torch.randint(length, (1,), generator=generator)) :]  # other cuts in every epoch
@@ -123,7 +123,7 @@ def rows(encoded: list[torch.Tensor], length: int, generator: torch.Generator) -
 
 @dataclass
 class Clock:
-    """Seconds since the start, and as a share of the budget: what the learning rate and the row length follow."""
+    """The seconds since the start, and as a share of the budget: what the learning rate and the row length follow."""
 
     budget: float  # seconds
     start: float
@@ -145,7 +145,7 @@ class Clock:
 
 
 def batches(encoded: list[torch.Tensor], clock: Clock, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of BATCH_TOKENS, epoch after epoch; a change of the row length opens a new epoch."""
+    """The batches of BATCH_TOKENS, epoch after epoch; a change of the row length opens a new epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         length = SHORT if clock.share < LONG_FROM else LONG
@@ -156,7 +156,7 @@ def batches(encoded: list[torch.Tensor], clock: Clock, seed: int) -> Iterator[to
 
 
 def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss of rows (n, length + 1); nothing is masked."""
+    """The mean next-token loss of rows (n, length + 1); nothing is masked."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())

@@ -43,7 +43,7 @@ HEAD = "| setting | flag | values | default | what it is |\n|---|---|---|---|---
 
 
 def sections() -> str:
-    """All tables, each under its heading."""
+    """The tables, each under its heading."""
     owned = [name for name in field_names() if owners_of(name)]
     grouped = [name for names in GROUPS.values() for name in names]
     others = tuple(name for name in field_names() if name not in owned and name not in grouped)
@@ -56,7 +56,7 @@ def sections() -> str:
 
 
 def method_sections(owned: list[str]) -> Iterator[str]:
-    """A table for each set of methods that share options."""
+    """The tables of methods' options, one for each set of methods that share them."""
     by_owners: dict[tuple[str, ...], list[str]] = {}
     for name in owned:
         by_owners.setdefault(owners_of(name), []).append(name)

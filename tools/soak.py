@@ -7,7 +7,7 @@ The run is that of chaos.py (a tiny model, weights, activations, saved inputs, m
 checkpoint and an evaluation every tenth of the steps. At every 50th step the process looks at itself: resident set, private
 memory (VmData), open descriptors, threads, bytes of its page files, and the median seconds of these 50 steps.
 
-The rule: the medians of the last tenth of the samples are held against those of the first tenth, after 1% of warm-up.
+The rule: the medians of the last tenth of the samples are compared with those of the first tenth, after 1% of warm-up.
 Memory and page files may be larger by 1%, descriptors and threads must be equal in number, a step may take 5% more or less
 (a quicker end is no growth, but says that the machine was not the same, and then the figure is worth nothing). The seconds
 are those of the clock, so the machine must be quiet; the CPU's seconds stand beside them in the row: where they change by
@@ -48,7 +48,7 @@ LEAST_SAMPLES = 20  # two in a tenth
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process takes after `step` steps; seconds are of the steps since the sample before, each."""
+    """A sample: what the process takes after `step` steps; seconds are of the steps since the sample before, each."""
 
     step: int
     resident_bytes: int
@@ -69,7 +69,7 @@ COLUMNS = ("date", "hardware", "versions", "commit", "steps", "samples",
 
 
 class Sampler(Progress):
-    """Hears of every step and takes a sample at some."""
+    """A listener that hears of every step and takes a sample at some."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -95,7 +95,7 @@ def take(step: int, step_seconds: float, cpu_seconds: float) -> Sample:
 
 
 def _target(entry: Path) -> str:
-    """What a descriptor points at; empty for the one that listed the folder and is closed again."""
+    """The target that a descriptor points at; empty for the one that listed the folder and is closed again."""
     try:
         return os.readlink(entry)
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def ends(samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]
 
 
 def verdict(samples: Sequence[Sample]) -> list[str]:
-    """What grew; empty if nothing did."""
+    """The sentences about what grew; empty if nothing did."""
     if len(samples) < LEAST_SAMPLES:
         return [f"{len(samples)} samples are too few: {LEAST_SAMPLES * EVERY} steps are the least"]
     first, last = ends(samples)

@@ -48,7 +48,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class DocEntry:
-    """One documented function, method or class."""
+    """A documented function, method or class."""
 
     signature: str  # "textwrap.TextWrapper.wrap(self, text)"
     docstring: str  # dedented, whole
@@ -65,7 +65,7 @@ class DocEntry:
 
 
 def read_files() -> list[SourceFile]:
-    """Every usable source file of the standard library, by name."""
+    """The usable source files of the standard library, by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):

@@ -42,7 +42,7 @@ LAUNCH = "from lopt_edge.cli.main import main; main()"
 
 
 def compare(task: str, name: str, methods: tuple[str, ...], options: argparse.Namespace) -> int:
-    """One table; its exit code."""
+    """Run one table's comparison, and return its exit code."""
     output = options.output / name
     command = [sys.executable, "-c", LAUNCH, "compare", f"examples/study/{task}.yaml", "--methods", ",".join(methods),
                "--seeds", SEEDS, "--lr-grid", GRID, "--test-data", f"examples/study/{task}-test.jsonl",

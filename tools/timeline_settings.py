@@ -34,7 +34,7 @@ FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. `lengths` has an entry a micro-batch, with the lengths of its sequences; `changes` are the model's."""
+    """A run to compare. `lengths` has an entry a micro-batch, with its sequences' lengths; `changes` are the model's."""
 
     family: str
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Setting:
 
 
 def random_setting(number: int, *, dropout: bool = False) -> Setting:
-    """The same for the same number."""
+    """The random setting of this number: the same number gives the same one."""
     pick = random.Random(number)
     family = pick.choice(list(FAMILIES))
     n_layers = pick.choice([2, 3, 5])
@@ -99,7 +99,7 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
 
 
 def method_setting(number: int, method: str, kind: str | None = None, **options: Any) -> Setting:
-    """Random settings of that number with a method and its options."""
+    """The random setting of this number with a method and its options."""
     found = random_setting(number)
     if options.get("boundary_update") == "fresh" and found.knobs.apply == "layer":
         found = replace(found, knobs=replace(found.knobs, apply="segment"))
@@ -108,7 +108,7 @@ def method_setting(number: int, method: str, kind: str | None = None, **options:
 
 
 def odd_setting(number: int) -> Setting:
-    """Sizes that real models and data seldom have: widths no multiple of 64, many or very short sequences."""
+    """The setting with sizes that real models and data seldom have: odd widths, many or very short sequences."""
     pick = random.Random(10_000 + number)
     found = random_setting(5_000 + number, dropout=pick.random() < 0.5)
     kind = pick.choice(["widths", "short", "many", "micro-batches"])
@@ -127,7 +127,7 @@ def odd_setting(number: int) -> Setting:
 
 
 def _some(pick: random.Random, choices: list[str], n_layers: int) -> tuple[str, ...]:
-    """The same for all layers, or one for each."""
+    """The choice of each layer: the same for all, or one for each."""
     choice = pick.choice(choices)
     return pick.choice([(choice,) * n_layers, tuple(pick.choice(choices) for _ in range(n_layers))])
 
@@ -146,7 +146,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Predicted over measured."""
+        """The predicted peak over the measured one."""
         return self.predicted.peak_bytes / self.peak
 
     @property
@@ -157,7 +157,7 @@ class Comparison:
 
     @property
     def held_off(self) -> int:
-        """The largest difference at an op's beginning."""
+        """The largest difference of bytes at an op's beginning."""
         pairs = zip(self.rows, self.predicted.rows, strict=True)
         return max((sum(found.held.values()) - sum(row.held.values()) for row, found in pairs), key=abs)
 
@@ -170,7 +170,7 @@ class Comparison:
         )
 
     def table(self) -> str:
-        """Op by op."""
+        """The comparison op by op, as lines of text."""
         lines = []
         for row, found in zip(self.rows, self.predicted.rows, strict=True):
             held = sum(row.held.values())
@@ -182,7 +182,7 @@ class Comparison:
 
 
 def compare(setting: Setting, root: Path) -> Comparison:
-    """Run two steps in a new folder under `root`, the second one watched."""
+    """The comparison of two steps, run in a new folder under `root`, the second one watched."""
     folder = Path(tempfile.mkdtemp(dir=root))
     n_layers = len(setting.knobs.weights)
     source = make_folder(

@@ -19,7 +19,7 @@ CORPUS = ["What is the answer to number 12? " + reply for reply in REPLIES] * 5
 
 
 def save_tokenizer(folder: Path, *, vocab_size: int = 300) -> None:
-    """A byte-level BPE tokenizer; the ids of pad, bos and eos are those of `tools.tiny_models`."""
+    """Save a byte-level BPE tokenizer; the ids of pad, bos and eos are those of `tools.tiny_models`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def make_model(folder: Path, family: str = "llama", *, dtype: torch.dtype = torc
 
 
 def write_rows(path: Path, n_rows: int, *, first: int = 0) -> Path:
-    """Prompts and completions of uneven lengths."""
+    """Write prompts and completions of uneven lengths."""
     rows = [
         {"prompt": f"What is {i}? " * (1 + i % 3), "completion": REPLIES[i % len(REPLIES)]}
         for i in range(first, first + n_rows)
@@ -53,7 +53,7 @@ def write_rows(path: Path, n_rows: int, *, first: int = 0) -> Path:
 
 
 def make_config(folder: Path, root: Path, *, output: str = "out", n_rows: int = 10, **changes: Any) -> Config:
-    """A run of a few quick steps: lopt, two micro-batches of two, rank 4. The quantised copy lies beside the model."""
+    """The settings of a few quick steps: lopt, two micro-batches of two, rank 4. The 4-bit copy lies beside the model."""
     values = {
         "model": str(folder), "data": str(write_rows(root / "train.jsonl", n_rows)), "output": str(root / output),
         "cache_dir": str(folder.parent / "cache"), "batch_size": 2, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8,
@@ -63,7 +63,7 @@ def make_config(folder: Path, root: Path, *, output: str = "out", n_rows: int = 
 
 
 def metrics_of(config: Config) -> tuple[list[dict], list[dict]]:
-    """(step lines, evaluation lines) of metrics.jsonl."""
+    """The lines of metrics.jsonl, as (step lines, evaluation lines)."""
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
 

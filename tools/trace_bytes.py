@@ -60,7 +60,7 @@ ORDER = "nstudhkqeiv"
 
 
 def product(n_bytes: int, sizes: dict[str, int]) -> str:
-    """`n_bytes` as a coefficient and letters: the dimensions whose primes divide it."""
+    """The product that `n_bytes` is: a coefficient and letters, the dimensions whose primes divide it."""
     letters, rest, group = "", n_bytes, sizes["h"] // sizes["k"]
     factors = {"h": (group, sizes["k"]), "q": (group + 2, sizes["k"])} if group > 1 else {}
     factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdeinvuk"}
@@ -81,7 +81,8 @@ def _prime(size: int) -> int:
 
 @dataclass
 class Log:
-    """One op: births and marks in order (as text), and at which of them (how many came before) each tensor is released."""
+    """The log of one op: births and marks in order (as text), and at which of them (how many came before) each tensor is
+    released."""
 
     births: list[str]
     releases: dict[str, float]
@@ -89,7 +90,7 @@ class Log:
 
 
 def log_of(trace: Trace, op: str, sizes: dict[str, int], *, forward: Log | None = None, numbers: dict[int, str]) -> Log:
-    """`numbers` names what lived before (the graph's tensors); the op's own allocations are added to it."""
+    """The log of one op. `numbers` names what lived before (the graph's tensors); its own allocations are added to it."""
     names = {**numbers, **trace.given[op]}
     births: list[str] = []
     releases: dict[str, float] = {}
@@ -143,7 +144,7 @@ def _order(tensor: str) -> tuple[str, int]:
 
 
 def programs(case: Case) -> dict[str, str]:
-    """All programs of a case; both sets of primes must give the same."""
+    """The programs of a case by op; both sets of primes must give the same."""
     found = [_programs(case, run(case, sizes), sizes) for sizes in (sizes_of(case, primes) for primes in PRIMES)]
     for name, text in found[0].items():
         if text != found[1][name]:
@@ -193,7 +194,7 @@ def special(text: str, case: Case) -> str:
 
 
 def without_special(found: dict[Case, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Without the cases that a more general one gives with their sizes (plan/costs/programs.py looks them up there)."""
+    """The cases without those that a more general one gives with their sizes (plan/costs/programs.py looks there)."""
     kept = {case.key: ops for case, ops in found.items()}
     for case, ops in found.items():
         general = next((kept[key] for key in more_general(case.key) if key in kept), None)
@@ -203,7 +204,7 @@ def without_special(found: dict[Case, dict[str, str]]) -> dict[str, dict[str, st
 
 
 def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
-    """A tile of a norm (run/model/tiled.py): n rows of d, values and gradient."""
+    """The programs of a tile of a norm (run/model/tiled.py): n rows of d, values and gradient."""
     found = []
     for sizes in (sizes_of(Case(family, dtype), primes) for primes in PRIMES):
         log = EventLog()
@@ -226,7 +227,7 @@ def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
 
 
 def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
-    """{"programs": texts, each once; "cases": case -> op -> index of its program}; no case that follows from another."""
+    """The table {"programs": texts, each once; "cases": case -> op -> index of its program}; none follows from another."""
     texts: dict[str, int] = {}
     by_case: dict[str, dict[str, int]] = {}
     for family in families:
@@ -241,7 +242,7 @@ def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
 
 
 def unfolded(found: dict[str, Any], families: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The texts by case and op, of some families: what two tables are compared by."""
+    """The texts of some families by case and op: what two tables are compared by."""
     wanted = {key: ops for key, ops in found["cases"].items() if key.split()[0] in families}
     return {key: {op: found["programs"][index] for op, index in ops.items()} for key, ops in wanted.items()}
 

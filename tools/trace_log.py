@@ -24,7 +24,8 @@ from lopt_edge.run.watch.tracker import MemoryTracker
 
 @dataclass
 class Event:
-    """`kind` is "+" (allocation `number`), "-" (its release) or a mark's text; `value`: not done in a recomputation."""
+    """An event: `kind` is "+" (allocation `number`), "-" (its release) or a mark's text; `value`: not done in a
+    recomputation."""
 
     kind: str
     number: int = -1
@@ -34,7 +35,7 @@ class Event:
 
 
 class EventLog(MemoryTracker):
-    """Every allocation and release, in order."""
+    """A log of every allocation and release, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class EventLog(MemoryTracker):
 
     @contextmanager
     def value(self, left_out: bool) -> Iterator[None]:
-        """Inside, what happens is the value of a layer's last product, if `left_out` says so."""
+        """A context in which what happens is the value of a layer's last product, if `left_out` says so."""
         self.in_value = left_out
         yield
         self.in_value = False
@@ -73,7 +74,8 @@ class EventLog(MemoryTracker):
 
 
 class OpaqueLinear(nn.Module):
-    """`trains`: has LoRA parameters, so that its result needs a gradient. `holds`: saves its input."""
+    """A stand-in for a linear layer. `trains`: has LoRA parameters, so that its result needs a gradient. `holds`: saves its
+    input."""
 
     def __init__(self, name: str, in_features: int, out_features: int, log: EventLog) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class _Linear(torch.autograd.Function):
 
 
 class OpaqueMLP(nn.Module):
-    """The blocked MLP; `name` is how the variants call it."""
+    """A stand-in for the blocked MLP; `name` is how the variants call it."""
 
     name = "mlp"
 
@@ -176,7 +178,7 @@ class _Norm(torch.autograd.Function):
 
 
 def put_attention(log: EventLog) -> str:
-    """Attention in tiles of queries; the name under which transformers finds it until the next call."""
+    """Register attention in tiles of queries, and return the name under which transformers finds it until the next call."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **__: Any) -> Any:
@@ -206,7 +208,7 @@ class _Attention(torch.autograd.Function):
 
 
 class OpaqueVocabulary:
-    """Zeros instead of rows; two chunks."""
+    """A stand-in for the vocabulary: zeros instead of rows; two chunks."""
 
     def __init__(self, n_rows: int, hidden: int, dtype: torch.dtype, log: EventLog) -> None:
         self.log, self.chunk = log, torch.zeros(n_rows, hidden, dtype=dtype)

@@ -38,7 +38,7 @@ PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate
 
 @dataclass(frozen=True)
 class Case:
-    """What a program is a function of, beside the sizes and which linear layers have LoRA.
+    """A case: what a program is a function of, beside the sizes and which linear layers have LoRA.
 
     `heads`: fewer heads of keys and values than of queries (grouped), one of them (single), or as many (equal). Views of
     dimensions of size 1 save copies, so that one sequence is a case of its own.
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """How plan/costs/layer_bytes.py names it."""
+        """The name of the case in plan/costs/layer_bytes.py."""
         return case_key(
             self.family, self.dtype.itemsize, "two kinds" if self.both else self.heads, masked=self.masked, one=self.one
         )
@@ -82,7 +82,7 @@ EVERYWHERE = Variant(1, frozenset(name for names in PARTS.values() for name in n
 
 
 def variants(family: str) -> dict[tuple[str, str], Variant]:
-    """By (what is traced, the one linear layer that saves its input, or "").
+    """The variants by (what is traced, the one linear layer that saves its input, or "").
 
     `rest`: a layer whose input needs a gradient (the last of three). `first`: a segment's first layer, LoRA everywhere.
     `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input).
@@ -121,7 +121,7 @@ class NoOptimizer:
 
 
 def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
-    """A value for each letter."""
+    """The value of each letter."""
     group = 1 if case.heads == "equal" else primes["group"]
     kv_heads = 1 if case.heads == "single" else primes["k"]
     return {
@@ -134,7 +134,7 @@ def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
 
 
 def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) -> Model:
-    """transformers' layers with stand-ins in place of our modules."""
+    """The model of transformers' layers with stand-ins in place of our modules."""
     from transformers import AutoModelForCausalLM
 
     window = 5 if case.masked else 1000
@@ -193,7 +193,8 @@ def _put_stand_ins(layer: nn.Module, facts: ModelFacts, log: EventLog) -> None:
 
 @dataclass
 class Trace:
-    """What happened in each op of one step, by the op's text; `given` are numbers of tensors that an op begins with."""
+    """A trace of what happened in each op of one step, by the op's text; `given` are numbers of tensors that an op begins
+    with."""
 
     spans: dict[str, list[Event]] = field(default_factory=dict)
     given: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -201,7 +202,7 @@ class Trace:
 
 
 def run(case: Case, sizes: dict[str, int]) -> Trace:
-    """One step over all variants, each a segment, and a segment with a local loss."""
+    """The trace of one step over all variants, each a segment, and a segment with a local loss."""
     wanted = [] if case.both else list(variants(case.family).values())
     segments = make_segments([*(variant.n_layers for variant in wanted), 1, 1])
     log = EventLog()
@@ -217,7 +218,7 @@ def run(case: Case, sizes: dict[str, int]) -> Trace:
 
 
 def make_segments(n_layers: list[int]) -> tuple[Segment, ...]:
-    """The last but one has a local loss, all others the task loss."""
+    """The segments of the step: the last but one has a local loss, all others the task loss."""
     starts = [sum(n_layers[:i]) for i in range(len(n_layers))]
     return tuple(
         Segment(i, start, start + n - 1, "reconstruct" if i == len(n_layers) - 2 else "task")

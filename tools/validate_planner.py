@@ -8,8 +8,8 @@
 `tensors` runs one step of a small random model in this process for each setting (timeline_settings.py) and
 compares the peak and its op. `process` draws a model, a length, a method and a budget between the smallest and the
 largest predicted peak, lets `finetune` plan and train under it, and compares peak (with what was predicted before the first
-step, and as corrected after the second), page files and step seconds; the budget is held by the system (RLIMIT_DATA, the
-CUDA allocator's fraction), so a plan that was wrongly said to fit fails its run. Ratios are predicted over measured: the
+step, and as corrected after the second), page files and step seconds; the budget is kept by the system (RLIMIT_DATA, the
+CUDA allocator's fraction), so a plan that fits by its figures alone fails its run. Ratios are predicted over measured: the
 first over the whole process' peak, the corrected one over the peak until the last step (on a CPU with little memory it is
 saving, which imports peft, that sets the process' peak). Every row is appended as soon as it is known, and a call goes on
 with other draws (`--seed`).
@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_memory import LAUNCH, Case, data_file, environment, error_text, finetune_arguments
+from bench_memory_run import LAUNCH, Case, data_file, environment, error_text, finetune_arguments
 from bench_peers import append, check_csv, commit, usable_cores, versions
 
 from lopt_edge.pictures.svg import LEFT, RIGHT, axis_line, head, number, text, tick
@@ -114,7 +114,7 @@ def process(options: Namespace) -> None:
 
 
 def one_process(options: Namespace, case: Case, method: str, share: float, scratch: Path) -> Row:
-    """`share` of the way from the smallest to the largest predicted peak is the budget."""
+    """The row of one run. Its budget is `share` of the way from the smallest to the largest predicted peak."""
     arguments = finetune_arguments(options, case, method, data_file(case, options, scratch))
     least, most, profile = bounds(arguments)
     budget = round(least + share * (most - least))
@@ -133,7 +133,7 @@ def one_process(options: Namespace, case: Case, method: str, share: float, scrat
 
 
 def bounds(arguments: list[str]) -> tuple[int, int, str]:
-    """Device bytes of the smallest and of the fastest plan, and the profile's name, in a process of the run's kind."""
+    """The device bytes of the smallest and of the fastest plan, and the profile's name, in a process of the run's kind."""
     values = dict(word.removeprefix("--").split("=", 1) for word in arguments[1:])
     done = subprocess.run([sys.executable, "-c", BOUNDS, json.dumps(values)], capture_output=True, text=True)
     if done.returncode:
@@ -197,7 +197,7 @@ def show(options: Namespace) -> None:
 
 
 def histogram(ratios: Sequence[float], *, title: str, n_bars: int = 40) -> str:
-    """Counts of ratios in bars of equal width, 1.0 marked."""
+    """The histogram of ratios in bars of equal width, 1.0 marked."""
     low, high = min(0.99, *ratios), max(1.01, *ratios)
     width = (high - low) / n_bars
     counts = [0] * n_bars

@@ -24,7 +24,7 @@ from lopt_edge.plan.methods import owners_of
 
 
 def file_errors(named: Mapping[str, str | None]) -> list[InputError]:
-    """Of the files that settings name, those that are not there, or folders."""
+    """The errors of files that settings name and that are not there, or are folders."""
     found = {name: Path(value) for name, value in named.items() if value is not None}
     return [
         InputError("is a folder" if path.exists() else "no such file", where=f"{name} {path}", fix="check the path")
@@ -75,7 +75,8 @@ def _healed(known: Mapping[str, Any], faults: Mapping[str, Any]) -> Config:
 
 @contextmanager
 def placed(path: str | Path | None, flags: Mapping[str, Any]) -> Iterator[None]:
-    """An error about a setting that only the model or the data show gets the setting's place in the file, or its flag."""
+    """A context in which an error about a setting that only the model or the data show gets the setting's place in the
+    file, or its flag."""
     try:
         yield
     except InputErrors as errors:

@@ -15,12 +15,12 @@ from lopt_edge.plan.methods.method import Problem
 
 
 def check_methods(config: Config) -> None:
-    """For a Config that was made in Python. Raises InputError(s)."""
+    """Check a Config that was made in Python. Raises InputError(s)."""
     raise_collected([InputError(found.what, where=found.setting, fix=found.fix) for found in method_errors(config)])
 
 
 def method_errors(config: Config) -> Iterator[Problem]:
-    """Method options that belong to another method, and whatever contradicts each other."""
+    """The problems of method options that belong to another method, and of whatever contradicts each other."""
     method = METHODS[config.method]
     for name in sorted(config.model_fields_set - set(method.own_options), key=field_names().index):
         owners = owners_of(name)
@@ -39,7 +39,7 @@ def method_errors(config: Config) -> Iterator[Problem]:
 
 
 def _pipeline_errors(config: Config) -> Iterator[Problem]:
-    """What cannot be where a run's segments lie in several processes, whatever the method."""
+    """The problems of what cannot be where a run's segments lie in several processes, whatever the method."""
     if not METHODS[config.method].pipelined:
         names = " or ".join(sorted((name for name in METHODS if METHODS[name].pipelined), reverse=True))
         what = f"belongs to method {names}: in {config.method} a gradient would cross from process to process"
@@ -72,7 +72,7 @@ def _pipeline_errors(config: Config) -> Iterator[Problem]:
 
 
 def no_effect_warnings(config: Config) -> list[str]:
-    """One sentence for each setting that was given but changes nothing in this combination."""
+    """The settings that were given but change nothing in this combination, a sentence for each."""
     given = config.model_fields_set
     found = []
     method = METHODS[config.method]

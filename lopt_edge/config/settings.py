@@ -3,7 +3,7 @@
 Each knob is declared once, here, with its type, default and help; the command line is made from these fields (cli/main.py),
 YAML keys are the field names (hyphens are accepted for underscores). Rules: all mistakes of a file and its flags are found
 in one pass and shown together, each with its line in the file or its flag; an unknown key is an error with a suggestion;
-a setting that has no effect is said (`no_effect_warnings`). What needs the model or the data to be judged (boundaries
+a setting that has no effect is reported (`no_effect_warnings`). What needs the model or the data to be judged (boundaries
 beyond the depth, say) is checked where those are read. No torch here.
 """
 
@@ -31,7 +31,7 @@ else:
 
 
 class Config(MethodOptions):
-    """Every setting of `finetune`. Field help texts are what `lopt-edge finetune --help` shows."""
+    """The settings of `finetune`, all of them. Field help texts are what `lopt-edge finetune --help` shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -162,7 +162,7 @@ class Config(MethodOptions):
 
 
 def field_names() -> list[str]:
-    """All settings as a reader wants them: model, data, output and method, the methods' options, then the others."""
+    """The settings in a reader's order: model, data, output and method, the methods' options, then the others."""
     own = list(Config.__annotations__)
     place = own.index("method") + 1
     return [*own[:place], *(name for name in Config.model_fields if name not in own), *own[place:]]

@@ -24,7 +24,7 @@ NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Refused(Exception):
-    """What a YAML file must not hold, and the line where it does."""
+    """A thing that a YAML file must not hold, and the line where it does."""
 
     def __init__(self, what: str, line: int) -> None:
         super().__init__(what)
@@ -32,7 +32,7 @@ class _Refused(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the limits of this file."""
+    """A SafeLoader with the limits of this file."""
 
     depth = 0
 
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The values by normalised key (hyphens are underscores), and the line of each key."""
+    """The values of a file by normalised key (hyphens are underscores), and the line of each key. Raises InputError(s)."""
     node, values = _parsed(_text(path), path)
     if values is None:
         return {}, {}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded examples in file order. `n_dropped` counts the rows of which no example is left."""
+    """A data set: encoded examples in file order. `n_dropped` counts the rows of which no example is left."""
 
     examples: tuple[Example, ...]
     format: DataFormat
@@ -42,14 +42,17 @@ class Dataset:
 
     @property
     def lengths(self) -> tuple[int, ...]:
+        """The number of tokens of each example."""
         return tuple(len(example) for example in self.examples)
 
     @property
     def n_tokens(self) -> int:
+        """The number of tokens of all examples."""
         return sum(self.lengths)
 
     @property
     def n_supervised(self) -> int:
+        """The number of targets of all examples."""
         return sum(example.n_supervised for example in self.examples)
 
     @property
@@ -69,7 +72,7 @@ def load_dataset(
     data_format: DataFormat | None = None,
     chat_template: str | Path | None = None,
 ) -> Dataset:
-    """Read, detect, normalise, render and encode one data file."""
+    """Read, detect, normalise, render and encode one data file. Raises InputError(s)."""
     records = read_records(path)
     found, reason = _format_of(records, data_format)
     rows = to_rows(records, data_format=found)
@@ -96,7 +99,7 @@ def load_dataset(
 
 
 def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): a seeded choice of about `fraction` of the examples, both parts in file order."""
+    """The (train, held out) parts: a seeded choice of about `fraction` of the examples, both in file order."""
     count = len(dataset.examples)
     if not 0 < fraction < 1:
         raise InputError(f"{fraction} is not between 0 and 1", where="eval-fraction", fix="use a value such as 0.1")
@@ -111,7 +114,7 @@ def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dat
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
-    """SHA-256 over the ids and masks of all examples, in order."""
+    """The SHA-256 over the ids and masks of all examples, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))

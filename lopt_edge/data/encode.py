@@ -50,7 +50,7 @@ Span = tuple[int, int]  # characters [start, end)
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence. `supervised[t]` is 1 where token t is a target."""
+    """A training sequence. `supervised[t]` is 1 where token t is a target."""
 
     input_ids: array[int]
     supervised: bytes
@@ -63,6 +63,7 @@ class Example:
 
     @property
     def n_supervised(self) -> int:
+        """The number of targets."""
         return sum(self.supervised)
 
 
@@ -89,7 +90,7 @@ def encode_row(
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: ChatTemplate | None, max_seq_len: int
 ) -> list[list[Example]]:
-    """The examples of every row, in order. Rows that cannot be rendered are told together."""
+    """The examples of every row, in order. Rows that cannot be rendered are reported together, as InputErrors."""
     if max_seq_len < 2:
         raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max-seq-len", fix="use 2 or more")
     if not tokenizer.is_fast:
@@ -163,7 +164,7 @@ def _turn_span(
     template: ChatTemplate,
     where: str,
 ) -> Span | None:
-    """Where the assistant turn at message k stands in the whole text, its end token included; None if it cannot be told."""
+    """The place of the assistant turn at message k in the text, its end token included; None if it cannot be found."""
     prompt = template.render(tokenizer, messages[:k], add_generation_prompt=True, where=where)
     is_last = k == len(messages) - 1
     through = text if is_last else template.render(tokenizer, messages[: k + 1], where=where)
@@ -200,7 +201,7 @@ def _encoding(where: str) -> AbstractContextManager[None]:
 def _tokenise(
     batch: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[_Rendered, array[int], bytearray]]:
-    """Ids and target masks of the texts alone, without what `_finish` puts around them."""
+    """The ids and target masks of the texts alone, without what `_finish` puts around them."""
     if len(batch) == 1 and batch[0].windows:  # perhaps a book: every token is a target, so no offsets are needed
         ids = long_text_ids(batch[0].text, tokenizer)
         yield batch[0], ids, bytearray(b"\x01") * len(ids)
@@ -217,11 +218,11 @@ def _tokenise(
 
 
 def _target_mask(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> bytearray:
-    """1 for every token that belongs to a span.
+    """The mask of targets: 1 for every token that belongs to a span.
 
     Tokens tile the text, but their offsets may not: byte-level tokenizers with `trim_offsets` leave the blanks before a
-    word out of them (" yes" at 13 is reported as 14), which would push a prompt's last blank into the reply. So a
-    token begins no later than where the tokens before it end.
+    word out of them (" yes" at 13 is reported as 14), which would push a prompt's last blank into the reply. So a token
+    begins no later than where the tokens before it end.
     """
     mask = bytearray(len(offsets))
     remaining = iter(spans)

@@ -1,6 +1,6 @@
-"""Collects the faults of many rows, so that one pass over a data file tells all of them.
+"""Collects the faults of many rows, so that one pass over a data file shows all of them.
 
-Rule: every fault is counted, the first `SHOWN` are told in full, and the rest only as a number: a file with a million
+Rule: every fault is counted, the first `SHOWN` are shown in full, and the rest only as a number: a file with a million
 broken rows still gives one readable message. Up to `SHOWN` faults travel as `InputErrors` (each stays a value of its
 own); beyond that they become one `InputError`, whose text holds the first ones and the true count.
 This file knows nothing about data files.

@@ -36,7 +36,8 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """(role, content) pairs. Assistant messages among the first `n_context` are context: never trained on."""
+    """A conversation of (role, content) pairs. Assistant messages among the first `n_context` are context: never trained
+    on."""
 
     messages: tuple[Message, ...]
     where: str
@@ -98,7 +99,7 @@ def _first_item_keys(value: object) -> frozenset[str]:
 
 
 def to_rows(records: Sequence[Record], *, data_format: DataFormat) -> list[Row]:
-    """Every record as a row; all faulty records told together."""
+    """The records as rows. Raises InputErrors: all faulty records are reported together."""
     faults, rows = Faults(), []
     for record in records:
         try:
@@ -110,7 +111,7 @@ def to_rows(records: Sequence[Record], *, data_format: DataFormat) -> list[Row]:
 
 
 def to_conversation(record: Record, data_format: DataFormat) -> Row:
-    """One record in its normal form."""
+    """The record in its normal form. Raises InputError."""
     if data_format not in _CONVERTERS:
         raise InputError(f"unknown data format {data_format!r}", fix="use one of " + ", ".join(DATA_FORMATS))
     if isinstance(record.value, str) and data_format != "text":
@@ -183,7 +184,7 @@ _CONVERTERS: dict[str, Callable[[Record], Row]] = {
 
 @dataclass(frozen=True)
 class _ChatForm:
-    """How one chat format names a message's role and content, and which roles it has."""
+    """A chat format: how it names a message's role and content, and which roles it has."""
 
     role: str
     content: str
@@ -195,7 +196,8 @@ _SHAREGPT = _ChatForm("from", "value", SHAREGPT_ROLES)
 
 
 def _chat_key(value: dict[str, Any], preferred: str) -> str:
-    """Both chat formats are found under either key in the wild; the preferred one is what an error names."""
+    """The key of the messages: both chat formats are found under either key in the wild; the preferred one is what an error
+    names."""
     other = {"messages": "conversations", "conversations": "messages"}[preferred]
     return other if preferred not in value and other in value else preferred
 

@@ -35,7 +35,7 @@ def long_text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> array[int]:
 
 
 def text_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text in pieces of about PIECE characters; in one where no harmless cut is found."""
+    """The pieces of a text, of about PIECE characters each; the text in one piece where no harmless cut is found."""
     begin = 0
     while len(text) - begin > PIECE:
         cut = _harmless_cut(text, begin + PIECE, tokenizer)

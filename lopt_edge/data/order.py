@@ -27,7 +27,7 @@ Window = tuple[tuple[int, ...], ...]  # micro-batches of example indices
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded ids; `targets[b][t]` is the token after t where that is a target, else IGNORED."""
+    """A micro-batch of right-padded ids; `targets[b][t]` is the token after t where that is a target, else IGNORED."""
 
     input_ids: list[list[int]]
     targets: list[list[int]]
@@ -35,18 +35,20 @@ class MicroBatch:
 
     @property
     def n_supervised(self) -> int:
+        """The number of targets."""
         return sum(target != IGNORED for row in self.targets for target in row)
 
     @property
     def n_tokens(self) -> int:
+        """The number of real tokens, padding left out."""
         return sum(self.lengths)
 
 
 def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int) -> tuple[Window, ...]:
-    """All windows of one epoch.
+    """The windows of one epoch, all of them in order.
 
-    In the first epoch the largest window comes first (it swaps places with the first one of the seeded order), so that
-    what is too large for the memory shows in step 1. That is the order of the run; everything that counts steps uses it.
+    In the first epoch the largest window comes first (it swaps places with the first one of the seeded order), so that what
+    is too large for the memory shows in step 1. That is the order of the run; everything that counts steps uses it.
     """
     for name, value in (("batch-size", batch_size), ("grad-accum", grad_accum)):
         if value < 1:
@@ -73,7 +75,7 @@ def split_window(window: Window, size: int) -> Window:
 
 
 def micro_batches_of(window: Window, n_sequences: int) -> int | None:
-    """How many micro-batches hold the window's first sequences; None if the last of them is cut."""
+    """The number of micro-batches that hold the window's first sequences; None if the last of them is cut."""
     done = 0
     for number, batch in enumerate(window):
         if done >= n_sequences:
@@ -83,13 +85,13 @@ def micro_batches_of(window: Window, n_sequences: int) -> int | None:
 
 
 def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
-    """Tokens of its largest micro-batch, padding included, and of all of them: what its memory goes by."""
+    """The tokens of a window's largest micro-batch, padding included, and of all of them: what its memory goes by."""
     rows = [len(batch) * max(lengths[i] for i in batch) for batch in window]
     return max(rows), sum(rows)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
-    """One micro-batch, padded on the right to its longest sequence."""
+    """The examples as one micro-batch, padded on the right to its longest sequence."""
     longest = max(len(example) for example in examples)
     input_ids, targets = [], []
     for example in examples:

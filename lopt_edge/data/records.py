@@ -8,7 +8,7 @@ file, so that one run shows all of them.
 Sizes are limited before memory is taken: a row (a line of .jsonl, a field of .csv) has at most `MAX_ROW_BYTES`, a file has
 at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_BYTES`, and a Parquet file may unpack to as
 much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
-own claims have been held against these limits. So at most some 25 bytes of memory are taken per byte of JSON (`{},{},...`).
+own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of JSON (`{},{},...`).
 
 Places: `data.jsonl:12` and `data.csv:12` are physical lines counted from 1 (a CSV row that spans lines is named by its
 first), `data.json[12]` is the 12th element counted from 0 as JSON tools do, `data.parquet row 12` counts from 1.
@@ -42,14 +42,14 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Record:
-    """One row: a JSON object (or CSV / Parquet row) as a dict, or the text of a plain text file."""
+    """A row as read: a JSON object (or CSV / Parquet row) as a dict, or the text of a plain text file."""
 
     value: dict[str, Any] | str
     where: str
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a data file, in file order; at least one."""
+    """The records of a data file, in file order; at least one. Raises InputError(s)."""
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     _check_path(path, known=reader is not None)
@@ -93,7 +93,7 @@ def _read_whole(path: Path) -> bytes:
 
 
 def _decode(raw: bytes, *, path: Path, line: int = 1) -> str:
-    """UTF-8 text of `raw`, which begins at the given line of the file; a byte order mark is dropped."""
+    """The UTF-8 text of `raw`, which begins at the given line of the file; a byte order mark is dropped."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -111,7 +111,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _parse_json(text: str, *, where: str) -> Any:
-    """`parse_json` whose every failure is an `InputError`."""
+    """The value of a JSON text: `parse_json` whose every failure is an `InputError`."""
     try:
         return parse_json(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -218,7 +218,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 
 def _csv_rows(text: str, *, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(first physical line, fields) of every row that is not blank."""
+    """The (first physical line, fields) of every row that is not blank."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -263,7 +263,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _check_claims(metadata: Any, *, path: Path) -> None:
-    """Hold what the file says of itself against the limits, before anything is unpacked on its word."""
+    """Check what the file says of itself against the limits, before anything is unpacked on its word."""
     if metadata.num_rows > MAX_ROWS:
         raise InputError(
             f"the file says it holds {metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read",
@@ -277,7 +277,8 @@ def _check_claims(metadata: Any, *, path: Path) -> None:
 
 
 def _check_types(schema: Any, *, path: Path) -> None:
-    """A value that many places share is small until it is a Python object in each: only whole columns may be so coded."""
+    """Refuse types with coded values inside: a value that many places share is small until it is a Python object in each.
+    Only whole columns may be so coded."""
     coded = ("dictionary<", "run_end_encoded<", "_view")
     for field in schema:
         kind = str(field.type)

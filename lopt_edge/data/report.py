@@ -54,7 +54,7 @@ def check_facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_examples: int = 3) -> RenderableType:
-    """Format, figures, length histogram and the first examples with their targets marked."""
+    """The report for people: format, figures, length histogram and the first examples with their targets marked."""
     parts: list[RenderableType] = [_figures(dataset), Text("\nLengths in tokens"), _histogram(dataset.lengths)]
     shown = dataset.examples[:n_examples]
     if shown:
@@ -90,7 +90,7 @@ def _figures(dataset: Dataset) -> Table:
 
 
 def _histogram(lengths: tuple[int, ...]) -> Table:
-    """Equal bins from the shortest to the longest; a bin that is not empty has a bar."""
+    """The lengths in equal bins from the shortest to the longest; a bin that is not empty has a bar."""
     low, high = min(lengths), max(lengths)
     width = max(-(-(high - low + 1) // BINS), 1)
     counts = [0] * (-(-(high - low + 1) // width))
@@ -118,7 +118,7 @@ def _marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
 def marked_pieces(
     example: Example, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
 ) -> Iterator[tuple[str, bool]]:
-    """(text, is it a target) of the runs of an example.
+    """The runs of an example, as (text, whether it is a target).
 
     A run is the difference of two decoded prefixes: decoded alone, a SentencePiece run would lose its leading blank.
     """

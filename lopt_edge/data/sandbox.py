@@ -91,7 +91,8 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: marks in a template what the assistant wrote; here only its content."""
+    """The tag {% generation %}...{% endgeneration %}: it marks in a template what the assistant wrote; here only its
+    content counts."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
 
@@ -155,7 +156,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Payments(NodeTransformer):
-    """Puts the payments into a parsed template."""
+    """A visitor that puts the payments into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -258,7 +259,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 class _Dict:
-    """dict() and dict.fromkeys(), without the type's attributes."""
+    """The functions dict() and dict.fromkeys(), without the type's attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

@@ -34,6 +34,7 @@ class Meter:
         self.end = time.monotonic() + MAX_SECONDS
 
     def pay(self, price: int) -> None:
+        """Pay a price. Raises TemplateLimit where the purse or the time is out."""
         self.left -= price
         if self.left < 0:
             self.left = -1
@@ -42,7 +43,8 @@ class Meter:
             raise TemplateLimit(f"it took longer than {MAX_SECONDS:g} seconds")
 
     def weigh(self, *values: object, text: bool = False) -> int:
-        """How many elements the values hold at all levels, with `text` also their characters; never more than is left."""
+        """The number of elements that the values hold at all levels, with `text` also their characters; never more than is
+        left."""
         stack, weight = list(values), 0
         while stack:
             value = stack.pop()
@@ -59,6 +61,7 @@ class Meter:
         return weight
 
     def pay_for(self, *values: object, text: bool = False) -> None:
+        """Pay for the elements of the values, with `text` also for their characters."""
         self.pay(self.weigh(*values, text=text))
 
 
@@ -66,6 +69,7 @@ METER: ContextVar[Meter] = ContextVar("lopt_edge_template_meter")
 
 
 def units_for(messages: Sequence[Mapping[str, str]]) -> int:
+    """The units that a rendering of these messages may spend."""
     characters = sum(len(text) for message in messages for text in message.values())
     return BASE_UNITS + UNITS_A_CHARACTER * characters + UNITS_A_MESSAGE * len(messages)
 
@@ -80,6 +84,7 @@ def paid(result: Any) -> Any:
 
 
 def price_of_operator(operator: str, left: Any, right: Any) -> int:
+    """The price of a binary operator, before it is applied."""
     meter = METER.get()
     if operator == "%" and isinstance(left, str):
         return price_of_fields(left, "%", right)
@@ -96,19 +101,20 @@ def price_of_operator(operator: str, left: Any, right: Any) -> int:
 
 
 def price_of_fields(text: str, mark: str, values: object) -> int:
-    """Of str.format and of %: each field may put out all values."""
+    """The price of str.format and of %: each field may put out all values."""
     if WIDE_FIELD.search(text):
         raise TemplateLimit("it formats with a width of 10,000 or more, or with one that the values give")
     return len(text) + text.count(mark) * METER.get().weigh(values, text=True)
 
 
 def bounded_arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`join` takes any iterable: a list of it, since what is counted must be there still when it is joined."""
+    """The arguments of a method, iterables as lists: `join` takes any iterable, and what is counted must be there still
+    when it is joined."""
     return ([*args[0]], *args[1:]) if name == "join" and args and isinstance(args[0], Iterable) else args
 
 
 def price_of_method(owner: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Of a method of str, before it is called."""
+    """The price of a method of str, before it is called."""
     meter = METER.get()
     number = next((max(value, 0) for value in (*args, *kwargs.values()) if isinstance(value, int)), 0)
     if name in ("center", "ljust", "rjust", "zfill"):
@@ -129,7 +135,7 @@ def _price_of_replacing(text: Any, old: Any = "", new: Any = "", *_: Any, **__: 
 
 
 def price_of_filter(name: str, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """What a filter makes beyond what it was given."""
+    """The price of what a filter makes beyond what it was given."""
     meter, given = METER.get(), (*rest, *kwargs.values())
     number = max((int(item) for item in given if isinstance(item, int)), default=0)
     longest = max((len(item) for item in given if isinstance(item, str)), default=0)

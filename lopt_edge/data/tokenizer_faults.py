@@ -15,7 +15,7 @@ from lopt_edge.errors import InputError
 
 @contextmanager
 def tokenizer_faults(what: str, *, where: str, fix: str) -> Iterator[None]:
-    """Anything that goes wrong inside becomes an InputError: `what` cannot be done, and why."""
+    """A context in which anything that goes wrong becomes an InputError: `what` cannot be done, and why."""
     try:
         yield
     except BaseException as error:

@@ -2,7 +2,7 @@
 
 What each category holds is stacked over the op number, in one fixed order, so that two pictures can be laid side by side.
 What an op takes for a moment beyond that is hatched on top. A thin line is what was measured, a dashed one the budget.
-The op of the predicted peak is marked, and the legend tells what makes up its bytes, from the top of the stack downwards.
+The op of the predicted peak is marked, and the legend shows what makes up its bytes, from the top of the stack downwards.
 Where the step moves something to the host or the disk, a smaller plot under the main one shows what lies there after each
 op, over the same ops and in its own scale; without such bytes there is no such plot.
 
@@ -73,7 +73,7 @@ MOMENT_PATTERN = (
 
 @dataclass(frozen=True)
 class OpRow:
-    """One op of the step. `held` is by category, while the op runs; `peak_bytes` is at least its sum.
+    """The bytes of one op of the step. `held` is by category, while the op runs; `peak_bytes` is at least its sum.
 
     `host_bytes` and `disk_bytes` are what lies on the tiers below, once the op has run.
     """
@@ -88,7 +88,7 @@ class OpRow:
 
 @dataclass(frozen=True)
 class _Column:
-    """Ops `first` to `last`, shown by the one of them that has the highest peak."""
+    """A column of the plot: ops `first` to `last`, shown by the one of them that has the highest peak."""
 
     first: int
     last: int
@@ -100,7 +100,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Op numbers and bytes to pixels."""
+    """The scale of the plot, from op numbers and bytes to pixels."""
 
     n_ops: int
     highest: int
@@ -176,7 +176,7 @@ def _columns(rows: Sequence[OpRow]) -> list[_Column]:
 
 
 def _categories(rows: Sequence[OpRow]) -> dict[str, str]:
-    """Category -> colour, from the bottom of the stack; those that never hold a byte are left out."""
+    """The colour of each category, from the bottom of the stack; those that never have a byte are left out."""
     held = {name: None for row in rows for name, n_bytes in row.held.items() if n_bytes}  # in order of appearance
     known = {name: colour for name, colour in COLOURS.items() if name in held}
     others = [name for name in held if name not in COLOURS]
@@ -196,7 +196,7 @@ def _stack(row: OpRow, categories: Mapping[str, str]) -> list[int]:
 
 
 def _areas(columns: Sequence[_Column], categories: Mapping[str, str], scale: _Scale) -> Iterator[str]:
-    """One filled outline a category, each down to zero, the highest first: so there is no seam between neighbours."""
+    """The filled outlines, one a category, each down to zero, the highest first: so there is no seam between neighbours."""
     stacks = [_stack(column.row, categories) for column in columns]
     for level, (name, colour) in reversed(list(enumerate(categories.items()))):
         steps = _steps([(column.first, stack[level]) for column, stack in zip(columns, stacks, strict=True)], scale)
@@ -215,7 +215,7 @@ def _steps(levels: Sequence[tuple[int, int]], scale: _Scale, *, end: int | None 
 
 
 def _lines(columns: Sequence[_Column], scale: _Scale, budget_bytes: int | None) -> Iterator[str]:
-    """What was measured, with gaps where nothing was, and the budget."""
+    """The line of what was measured, with gaps where nothing was, and the budget's."""
     run: list[tuple[int, int]] = []
     path = ""
     for column in [*columns, None]:
@@ -250,7 +250,7 @@ def _y_axis(scale: _Scale, most: int) -> Iterator[str]:
 
 
 def _x_axis(scale: _Scale, *, words: bool = True) -> Iterator[str]:
-    """Numbers from 0, as in a plan's text; a tick stands under the middle of its op."""
+    """The numbers from 0, as in a plan's text; a tick stands under the middle of its op."""
     yield axis_line(scale.bottom)
     for op in range(0, scale.n_ops, math.ceil(round_step(scale.n_ops, 8))):
         x = scale.x(op + 0.5)
@@ -264,7 +264,7 @@ def _x_axis(scale: _Scale, *, words: bool = True) -> Iterator[str]:
 
 
 def _lower_plot(columns: Sequence[_Column], below: Mapping[str, int], n_ops: int) -> Iterator[str]:
-    """A step line a tier, those that hold nothing left out, and each one's highest."""
+    """The step lines of the lower tiers, those that hold nothing left out, and each one's highest."""
     unit, _ = byte_unit(max(below.values()))
     scale = _Scale(n_ops, max(below.values()), LOWER_TOP, LOWER_BOTTOM)
     yield from _y_axis(scale, 3)
@@ -292,7 +292,7 @@ def _legend(
     budget_bytes: int | None,
     budget_fits: bool,
 ) -> Iterator[str]:
-    """What makes up the peak, from the top of the stack down, then the lines."""
+    """The legend: what makes up the peak, from the top of the stack down, then the lines."""
     held = {**peak.row.held, MOMENT: peak.row.peak_bytes - sum(peak.row.held.values())}
     measured = [column for column in columns if column.measured_bytes is not None]
     n_rows = len(categories) + 2 + 2 * bool(measured) + 2 * (budget_bytes is not None)

@@ -1,7 +1,7 @@
 """What the pictures share: frame, grids, axes, legend rows and texts of an SVG that is written by hand.
 
 Rules of every picture here: a number that is shown is a number that was given (nothing is smoothed). No label lies on a
-plot: words are above it, below it, or in the legend to its right. A budget far above everything is told, not drawn (it
+plot: words are above it, below it, or in the legend to its right. A budget far above everything is in words, not drawn (it
 would flatten the rest). Every text is escaped and cut to a length that has room. Colours are those of Okabe and Ito, which
 colour-blind readers tell apart. One file, no script, no font or style from elsewhere.
 
@@ -36,10 +36,12 @@ def head(title: str, height: int, *, defs: str = "") -> Iterator[str]:
 
 
 def is_drawn(budget_bytes: int | None, highest: float) -> bool:
+    """Whether a budget is near enough to what is drawn for a line of its own."""
     return budget_bytes is not None and 0 <= budget_bytes <= TALLEST_BUDGET * highest
 
 
 def budget_line(y: float) -> Iterator[str]:
+    """The dashed line of the budget, at this height."""
     place = f'x1="{number(LEFT)}" x2="{number(RIGHT)}" y1="{number(y)}" y2="{number(y)}"'
     yield f'<line {place} stroke="#ffffff" stroke-width="3" stroke-opacity="0.7"/>'  # so that it shows on dark areas
     yield f'<line id="budget" {place} {BUDGET_STYLE} stroke-dasharray="8 5"/>'
@@ -49,14 +51,14 @@ def budget_line(y: float) -> Iterator[str]:
 
 
 def grid(lines: Iterator[tuple[float, str]]) -> Iterator[str]:
-    """A pale line at each height, its text to the left of the plot."""
+    """The grid: a pale line at each height, its text to the left of the plot."""
     for y, words in lines:
         yield (f'<line x1="{number(LEFT)}" x2="{number(RIGHT)}" y1="{number(y)}" y2="{number(y)}" stroke="#dddddd"/>')
         yield text(LEFT - 8, y + 4, words, anchor="end")
 
 
 def linear_ticks(y: Callable[[float], float], highest: float, unit: float, most: int) -> Iterator[tuple[float, str]]:
-    """(height, number of units) in round steps from 0."""
+    """The ticks in round steps from 0, as (height, number of units)."""
     step = round_step(highest / unit, most)
     decimals = next(count for count in range(20) if math.isclose(step, round(step, count)))
     for index in range(int(highest / unit / step + 1e-9) + 1):
@@ -64,10 +66,12 @@ def linear_ticks(y: Callable[[float], float], highest: float, unit: float, most:
 
 
 def axis_line(y: float) -> str:
+    """The line of the x axis, at this height."""
     return f'<line x1="{number(LEFT)}" x2="{number(RIGHT)}" y1="{number(y)}" y2="{number(y)}" stroke="#222222"/>'
 
 
 def tick(x: float, y: float) -> str:
+    """A tick of the x axis, downwards from this point."""
     place = number(x)
     return f'<line x1="{place}" x2="{place}" y1="{number(y)}" y2="{number(y + 5)}" stroke="#222222"/>'
 
@@ -82,16 +86,19 @@ def round_step(span: float, most: int) -> float:
 
 
 def legend_row(y: float, name: str, value: str, *, weight: str = "normal") -> Iterator[str]:
+    """A row of the legend: a name, and its value to the right."""
     yield text(LEGEND_LEFT + 22, y, name, most=20, weight=weight)
     yield text(LEGEND_RIGHT, y, value, anchor="end", weight=weight)
 
 
 def legend_line(y: float, style: str, *, colour: str = "#000000") -> str:
+    """A piece of line in the legend, in this style."""
     middle = number(y - 4)
     return f'<line x1="{LEGEND_LEFT}" x2="{LEGEND_LEFT + 15}" y1="{middle}" y2="{middle}" stroke="{colour}" {style}/>'
 
 
 def legend_budget(y: float, value: str, note: str = "", *, note_below: float = 16) -> Iterator[str]:
+    """The budget's rows of the legend, with a note below it."""
     yield legend_line(y, 'stroke-width="1.6" stroke-dasharray="5 3"')
     yield from legend_row(y, "budget", value)
     yield text(LEGEND_LEFT + 22, y + note_below, note, fill="#555555")
@@ -126,11 +133,12 @@ def text(
 
 
 def shortened(words: str, most: int) -> str:
+    """The words cut to at most `most` characters, the cut marked."""
     return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
 def safe(words: str) -> str:
-    """Escaped, on one line, without the characters that XML forbids."""
+    """The words escaped, on one line, without the characters that XML forbids."""
     return escape("".join(letter if letter.isprintable() else " " for letter in words))
 
 
@@ -140,7 +148,7 @@ def byte_unit(highest: float) -> tuple[int, str]:
 
 
 def bytes_text(n_bytes: int, unit: int) -> str:
-    """In the unit of the axis: hundredths of a GiB, tenths of a MiB."""
+    """The bytes in the unit of the axis: hundredths of a GiB, tenths of a MiB."""
     decimals, name = (2, "GiB") if unit == GIB else (1, "MiB")
     least = 10**-decimals
     if 0 < n_bytes < least * unit / 2:

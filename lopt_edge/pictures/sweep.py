@@ -2,8 +2,8 @@
 
 Two plots over one x axis: above, the bytes by tier with the device's budget, dashed; below, the seconds of a step. A mark
 is a point that was planned, filled where it fits and hollow where it does not. The straight lines between marks lead the
-eye and say nothing: between two points the planner may turn any knob. The legend tells the numbers at the point where
-fitting ends or begins; every mark tells its own to whoever hovers over it.
+eye and say nothing: between two points the planner may turn any knob. The legend shows the numbers at the point where
+fitting ends or begins; every mark shows its own to whoever hovers over it.
 
 Rules, besides those of svg.py: ticks stand at the points, with the points' own texts (a text without room is left out,
 its tick is not). A linear scale begins at 0. Bytes go to a logarithmic scale where a lower tier would flatten the device's
@@ -59,7 +59,7 @@ SECONDS_COLOUR = "#222222"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One run of the sweep. `x_text` is how its x is written; bytes are each tier's peak."""
+    """A run of the sweep. `x_text` is how its x is written; bytes are each tier's peak."""
 
     x: float
     x_text: str
@@ -70,12 +70,13 @@ class CurvePoint:
     step_seconds: float
 
     def on(self, tier: str) -> int:
+        """The peak of a tier in bytes."""
         return {"device": self.device_bytes, "host": self.host_bytes, "disk": self.disk_bytes}[tier]
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A number of the points, and how it is told."""
+    """A line of the plot: a number of the points, and how it is written."""
 
     name: str
     colour: str
@@ -112,7 +113,7 @@ class _Across:
 
 @dataclass(frozen=True)
 class _Up:
-    """A y axis: bytes or seconds to pixels. A logarithmic one starts somewhat below `lowest`, a linear one at 0."""
+    """A y axis, from bytes or seconds to pixels. A logarithmic one starts somewhat below `lowest`, a linear one at 0."""
 
     top: float
     bottom: float
@@ -182,7 +183,7 @@ def _check(points: Sequence[CurvePoint], log_x: bool) -> None:
 
 
 def _edge(points: Sequence[CurvePoint]) -> tuple[str, tuple[CurvePoint, str]]:
-    """Where it fits, in words; the point that the legend is about, and what it is."""
+    """The sentence where it fits; and the point that the legend is about, with what it is."""
     fits = [point.fits for point in points]
     changes = [index for index in range(1, len(points)) if fits[index] != fits[index - 1]]
     if not changes and fits[0]:
@@ -223,7 +224,7 @@ def _seconds_axis(points: Sequence[CurvePoint]) -> _Up:
 
 
 def _bytes_ticks(up: _Up) -> Iterator[tuple[float, str]]:
-    """On a logarithmic axis powers of two, each with its unit."""
+    """The ticks of the bytes axis; on a logarithmic one powers of two, each with its unit."""
     if not up.log:
         return linear_ticks(up.y, up.end, byte_unit(up.highest)[0], 6)
     low, high = math.ceil(math.log2(up.lowest)), math.floor(math.log2(up.highest))
@@ -233,13 +234,13 @@ def _bytes_ticks(up: _Up) -> Iterator[tuple[float, str]]:
 
 
 def _power_text(power: int) -> str:
-    """2 ** power bytes."""
+    """The text of 2 ** power bytes."""
     unit = min(power // 10, 5)
     return f"{1 << (power - 10 * unit):,} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"
 
 
 def _seconds_ticks(up: _Up) -> Iterator[tuple[float, str]]:
-    """On a logarithmic axis 1, 2, 5, 10, ... seconds, or powers of ten, or some of them."""
+    """The ticks of the seconds axis; on a logarithmic one 1, 2, 5, 10, ... seconds, or powers of ten, or some of them."""
     if not up.log:
         return linear_ticks(up.y, up.end, _time_unit(up.highest)[0], 4)
     low, high = math.floor(math.log10(up.lowest)), math.ceil(math.log10(up.highest))
@@ -257,7 +258,7 @@ def _plain(value: float) -> str:
 
 
 def _time_unit(highest: float) -> tuple[float, str]:
-    """(seconds in it, its name) for an axis that reaches so high."""
+    """The unit of an axis that reaches so high: (seconds in it, its name)."""
     return (1.0, "s") if highest < 300 else (60.0, "min") if highest < 3 * 3600 else (3600.0, "h")
 
 
@@ -271,7 +272,7 @@ def _seconds_text(seconds: float) -> str:
 
 
 def _ticks(points: Sequence[CurvePoint], across: _Across) -> list[tuple[float, str]]:
-    """(x, text) of the points; a text that would touch its neighbour or the last one is empty."""
+    """The (x, text) of the points; a text that would touch its neighbour or the last one is empty."""
     found = []
     last = across.x(points[-1].x)
     last_left = last - len(_x_text(points[-1])) * CHARACTER / 2
@@ -327,7 +328,7 @@ def _ink(colour: str) -> str:
 
 
 def _mark(name: str, x: float, y: float, *, filled: bool, told: str = "") -> str:
-    """A shape a tier, so that they are told apart without colour, too: disc, square, triangle."""
+    """The mark of a point: a shape a tier, so that they can be told apart without colour, too: disc, square, triangle."""
     look = "" if filled else ' fill="#ffffff"'
     inside = f"<title>{safe(told)}</title>" if told else ""
     if name == "host":
@@ -347,7 +348,7 @@ def _legend(
     budget_bytes: int | None,
     budget_fits: bool,
 ) -> Iterator[str]:
-    """The numbers at one point, the budget, the hollow mark."""
+    """The legend: the numbers at one point, the budget, the hollow mark."""
     point, what = edge
     at = f"at {_x_text(point)}{', ' if what else ''}{what}"
     y = TOP + 4
@@ -380,5 +381,5 @@ def _legend_mark(y: float, name: str, colour: str, *, filled: bool = True) -> It
 
 
 def _amount(n_bytes: int) -> str:
-    """Whatever the axis, for the figures of one column differ much."""
+    """The bytes in their own unit, whatever the axis, for the figures of one column differ much."""
     return bytes_text(n_bytes, GIB if n_bytes >= GIB else MIB) if n_bytes else "0"

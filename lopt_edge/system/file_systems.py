@@ -15,7 +15,7 @@ from lopt_edge.units import format_bytes
 
 
 def check_free_space(folder: Path, *, need_bytes: int, what: str) -> None:
-    """Raise InputError if the disk of `folder` has less free."""
+    """Check the disk of `folder`: raise InputError if less than `need_bytes` is free; `what` needs it."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
@@ -37,7 +37,7 @@ def memory_file_system(path: Path, *, mounts: Path = MOUNTS) -> str | None:
 
 
 def _nearest(path: Path) -> Path:
-    """`path`, or the first folder above it that exists."""
+    """The folder where `path` would lie: itself, or the first folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 

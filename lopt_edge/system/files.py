@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """As `write_text`. NaN and infinity are no JSON: ValueError."""
+    """Write values as JSON, as `write_text` does. NaN and infinity are no JSON: ValueError."""
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
@@ -51,10 +51,11 @@ class JsonLines:
 
     @property
     def n_bytes(self) -> int:
+        """The bytes of the log so far."""
         return self.file.tell()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """The whole line or nothing of it. Raises RunError."""
+        """Write one line, the whole of it or nothing. Raises RunError."""
         line, start = memoryview(json.dumps(values, allow_nan=False).encode() + b"\n"), self.n_bytes
         try:
             while line:
@@ -66,13 +67,14 @@ class JsonLines:
             raise self._failure(error) from None
 
     def sync(self) -> None:
-        """Make it durable. Raises RunError."""
+        """Make the log durable. Raises RunError."""
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise self._failure(error) from None
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
     def _failure(self, error: OSError) -> RunError:

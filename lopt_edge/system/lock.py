@@ -24,7 +24,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def output_lock(
     folder: Path, *, warn: Callable[[str], None] = lambda text: None, setting: str = "output"
 ) -> Iterator[None]:
-    """Hold the folder, which is made if it is not there. Raises InputError if another process holds it."""
+    """Lock the folder, which is made if it is not there. Raises InputError if another process has locked it."""
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ WSL_PINNED_BYTES = 10**9  # about where cudaHostAlloc fails under WSL
 
 
 def available_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int:
-    """Bytes that this process may still take without swapping or being killed for them."""
+    """The bytes that this process may still take without swapping or being killed for them."""
     _, available = _system_memory(proc)
     group = cgroup_memory(membership=proc / "self/cgroup", root=control_groups)
     return available if group is None else min(available, group[1])
@@ -48,7 +48,7 @@ def ram_bytes() -> int:
 
 
 def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
-    """(bytes, reason): how much page-locked host memory the run may take."""
+    """The page-locked host memory that the run may take, as (bytes, reason)."""
     half = available_bytes(proc=proc, control_groups=control_groups) // 2
     if _is_wsl(proc) and half > WSL_PINNED_BYTES:
         return WSL_PINNED_BYTES, "WSL lets a process pin about 1 GB of host memory"
@@ -81,7 +81,7 @@ def _no_cap() -> None:
 
 
 def _system_memory(proc: Path) -> tuple[int, int]:
-    """(total, available) of the whole machine."""
+    """The (total, available) bytes of the whole machine."""
     try:
         fields = {line.partition(":")[0]: line.split()[1] for line in (proc / "meminfo").read_text().splitlines()}
         return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
@@ -98,7 +98,7 @@ def _is_wsl(proc: Path) -> bool:
 
 
 def _status_bytes(field: str, proc: Path = PROC) -> int | None:
-    """One size of /proc/self/status in bytes, None where there is none."""
+    """The bytes of one field of /proc/self/status, None where there is none."""
     try:
         lines = (proc / "self/status").read_text().splitlines()
     except OSError:
@@ -108,7 +108,7 @@ def _status_bytes(field: str, proc: Path = PROC) -> int | None:
 
 
 def cgroup_memory(*, membership: Path = PROC / "self/cgroup", root: Path = CONTROL_GROUPS) -> tuple[int, int] | None:
-    """(limit, free) bytes of the tightest memory limit of this process' control groups (version 1 or 2), or None."""
+    """The (limit, free) bytes of the tightest memory limit of this process' control groups (version 1 or 2), or None."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
@@ -129,7 +129,7 @@ def cgroup_memory(*, membership: Path = PROC / "self/cgroup", root: Path = CONTR
 
 
 def _group_memory(group: Path, limit_name: str, usage_name: str, cached_key: str) -> list[tuple[int, int]]:
-    """One control group's (limit, free); file pages that it can drop count as free."""
+    """The (limit, free) bytes of one control group; file pages that it can drop count as free."""
     try:
         limit = int((group / limit_name).read_text())  # version 2 says "max" for none
         usage = int((group / usage_name).read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """The model that the first core has."""
+    """The processor's name: the model that the first core has."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.lower().startswith("model name"):

@@ -25,7 +25,7 @@ SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
 class Interrupts:
-    """Listens while `listening()`. `say` shows a sentence to the user."""
+    """A listener for SIGINT and SIGTERM while `listening()`. `say` shows a sentence to the user."""
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
@@ -34,6 +34,7 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """A context in which the signals are heard; at its end the handlers that were there before are back."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -48,7 +49,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A signal inside waits for `check`."""
+        """A context in which a signal waits for `check`."""
         self._depth += 1
         try:
             yield

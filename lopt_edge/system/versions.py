@@ -8,4 +8,5 @@ PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safet
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that matter to a run, by name."""
     return {name: version(name) for name in PACKAGES}

@@ -21,7 +21,7 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 
 @dataclass(frozen=True)
 class Watched:
-    """One step: device bytes as predicted, the process' peak once it was over, and what it did not have yet."""
+    """A step that was watched: device bytes as predicted, the process' peak after it, and what it did not have yet."""
 
     predicted_bytes: int
     measured_bytes: int
@@ -29,7 +29,7 @@ class Watched:
 
 
 def corrected_bytes(watched: Sequence[Watched], largest_bytes: int, *, device_type: str) -> int:
-    """The device's peak until the last step, where the largest one is predicted to take `largest_bytes`."""
+    """The device's peak until the last step in bytes, where the largest step is predicted to take `largest_bytes`."""
     measured = max(step.measured_bytes for step in watched)
     more = min(max(0, largest_bytes - step.predicted_bytes) + step.missing_bytes for step in watched)
     return measured + more + -(-(measured + more) // kind_of(device_type).later_part)

@@ -19,7 +19,8 @@ READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 
 @dataclass(frozen=True)
 class LayerRun:
-    """One layer on one micro-batch. `first` in its segment: its input needs no gradient. No LoRA: `shape.targets` empty."""
+    """One layer run on one micro-batch. `first`: it is the first of its segment, so its input needs no gradient. A layer
+    without LoRA has empty `shape.targets`."""
 
     shape: LayerShape
     n_sequences: int
@@ -30,9 +31,11 @@ class LayerRun:
 
     @property
     def hidden_bytes(self) -> int:
+        """The bytes of the hidden states, in the compute dtype."""
         return self.n_sequences * self.n_tokens * self.shape.facts.hidden_size * self.shape.itemsize
 
     def replay(self, **alive: int) -> Replay:
+        """A replay of this layer's programs on an empty heap; `alive` is what lives before, in bytes by name."""
         dimensions = self.shape.dimensions(n_sequences=self.n_sequences, n_tokens=self.n_tokens)
         replay = Replay(self.shape, dimensions, from_mlp=self.backward_op == "backward from mlp", window=self.window)
         replay.alive |= alive
@@ -40,15 +43,18 @@ class LayerRun:
 
     @property
     def case(self) -> str:
+        """The key of this layer's programs in the table."""
         return self.shape.case(self.n_sequences, masked=self.masked)
 
     @property
     def graph_op(self) -> str:
+        """The name of the program of a forward that makes a graph."""
         return "graph first" if self.first else "graph"
 
     @property
     def backward_op(self) -> str:
-        """In a first layer gradients go back as far as the first linear layer with LoRA."""
+        """The name of the backward's program: in a first layer gradients go back as far as its first linear layer with
+        LoRA."""
         if not (self.first and self.shape.targets):
             return "backward"
         names = [linear.short_name for linear in self.shape.facts.linears if linear.short_name in self.shape.targets]
@@ -60,7 +66,7 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """`within` the forward at most, `rest` what the graph holds beside its input, and whether it holds that."""
+    """The bytes of a graph: `within` the forward at most, and `rest` that the graph keeps beside its input."""
 
     within: int
     rest: int
@@ -69,6 +75,7 @@ class GraphBytes:
 
 @lru_cache(maxsize=1024)
 def forward_within(run: LayerRun) -> int:
+    """The most bytes that a forward without a graph takes on top of what lives before it."""
     replay = run.replay()
     replay.run(run.case, "forward")
     return replay.heap.peak
@@ -76,6 +83,7 @@ def forward_within(run: LayerRun) -> int:
 
 @lru_cache(maxsize=1024)
 def graph_bytes(run: LayerRun) -> GraphBytes:
+    """The bytes of a forward that makes a graph, and of what that graph keeps."""
     replay = _with_graph(run, value=True)
     peak = replay.heap.peak
     holds_input = "input" in replay.alive
@@ -83,7 +91,7 @@ def graph_bytes(run: LayerRun) -> GraphBytes:
 
 
 def _with_graph(run: LayerRun, *, value: bool) -> Replay:
-    """After a forward with a graph: alive is what that holds."""
+    """The replay after a forward with a graph: what is alive in it is what the graph keeps."""
     replay = run.replay(input=run.hidden_bytes)
     replay.run(run.case, run.graph_op, graph=True, value=value)
     replay.drop(replay.result)
@@ -93,7 +101,8 @@ def _with_graph(run: LayerRun, *, value: bool) -> Replay:
 
 @lru_cache(maxsize=1024)
 def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
-    """`kept` is input, graph or pages; `fresh` bytes of gradients are made once the graph is there."""
+    """The most bytes that a backward takes. `kept` is input, graph or pages; `fresh` bytes of gradients are made once the
+    graph is there."""
     replay = _with_graph(run, value=kept != "input")
     if kept != "input":
         replay.heap.live = replay.heap.peak = 0
@@ -105,7 +114,7 @@ def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
 
 @lru_cache(maxsize=256)
 def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int) -> tuple[int, int]:
-    """(the most within EMBED, what stays beside the hidden states: positions, rotary tables, masks)."""
+    """The bytes of EMBED: (the most within it, what stays beside the hidden states: positions, rotary tables, masks)."""
     kinds = sorted(set(shape.facts.layer_types))
     masked = any(shape.masked(kind, n_tokens) for kind in kinds)
     dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens)
@@ -119,7 +128,8 @@ def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tok
 def loss_within(
     shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, task: bool, n_selected: int, tile: int
 ) -> int:
-    """The gradient of the output included; `n_selected` tokens have a loss, `tile` at a time."""
+    """The most bytes that a loss takes, the gradient of the output included; `n_selected` tokens have a loss, `tile` at a
+    time."""
     n_tile = min(tile, n_selected)
     dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens, n_tile=n_tile)
     replay = Replay(shape, dimensions, stored=stored)

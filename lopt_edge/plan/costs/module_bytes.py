@@ -24,26 +24,28 @@ if TYPE_CHECKING:
 
 
 class Heap:
-    """Bytes that live, counted from its making, and the most that ever lived."""
+    """A count of bytes: those that live, from the making of this heap on, and the most that ever lived."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
 
     def take(self, n_bytes: int) -> int:
+        """Allocate so many bytes, and return them for `free`."""
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
         return n_bytes
 
     def free(self, *n_bytes: int) -> None:
+        """Release so many bytes."""
         self.live -= sum(n_bytes)
 
     def touch(self, n_bytes: int) -> None:
-        """Take and let go at once."""
+        """Take so many bytes and let them go at once."""
         self.peak = max(self.peak, self.live + n_bytes)
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """What is taken inside is let go at the end."""
+        """A context that lets go at its end whatever was taken inside."""
         before = self.live
         yield
         self.live = before
@@ -53,14 +55,14 @@ class Heap:
 
 
 def unpack_scales(heap: Heap, n_elements: int, *, on_cpu: bool) -> None:
-    """The fp32 block scales, which stay; on the CPU an int32 index on the way."""
+    """Take the fp32 block scales of a matrix, which stay; on the CPU an int32 index lives on the way."""
     scales = 4 * ceil(n_elements / BLOCK_ELEMENTS)
     heap.touch(2 * scales if on_cpu else scales)
     heap.take(scales)
 
 
 def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) -> None:
-    """A chunk's int32 index, and for half precision its values in fp32."""
+    """Touch what unpacking the codes takes: a chunk's int32 index, and for half precision its values in fp32."""
     if on_cpu:
         chunk = min(UNPACK_CHUNK, n_elements // 2)
         heap.touch(4 * chunk + (0 if itemsize == 4 else 8 * chunk))
@@ -70,7 +72,7 @@ def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) ->
 
 
 def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
-    """Into the shared buffer: the scales go at the end."""
+    """Unpack a matrix into the shared buffer: its scales go at the end."""
     n_elements, on_cpu = linear.in_features * linear.out_features, shape.kind.computes_on_cores
     with heap.call():
         unpack_scales(heap, n_elements, on_cpu=on_cpu)
@@ -78,7 +80,7 @@ def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
 
 
 def unpack_for_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
-    """Before y is there; where weights are mixed, with y."""
+    """Unpack for y = x W before y is there; where weights are mixed, y is included."""
     if shape.mixed:
         mixed_forward(heap, shape, linear, n_rows)
     else:
@@ -86,7 +88,7 @@ def unpack_for_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_row
 
 
 def unpack_for_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
-    """Before dx is there; where weights are mixed, with dx."""
+    """Unpack for dx before it is there; where weights are mixed, dx is included."""
     if shape.mixed:
         mixed_backward(heap, shape, linear, n_rows)
     else:
@@ -94,7 +96,7 @@ def unpack_for_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_ro
 
 
 def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
-    """Once y is there: dropped input, x A, A and B in the compute dtype."""
+    """Take what LoRA adds to a forward once y is there: the dropped input, x A, and A and B in the compute dtype."""
     c, r = shape.itemsize, shape.rank
     with heap.call():
         if shape.dropout:
@@ -105,7 +107,7 @@ def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int
 
 
 def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int, *, need_x: bool) -> None:
-    """Once dx is there: dA and dB."""
+    """Take what LoRA adds to a backward once dx is there: dA and dB."""
     c, r, n_in, n_out = shape.itemsize, shape.rank, linear.in_features, linear.out_features
     cast = c != 4
     with heap.call():
@@ -127,12 +129,12 @@ def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: in
 
 
 def mixed_elements(linear: LinearFacts) -> int:
-    """Of one matrix' block."""
+    """The number of elements of one matrix' block where weights are mixed."""
     return rows_at_once(linear.out_features, linear.in_features) * linear.in_features
 
 
 def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
-    """Rows: both matrices' scales, which stay; where no rows can be cut out they are made at each read instead."""
+    """Read blocks of rows: both matrices' scales stay; where no rows can be cut out they are made at each read instead."""
     if linear.in_features % BLOCK_ELEMENTS == 0:
         for _ in range(2):
             unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.kind.computes_on_cores)
@@ -146,6 +148,7 @@ def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
 
 
 def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
+    """Take what a forward with a mixture of two weights needs, y included."""
     with heap.call():
         _mixed_rows(heap, shape, linear)
         heap.take(n_rows * linear.out_features * shape.itemsize)
@@ -153,7 +156,7 @@ def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: in
 
 
 def mixed_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
-    """dx, and a block's gradient."""
+    """Take what a backward with a mixture of two weights needs: dx, and a block's gradient."""
     with heap.call():
         _mixed_rows(heap, shape, linear)
         heap.take(n_rows * linear.in_features * shape.itemsize)
@@ -162,7 +165,7 @@ def mixed_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: i
 
 
 def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """Queries and keys of the last two tiles, and the heads that share keys.
+    """The queries and keys of the last two tiles, and the heads that share keys.
 
     No earlier tile takes more: of whole tiles the last one sees the most keys. There may be a million of them.
     """
@@ -174,7 +177,8 @@ def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterato
 
 
 def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
-    """Masks of a tile are never the most: a byte a score of one head."""
+    """Take what attention in tiles of queries needs in the forward; a tile's masks are never the most: a byte a score of
+    one head."""
     c, head_dim = shape.itemsize, shape.facts.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
@@ -183,6 +187,7 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
 
 
 def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
+    """Take what attention in tiles of queries needs in the backward."""
     c, head_dim = shape.itemsize, shape.facts.head_dim
     cast = c != 4
     with heap.call():
@@ -199,7 +204,8 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
 
 
 class _Pass:
-    """gated_mlp._Pass: taken on the heap when made. `ranks` of gate, up and down are 0 where there is no LoRA."""
+    """The counterpart of gated_mlp._Pass, taken on the heap when made. `ranks` of gate, up and down are 0 where there is no
+    LoRA."""
 
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
@@ -218,7 +224,7 @@ class _Pass:
         return sum((m.in_features + m.out_features) * rank for m, rank in zip(self.linears, self.ranks, strict=True))
 
     def weights(self) -> None:
-        """A block's three matrices; columns of the last one are cut out as copies (unless they are all of them)."""
+        """Take a block's three matrices; columns of the last one are cut out as copies (unless they are all of them)."""
         n_elements = self.width * self.hidden
         unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
         with self.heap.call():
@@ -228,12 +234,13 @@ class _Pass:
 
 
 def mlp_linears(shape: LayerShape) -> list[LinearFacts]:
-    """gate, up and down."""
+    """The linear layers of the MLP: gate, up and down."""
     by_name = {linear.short_name: linear for linear in shape.facts.linears}
     return [by_name[name] for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
+    """Take what a forward of the MLP in blocks needs (quant/gated_mlp.py)."""
     with heap.call():
         run = _Pass(heap, shape, n_rows)
         c, hidden, down_rank = run.c, run.hidden, run.ranks[2]
@@ -248,6 +255,7 @@ def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
 
 
 def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) -> None:
+    """Take what a backward of the MLP in blocks needs; `need_x`: the gradient of its input is made."""
     with heap.call():
         run = _Pass(heap, shape, n_rows)
         c, hidden, (gate_rank, up_rank, down_rank) = run.c, run.hidden, run.ranks
@@ -275,7 +283,7 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
 
 @dataclass(frozen=True)
 class _Plain:
-    """`x_trains`: x needs a gradient. Then all does; else what lies behind a linear layer with LoRA."""
+    """The family's own MLP. `x_trains`: x needs a gradient. Then all does; else what lies behind a layer with LoRA."""
 
     shape: LayerShape
     n_rows: int
@@ -283,14 +291,14 @@ class _Plain:
 
     @property
     def inner(self) -> int:
-        """Bytes of a tensor of intermediate features."""
+        """The bytes of a tensor of intermediate features."""
         return self.n_rows * self.shape.facts.intermediate_size * self.shape.itemsize
 
     def trains(self, linear: LinearFacts) -> bool:
         return self.x_trains or self.shape.saves(linear.short_name)
 
     def forward(self, heap: Heap, linear: LinearFacts) -> None:
-        """The result included."""
+        """Take what one linear layer's forward needs, its result included."""
         with heap.call():
             unpack_for_forward(heap, self.shape, linear, self.n_rows)
         with heap.call():
@@ -299,7 +307,7 @@ class _Plain:
                 lora_forward(heap, self.shape, linear, self.n_rows)
 
     def backward(self, heap: Heap, linear: LinearFacts, *, need_x: bool) -> None:
-        """The result included."""
+        """Take what one linear layer's backward needs, its result included."""
         with heap.call():
             if need_x:
                 unpack_for_backward(heap, self.shape, linear, self.n_rows)
@@ -309,7 +317,8 @@ class _Plain:
 
 
 def plain_mlp_forward(heap: Heap, shape: LayerShape, n_rows: int, *, graph: bool, value: bool, x_trains: bool) -> int:
-    """Returns the bytes that stay for the backward; less by x where that is not saved (the program counts it)."""
+    """Take what a forward of the family's own MLP needs, and return the bytes that stay for the backward; x is not among
+    them where it is not saved (the program counts it)."""
     run, (gate, up, down) = _Plain(shape, n_rows, x_trains), mlp_linears(shape)
     gate_kept, up_kept = (graph and run.trains(linear) for linear in (gate, up))
     down_kept, x_kept = graph and shape.saves("down_proj"), shape.saves("gate_proj") or shape.saves("up_proj")
@@ -327,7 +336,8 @@ def plain_mlp_forward(heap: Heap, shape: LayerShape, n_rows: int, *, graph: bool
 
 
 def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: bool, paged: bool, given: int = 0) -> None:
-    """What it holds (`plain_mlp_forward`) goes inside, too, unless it is `paged`; so do `given` bytes of its gradient."""
+    """Take what a backward of the family's own MLP needs. What it keeps (`plain_mlp_forward`) goes inside, too, unless it
+    is `paged`; so do `given` bytes of its gradient."""
     run, (gate, up, down) = _Plain(shape, n_rows, x_trains), mlp_linears(shape)
     x, inner, held = n_rows * shape.facts.hidden_size * shape.itemsize, run.inner, 0 if paged else run.inner
     gate_trains, up_trains = run.trains(gate), run.trains(up)
@@ -354,7 +364,7 @@ def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: 
 
 
 def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabularies) -> None:
-    """Rows by id, each id its own row at worst."""
+    """Take what reading the embedding's rows by id needs, each id its own row at worst."""
     facts, c = shape.facts, shape.itemsize
     with heap.call():
         cast = c * (c != stored.itemsize)

@@ -33,9 +33,10 @@ GAP_SHARE, GAP_BYTES = 1 / 16, 256 << 10  # in page files, of what comes and goe
 
 @dataclass(frozen=True)
 class Prediction:
-    """Peaks in bytes. `device_bytes` holds for a process that does nothing else; `disk_bytes` include `journal_bytes`.
+    """The predicted peaks of a step in bytes.
 
-    `steady` is what lives from step to step, by category.
+    `device_bytes` holds for a process that does nothing else. `disk_bytes` include `journal_bytes`. `steady` is what lives
+    from step to step, by category.
     """
 
     timeline: Timeline
@@ -50,10 +51,12 @@ class Prediction:
 
     @property
     def host_bytes(self) -> int:
+        """The peak of host memory."""
         return max(self.timeline.host_bytes, self.others[0])
 
     @property
     def disk_bytes(self) -> int:
+        """The most bytes of page files on the disk."""
         return max(self.timeline.disk_bytes + self.gap_bytes, self.others[1])
 
     @property
@@ -77,15 +80,17 @@ class Prediction:
 
     @property
     def within_peak(self) -> int:
-        """What the op of the peak takes on top of that."""
+        """The bytes that the op of the peak takes on top of what lives when it begins."""
         return self._tensor_bytes - sum(self.held_at_peak.values())
 
     @property
     def device_bytes(self) -> int:
+        """The device's peak: tensors, libraries or context, and the allocator's slack."""
         return self.library_bytes + self._tensor_bytes + self.slack_bytes
 
     @property
     def peak_op(self) -> str:
+        """The text of the op at which the device's peak falls, or what else takes the most."""
         if self._in_teaching:
             return "the teacher's pass"
         return "evaluation" if self._in_evaluation else self.timeline.peak_row.op.text()
@@ -96,10 +101,11 @@ class Prediction:
         return self._in_evaluation or self.timeline.peak_row.op.kind is Kind.LOSS
 
     def fits(self, budget: Budget) -> bool:
+        """Whether every tier's peak is inside its budget."""
         return not self.misfits(budget)
 
     def misfits(self, budget: Budget) -> list[str]:
-        """One sentence for each budget that is too small."""
+        """The budgets that are too small, a sentence for each."""
         tiers = (("device", self.device_bytes, budget.device_bytes), ("host", self.host_bytes, budget.host_bytes),
                  ("disk", self.disk_bytes, budget.disk_bytes))  # fmt: skip
         return [
@@ -110,24 +116,24 @@ class Prediction:
 
 
 def _without_training(steady: dict[str, int]) -> dict[str, int]:
-    """What is there before adapters, gradients and moments are."""
+    """What is there by category before adapters, gradients and moments are."""
     return {name: n_bytes for name, n_bytes in steady.items() if name in ("weights", "workspace", "head")}
 
 
 def largest(found: Sequence[Prediction]) -> Prediction:
-    """Of the kinds of step of a run the one that takes the most device memory, with the others' tiers below."""
+    """The prediction of the kind of step that takes the most device memory, with the others' needs on the tiers below."""
     most = max(found, key=lambda one: one.device_bytes)
     return replace(most, others=(max(one.host_bytes for one in found), max(one.disk_bytes for one in found)))
 
 
 def slack_bytes(device_type: str, moving_bytes: int) -> int:
-    """What the allocator takes beside a step's tensors; `moving_bytes` of them come and go."""
+    """The bytes that the allocator takes beside a step's tensors; `moving_bytes` of them come and go."""
     kind = kind_of(device_type)
     return kind.slack_bytes + round(kind.slack_share * moving_bytes)
 
 
 def _slack_of_movements(plan: Plan, sizes: Sizes, found: Timeline) -> int:
-    """On a CPU's heap: what graphs, loading and optimizer states leave behind."""
+    """The bytes that graphs, loading and optimizer states leave behind on a CPU's heap."""
     graphs = GRAPH_SHARE * found.peak_row.held.get("activations", 0)
     steady = STEADY_SHARE * sum(sizes.persistent(plan).values())
     paged = 0.0
@@ -146,8 +152,8 @@ def predict(
     beside_bytes: int = 0,
     teaching_bytes: int = 0,
 ) -> Prediction:
-    """`evaluation`: the largest batch of the held-out data (forward only); `beside_bytes` live through all of the step;
-    `teaching_bytes`: of another teacher's pass (teacher_pass.py), beside the weights."""
+    """The peaks of one step. `evaluation` is the largest batch of the held-out data (forward only); `beside_bytes` live
+    through all of the step; `teaching_bytes` are those of another teacher's pass (teacher_pass.py), beside the weights."""
     kind = sizes.shape.kind
     sizes = replace(sizes, evaluates=evaluation is not None)
     found = timeline(plan, sizes, batches, beside_bytes=beside_bytes)

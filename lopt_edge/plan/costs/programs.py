@@ -22,9 +22,10 @@ Product = tuple[float, str]  # a coefficient and letters
 
 
 class Token(NamedTuple):
-    """`kind` +, -, ! or =. `name`: what is released, or the mark; `unless`: the linear layers whose LoRA delays a release.
+    """One word of a program. `kind` is +, -, ! or =. `name` is what is released, or the mark; `unless` are the linear
+    layers whose LoRA delays a release.
 
-    `value`: done only where the layer's output is needed.
+    `value`: it is done only where the layer's output is needed.
     """
 
     kind: str
@@ -43,6 +44,7 @@ def _table() -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def program(case: str, op: str) -> tuple[Token, ...]:
+    """The program of an op in a case, from the table; where that has none, of the nearest more general case."""
     cases = _table()["cases"]
     found = next(cases[key] for key in (case, *more_general(case)) if key in cases)
     return tuple(_token(text) for text in _table()["programs"][found[op]].split())
@@ -67,7 +69,7 @@ def _product(text: str) -> Product:
 
 
 class Replay:
-    """Runs programs on one heap. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
+    """A heap on which programs run. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
 
     `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
     where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention in tiles
@@ -93,7 +95,8 @@ class Replay:
         self.result = ""  # name of the output
 
     def run(self, case: str, op: str, *, graph: bool = False, value: bool = True, paged: bool = False) -> None:
-        """`graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph stays to the end."""
+        """Run an op's program. `graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph
+        stays to the end."""
         number, tokens, self.is_backward = 0, program(case, op), op.startswith("backward")
         for position, token in enumerate(tokens):
             skipped = token.value and not value
@@ -111,19 +114,21 @@ class Replay:
                 self._mark(token, graph=graph, value=not skipped, paged=paged, after=after)
 
     def drop(self, name: str) -> None:
+        """Release what lives under this name, if anything does."""
         self.heap.free(self.alive.pop(name, 0))
 
     def end_forward(self) -> None:
-        """From now on the forward's tensors are what lived before."""
+        """Rename the forward's tensors to what lived before: an op that comes after finds them as "g3"."""
         self.alive = {f"g{name}" if name.isdigit() else name: n_bytes for name, n_bytes in self.alive.items()}
 
     def _released_next(self, tokens: tuple[Token, ...]) -> int:
-        """Bytes of this op's own tensors that go once a module has its result: the gradient that only it was given."""
+        """The bytes of this op's own tensors that go once a module has its result: the gradient that only it was given."""
         tokens = tokens[1:] if tokens[0].kind == "+" else tokens
         n_released = next(i for i, token in enumerate(tokens) if token.kind != "-" or not token.name.isdigit())
         return sum(self.alive.get(token.name, 0) for token in tokens[:n_released])
 
     def bytes_of(self, product: Product) -> int:
+        """The bytes of a product of dimensions."""
         return round(product[0] * prod(self.dimensions[letter] for letter in product[1]))
 
     # marks -----------------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ class Replay:
             module_bytes.lora_backward(self.heap, self.shape, linear, self._rows, need_x=need_x)
 
     def _norm(self, name: str, n_rows: int, width: int) -> None:
-        """A norm works on a tile of rows at a time (run/model/tiled.py)."""
+        """Take what a norm needs: it works on a tile of rows at a time (run/model/tiled.py)."""
         tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
         inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
         inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize), name)
@@ -177,7 +182,7 @@ class Replay:
             module_bytes.mlp_forward(self.heap, self.shape, self._rows)
 
     def _plain_mlp(self, name: str, *, graph: bool, value: bool, paged: bool, given: int) -> None:
-        """Its saved tensors live from the forward's mark to the backward's."""
+        """Take what the plain MLP needs; its saved tensors live from the forward's mark to the backward's."""
         x_trains = not self.from_mlp
         if name == "mlp_forward":
             kept = module_bytes.plain_mlp_forward(

@@ -32,7 +32,7 @@ UPDATE_BYTES = {"adamw": 28, "adamw8bit": 60}  # a parameter's reads and writes;
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Arithmetic of one layer for one micro-batch; `again` is what a recomputation adds to the backward."""
+    """The seconds of one layer's arithmetic for one micro-batch; `again` is what a recomputation adds to the backward."""
 
     forward: float
     backward: float
@@ -40,7 +40,8 @@ class LayerSeconds:
 
 
 def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> LayerSeconds:
-    """A blocked MLP multiplies five times in its backward (two products again, three for gradients), other weights once.
+    """The seconds of one layer's arithmetic. A blocked MLP multiplies five times in its backward (two products again, three
+    for gradients), other weights once.
 
     A mixture of two weights unpacks both, and multiplies twice in the backward.
     """
@@ -67,7 +68,7 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
 
 @dataclass(frozen=True)
 class _Rates:
-    """Of a profile, for one compute dtype: hashable, so that a layer is reckoned once."""
+    """The rates of a profile for one compute dtype: hashable, so that a layer is computed once."""
 
     product_flops: float
     attention_flops: float
@@ -81,7 +82,8 @@ _layer_seconds = lru_cache(maxsize=256)(layer_seconds)
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """One optimizer step: `compute_seconds` of arithmetic, the rest waiting for bytes; and how many move each way."""
+    """The time of one optimizer step: `compute_seconds` of arithmetic, the rest waiting for bytes; and how many bytes move
+    each way."""
 
     seconds: float
     compute_seconds: float
@@ -90,6 +92,7 @@ class StepSeconds:
 
     @property
     def bytes_moved(self) -> int:
+        """The bytes that move in both directions."""
         return self.bytes_up + self.bytes_down
 
 
@@ -100,9 +103,10 @@ def step_seconds(
     profile: DeviceProfile,
     arrivals: dict[int, float] | None = None,
 ) -> StepSeconds:
-    """Walk the plan; `batches` has one entry a micro-batch.
+    """The time of one step, by a walk over its plan; `batches` has one entry a micro-batch.
 
-    `arrivals`: when each boundary comes from the process before; then when each one reaches the process after.
+    `arrivals` holds when each boundary comes from the process before; after the walk, when each one reaches the process
+    after.
     """
     clock = _Clock(sizes, batches, profile)
     clock.arrivals.update(arrivals or {})
@@ -114,7 +118,7 @@ def step_seconds(
 
 
 class Costs:
-    """Seconds of an op's arithmetic, bytes of a movement."""
+    """The seconds of an op's arithmetic and the bytes of a movement, for one run on one device."""
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
@@ -129,17 +133,20 @@ class Costs:
         )
 
     def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        """The seconds of one layer; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
         shape = replace(self.sizes.shape, mixed=mixed)
         if not trains:
             shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
         return _layer_seconds(shape, self.rates, batch)
 
     def embed(self, batch: MicroBatchSize) -> float:
+        """The seconds of an EMBED."""
         n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
         return n_bytes / self.profile.file_read + self.rates.overhead
 
     def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
-        """Tile by tile, the vocabulary's rows read once for each (where they are not resident) and multiplied twice."""
+        """The seconds of a loss, tile by tile: the vocabulary's rows are read once for each (where they are not resident)
+        and multiplied twice."""
         sizes, facts, rates = self.sizes, self.sizes.shape.facts, self.rates
         if not task:
             return 6 * batch.n_rows * sizes.group_elements(("aux", 0)) / self.profile.flops(4) + rates.overhead
@@ -153,22 +160,26 @@ class Costs:
         return found + rates.overhead
 
     def align(self, batch: MicroBatchSize) -> float:
+        """The seconds of an ALIGN."""
         n_bytes = 4 * batch.n_rows * self.sizes.shape.facts.hidden_size
         return 8 * n_bytes / self.rates.bandwidth + self.rates.overhead
 
     def cache(self, batch: MicroBatchSize, *, reads: bool) -> float:
+        """The seconds of a boundary that is read from the cache or written to it."""
         n_bytes = self.sizes.cache_bytes(batch.n_rows)
         return n_bytes / (self.profile.disk_read if reads else self.profile.disk_write) + self.rates.overhead
 
     def update(self, group: tuple[str, int]) -> float:
+        """The seconds of a parameter group's STEP."""
         n_bytes = self.sizes.group_elements(group) * UPDATE_BYTES[self.sizes.knobs.optimizer]
         return n_bytes / self.rates.bandwidth + self.rates.overhead / 4
 
     def average(self, layer: int) -> float:
-        """Two reads and a write of each number."""
+        """The seconds of an AVERAGE: two reads and a write of each number."""
         return 12 * self.sizes.group_elements(("layer", layer)) / self.rates.bandwidth + self.rates.overhead / 4
 
     def page_bytes(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        """The bytes of a layer's saved tensors that are paged."""
         graph = self.sizes.graph(batch, layer, segment)
         return graph.rest + (self.sizes.hidden_bytes(batch) if graph.holds_input else 0)
 
@@ -184,7 +195,7 @@ class Costs:
 
 
 class _Clock:
-    """`now` of the arithmetic, when each channel is free, and when each movement under way ends."""
+    """The clock of a walk: `now` of the arithmetic, when each channel is free, and when each movement under way ends."""
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.costs = Costs(sizes, batches, profile)
@@ -236,7 +247,7 @@ class _Clock:
         self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
 
     def rate(self, op: Op, way: str) -> float:
-        """Bytes/s from or to the tier below."""
+        """The bytes/s from or to the tier below."""
         knobs, profile, moves = self.costs.sizes.knobs, self.costs.profile, op.effect.moves
         if moves == "weights":
             tier = knobs.weights[op.target]

@@ -14,7 +14,8 @@ from lopt_edge.plan.facts.model import ModelFacts
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the programs are functions of. `itemsize` is the compute dtype's, `targets` are the linear layers with LoRA.
+    """The shape of a layer, of which the programs are functions. `itemsize` is the compute dtype's, `targets` are the
+    linear layers with LoRA.
 
     `mixed`: its weights are mixtures of others' (quant/mixed.py).
     """
@@ -29,11 +30,12 @@ class LayerShape:
 
     @property
     def kind(self) -> DeviceKind:
+        """The kind of device on which the layer runs."""
         return kind_of(self.device_type)
 
     @property
     def attention_kernel(self) -> str:
-        """torch's scaled_dot_product_attention, or run/model/query_tiles.py."""
+        """The attention that the layer runs with: torch's scaled_dot_product_attention, or run/model/query_tiles.py."""
         return self.facts.family.attention
 
     def saves(self, short_name: str) -> bool:
@@ -49,7 +51,7 @@ class LayerShape:
         return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped and not self.mixed
 
     def dimensions(self, *, n_sequences: int, n_tokens: int, n_tile: int = 0) -> Dimensions:
-        """The programs' letters."""
+        """The sizes that the programs' letters stand for."""
         facts = self.facts
         return {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": facts.n_heads,
                 "k": facts.n_kv_heads, "q": facts.n_heads + 2 * facts.n_kv_heads, "e": facts.head_dim,
@@ -63,13 +65,13 @@ class LayerShape:
         return slides and self.attention_kernel == "sdpa"
 
     def window(self, layer_type: str, n_tokens: int) -> int | None:
-        """What attention in tiles of queries sees of earlier tokens; None: all."""
+        """The number of earlier tokens that attention in tiles of queries sees; None where it sees all."""
         window = self.facts.sliding_window if layer_type == "sliding_attention" else None
         all_seen = self.attention_kernel == "sdpa" or window is None or n_tokens <= window
         return None if all_seen else window
 
     def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
-        """The key of the traced programs."""
+        """The key of this shape's programs in the traced table."""
         facts = self.facts
         heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
         return case_key(
@@ -79,7 +81,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """The embedding and the lm_head: bytes of a stored number, and whether the lm_head lies on the device."""
+    """The embedding and the lm_head as stored: bytes of a number, and whether the lm_head lies on the device."""
 
     itemsize: int
     head_resident: bool = False
@@ -90,13 +92,13 @@ HEADS = ("grouped", "single", "equal")
 
 
 def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:
-    """A key of the table. `heads` is one of HEADS, or "two kinds" (of attention, for EMBED), or "" (a norm)."""
+    """The key of a case in the table. `heads` is one of HEADS, or "two kinds" (of attention, for EMBED), or "" (a norm)."""
     words = [family, "4" if itemsize == 4 else "2", heads, "masked" * masked, "one" * one]
     return " ".join(word for word in words if word)
 
 
 def more_general(key: str) -> list[str]:
-    """Other keys whose programs hold for this one, if it has none of its own: the nearest first."""
+    """The other keys whose programs hold for this one, if it has none of its own: the nearest first."""
     grouped = key.replace(" single", " grouped").replace(" equal", " grouped")
     found = [key.removesuffix(" one"), grouped, grouped.removesuffix(" one")]
     return [other for other in dict.fromkeys(found) if other != key]

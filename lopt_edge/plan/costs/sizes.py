@@ -38,7 +38,7 @@ ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), grou
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """`n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target.
+    """The size of a micro-batch: `n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target.
 
     `n_real` of them are no padding, where there is any (None: not known, all of them at most).
     """
@@ -51,10 +51,12 @@ class MicroBatchSize:
 
     @property
     def n_rows(self) -> int:
+        """The number of tokens, padding included."""
         return self.n_sequences * self.n_tokens
 
     @property
     def n_real_most(self) -> int:
+        """The number of real tokens, or of all of them where that is not known."""
         return self.n_rows if self.n_real is None else self.n_real
 
 
@@ -63,13 +65,14 @@ def _aligned(n_bytes: int) -> int:
 
 
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
-    """What so many bytes take of a page file at most, in so many pieces: each is rounded up to a grain."""
+    """The most that so many bytes take of a page file in so many pieces: each is rounded up to a grain."""
     return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`vocabulary_itemsize` is that of the stored embedding and lm_head. `evaluates`: the run has held-out data.
+    """The bytes of everything that a run has, by arithmetic. `vocabulary_itemsize` is that of the stored embedding and
+    lm_head. `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
     weights of their own, but mixing coefficients.
@@ -83,14 +86,14 @@ class Sizes:
     replaced: tuple[int, ...] = ()
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
-        """All that are updated at some time."""
+        """The parameter groups that are updated at some time."""
         return self.groups or tuple(group for segment in segments for group in groups_of(segment))
 
     # weights ---------------------------------------------------------------------------------------------------------
 
     @cached_property
     def layer_bytes(self) -> int:
-        """A layer's buffer of packed weights (run/tiers/weights.py)."""
+        """The bytes of a layer's buffer of packed weights (run/tiers/weights.py)."""
         total = 0
         for linear in self.shape.facts.linears:
             sizes = packed_sizes((linear.out_features, linear.in_features))
@@ -99,7 +102,7 @@ class Sizes:
 
     @property
     def small_bytes(self) -> int:
-        """Norms and biases of all layers: resident always."""
+        """The bytes of norms and biases of all layers, which are always resident."""
         facts, family = self.shape.facts, self.shape.facts.family
         biases = sum(linear.out_features for linear in facts.linears if linear.bias)
         norms = family.norms * facts.hidden_size
@@ -111,7 +114,7 @@ class Sizes:
         return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
-        """The one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
+        """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
 
         With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
@@ -129,7 +132,8 @@ class Sizes:
 
     @property
     def vocabulary_buffer_bytes(self) -> int:
-        """A chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is resident."""
+        """The bytes of a chunk of the lm_head as stored, and in the compute dtype where that differs; all of it where it is
+        resident."""
         facts, c = self.shape.facts, self.shape.itemsize
         rows = min(self.shape.kind.vocabulary_chunk, facts.vocab_size)
         if self.knobs.head == ELSEWHERE:
@@ -148,6 +152,7 @@ class Sizes:
         )
 
     def group_elements(self, group: GroupName) -> int:
+        """The number of elements of a parameter group."""
         if group[0] == "layer":
             return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
         return self._aux_elements
@@ -163,17 +168,19 @@ class Sizes:
         return 2 * hidden + 2 * inner * hidden + inner + hidden
 
     def group_bytes(self, group: GroupName) -> int:
-        """fp32 values or gradients of a parameter group."""
+        """The bytes of a parameter group's values, or of its gradients, in fp32."""
         return 4 * self.group_elements(group)
 
     def states_bytes(self, group: GroupName) -> int:
+        """The bytes of a parameter group's optimizer states."""
         n_elements = self.group_elements(group)
         if self.knobs.optimizer == "adamw":
             return 8 * n_elements
         return 2 * (ceil(n_elements / 4) * 4 + 4 * ceil(n_elements / 256))
 
     def step_within(self, group: GroupName) -> int:
-        """Moments in 8 bits: both unpacked, and packed again one after the other (the first one's result lives on)."""
+        """The most bytes within a group's STEP. Moments in 8 bits: both unpacked, and packed again one after the other (the
+        first one's result lives on)."""
         n_elements = self.group_elements(group)
         packed = n_elements + 4 * ceil(n_elements / 256) + 1024  # codes, scales, a copy of the code map
         return 8 * n_elements + 2 * packed if self.knobs.optimizer == "adamw8bit" else 8
@@ -181,12 +188,12 @@ class Sizes:
     # what lives from step to step ------------------------------------------------------------------------------------
 
     def persistent(self, plan: Plan) -> dict[str, int]:
-        """Bytes on the device by category before the first op of a steady step."""
+        """The bytes on the device by category before the first op of a steady step."""
         moving = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
         return self.steady(plan.own_segments, gradients_move=moving)
 
     def steady(self, segments: Sequence[Segment], *, gradients_move: bool) -> dict[str, int]:
-        """The same for any plan over these segments."""
+        """The bytes on the device by category before the first op of a steady step, for any plan over these segments."""
         knobs = self.knobs
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
@@ -209,11 +216,12 @@ class Sizes:
         return found
 
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
-        """fp32 averages of the adapters of tails' layers."""
+        """The bytes of the fp32 averages of the adapters of tails' layers."""
         return sum(self.group_bytes(("layer", layer)) for layer in {layer for s in segments for layer in s.tail})
 
     def persistent_below(self, segments: Sequence[Segment]) -> dict[str, int]:
-        """Bytes by lower tier: paged states, and the values before the update that go with them; host copies of weights."""
+        """The bytes by lower tier: paged states, and the values before the update that go with them; host copies of
+        weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
         places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
@@ -227,55 +235,63 @@ class Sizes:
         return found
 
     def journal_bytes(self, segments: Sequence[Segment]) -> int:
-        """The values before the update on disk, in a file of their own: where states are paged and there are page files."""
+        """The bytes of the values before the update on disk, in a file of their own: where states are paged and there are
+        page files."""
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
         return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
 
     @property
     def intact_bytes(self) -> int:
-        """While the model is still intact: buffers through which the weights of layers that will be replaced come."""
+        """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
+        intact."""
         return min(2, len(self.replaced)) * self.layer_bytes
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
     def hidden_bytes(self, batch: MicroBatchSize) -> int:
+        """The bytes of a micro-batch's hidden states, in the compute dtype."""
         return batch.n_rows * self.shape.facts.hidden_size * self.shape.itemsize
 
     def batch_bytes(self, batch: MicroBatchSize) -> int:
-        """Token ids, supervised positions and targets, and the positions of real tokens where there is padding."""
+        """The bytes of token ids, supervised positions and targets, and of the positions of real tokens where there is
+        padding."""
         return 8 * batch.n_rows + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
 
     def layer_context_bytes(self, batch: MicroBatchSize) -> int:
-        """Positions, rotary tables and masks: they live as long as the micro-batch."""
+        """The bytes of positions, rotary tables and masks, which live as long as the micro-batch."""
         return self._embed(batch)[1]
 
     def embed_within(self, batch: MicroBatchSize) -> int:
+        """The most bytes within EMBED."""
         return self._embed(batch)[0]
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
         return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
-        """A boundary that is read, or written and read back: one example as the cache holds it and in the compute dtype."""
+        """The most bytes while a boundary is read, or written and read back: one example as the cache holds it and in the
+        compute dtype."""
         hidden = self.hidden_bytes(batch)
         cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
         one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
         return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
 
     def align_within(self, batch: MicroBatchSize) -> int:
-        """The gradient, and of a tile: both sides, in fp32 where they are not, and their product or its gradient."""
+        """The most bytes within ALIGN: the gradient, and of a tile both sides, in fp32 where they are not, and their
+        product or its gradient."""
         shape, arange = self.shape, 0 if batch.padded else 8 * batch.n_rows
         n_tile = min(self.knobs.token_tile, batch.n_real_most)
         each = 2 * shape.itemsize + 4 + (0 if shape.itemsize == 4 else 8 + shape.itemsize)
         return self.hidden_bytes(batch) + arange + n_tile * (shape.facts.hidden_size * each + 24)
 
     def receive_within(self, batch: MicroBatchSize) -> int:
-        """A boundary from the process before, and the frame in the making: no more than EMBED takes, which makes both."""
+        """The most bytes within RECV: a boundary from the process before, and the frame in the making. EMBED, which makes
+        both, takes no less."""
         return self.embed_within(batch)
 
     def cache_bytes(self, n_tokens: int) -> int:
-        """Of a boundary cache over so many tokens, on disk."""
+        """The bytes on disk of a boundary cache over so many tokens."""
         return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
 
     @property
@@ -283,7 +299,7 @@ class Sizes:
         return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
-        """The gradient of the output, and a tile's loss with its backward."""
+        """The most bytes within a loss: the gradient of the output, and a tile's loss with its backward."""
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
             self.shape,
@@ -298,14 +314,15 @@ class Sizes:
     # layers ----------------------------------------------------------------------------------------------------------
 
     def forward_within(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        """The most bytes within a layer's forward without a graph."""
         return forward_within(self._run(batch, layer, segment))
 
     def graph(self, batch: MicroBatchSize, layer: int, segment: Segment) -> GraphBytes:
-        """A forward that makes a graph, and what that holds."""
+        """The bytes of a forward that makes a graph, and of what that keeps."""
         return graph_bytes(self._run(batch, layer, segment))
 
     def backward_within(self, batch: MicroBatchSize, layer: int, segment: Segment, *, kept: Keep, fresh: int) -> int:
-        """`fresh` bytes of gradients are made in it."""
+        """The most bytes within a layer's backward, in which `fresh` bytes of gradients are made."""
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:

@@ -22,7 +22,8 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Teacher:
-    """`vocabulary_itemsize` is that of its stored embedding; `itemsize` the compute dtype's."""
+    """The model that teaches, where it is another one than the base. `vocabulary_itemsize` is that of its stored embedding;
+    `itemsize` the compute dtype's."""
 
     facts: ModelFacts
     vocabulary_itemsize: int
@@ -30,7 +31,8 @@ class Teacher:
     device_type: str
 
     def pass_bytes(self, n_tokens: int, *, width: int) -> int:
-        """At most, over a sequence of so many tokens; `width`: hidden size of the model that it teaches."""
+        """The most bytes that its pass takes over a sequence of so many tokens; `width` is the hidden size of the model
+        that it teaches."""
         n_layers, batch = self.facts.n_layers, MicroBatchSize(1, n_tokens, n_tokens)
         knobs = Knobs(("disk",) * n_layers, ("recompute",) * n_layers)
         sizes = Sizes(

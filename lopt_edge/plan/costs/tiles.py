@@ -13,14 +13,15 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 
 
 class QueryTile(NamedTuple):
-    """A tile's queries, and the keys that they see."""
+    """A tile of attention: its queries, and the keys that they see."""
 
     queries: slice
     keys: slice
 
 
 def query_tiles(n_queries: int, n_keys: int, *, group: int, window: int | None, device_type: str) -> list[QueryTile]:
-    """How attention is cut; the last query is at the last key. `group` heads share keys and are in one tile."""
+    """The tiles into which attention is cut; the last query is at the last key. `group` heads share keys and are in one
+    tile."""
     n_tile = _tile_queries(n_keys, group=group, device_type=device_type)
     return [_tile(start, n_tile, n_queries, n_keys, window) for start in range(0, n_queries, n_tile)]
 

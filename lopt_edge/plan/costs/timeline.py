@@ -28,7 +28,7 @@ _PRIORITY = ("saved inputs", "activations")  # a storage with several holders co
 
 @dataclass(frozen=True)
 class OpBytes:
-    """One op: bytes held on the device at its beginning by category, what it takes on top, and the tiers below."""
+    """The bytes of one op: by category what is on the device when it begins, what it takes on top, and the tiers below."""
 
     op: Op
     held: dict[str, int]
@@ -38,34 +38,40 @@ class OpBytes:
 
     @property
     def peak_bytes(self) -> int:
+        """The most bytes on the device while the op runs."""
         return sum(self.held.values()) + self.within
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """`rows` has one entry an op."""
+    """The bytes of one step, op by op: `rows` has one entry an op."""
 
     rows: tuple[OpBytes, ...]
 
     @cached_property
     def peak_row(self) -> OpBytes:
+        """The row of the op at which the device's peak falls; of equal ones the first."""
         return max(self.rows, key=lambda row: row.peak_bytes)
 
     @property
     def peak_bytes(self) -> int:
+        """The peak of the tensors on the device."""
         return self.peak_row.peak_bytes
 
     @property
     def host_bytes(self) -> int:
+        """The most bytes on the host at an op."""
         return max(row.host_bytes for row in self.rows)
 
     @property
     def disk_bytes(self) -> int:
+        """The most bytes on the disk at an op."""
         return max(row.disk_bytes for row in self.rows)
 
 
 def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, beside_bytes: int = 0) -> Timeline:
-    """Replay one step; `batches` has one entry a micro-batch. `beside_bytes` of activations live through all of it."""
+    """The bytes of one step, by a replay of its plan; `batches` has one entry a micro-batch. `beside_bytes` of activations
+    live through all of it."""
     replay, rows = _Replay(plan, sizes, batches), []
     replay.live["activations"] += beside_bytes
     replay.total = sum(replay.live.values())
@@ -79,15 +85,15 @@ def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, bes
 
 @dataclass(eq=False)
 class _Storage:
-    """Bytes that live while somebody holds them; `holders` name categories."""
+    """A storage whose bytes live while somebody holds them; `holders` name categories."""
 
     n_bytes: int
     holders: list[str] = field(default_factory=list)
 
 
 class _Replay:
-    """What is alive. Keys: ("hidden" | "input" | "grad" | "layer context" | "graph" | "pages" | ..., micro-batch,
-    target)."""
+    """The state of a replay: what is alive, by ("hidden" | "input" | "grad" | "layer context" | "graph" | "pages" | ...,
+    micro-batch, target)."""
 
     def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> None:
         self.plan, self.sizes, self.batches = plan, sizes, batches
@@ -166,7 +172,7 @@ class _Replay:
     # what an op takes ------------------------------------------------------------------------------------------------
 
     def within(self, op: Op) -> int:
-        """The bytes that an op takes at its worst moment on top of what is held when it begins."""
+        """The bytes that an op takes at its worst moment on top of what is alive when it begins."""
         name = op.effect.workspace
         return self.workspaces[name](op) if name else 0
 
@@ -203,7 +209,8 @@ class _Replay:
         return self._block_bytes(self.plan.group_of(op)) if self.plan.trains(op) else 0
 
     def _block_bytes(self, group: GroupName) -> int:
-        """Where gradients move each group has a block of its own, made when its first gradient comes."""
+        """The bytes of a group's own block of gradients: where gradients move each has one, made when its first gradient
+        comes."""
         there = (f"gradients {group[0]}", -1, group[1]) in self.held_by
         return self.sizes.group_bytes(group) if self.own_blocks and not there else 0
 
@@ -236,7 +243,7 @@ class _Replay:
             self.kept.pop((op.micro_batch, op.target))
 
     def _keys(self, thing: Thing, op: Op) -> list[Key]:
-        """Of a thing as this op names it; of boundaries in flight the one that it sends, or all of them."""
+        """The keys of a thing as this op names it; of boundaries in flight the one that it sends, or all of them."""
         if thing.per == "layer":
             return [(thing.name, op.micro_batch, op.target)]
         if thing.per == "group":
@@ -263,7 +270,7 @@ class _Replay:
         return self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
 
     def _graph_bytes(self, op: Op) -> int:
-        """What a FORWARD's graph holds beside its input; what comes back from below is all of it."""
+        """The bytes that a FORWARD's graph keeps beside its input; what comes back from below is all of it."""
         return self._page_bytes(op) if op.effect.role == "up" else self._graph(op).rest
 
     def _page_bytes(self, op: Op) -> int:
@@ -271,7 +278,7 @@ class _Replay:
         return graph.rest + (self.sizes.hidden_bytes(self.batches[op.micro_batch]) if graph.holds_input else 0)
 
     def _begin_down(self, op: Op) -> None:
-        """A copy below appears at once; the one on the device goes at the WAIT."""
+        """Begin a movement down: the copy below appears at once, the one on the device goes at the WAIT."""
         row = op.effect
         item, place = (op.item, -1) if row.moves == "group" else (row.moves, op.micro_batch)
         key = (f"{item} {op.unit}" if row.moves == "group" else item, place, op.target)

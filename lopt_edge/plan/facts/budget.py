@@ -20,7 +20,7 @@ from lopt_edge.units import parse_bytes
 
 @dataclass(frozen=True)
 class FreeBytes:
-    """What is free per tier now; None where that is not known (percentages are refused there)."""
+    """The bytes that are free on each tier now; None where that is not known (percentages are refused there)."""
 
     device: int | None = None
     host: int | None = None
@@ -30,7 +30,7 @@ class FreeBytes:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes allowed per tier; None: not stated. `pinned_bytes` is a part of `host_bytes`, not added to it."""
+    """The bytes allowed on each tier; None: not stated. `pinned_bytes` is a part of `host_bytes`, not added to it."""
 
     device_bytes: int | None = None
     host_bytes: int | None = None
@@ -46,7 +46,7 @@ def make_budget(
     pinned_memory: str | None,
     free: FreeBytes,
 ) -> Budget:
-    """The budget as written; every amount that cannot be read is told, all of them together."""
+    """The budget as written. Raises InputError(s): every amount that cannot be read is shown, all of them together."""
     errors: list[InputError] = []
 
     def read(text: str | None, free_bytes: int | None, where: str) -> int | None:

@@ -41,9 +41,10 @@ _HF = "fp32: huggingface.js hardware-nvidia.ts at 013c6b9c"
 
 @dataclass(frozen=True)
 class Card:
-    """`bf16_flops`: dense, fp32 accumulation; fp16's where `has_bf16` is false; 0 without tensor cores, or unknown.
+    """A graphics card, by its nominal figures. `bf16_flops`: dense, fp32 accumulation; fp16's where `has_bf16` is false; 0
+    without tensor cores, or unknown.
 
-    Bandwidths in bytes/s, that of PCIe one way; 0 where there is no link.
+    Bandwidths are in bytes/s, that of PCIe one way; 0 where there is no link.
     """
 
     name: str
@@ -74,7 +75,8 @@ def _geforce(
     kind: Kind = "desktop",
     source: str = _TABLE,
 ) -> Card:
-    """`bandwidth` in GB/s, `fp32` and `bf16` in TFLOP/s, `link` (PCIe generation, lanes), `per_fp32` bf16 over fp32."""
+    """A GeForce card: `bandwidth` in GB/s, `fp32` and `bf16` in TFLOP/s, `link` (PCIe generation, lanes), `per_fp32` bf16
+    over fp32."""
     lost = min(round(LOST_SHARE * gib * GIB), LOST_BYTES)
     memory = gib * GIB - lost if seen_mib is None else seen_mib * MIB
     how = "estimated from its GiB" if seen_mib is None else "as torch reported it"
@@ -139,7 +141,7 @@ def _centre(
 
 
 def _apple(name: str, gib: int, bandwidth: float) -> Card:
-    """The smallest memory sold with the chip."""
+    """An Apple chip with the smallest memory that is sold with it."""
     source = (
         "bandwidth: Apple, as in llama.cpp discussion 4167 and release 0.3.59 of autonomous-grid; memory: the least sold"
     )
@@ -260,7 +262,7 @@ def find_card(name: str) -> Card | None:
 
 
 def near_cards(name: str) -> list[str]:
-    """Names of cards that the user may have meant, the nearest first."""
+    """The names of cards that the user may have meant, the nearest first."""
     keys = {key: card.name for card in _ALL for key in sorted(_keys(card))}
     found = get_close_matches(_plain(name), keys, n=2 * _N_NEAR, cutoff=0.6)
     return list(dict.fromkeys(keys[key] for key in found))[:_N_NEAR]
@@ -276,7 +278,7 @@ def _plain(name: str) -> str:
 
 
 def _keys(card: Card) -> set[str]:
-    """The name, and without rtx or gtx."""
+    """The words by which a card is found: its name, and that without rtx or gtx."""
     plain = _plain(card.name)
     return {plain, re.sub(r"^[rg]tx", "", plain)}
 

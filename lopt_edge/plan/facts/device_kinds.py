@@ -109,6 +109,6 @@ def kind_of(device: str) -> DeviceKind:
 
 
 def in_words(*names: str) -> str:
-    """Names as a sentence lists a choice: `auto, cpu or cuda`."""
+    """The names as a sentence lists a choice: `auto, cpu or cuda`."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last

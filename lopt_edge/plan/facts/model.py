@@ -31,6 +31,7 @@ class LinearFacts:
 
     @property
     def short_name(self) -> str:
+        """The last word of its path, e.g. q_proj: what `lora_targets` name."""
         return self.name.rsplit(".", 1)[-1]
 
 
@@ -56,21 +57,22 @@ class ModelFacts:
     max_positions: int | None
 
     def __hash__(self) -> int:
-        """Of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
+        """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
         return hash((self.architecture, self.n_layers, self.hidden_size, self.intermediate_size, self.vocab_size))
 
     @property
     def family(self) -> Family:
-        """All in which its family differs from others."""
+        """The model's family: all in which it differs from others."""
         return family_of(self.model_type)
 
     @property
     def linear_names(self) -> tuple[str, ...]:
+        """The short names of the linear layers of a decoder layer, in the order in which they run."""
         return tuple(linear.short_name for linear in self.linears)
 
 
 def facts_from_config(config: object, *, where: str) -> ModelFacts:
-    """Facts from a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
+    """The facts in a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
     quantised = _check_quantisation(config, where)
@@ -112,7 +114,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
 
 
 def _check_quantisation(config: dict[str, Any], where: str) -> bool:
-    """True for a bitsandbytes 4-bit folder, False for full precision; every other form is refused by name."""
+    """Whether it is a bitsandbytes 4-bit folder (True) or full precision (False); every other form is refused by name."""
     quantisation = config.get("quantization_config")
     if not isinstance(quantisation, dict):
         return False
@@ -163,7 +165,7 @@ def _linears(known: dict[str, Any], family: Family, *, n_kv_heads: int, head_dim
 
 
 def _layer_types(known: dict[str, Any], family: Family, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
-    """`full_attention` or `sliding_attention` per layer, as transformers 5 derives it for the family."""
+    """The type of each layer, `full_attention` or `sliding_attention`, as transformers 5 derives it for the family."""
     given = known.get("layer_types") if "layer_types" in family.asks else None
     if given is None:
         kinds = tuple(family.layer_type(known, i, window) for i in range(n_layers))

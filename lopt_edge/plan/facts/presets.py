@@ -24,7 +24,7 @@ _N_NEAR = 3
 
 @dataclass(frozen=True)
 class Preset:
-    """`config` is part of the config.json of `hub_id`; `source` says where its numbers were read."""
+    """A model known by name. `config` is part of the config.json of `hub_id`; `source` says where its numbers were read."""
 
     name: str
     hub_id: str
@@ -33,7 +33,7 @@ class Preset:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a stored number."""
+        """The bytes of a stored number."""
         return 4 if self.config["torch_dtype"] == "float32" else 2
 
 
@@ -49,7 +49,8 @@ def _preset(
     torch_dtype: str = "bfloat16",
     **more: Any,
 ) -> Preset:
-    """`shape`: vocabulary, hidden, intermediate, layers, heads, key-value heads. `more`: keys that the family asks for."""
+    """A preset from its sizes; `shape`: vocabulary, hidden, intermediate, layers, heads, key-value heads. `more`: keys that
+    the family asks for."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads")  # fmt: skip
     config = {"model_type": family, **dict(zip(keys, shape, strict=True)), "tie_word_embeddings": tied,
@@ -131,7 +132,7 @@ def find_preset(name: str) -> Preset | None:
 
 
 def near_presets(name: str) -> list[str]:
-    """Names of presets that the user may have meant, the nearest first."""
+    """The names of presets that the user may have meant, the nearest first."""
     plain = {_plain(preset.name): preset.name for preset in _ALL}
     wanted = _plain(name.rsplit("/", 1)[-1])
     return [plain[found] for found in get_close_matches(wanted, plain, n=_N_NEAR, cutoff=0.5)]

@@ -50,7 +50,7 @@ DISK_READ, DISK_WRITE = 2.0e9, 1.0e9  # bytes/s: an NVMe disk on the slow side (
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Rates in operations or bytes per second. A multiply-add is two operations.
+    """The rates of a device in operations or bytes per second. A multiply-add is two operations.
 
     `matmul_flops` by dtype name; `unpack_rate` counts elements of 4-bit weights unpacked to the compute dtype;
     `attention_flops` counts causal attention once, 2 x tokens^2 x heads x head_dim, in the dtype that a run takes by itself
@@ -80,10 +80,11 @@ class DeviceProfile:
     attention_by_dtype: dict[str, float] = field(default_factory=dict)
 
     def up(self, tier: str) -> float:
-        """Bytes/s from a tier to the device; the host's memory is pinned where there is a GPU."""
+        """The bytes/s from a tier to the device; the host's memory is pinned where there is a GPU."""
         return self._way(tier, self.copy_up_pinned, self.disk_read)
 
     def down(self, tier: str) -> float:
+        """The bytes/s from the device to a tier."""
         return self._way(tier, self.copy_down_pinned, self.disk_write)
 
     def _way(self, tier: str, copy: float, disk: float) -> float:
@@ -94,7 +95,7 @@ class DeviceProfile:
 
     @property
     def file_read(self) -> float:
-        """Bytes/s of weights read from their files to the device, nothing cached."""
+        """The bytes/s of weights read from their files to the device, nothing cached."""
         return self.up("disk")
 
     def flops(self, itemsize: int) -> float:
@@ -104,11 +105,11 @@ class DeviceProfile:
         return max(rate for name, rate in self.matmul_flops.items() if name != "float32")
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """The profile as plain JSON values."""
         return {**asdict(self), "measured": None if self.measured is None else self.measured.isoformat()}
 
     def described(self) -> list[tuple[str, str]]:
-        """(what, how much) in words, for people."""
+        """The profile in words, for people: (what, how much)."""
         when = "not measured" if self.measured is None else f"measured on {self.measured.isoformat()}"
         rates = ", ".join(f"{name} {_si(rate)}FLOP/s" for name, rate in self.matmul_flops.items())
         rows = [("device", f"{self.name} ({self.device_type}), {format_bytes(self.memory_bytes)}, {when}"),
@@ -129,7 +130,7 @@ class DeviceProfile:
 
 
 def _si(rate: float) -> str:
-    """`126 G`, `1.5 T`: three digits, and the unit's letter before the unit."""
+    """The rate in three digits and a letter before the unit: `126 G`, `1.5 T`."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if rate >= size:
             return f"{rate / size:.3g} {letter}"
@@ -206,13 +207,13 @@ def default_cpu_profile() -> DeviceProfile:
 
 
 def profile_path(folder: Path | None = None) -> Path:
-    """Where this machine's measured profile lies: `folder`, or lopt-edge's cache. Home folders may be shared: by host."""
+    """The path of this machine's profile, in `folder` or lopt-edge's cache. Home folders may be shared: by host."""
     host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:80] or "this-machine"
     return (folder or Path.home() / ".cache" / "lopt-edge") / f"profile-{host}.json"
 
 
 def save_profile(profile: DeviceProfile, path: Path) -> None:
-    """Written beside and renamed, so that a full disk leaves the old one."""
+    """Write the profile beside its path and rename it, so that a full disk leaves the old one."""
     values = {"version": VERSION, **profile.as_dict()}
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:

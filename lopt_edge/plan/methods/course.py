@@ -25,7 +25,7 @@ FILL, READ = "fill", "read"  # the two forms
 
 @dataclass(frozen=True)
 class Phase:
-    """`cycle` names kinds, taken in turn, until this share of the run's steps is over."""
+    """A part of a run. `cycle` names kinds of step, taken in turn, until this share of the run's steps is over."""
 
     until: float
     cycle: tuple[str, ...]
@@ -33,14 +33,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Course:
-    """`kinds` by name in the order of their first step; `drawn` makes the kind of a step where no cycle says it.
+    """The kinds of step that a run takes, and which step is of which.
 
-    `also`: groups that train in drawn kinds only. `restarts`: each phase has a learning-rate schedule of its own, and may
-    end early. `epochs`: passes over the data, for the share of steps that fill a cache. `patience`: a phase ends after so
-    many evaluations in a row without a lower held-out loss. `align_weight`: of an alignment beside the task, at the first
-    step; `local_fades`: the local losses' rates fall linearly until their phase is over. `ema_momentum`,
-    `cascade_weight`: of the averages that a tail is read through, and the share of a loss that crosses into the segment
-    before. `smaller`: the course of another method, to be named where this one does not fit.
+    `kinds` by name in the order of their first step; `drawn` makes the kind of a step where no cycle names it. `also`:
+    groups that train in drawn kinds only. `restarts`: each phase has a learning-rate schedule of its own, and may end
+    early. `epochs`: passes over the data, for the share of steps that fill a cache. `patience`: a phase ends after so many
+    evaluations in a row without a lower held-out loss. `align_weight`: of an alignment beside the task, at the first step;
+    `local_fades`: the local losses' rates fall linearly until their phase is over. `ema_momentum`, `cascade_weight`: of the
+    averages that a tail is read through, and the share of a loss that crosses into the segment before. `smaller`: the
+    course of another method, to be named where this one does not fit.
     """
 
     method: str
@@ -58,7 +59,7 @@ class Course:
     smaller: Course | None = None
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
-        """Of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.
+        """The kind of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.
 
         `ended`: the last steps of the phases that ended early.
         """
@@ -71,7 +72,8 @@ class Course:
         return self._planned(cycle[(step - first) % len(cycle)])[0]
 
     def phase(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> tuple[int, int, int]:
-        """(index, first step, last step) of a step's phase. The steps that an early end leaves are shared evenly."""
+        """The phase of a step: (index, its first step, its last step). The steps that an early end leaves are shared
+        evenly."""
         begun, n_ended = (ended[-1] if ended else 0), len(ended)
         later = self.phases[n_ended:]
         shares = [(i + 1) / len(later) for i in range(len(later))] if ended else [phase.until for phase in later]
@@ -80,7 +82,7 @@ class Course:
         return index, (ends[index - 1] if index else 0) + 1, ends[index]
 
     def reading(self, kind: StepKind) -> StepKind:
-        """The form that reads, of a kind that fills."""
+        """The form that reads a cache, of a kind that fills it."""
         return self.named[kind.name.removesuffix(FILL) + READ]
 
     def _planned(self, name: str) -> tuple[StepKind, ...]:
@@ -91,11 +93,12 @@ class Course:
 
     @cached_property
     def named(self) -> dict[str, StepKind]:
+        """The kinds of step by name."""
         return {kind.name: kind for kind in self.kinds}
 
     @cached_property
     def groups(self) -> tuple[GroupName, ...]:
-        """All parameter groups of the run, layers first."""
+        """The parameter groups of the run, layers first."""
         found = {group for kind in self.kinds for segment in kind.segments for group in groups_of(segment)}
         found |= {*self.also, *(group for kind in self.kinds for group in kind.resting)}
         return tuple(sorted(found, key=lambda group: (group[0] != "layer", group[1])))
@@ -117,7 +120,7 @@ class Course:
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
-        """Of the kinds, in the steps of a long run that begins with an empty cache."""
+        """The share of each kind in the steps of a long run that begins with an empty cache."""
         found = dict.fromkeys(self.named, 0.0)
         begun = 0.0
         for phase in self.phases or (Phase(1.0, (self.kinds[0].name,)),):

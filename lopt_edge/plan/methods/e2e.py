@@ -26,7 +26,7 @@ from lopt_edge.plan.schedule.segments import Segment
 
 
 def course(_options: Options, n_layers: int) -> Course:
-    """One segment; where it does not fit, the planner tries `frozen` halves."""
+    """The course of one segment; where it does not fit, the planner tries `frozen` halves."""
     smaller = frozen.course(Options(), n_layers) if n_layers > 1 else None
     return Course("e2e", (StepKind("", (Segment(0, 0, n_layers - 1, "task"),)),), smaller=smaller)
 

@@ -16,7 +16,7 @@ from lopt_edge.plan.schedule.segments import cut_depth
 
 
 def course(options: Options, n_layers: int) -> Course:
-    """The early segments have no loss, the last one has the task's."""
+    """The course where the early segments have no loss and the last one has the task's."""
     segments = cut_depth(
         "none", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )

@@ -35,7 +35,7 @@ MOST_OFF = 0.02  # of a share that cyclic groups cannot have exactly
 
 
 class Options(method.Options):
-    """Which layers have a backward in a step, and what becomes of the others."""
+    """The options of lcsb: which layers have a backward in a step, and what becomes of the others."""
 
     selection: Literal["cyclic", "uniform"] = Field("cyclic", description="lcsb: layers in turn, or drawn for each step")
     select_ratio: float = Field(0.5, gt=0, le=1, description="lcsb: share of the layers with a backward in a step")
@@ -43,6 +43,8 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course where some of the layers have a backward, others in each step. Raises InputError for what a depth does not
+    allow."""
     if options.selection == "uniform":
         n_selected = max(1, round(options.select_ratio * n_layers))
         drawn = partial(_drawn, options, n_layers, n_selected)

@@ -35,19 +35,20 @@ ALIGN, PLAIN = "align", "plain"  # kinds of step
 
 
 class LocalOptions(method.Options):
-    """How long an early layer is aligned."""
+    """The options of let-local: how long an early layer is aligned."""
 
     align_until: float = Field(0.5, gt=0, le=1, description="let: share of the run in which an early layer is aligned")
 
 
 class Options(LocalOptions):
-    """How strongly and where an early layer is aligned beside the task."""
+    """The options of let: how strongly and where an early layer is aligned beside the task."""
 
     align_weight: float = Field(0.1, gt=0, description="let: weight of the alignment at the first step")
     align_layer: int | None = Field(None, ge=0, description="let: whose output is aligned, from 0 (default: the third)")
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of the task with an alignment beside it. Raises InputError for a layer that this depth does not have."""
     align = min(2, n_layers - 1) if options.align_layer is None else options.align_layer
     if align >= n_layers:
         raise InputError(
@@ -59,6 +60,8 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def local_course(options: LocalOptions, n_layers: int) -> Course:
+    """The course of early segments that are aligned, and a late one that learns the task. Raises InputError for a wrong
+    cut."""
     segments = cut_depth(
         "align", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )

@@ -18,7 +18,7 @@ Options, none of them the paper's own:
   cosine to a teacher's last hidden state (methods/let.py says which), with a constant weight.
 - `open_every N`: on every N-th step the boundary opens: an end-to-end step, in which the early layers get the task's
   gradient, at the task's learning rate; AdamW's moments are one set for both. At 1/N of its cost.
-- `lr_local`: lr / 100 where nothing is said, and not lr as in the paper: with LoRA the reconstruction at the task's rate
+- `lr_local`: lr / 100 where nothing is set, and not lr as in the paper: with LoRA the reconstruction at the task's rate
   did harm on both tasks of our study (docs/methods.md).
 Where we deviate from the released code otherwise (padding, embeddings, dtypes, clipping): docs/design.md.
 """
@@ -39,14 +39,14 @@ from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment, cut_depth
 
 LOCAL, REST, OPEN = "local", "rest", "open"  # kinds of step
-LOCAL_PART = 100  # one part in so many of lr is what the early segments get where nothing is said (docs/methods.md)
+LOCAL_PART = 100  # one part in so many of lr is what the early segments get where nothing is set (docs/methods.md)
 # They ask for a boundary: LoPT's, where no method is named.
 BOUNDARY_SETTINGS = ("num_segments", "boundary_layers", "boundary", "boundary_update", "choose_segments", "local_every",
                      "local_loss", "local_weight", "lr_local", "open_every")  # fmt: skip
 
 
 class Options(method.Options):
-    """What decides when, how and with which loss the early segments train."""
+    """The options of lopt: what decides when, how and with which loss the early segments train."""
 
     boundary_update: Literal["stale", "fresh"] = Field(
         "stale", description="lopt: update all segments together, or the early ones first and run them again"
@@ -59,6 +59,7 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of early segments with a local loss, and a last one with the task's. Raises InputError for a wrong cut."""
     early = options.local_loss if options.local_every else "rest" if options.open_every else "none"
     segments = cut_depth(
         early, n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
@@ -77,7 +78,7 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
-    """Kinds by step, the largest one first, so that it is seen at once: the open one, else the local one.
+    """The kinds by step, the largest one first, so that it is seen at once: the open one, else the local one.
 
     Beside open steps the local one comes last in its turn; where both fall together the open one wins.
     """
@@ -94,7 +95,7 @@ def _cycle(local_every: int, open_every: int) -> tuple[str, ...]:
 
 
 def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
-    """`auto` beside given boundaries, an update order beside a global norm, a gradient beside a pipeline."""
+    """The contradictions: `auto` beside boundaries, an update order beside a global norm, a gradient beside a pipeline."""
     fresh_global = run.clip and run.clip_scope == "global"
     if run.teacher and options.local_loss != "align":
         yield Problem("teacher", f"belongs to local_loss align, this is {options.local_loss}", "add --local-loss align")
@@ -127,7 +128,7 @@ def _pipeline_problems(options: Options) -> Iterator[Problem]:
 
 
 def warnings(options: Options, run: RunSettings) -> Iterator[str]:
-    """Settings of the local loss that change nothing."""
+    """The settings of the local loss that change nothing, a sentence for each."""
     given = run.model_fields_set
     if not options.local_every:
         local = ("lr_local", "local_weight", "local_loss", "boundary_update", "teacher")

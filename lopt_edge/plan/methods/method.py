@@ -72,7 +72,7 @@ class RunSettings(Protocol):
 
 
 class Problem(NamedTuple):
-    """A setting, what is wrong with it beside the others, and what to do."""
+    """A problem of one setting: what is wrong with it beside the others, and what to do."""
 
     setting: str
     what: str
@@ -80,12 +80,12 @@ class Problem(NamedTuple):
 
 
 def no_problems(_options: Any, _run: RunSettings) -> Iterator[Problem]:
-    """Nothing contradicts."""
+    """The problems of a method in which nothing contradicts: none."""
     return iter(())
 
 
 def no_warnings(_options: Any, _run: RunSettings) -> Iterator[str]:
-    """Everything has an effect."""
+    """The warnings of a method in which everything has an effect: none."""
     return iter(())
 
 

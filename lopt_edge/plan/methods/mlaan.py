@@ -56,7 +56,7 @@ NUM_SEGMENTS = 4  # by default
 
 
 class Options(method.Options):
-    """How a window is read out, and how much of its loss reaches the segment before."""
+    """The options of mlaan: how a window is read out, and how much of its loss reaches the segment before."""
 
     leap_layers: int = Field(4, ge=1, description="mlaan: later layers between a window and its loss, at most")
     ema_momentum: float = Field(0.99, ge=0, lt=1, description="mlaan: momentum of the averages of later layers' adapters")
@@ -64,6 +64,7 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of segments in overlapping windows, one kind of step. Raises InputError for fewer than 3 segments."""
     cut = cut_depth(
         "next-token", n_layers=n_layers, num_segments=options.num_segments, boundary_layers=options.boundary_layers
     )
@@ -88,21 +89,22 @@ def _windowed(cut: tuple[Segment, ...], segment: Segment, n_leaps: int) -> Segme
 
 
 def leaps(first: int, last: int, n_leaps: int) -> tuple[int, ...]:
-    """At most so many layers of `first` .. `last`, evenly spaced and with the last one; none if there are none."""
+    """The layers of a tail: at most so many of `first` .. `last`, evenly spaced and with the last one; none if there are
+    none."""
     n_later = last - first + 1
     n_leaps = min(n_leaps, n_later)
     return tuple(first + (i + 1) * n_later // n_leaps - 1 for i in range(n_leaps))
 
 
 def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
-    """Early updates: a segment runs in two windows."""
+    """The contradictions: early updates, since a segment runs in two windows."""
     if run.apply != "step":
         what = "mlaan needs step: a segment that was updated would run again in the next window"
         yield Problem("apply", what, "leave apply out")
 
 
 def warnings(_options: Options, run: RunSettings) -> Iterator[str]:
-    """The weight of local losses, which is another method's."""
+    """The weight of local losses, which is another method's and changes nothing here."""
     if "local_weight" in run.model_fields_set:
         yield "local_weight has no effect: cascade_weight weighs mlaan's losses"
 

@@ -47,7 +47,7 @@ EVERY = 3
 
 
 class Options(method.Options):
-    """Which layers are replaced."""
+    """The options of repl: which layers are replaced."""
 
     replace_layers: tuple[int, ...] | None = Field(
         None, description="repl: e.g. 3,5: layers made from those beside them (default: every third of the middle half)"
@@ -55,12 +55,13 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course of one segment in which some layers are replaced. Raises InputError for layers that cannot be."""
     replaced = _chosen(n_layers) if options.replace_layers is None else _checked(options.replace_layers, n_layers)
     return Course("repl", (StepKind("", (Segment(0, 0, n_layers - 1, "task", replaced=replaced),)),))
 
 
 def _chosen(n_layers: int) -> tuple[int, ...]:
-    """Every third layer of the middle half."""
+    """The layers that are replaced by default: every third of the middle half."""
     if n_layers < 3:
         raise InputError(
             f"repl needs a model of at least 3 layers, this one has {n_layers}", where="method", fix="use another method"
@@ -82,7 +83,7 @@ def _checked(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
 
 
 def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
-    """Streamed weights, and adapters of the intact model."""
+    """The contradictions: streamed weights, and adapters of the intact model."""
     if "disk" in run.weights or "host" in run.weights:
         what = "must be resident with method repl: a replaced layer reads both layers beside it"
         yield Problem("weights", what, "leave weights out, or use another method")

@@ -32,11 +32,11 @@ from lopt_edge.plan.methods.method import Method, Problem, RunSettings
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
 
-TAIL_SHARE = 8  # of the depth is the tail, unless said otherwise: one part in so many
+TAIL_SHARE = 8  # of the depth is the tail, unless set otherwise: one part in so many
 
 
 class Options(method.Options):
-    """How many stages, how deep a tail, and when a stage is over."""
+    """The options of segprop: how many stages, how deep a tail, and when a stage is over."""
 
     stages: int = Field(4, ge=1, description="segprop: stages, each with a segment of its own")
     tail_layers: int | None = Field(None, ge=1, description="segprop: final layers that train in all stages (default: 1/8)")
@@ -46,6 +46,7 @@ class Options(method.Options):
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course in stages, each before a tail. Raises InputError for more layers or stages than this depth has."""
     n_tail = options.tail_layers or max(1, n_layers // TAIL_SHARE)
     n_body = n_layers - n_tail
     if n_body < 1:
@@ -73,7 +74,7 @@ def _stage(stage: int, n_body: int, n_layers: int, n_stages: int) -> StepKind:
 
 
 def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
-    """What needs the whole model, dropout before a cached boundary, patience without evaluations."""
+    """The contradictions: what needs the whole model, dropout before a cached boundary, patience without evaluations."""
     if run.keep_best:
         what = "cannot be with segprop: its stages train other networks than the whole model"
         yield Problem("keep_best", what, "leave it out")
@@ -86,7 +87,8 @@ def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
 
 
 def pinned(options: Options) -> frozenset[str]:
-    """The number of steps decides where stages end; with patience so do the evaluations."""
+    """The settings that a resumed run must keep: the number of steps decides where stages end; with patience so do the
+    evaluations."""
     return frozenset({"max_steps", "epochs"} | ({"eval_every", "eval_data"} if options.stage_patience else set()))
 
 

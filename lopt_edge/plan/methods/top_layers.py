@@ -20,12 +20,13 @@ from lopt_edge.plan.schedule.segments import Segment
 
 
 class Options(method.Options):
-    """How many layers train."""
+    """The options of top-layers: how many layers train."""
 
     train_layers: int | None = Field(None, ge=1, description="top-layers: how many of the last layers train")
 
 
 def course(options: Options, n_layers: int) -> Course:
+    """The course where only the last layers train. Raises InputError for more layers than there are."""
     wanted = options.train_layers
     if wanted is None:
         raise InputError("is needed by method top-layers", where="train_layers", fix=f"choose 1 to {n_layers}")
@@ -39,7 +40,7 @@ def course(options: Options, n_layers: int) -> Course:
 
 
 def problems(options: Options, _run: RunSettings) -> Iterator[Problem]:
-    """A number of layers must be said."""
+    """The problem of a missing number of layers, which must be given."""
     if options.train_layers is None:
         yield Problem("train_layers", "is needed by method top-layers", "say how many of the last layers train")
 

@@ -29,7 +29,7 @@ AVERAGED = "ema"  # the adapter set of a tail
 
 @dataclass(frozen=True)
 class StepKind:
-    """One kind of optimizer step.
+    """The form of one optimizer step: its segments, and what is read or written beside them.
 
     `resting` are parameter groups that are updated without a gradient (their momentum moves them). `reads`, `writes`: the
     layer before which the cached boundary lies, None for none. `teacher`: the step reads a teacher's features; `align`: the
@@ -102,7 +102,7 @@ def _micro_batch(kind: StepKind, trains: tuple[int, ...], micro_batch: int, pass
 
 
 def _windows(segments: tuple[Segment, ...], micro_batch: int) -> Iterator[Op]:
-    """The passes of one micro-batch, each holding what the next one enters with."""
+    """The ops of the passes of one micro-batch, each keeping what the next one enters with."""
     taken = [segment for segment in segments if segment.has_loss]
     workers = dict(pairwise(segment.index for segment in taken))
     for segment in taken:

@@ -16,7 +16,8 @@ from lopt_edge.plan.schedule.ops import Op, Plan
 
 @dataclass(frozen=True)
 class Movements:
-    """Ops to run, in order; those of gradients by group, so that a group can be put in its place before the next comes."""
+    """The movement ops to run, in order; those of gradients by group, so that a group can be put in its place before the
+    next comes."""
 
     of_weights: tuple[Op, ...]
     of_gradients: dict[tuple[str, int], tuple[Op, ...]]
@@ -31,7 +32,7 @@ def cut_before(plan: Plan, micro_batch: int) -> int:
 
 
 def movements_before(plan: Plan, position: int) -> Movements:
-    """What of the movements of the ops before `position` is still in effect there."""
+    """The movements, of the ops before `position`, whose effect still holds there."""
     weights: dict[tuple[str, int], list[Op]] = {}
     gradients: dict[tuple[str, int], list[Op]] = {}
     for op in plan.ops[:position]:

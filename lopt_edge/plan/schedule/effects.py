@@ -49,8 +49,8 @@ GROUP_ITEMS = ("states", "gradients")  # of a parameter group
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that lives between ops. There is one of it in a step, one a (micro-batch, layer), one a parameter group,
-    or one for each boundary in flight.
+    """A thing that lives between ops: there is one of it in a step, one a (micro-batch, layer), one a parameter group, or
+    one for each boundary in flight.
 
     `shares`: it is the same storage as that thing was before the op. `when`: the Plan's method that says of an op whether
     the thing is concerned; empty: always. `takes`: what its bytes are those of (as many as hidden states, say; empty: none
@@ -67,15 +67,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Effect:
-    """One row.
+    """The row of one kind of op: all that others ask about it.
 
     `role`: arithmetic in the order of the list (`compute`), or beside it (`beside`, which no movement is timed by), a
     movement up or down, its end, or a copy that is given back. `says`: the op in words. `uses`: whose weights, states and
     gradients it computes with. `trains`: the group whose gradients it adds to, where `Plan.trains` says so. `enters`: a
     micro-batch begins with it. `makes`, `frees`: in this order. `moves`: what a movement moves (`group`: what its item
-    says), `until_wait`: things whose copy on the device is free at the movement's WAIT. `rule`, `workspace`, `seconds`:
-    the names of a check in validate.py, a formula in timeline.py and one in seconds.py; empty: nothing to check, no bytes
-    on top of what it makes, no time.
+    says), `until_wait`: things whose copy on the device is free at the movement's WAIT. `rule`, `workspace`, `seconds`: the
+    names of a check in validate.py, a formula in timeline.py and one in seconds.py; empty: nothing to check, no bytes on
+    top of what it makes, no time.
     """
 
     role: Literal["compute", "beside", "up", "down", "wait", "evict"]

@@ -33,7 +33,8 @@ TOKEN_TILES = (1024, 512, 256)  # tokens whose chunk of logits exists at a time:
 
 @dataclass(frozen=True)
 class Knobs:
-    """`weights` and `activations` have one entry a layer. `prefetch` is how many layers ahead a movement begins.
+    """The memory settings of a run. `weights` and `activations` have one entry a layer. `prefetch` is how many layers ahead
+    a movement begins.
 
     `token_tile` is of the losses, in steps and evaluations.
     """
@@ -52,7 +53,7 @@ class Knobs:
 
     @property
     def ring(self) -> int:
-        """Buffers for streamed layers: the one that computes and those on their way."""
+        """The number of buffers for streamed layers: the one that computes and those on their way."""
         return 0 if all(place in ("resident", ELSEWHERE) for place in self.weights) else self.prefetch + 1
 
     @property
@@ -64,7 +65,7 @@ class Knobs:
         return used - {"device"}
 
     def described(self) -> str:
-        """One line for people."""
+        """The settings on one line, for people."""
         tile = "" if self.token_tile == TOKEN_TILES[0] else f"; losses of {self.token_tile} tokens at a time"
         return (
             f"weights {in_runs(self.weights)}; activations {in_runs(self.activations)}; saved inputs {self.saved_inputs}; "
@@ -73,7 +74,7 @@ class Knobs:
 
 
 def in_runs(choices: tuple[str, ...]) -> str:
-    """One word if all layers agree, else each run of layers with its choice."""
+    """The choices in words: one word if all layers agree, else each run of layers with its choice."""
     if len(set(choices)) == 1:
         return choices[0]
     starts = [i for i in range(len(choices)) if not i or choices[i] != choices[i - 1]]
@@ -82,20 +83,21 @@ def in_runs(choices: tuple[str, ...]) -> str:
 
 
 def default_knobs(facts: ModelFacts, device_type: str) -> Knobs:
-    """All on the device, one layer recomputed at a time. On a CPU the lm_head is read in chunks from its file: it would be
-    the largest tensor in memory."""
+    """The settings with everything on the device and one layer recomputed at a time. On a CPU the lm_head is read in chunks
+    from its file: it would be the largest tensor in memory."""
     n_layers, head = facts.n_layers, "resident" if kind_of(device_type).host_is_below else "disk"
     return Knobs(("resident",) * n_layers, ("recompute",) * n_layers, head=head)
 
 
 def placement_of(knobs: Knobs) -> tuple[tuple[str, str], ...]:
-    """(unit, place) for every unit of the model. The token embedding's rows are read from its file for each batch."""
+    """The place of every unit of the model, as (unit, place). The token embedding's rows are read from its file for each
+    batch."""
     layers = tuple((f"layer {i}", place) for i, place in enumerate(knobs.weights))
     return (("embed", "disk"), *layers, ("head", knobs.head))
 
 
 def per_layer(text: str, choices: tuple[str, ...], *, n_layers: int, where: str) -> tuple[str, ...]:
-    """`CHOICE[,FIRST-LAST=CHOICE,...]` as one choice a layer. Raises InputError."""
+    """The choice of each layer, from `CHOICE[,FIRST-LAST=CHOICE,...]`. Raises InputError."""
     first, *exceptions = [part.strip() for part in text.split(",")]
     forms = f"use {', '.join(choices)}, or e.g. {choices[-1]},0-5={choices[0]}"
     if first not in choices:

@@ -47,7 +47,7 @@ class Keep(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One step of the plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
+    """One op of a plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
     `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where
     the kind leaves it open: `input`, `pages`, `states`, `gradients`, `boundary`, `teacher`, `held`. `tier` is where to.
@@ -66,6 +66,7 @@ class Op:
     tier: str = ""
 
     def text(self) -> str:
+        """The op as a plan's text writes it."""
         words = [self.kind.value, *(word for word in (self.item, self.unit) if word)]
         words += [str(self.target)] if self.target >= 0 else []
         words += [f"mb={self.micro_batch}"] if self.micro_batch >= 0 else []
@@ -77,18 +78,19 @@ class Op:
 
     @property
     def group(self) -> tuple[str, int]:
-        """The parameter group of STEP, LOAD and STORE."""
+        """The parameter group of a STEP, LOAD or STORE."""
         return self.unit, self.target
 
     @property
     def effect(self) -> Effect:
-        """Its row of the table."""
+        """The op's row of the table (effects.py)."""
         return effect_of(self.kind, self.item)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a tier.
+    """The plan of one kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a
+    tier.
 
     `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time. `kind`
     names the kind of step where a run has several. `own`: the segments of this process of a pipeline, None where one
@@ -107,6 +109,7 @@ class Plan:
     own: tuple[int, ...] | None = None
 
     def text(self) -> str:
+        """The plan in words, a line for each op after the header: `parse_plan` reads it."""
         counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
         counts += "" if self.own is None else f" own={runs_text(self.own)}"
         kind = f" kind={self.kind}" if self.kind else ""
@@ -115,7 +118,7 @@ class Plan:
         return "\n".join([*head, *(op.text() for op in self.ops)]) + "\n"
 
     def hash(self) -> str:
-        """The first 16 hex digits of the text's SHA-256."""
+        """The plan's name: the first 16 hex digits of the text's SHA-256."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
     def around(self, position: int, *, reach: int = 3) -> str:
@@ -130,6 +133,7 @@ class Plan:
         return Kind.STEP in kinds and Kind.BACKWARD in kinds[kinds.index(Kind.STEP) :]
 
     def segment_of(self, layer: int) -> Segment:
+        """The segment that has this layer."""
         return next(segment for segment in self.segments if segment.first <= layer <= segment.last)
 
     def reads(self, layer: int) -> tuple[int, ...]:
@@ -174,7 +178,7 @@ class Plan:
         return op.keep is Keep.PAGES
 
     def holds_target(self, op: Op) -> bool:
-        """Whether a FORWARD's input is held for the local loss that reconstructs it, and nothing else holds it."""
+        """Whether a FORWARD's input is kept for the local loss that reconstructs it, and nothing else keeps it."""
         segment = self.scope(op)
         return op.target == segment.first and segment.has_head and self.keeps_graph(op)
 
@@ -202,7 +206,7 @@ class Plan:
 
     @cached_property
     def own_segments(self) -> tuple[Segment, ...]:
-        """Those whose ops are here."""
+        """The segments whose ops are in this plan."""
         return self.segments if self.own is None else tuple(self.segments[index] for index in self.own)
 
     @cached_property
@@ -212,7 +216,7 @@ class Plan:
 
 
 class PlanTextError(ValueError):
-    """A plan text that does not parse; names the line."""
+    """A plan text that does not parse; the message names the line."""
 
 
 _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"

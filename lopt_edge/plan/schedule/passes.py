@@ -36,7 +36,7 @@ def arrange(plan: Plan, knobs: Knobs) -> Plan:
 
 
 class _Insertions:
-    """Ops to put before and after positions of a plan; `before` keeps the order of calls, so does `after`."""
+    """The ops to put before and after positions of a plan; `before` keeps the order of calls, so does `after`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -69,7 +69,7 @@ class _Insertions:
 
 
 def choose_activations(plan: Plan, knobs: Knobs) -> Plan:
-    """What each FORWARD keeps. A segment's last layer keeps its graph in any case: its backward follows at once."""
+    """Choose what each FORWARD keeps. A segment's last layer keeps its graph in any case: its backward follows at once."""
     kept = {"keep": Keep.GRAPH, "recompute": Keep.INPUT, "page": Keep.PAGES}
 
     def choose(op: Op) -> Op:
@@ -81,7 +81,7 @@ def choose_activations(plan: Plan, knobs: Knobs) -> Plan:
 
 
 def move_pages(plan: Plan, knobs: Knobs) -> Plan:
-    """PAGE_OUT after a movable graph was made, PAGE_IN before its BACKWARD."""
+    """Insert PAGE_OUT after a movable graph was made, and PAGE_IN before its BACKWARD."""
     found = _Insertions(plan)
     for forward, backward, op in _pairs(plan, Keep.PAGES):
         wait = _of(op, Kind.WAIT, item="pages")
@@ -91,7 +91,7 @@ def move_pages(plan: Plan, knobs: Knobs) -> Plan:
 
 
 def move_saved_inputs(plan: Plan, knobs: Knobs) -> Plan:
-    """SPILL after the forward, RESTORE before the backward; a local loss reads its target in between."""
+    """Insert SPILL after the forward, and RESTORE before the backward; a local loss reads its target in between."""
     if knobs.saved_inputs == "device":
         return plan
     found = _Insertions(plan)
@@ -110,7 +110,7 @@ def move_saved_inputs(plan: Plan, knobs: Knobs) -> Plan:
 
 
 def _pairs(plan: Plan, keep: Keep) -> Iterator[tuple[int, int, Op]]:
-    """(position of FORWARD, position of its BACKWARD, the FORWARD) for every layer that keeps this."""
+    """The (position of FORWARD, position of its BACKWARD, the FORWARD) for every layer that keeps this."""
     ends = {(op.target, op.micro_batch, op.pass_index): i for i, op in enumerate(plan.ops) if op.kind is Kind.BACKWARD}
     for position, op in enumerate(plan.ops):
         if op.kind is Kind.FORWARD and op.keep is keep:
@@ -128,13 +128,15 @@ def _move_down(found: _Insertions, position: int, move: Op, wait: Op, knobs: Kno
 
 
 def _move_up(found: _Insertions, position: int, move: Op, wait: Op, knobs: Knobs, *, earliest: int) -> None:
-    """Begin `prefetch` compute ops earlier, but not before `earliest` (where the movement down has surely ended)."""
+    """Insert a movement up that begins `prefetch` compute ops earlier, but not before `earliest` (where the movement down
+    has surely ended)."""
     found.before(found.earlier(position, knobs.prefetch, not_before=min(earliest, position)), move)
     found.before(position, wait)
 
 
 def place_steps(plan: Plan, knobs: Knobs) -> Plan:
-    """`step`: all STEPs last. `segment`, `layer`: each as soon as its gradients are complete."""
+    """Put each STEP in its place. `step`: all come last. `segment`, `layer`: each comes as soon as its gradients are
+    complete."""
     if knobs.apply == "step":
         return plan
     final = plan.n_micro_batches - 1
@@ -161,7 +163,7 @@ def _group_of(plan: Plan, op: Op) -> tuple[str, int] | None:
 
 
 def move_gradients(plan: Plan, knobs: Knobs) -> Plan:
-    """Gradients go down after each op that adds to them and come up for the next one, and for the STEP."""
+    """Insert gradients' movements: down after each op that adds to them, up for the next one and for the STEP."""
     if knobs.gradients == "device" or knobs.apply == "layer":
         return plan
     found = _Insertions(plan)
@@ -179,7 +181,7 @@ def move_gradients(plan: Plan, knobs: Knobs) -> Plan:
 
 
 def move_states(plan: Plan, knobs: Knobs) -> Plan:
-    """A group's optimizer states come up for its STEP and go down after it."""
+    """Insert the movements of optimizer states: up for a group's STEP, and down after it."""
     if knobs.states == "device":
         return plan
     found = _Insertions(plan)
@@ -199,12 +201,12 @@ def _uses(plan: Plan, group: Callable[[Op], tuple[str, int] | None]) -> dict[tup
 
 
 def stream_weights(plan: Plan, knobs: Knobs) -> Plan:
-    """FETCH / WAIT / EVICT around each run of ops that compute with a streamed layer; placement in the header.
+    """Insert FETCH / WAIT / EVICT around each run of ops that compute with a streamed layer; placement goes to the header.
 
     A use is a run of ops of the same layer without another streamed layer's in between (a segment's last FORWARD, its LOSS,
     its first BACKWARD). The fetch of a use begins with the use `prefetch` before it, so that at most prefetch + 1 buffers
-    are taken. Where the order of layers turns round, the last `prefetch` ones are still there and are not fetched again:
-    a layer is held from one use to the next if at most `prefetch` other layers are used between.
+    are taken. Where the order of layers turns round, the last `prefetch` ones are still there and are not fetched again: a
+    layer is kept from one use to the next if at most `prefetch` other layers are used between.
     """
     plan = replace(plan, placement=placement_of(knobs), ring=knobs.ring)
     uses: list[tuple[int, int, int]] = []  # (layer, first position, last position)
@@ -230,7 +232,7 @@ def stream_weights(plan: Plan, knobs: Knobs) -> Plan:
 
 
 def _held(uses: list[tuple[int, int, int]], most_between: int) -> dict[int, int]:
-    """Uses whose layer is still there: index of the use -> index of the one before it of the same layer."""
+    """The uses whose layer is still there: index of the use -> index of the one before it of the same layer."""
     before: dict[int, int] = {}
     held: dict[int, int] = {}
     for index, (layer, _, _) in enumerate(uses):

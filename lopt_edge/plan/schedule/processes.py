@@ -27,7 +27,7 @@ from lopt_edge.plan.schedule.segments import Segment
 
 @dataclass(frozen=True)
 class Part:
-    """What process `rank` of `n` runs: these segments, layers `first` .. `last`."""
+    """The part of process `rank` of `n`: these segments, layers `first` .. `last`."""
 
     rank: int
     n: int
@@ -37,20 +37,22 @@ class Part:
 
     @property
     def is_last(self) -> bool:
+        """Whether this is the last process, which has the lm_head."""
         return self.rank == self.n - 1
 
     def owns(self, group: tuple[str, int]) -> bool:
-        """A parameter group: a layer's adapters, a segment's aux head."""
+        """Whether a parameter group is this process': a layer's adapters, a segment's aux head."""
         unit, target = group
         return self.first <= target <= self.last if unit == "layer" else target in self.segments
 
     def text(self) -> str:
+        """The part in words, for people."""
         return f"process {self.rank} (layers {self.first}-{self.last})"
 
 
 def parts_of(segments: Sequence[Segment], n: int) -> tuple[Part, ...]:
-    """Neighbouring segments for each process, as evenly as can be; the remainder to the first ones, since the last one has
-    the lm_head as well. Raises InputError for more processes than segments."""
+    """The parts of `n` processes: neighbouring segments for each, as evenly as can be; the remainder to the first ones,
+    since the last one has the lm_head as well. Raises InputError for more processes than segments."""
     if not 1 <= n <= len(segments):
         raise InputError(
             f"{n} processes for {len(segments)} segments: each needs one of its own",
@@ -66,13 +68,14 @@ def parts_of(segments: Sequence[Segment], n: int) -> tuple[Part, ...]:
 
 
 def own_knobs(knobs: Knobs, part: Part) -> Knobs:
-    """The same settings, with the other processes' layers (and the lm_head, but for the last one) elsewhere."""
+    """The settings as one process has them: the other processes' layers (and the lm_head, but for the last one) are
+    elsewhere."""
     weights = tuple(place if part.first <= i <= part.last else ELSEWHERE for i, place in enumerate(knobs.weights))
     return replace(knobs, weights=weights, head=knobs.head if part.is_last else ELSEWHERE)
 
 
 def cut_for_process(plan: Plan, part: Part) -> Plan:
-    """What of a step's plan this process runs. The plan has no movements yet."""
+    """The plan of what this process runs of a whole step. The plan has no movements yet."""
     if plan.has_early_steps or any(op.kind in (Kind.READ, Kind.WRITE) for op in plan.ops):
         raise ValueError("early steps and a boundary cache cannot be cut into processes")
     ops: list[Op] = []
@@ -86,7 +89,7 @@ def cut_for_process(plan: Plan, part: Part) -> Plan:
 
 
 def _here(op: Op, part: Part) -> tuple[Op, ...]:
-    """What becomes of an op in this process."""
+    """The ops that an op of the whole step becomes in this process."""
     if op.kind is Kind.EMBED:
         return (op,) if part.rank == 0 else (Op(Kind.RECV, part.first, op.micro_batch),)
     if op.kind is Kind.LOSS:

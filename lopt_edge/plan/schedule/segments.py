@@ -36,7 +36,7 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers `first` .. `last` (both included) and the loss that trains them.
+    """A segment: layers `first` .. `last` (both included) and the loss that trains them.
 
     `reach` is the layer where the loss' gradient ends (None: at `first`); `tail` are later layers before its head.
     """
@@ -53,13 +53,13 @@ class Segment:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Those that run forward."""
+        """The layers of the segment that run forward."""
         absent = frozenset(self.absent)
         return tuple(layer for layer in range(self.first, self.last + 1) if layer not in absent)
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
-        """Those that have a backward in this kind of step."""
+        """The layers that have a backward in this kind of step."""
         return () if self.loss in FORWARD_ONLY else tuple(layer for layer in self.layers if layer not in self.through)
 
     @property
@@ -92,12 +92,13 @@ class Segment:
 
     @cached_property
     def turned(self) -> tuple[int, ...]:
-        """Those that its gradient passes, the tail's too: each keeps something from its forward for its backward."""
+        """The layers that its gradient passes, the tail's too: each keeps something from its forward for its backward."""
         return (*self.reached, *self.tail)
 
     @cached_property
     def window(self) -> tuple[int, ...]:
-        """The layers that run forward for its sake. None where its loss is the next segment's, whose window holds them."""
+        """The layers that run forward for its sake. There are none where its loss is the next segment's, whose window holds
+        them."""
         return () if self.loss == "following" else (*range(self.begin, self.first), *self.layers, *self.tail)
 
     @property
@@ -115,7 +116,7 @@ class Segment:
         return (layer - 1, layer + 1) if layer in self.replaced else (layer,)
 
     def text(self) -> str:
-        """As in a plan (ops.py parses it)."""
+        """The segment as a plan writes it (ops.py parses it)."""
         words = [f"segment {self.index} layers={self.first}-{self.last} loss={self.loss}"]
         exceptions = (("through", self.through), ("absent", self.absent), ("replaced", self.replaced))
         words += [f"{name}={runs_text(layers)}" for name, layers in exceptions if layers]
@@ -125,7 +126,7 @@ class Segment:
 
 
 def runs_text(layers: tuple[int, ...]) -> str:
-    """`0-3,7`."""
+    """The layers in runs: `0-3,7`."""
     starts = [i for i in range(len(layers)) if not i or layers[i] != layers[i - 1] + 1]
     ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]
     return ",".join(f"{layers[a]}-{layers[b]}" if b > a else f"{layers[a]}" for a, b in zip(starts, ends, strict=True))
@@ -146,10 +147,10 @@ def parse_runs(text: str) -> tuple[int, ...]:
 def cut_depth(
     early: SegmentLoss, *, n_layers: int, num_segments: int, boundary_layers: Sequence[int] | None = None
 ) -> tuple[Segment, ...]:
-    """LoPT's cut: the last segment learns the task, every earlier one has the loss `early`.
+    """The segments of LoPT's cut: the last one learns the task, every earlier one has the loss `early`.
 
-    k contiguous blocks of num_layers // k layers, the remainder to the first ones. `boundary_layers`: each begins the next
-    segment; they replace `num_segments`. Raises InputError.
+    There are k contiguous blocks of num_layers // k layers, the remainder to the first ones. `boundary_layers`: each begins
+    the next segment; they replace `num_segments`. Raises InputError.
     """
     starts = (
         [0, *_checked_boundaries(boundary_layers, n_layers)] if boundary_layers else _even_starts(n_layers, num_segments)

@@ -141,7 +141,7 @@ def _check_window(plan: Plan, segment: Segment) -> None:
 
 
 def _enter(replay: _Replay, op: Op) -> str:
-    """A micro-batch begins: at the embeddings, or at a boundary that is read or received."""
+    """Check where a micro-batch begins: at the embeddings, or at a boundary that is read or received."""
     if problem := _enters_here(replay, op):
         return problem
     if not 0 <= op.micro_batch < replay.plan.n_micro_batches:
@@ -220,7 +220,7 @@ def _next_layer(replay: _Replay, op: Op) -> str:
 
 
 def _align(replay: _Replay, op: Op) -> str:
-    """Right after the layer's forward; its gradient must find a backward of that layer."""
+    """Check an ALIGN: it comes right after the layer's forward, and its gradient must find a backward of that layer."""
     position = replay.entered.get((op.micro_batch, op.pass_index), 0)
     if not replay.teacher or replay.plan.path[:position][-1:] != (op.target,):
         return f"(2): {op.text()} needs a teacher's features and layer {op.target}'s output"

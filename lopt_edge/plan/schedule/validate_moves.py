@@ -18,7 +18,8 @@ Thing = tuple[str, int, int]  # (item, micro-batch, target); for states and grad
 
 
 class Moves:
-    """`problem_before` judges an op by where things are; `note_compute` records what an op makes and frees."""
+    """The places of all things that can move. `problem_before` judges an op by where things are; `note_compute` records
+    what an op makes and frees."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -27,6 +28,7 @@ class Moves:
         self.below_at_rest = {op.group for op in plan.ops if op.kind is Kind.STORE and op.item == "states"}
 
     def is_here(self, item: str, micro_batch: int, target: int) -> bool:
+        """Whether this thing is on the device."""
         return self.at.get((item, micro_batch, target)) in ("here", "both")
 
     def problem_before(self, op: Op) -> str:
@@ -77,7 +79,7 @@ class Moves:
         return ""
 
     def note_compute(self, op: Op) -> str:
-        """What of the things that can move an op makes and frees, as its row says."""
+        """Record what an op makes and frees, as its row says, of the things that can move."""
         row = op.effect
         for thing in row.frees:
             if thing.name in FOLLOWED:
@@ -134,7 +136,7 @@ class Moves:
         return ""
 
     def left(self) -> str:
-        """What is still held or on its way at the end; states at rest below are as they should be."""
+        """The things that are still there or on their way at the end, in words; states at rest below do not count."""
         for (item, _, target), state in self.at.items():
             if item == "layer":
                 return f"layer {target} was fetched and not evicted"

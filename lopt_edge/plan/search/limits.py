@@ -30,7 +30,7 @@ N_LOOKED = 4  # combinations of the most room by their bounds that are looked at
 
 
 def longest_context(search: Search, budget: Budget) -> int:
-    """Tokens of the longest sequences of which a step fits; 0 if none does."""
+    """The length in tokens of the longest sequences of which a step fits; 0 if none does."""
     workload, limited = search.workload, budget.host_bytes is not None or budget.disk_bytes is not None
     forms = frugal(search, limited=limited)
 
@@ -89,7 +89,7 @@ def _roomiest(workload: Workload, forms: list[Knobs], budget: Budget) -> list[Kn
 
 
 def frugal(search: Search, *, limited: bool) -> list[Knobs]:
-    """Combinations of little memory: the smallest as found, and everything below with recomputation. `limited`: tiers
+    """The combinations of little memory: the smallest as found, and everything below with recomputation. `limited`: tiers
     below the device have budgets, so that some things may have to stay on it."""
     knobs, fixed, space = search.smallest.knobs, search.space.fixed, search.space
     below = "host" if kind_of(space.device_type).host_is_below else "disk"
@@ -114,7 +114,7 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
 
 
 def smallest_card(smallest: Candidate, kinds: tuple[str, ...]) -> str | None:
-    """The name of the card with the least memory that holds this candidate; None if no kind was asked for, or none does."""
+    """The name of the card with the least memory in which this candidate fits; None if none does, or no kind was named."""
     need = smallest.prediction.device_bytes
     enough = [card for card in CARDS.values() if card.kind in kinds and card.memory_bytes >= need]
     return min(enough, key=_size, default=_NO_CARD).name or None
@@ -128,7 +128,7 @@ _NO_CARD = Card("", 0, 0, 0, 0, 0, False, "desktop", "")
 
 
 def nearest_that_fit(search: Search, budget: Budget) -> Iterator[str]:
-    """Sentences: changes of the run, each of which alone makes its smallest combination fit."""
+    """The changes of the run each of which alone makes its smallest combination fit, as flags."""
     workload, knobs = search.workload, search.smallest.knobs
     first = workload.batches[0]
     if (longest := longest_context(search, budget) if budget.device_bytes else 0) >= SHORTEST and longest < first.n_tokens:

@@ -1,8 +1,8 @@
-"""What a run takes in the processes of a pipeline: the planner's answer for one process, reckoned again for each part.
+"""What a run takes in the processes of a pipeline: the planner's answer for one process, computed again for each part.
 
 The search (search.py) chooses the knobs as if one process ran the whole step; here each process' own plan is replayed with
 those knobs, and the clocks are chained: a process waits for the boundaries that the one before has sent. On a CPU the
-processes share RAM, so the device's bytes are their sum; each is reckoned at the machine's full rate, which is too good
+processes share RAM, so the device's bytes are their sum; each is computed at the machine's full rate, which is too good
 where they share cores. No torch.
 """
 
@@ -25,8 +25,8 @@ def in_processes(
     whole: RunPlan, workload: Workload, knobs: Knobs, parts: Sequence[Part]
 ) -> tuple[RunPlan, tuple[str, ...]]:
     """The answer with peaks, items, seconds and speed of all processes, and in words what each takes. Where the sum does
-    not fit what is free, that is said; the knobs stay. What was found beside it (alternatives, longest context) is
-    of one process and goes."""
+    not fit what is free, a sentence shows it; the knobs stay. What was found beside the answer (alternatives, longest
+    context) is of one process and goes."""
     found, arrivals = [], dict[int, float]()
     for part in parts:
         one = replace(workload, part=part)

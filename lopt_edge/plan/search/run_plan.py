@@ -4,7 +4,7 @@ It is made from a search (search.py) and a budget, by `lopt-edge plan`, by `fine
 everywhere, all frozen, as JSON under the same keys. Bytes are predicted peaks. `items` are the bytes at the moment of the
 device's peak and add up to it.
 
-Each knob has its reason: said by the user, or found by putting it back to its fastest value and looking what that would
+Each knob has its reason: set by the user, or found by putting it back to its fastest value and looking what that would
 take. It prints nothing.
 """
 
@@ -43,7 +43,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What `lopt-edge plan --json` prints. `missing` and `would_fit` are empty if it fits.
+    """The planner's answer: what `lopt-edge plan --json` prints. `missing` and `would_fit` are empty if it fits.
 
     `longest_context` is in tokens of one sequence, of what the memory holds (the model's own limit aside); None where no
     device budget is known. `items` has every category, most of them often 0.
@@ -73,12 +73,13 @@ class RunPlan:
     chosen: Candidate | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The answer as plain JSON values."""
         found = asdict(replace(self, chosen=None))
         del found["chosen"]
         return found
 
     def as_json(self) -> str:
+        """The answer as the text that `lopt-edge plan --json` prints."""
         return json.dumps(self.as_dict(), indent=2)
 
 
@@ -90,8 +91,8 @@ def make_run_plan(
     notes: tuple[str, ...] = (),
     brief: bool = False,
 ) -> RunPlan:
-    """The answer. `kinds_of_cards`: among which to look for the smallest one; `brief` leaves out what is beside this run
-    (alternatives, the longest context, cards)."""
+    """The answer to a search. `kinds_of_cards`: among which to look for the smallest one; `brief` leaves out what is beside
+    this run (alternatives, the longest context, cards)."""
     workload, found = search.workload, search.within(budget)
     chosen = found.best or search.smallest
     step_seconds = three_digits(chosen.seconds.seconds)
@@ -129,13 +130,13 @@ def make_run_plan(
 
 
 def _lowest(search: Search, smallest: Candidate, budget: Budget) -> Candidate:
-    """The smallest combination in its form with the fewest misfits: what is said to be missing."""
+    """The smallest combination in its form with the fewest misfits, which are reported as missing."""
     forms = [smallest, *(search.candidate(knobs) for knobs in search.space.lowered(smallest.knobs))]
     return min(forms, key=lambda form: len(form.prediction.misfits(budget)))
 
 
 def peak_bytes(prediction: Prediction, search: Search, budget: Budget) -> dict[str, int]:
-    """By tier. Host memory of a run beside a GPU is pinned as far as its budget goes."""
+    """The peaks by tier. Host memory of a run beside a GPU is pinned as far as its budget goes."""
     pinned = prediction.host_bytes if search.workload.shape.kind.host_is_below else 0
     if budget.pinned_bytes is not None:
         pinned = min(pinned, budget.pinned_bytes)
@@ -148,7 +149,7 @@ def peak_bytes(prediction: Prediction, search: Search, budget: Budget) -> dict[s
 
 
 def shown_knobs(knobs: Knobs) -> dict[str, Any]:
-    """By the names of the settings; per-layer ones in runs of layers."""
+    """The knobs by the names of their settings; per-layer ones in runs of layers."""
     values = {name: getattr(knobs, name) for name in REPORTED}
     return {NAMES.get(name, name): in_runs(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -157,7 +158,7 @@ def shown_knobs(knobs: Knobs) -> dict[str, Any]:
 
 
 def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
-    """Bytes by category at the device's peak; they add up to it."""
+    """The bytes by category at the device's peak; they add up to it."""
     prediction = chosen.prediction
     facts = workload.shape.facts
     held = dict(prediction.held_at_peak)
@@ -210,7 +211,7 @@ def _reasons(search: Search, chosen: Candidate, budget: Budget, *, fits: bool) -
 
 
 def _without(search: Search, chosen: Candidate, knobs: Knobs, budget: Budget) -> str:
-    """Why the knob is not at its fastest value: what that would need."""
+    """The reason why the knob is not at its fastest value: what that would need."""
     other = search.candidate(knobs)
     if misfits := other.prediction.misfits(budget):
         return f"else {misfits[0]}"
@@ -282,7 +283,7 @@ def _seconds(seconds: float) -> str:
 
 
 def described(knobs: Mapping[str, Any]) -> str:
-    """In one line: `knobs` as in a RunPlan."""
+    """The memory settings on one line; `knobs` are as in a RunPlan."""
     shown = ("weights", "activations", "saved_inputs", "optimizer_states", "gradients")
     tile = f"; losses of {knobs['token_tile']} tokens at a time" if knobs["token_tile"] != TOKEN_TILES[0] else ""
     return "; ".join(f"{name.replace('_', ' ')} {knobs[name]}" for name in shown) + tile

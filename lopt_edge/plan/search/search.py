@@ -41,7 +41,7 @@ PREFETCH = (1, 0, 2)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination, timed and replayed."""
+    """A combination of knobs that was timed and replayed."""
 
     knobs: Knobs
     seconds: StepSeconds
@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """`best` is None if nothing fits."""
+    """The result of a search within a budget. `best` is None if nothing fits."""
 
     best: Candidate | None
     n_combinations: int
@@ -58,10 +58,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """Every combination that the search may choose. `fixed` knobs do not vary; `said` are those that the user set.
+    """The combinations that the search may choose. `fixed` knobs do not vary; `said` are those that the user set.
 
-    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest tile
-    of the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved least often goes
+    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest tile of
+    the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved least often goes
     first. `tiled` gives those with smaller tiles.
     """
 
@@ -102,11 +102,12 @@ class Space:
         return any(found and name not in self.fixed for name, found in wasted.items())
 
     def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
-        """It, and with ever smaller tiles of the loss."""
+        """The combination itself, then with ever smaller tiles of the loss."""
         smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
         return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
 
     def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
+        """The combination's further forms, with ever more of it on disk; it itself is not among them."""
         for name in ("states", "gradients", "saved_inputs", "weights"):
             if name in self.fixed:
                 continue
@@ -124,13 +125,13 @@ class Space:
 
 
 def last_layers(n_layers: int, quarter: int, choice: str, rest: str) -> tuple[str, ...]:
-    """`choice` for the last quarters of the depth."""
+    """The choice of each layer: `choice` for the last quarters of the depth, `rest` before them."""
     n_chosen = -(-n_layers * quarter // 4)
     return (rest,) * (n_layers - n_chosen) + (choice,) * n_chosen
 
 
 class Search:
-    """The combinations of one workload with their bounds; asked for several budgets, nothing is reckoned twice."""
+    """The combinations of one workload with their bounds; asked for several budgets, nothing is computed twice."""
 
     def __init__(self, workload: Workload, space: Space) -> None:
         self.workload, self.space = workload, space
@@ -144,22 +145,24 @@ class Search:
         self._predicted: dict[Knobs, Prediction] = {}
 
     def candidate(self, knobs: Knobs) -> Candidate:
-        """Timed and replayed."""
+        """The combination, timed and replayed."""
         return Candidate(knobs, self.seconds(knobs), self.prediction(knobs))
 
     def seconds(self, knobs: Knobs) -> StepSeconds:
+        """The time of a step with these knobs, computed once."""
         if knobs not in self._timed:
             self._timed[knobs] = self.workload.seconds(knobs)
         return self._timed[knobs]
 
     def prediction(self, knobs: Knobs) -> Prediction:
+        """The peaks of a step with these knobs, replayed once."""
         if knobs not in self._predicted:
             self._predicted[knobs] = self.workload.predict(knobs)
         return self._predicted[knobs]
 
     def fitting(self, knobs: Knobs, budget: Budget) -> Candidate | None:
-        """The first form of it that fits: with the largest tile that the device holds, and as it is, or with more of it on
-        disk (which frees the host alone)."""
+        """The first form of a combination that fits, None if none does: with the largest tile that the device holds, and as
+        it is, or with more of it on disk (which frees the host alone)."""
         most = budget.device_bytes
         held = (form for form in self._tiles(knobs) if most is None or self.prediction(form).device_bytes <= most)
         found = next(held, None)
@@ -173,18 +176,19 @@ class Search:
         return next((self.candidate(form) for form in fits), None)
 
     def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
-        """It, and with smaller tiles as long as the loss or the evaluation is at the peak."""
+        """The combination itself, and with smaller tiles as long as the loss or the evaluation is at the peak."""
         for form in self.space.tiled(knobs):
             yield form
             if not self.prediction(form).at_loss:
                 break
 
     def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
-        """Whether it is no faster than the best as it stands; with more on disk it would be slower still."""
+        """Whether a combination is no faster than the best as it stands; with more on disk it would be slower still."""
         return best is not None and three_digits(self.seconds(knobs).seconds) >= _rank(best)
 
     def _moves_more(self, knobs: Knobs, best: Knobs) -> bool:
-        """Not asked where their seconds come from other micro-batches: these differ in the third digit."""
+        """Whether a combination only moves more than the best. Where their seconds come from other micro-batches it does
+        not count: these differ in the third digit."""
         moving = {knobs.gradients == "device", best.gradients == "device"}
         return (len(moving) == 1 or len(self.workload.batches) == 1) and _moves_more(knobs, best)
 
@@ -204,7 +208,7 @@ class Search:
 
     @cached_property
     def smallest(self) -> Candidate:
-        """The least device memory of all combinations; of equal ones the fastest. By their bounds few are replayed."""
+        """The combination of the least device memory; of equal ones the fastest. By their bounds few are replayed."""
         found: list[Knobs] = []
         for _, _, device_bytes, row in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
             if found and device_bytes > self.prediction(found[0]).device_bytes:
@@ -223,12 +227,12 @@ def _rank(candidate: Candidate) -> float:
 
 
 def three_digits(seconds: float) -> float:
-    """No more: a prediction knows no more, and plans that differ by less are equally fast."""
+    """The seconds in three digits: a prediction knows no more, and plans that differ by less are equally fast."""
     return float(f"{seconds:.2e}")
 
 
 def _moves_more(knobs: Knobs, best: Knobs) -> bool:
-    """Whether it differs from the best only in moving more things: that is not faster."""
+    """Whether a combination differs from the best only in moving more things: that is not faster."""
     if (knobs.prefetch != best.prefetch and best.ring + len(best.tiers)) or knobs.token_tile > best.token_tile:
         return False
     pairs = [*zip(knobs.weights, best.weights, strict=True), *zip(knobs.activations, best.activations, strict=True),
@@ -243,7 +247,7 @@ def _run(kind: StepKind) -> tuple[Segment, ...]:
 
 
 def _moved_bytes(costs: Costs, knobs: Knobs, batch: MicroBatchSize, layer: int, segment: Segment) -> tuple[int, str]:
-    """(bytes, tier) of what a layer's forward sends down for its backward."""
+    """The (bytes, tier) of what a layer's forward sends down for its backward."""
     if knobs.activations[layer] == "page":
         return costs.page_bytes(batch, layer, segment), knobs.pages
     if knobs.activations[layer] == "recompute" and knobs.saved_inputs != "device":
@@ -252,7 +256,7 @@ def _moved_bytes(costs: Costs, knobs: Knobs, batch: MicroBatchSize, layer: int, 
 
 
 class Bounds:
-    """Lower bounds of a combination, from sums that depend on few knobs."""
+    """The lower bounds of a combination, from sums that depend on few knobs."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -260,12 +264,12 @@ class Bounds:
 
     @property
     def _segments(self) -> tuple[Segment, ...]:
-        """Of the first kind of step: what lives from step to step is the same in all of them."""
+        """The segments of the first kind of step: what lives from step to step is the same in all of them."""
         return self.workload.kinds[0].segments
 
     @property
     def _training(self) -> list[Segment]:
-        """Of all kinds."""
+        """The segments of all kinds that have a loss."""
         return [segment for kind in self.workload.kinds for segment in kind.segments if segment.has_loss]
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -277,7 +281,8 @@ class Bounds:
     # seconds
 
     def seconds(self, knobs: Knobs) -> float:
-        """All arithmetic, or all bytes of the busier channel; without prefetching one after the other."""
+        """The least time of a step: all arithmetic, or all bytes of the busier channel; without prefetching one after the
+        other."""
         few = knobs.gradients == "device"  # which micro-batches are timed
         key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, knobs.token_tile, few)
         computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
@@ -293,7 +298,7 @@ class Bounds:
         return sum(share * seconds for share, seconds in zip(self.workload.course.shares, found, strict=True))
 
     def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
-        """Of one kind of step; the passes that a fresh boundary adds are left out."""
+        """The seconds of one kind of step's arithmetic; the passes that a fresh boundary adds are left out."""
         total = 0.0
         for batch in self.workload.timed(knobs):
             total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
@@ -309,7 +314,7 @@ class Bounds:
         return total + sum(costs.update(group) for group in (*groups, *kind.resting))
 
     def _moved(self, costs: Costs, knobs: Knobs) -> tuple[float, float]:
-        """Seconds of the channels up and down at least: weights less what a ring may hold, pages, saved inputs."""
+        """The least seconds of the channels up and down: weights less what a ring may hold, pages, saved inputs."""
         found = [self._moved_in(costs, knobs, kind) for kind in self.workload.kinds]
         shares = self.workload.course.shares
         up, down = (sum(share * each[way] for share, each in zip(shares, found, strict=True)) for way in (0, 1))
@@ -336,7 +341,7 @@ class Bounds:
     # bytes
 
     def device_bytes(self, knobs: Knobs) -> int:
-        """What lives through the step, and the most that a segment needs where it turns round."""
+        """The least device bytes: what lives through the step, and the most that a segment needs where it turns round."""
         sizes = self.workload.sizes(knobs)
         moving = knobs.gradients != "device" and knobs.apply != "layer"
         key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch)
@@ -347,13 +352,15 @@ class Bounds:
         return steady + turning + slack + self.workload.library_bytes
 
     def host_bytes(self, knobs: Knobs) -> int:
+        """The least bytes on the host."""
         return self._below_bytes(knobs, "host")
 
     def disk_bytes(self, knobs: Knobs) -> int:
+        """The least bytes on the disk."""
         return self._below_bytes(knobs, "disk")
 
     def _below_bytes(self, knobs: Knobs, tier: str) -> int:
-        """What lies there through the step, and what a segment has there where it turns round."""
+        """The bytes of a tier: what lies there through the step, and what a segment has there where it turns round."""
         sizes, segments = self.workload.sizes(knobs), self._segments
         key: tuple[Any, ...] = (tier, knobs.weights, knobs.states, "disk" in knobs.tiers)
         steady = self._once(key, lambda: sizes.persistent_below(segments)[tier])

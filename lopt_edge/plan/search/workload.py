@@ -34,10 +34,11 @@ N_MOVING = 2  # micro-batches to look at where gradients move between them
 
 @dataclass(frozen=True)
 class Workload:
-    """`batches` are the micro-batches of the largest step, the longest first; `evaluation` the largest held-out batch.
+    """The largest step of a run. `batches` are its micro-batches, the longest first; `evaluation` the largest held-out
+    batch.
 
-    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what
-    of it one process of a pipeline runs.
+    `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what of
+    it one process of a pipeline runs.
     """
 
     course: Course
@@ -61,7 +62,7 @@ class Workload:
 
     @property
     def n_tokens(self) -> int:
-        """Of the largest step, padding included."""
+        """The number of tokens of the largest step, padding included."""
         return sum(batch.n_rows for batch in self.batches)
 
     def with_tokens(self, n_tokens: int) -> Workload:
@@ -73,7 +74,7 @@ class Workload:
         return replace(self, batches=batches, evaluation=evaluation)
 
     def mmap_bytes(self, knobs: Knobs) -> int:
-        """From which size on the host allocator shall give a tensor pages of its own (system/allocator.py says why)."""
+        """The size from which on the host allocator shall give a tensor pages of its own (system/allocator.py says why)."""
         graphs = any(
             knobs.activations[layer] != "recompute"
             for kind in self.kinds
@@ -86,6 +87,7 @@ class Workload:
         return min(MMAP_BYTES, max(LEAST_MMAP_BYTES, round(0.9 * hidden)))
 
     def sizes(self, knobs: Knobs) -> Sizes:
+        """The bytes of everything that the run has with these knobs."""
         part, groups = self.part, self.course.groups
         if part is not None:
             knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
@@ -99,12 +101,12 @@ class Workload:
         )
 
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
-        """Of the first kind of step, unless another is named. Not validated: the search makes many."""
+        """The plan of the first kind of step, unless another is named. It is not validated: the search makes many."""
         own = knobs if self.part is None else own_knobs(knobs, self.part)
         return arranged_plan(self.method, kind or self.kinds[0], own, n_micro_batches=n_micro_batches, part=self.part)
 
     def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
-        """As the executor runs it. Raises PlanError if a pass broke a rule."""
+        """The plan as the executor runs it. Raises PlanError if a pass broke a rule."""
         return validate(self.arranged(knobs, n_micro_batches, kind), clip_scope=self.clip_scope)
 
     def _few(self, knobs: Knobs) -> tuple[tuple[MicroBatchSize, ...], tuple[MicroBatchSize, ...]]:
@@ -113,7 +115,7 @@ class Workload:
         return self.batches[:n_few], self.batches[n_few:]
 
     def predict(self, knobs: Knobs, *, whole: bool = False, kind: StepKind | None = None) -> Prediction:
-        """Peaks of the largest step of all kinds, or of one; `whole`: with a timeline over all its micro-batches."""
+        """The peaks of the largest step of all kinds, or of one; `whole`: with a timeline over all its micro-batches."""
         return largest([self._predict(knobs, each, whole=whole) for each in (self.kinds if kind is None else (kind,))])
 
     def _predict(self, knobs: Knobs, kind: StepKind, *, whole: bool) -> Prediction:
@@ -133,7 +135,7 @@ class Workload:
         )
 
     def seconds(self, knobs: Knobs) -> StepSeconds:
-        """Of the largest step, in the mean over the kinds of step."""
+        """The time of the largest step, in the mean over the kinds of step."""
         found = [self._seconds(knobs, kind) for kind in self.kinds]
         if len(found) == 1:
             return found[0]
@@ -168,7 +170,7 @@ class Workload:
 def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
     """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
 
-    `knobs` are that process' own. Not validated: the search makes many.
+    `knobs` are that process' own. The plan is not validated: the search makes many.
     """
     plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
     return arrange(plan if part is None else cut_for_process(plan, part), knobs)

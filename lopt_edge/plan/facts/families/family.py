@@ -5,7 +5,7 @@ whoever needs such a thing asks a field of `facts.family`. Where families differ
 is added here, with what most families do as its default, so that a family's record says only in what it is special.
 
 What a config.json says about one model is read by model.py, through these records. What goes on inside a decoder layer (the
-order of its norms, Granite's residual factor, the activation) is not told: transformers' own modules do it, and nobody here
+order of its norms, Granite's residual factor, the activation) is not here: transformers' own modules do it, and nobody
 asks. This file knows no family.
 """
 
@@ -34,7 +34,7 @@ class Projection(NamedTuple):
 
 
 def attention(*, bias: str = "", out_bias: str = "") -> tuple[Projection, ...]:
-    """Attention with a matrix each for queries, keys, values (`bias` is theirs) and output."""
+    """The projections of attention with a matrix each for queries, keys, values (`bias` is theirs) and output."""
     return (
         Projection("self_attn.q_proj", "hidden", "q", bias),
         Projection("self_attn.k_proj", "hidden", "kv", bias),
@@ -44,7 +44,7 @@ def attention(*, bias: str = "", out_bias: str = "") -> tuple[Projection, ...]:
 
 
 def gated_mlp(*, bias: str = "") -> tuple[Projection, ...]:
-    """An MLP of three matrices: down(act(gate(x)) * up(x))."""
+    """The projections of an MLP of three matrices: down(act(gate(x)) * up(x))."""
     return (
         Projection("mlp.gate_proj", "hidden", "inner", bias),
         Projection("mlp.up_proj", "hidden", "inner", bias),
@@ -56,18 +56,18 @@ LayerType = Callable[[Mapping[str, Any], int, int | None], str]  # (config, laye
 
 
 def full(_config: Mapping[str, Any], _layer: int, _window: int | None) -> str:
-    """Every layer sees all earlier tokens."""
+    """The layer type where every layer sees all earlier tokens."""
     return FULL
 
 
 def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str:
-    """Every layer sees a window of them, if the model has one."""
+    """The layer type where every layer sees a window of earlier tokens, if the model has one."""
     return FULL if window is None else SLIDING
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's parts lie: in a checkpoint by name, and in transformers' class.
+    """The places of a model's parts: in a checkpoint by name, and in transformers' class.
 
     `decoder` is the module of the class for causal language models that has `layers`, `norm` and `rotary_emb`; peft names
     adapters by it. All else are names of tensors in the checkpoint, or what such names begin with.
@@ -80,11 +80,11 @@ class Layout:
     lm_head: str = "lm_head.weight"
 
     def layer(self, index: int) -> str:
-        """What the names of a layer's tensors begin with."""
+        """The prefix of the names of a layer's tensors."""
         return f"{self.layers}{index}."
 
     def head(self, *, tied: bool) -> str:
-        """The tensor that is multiplied for the logits."""
+        """The name of the tensor that is multiplied for the logits."""
         return self.embedding if tied else self.lm_head
 
 
