@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from lopt_edge.config.settings import Config, field_names
+from lopt_edge.plan.methods import owners_of
 
 
 def config_parameters() -> list[inspect.Parameter]:
@@ -22,11 +23,13 @@ def config_parameters() -> list[inspect.Parameter]:
         flag, default = f"--{name.replace('_', '-')}", field.default
         shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
         text = (field.description or "") + shown
+        owners = owners_of(name)
+        panel = f"Method {', '.join(owners)}" if owners else None
+        how: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": panel}
         if field.annotation is bool:
-            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **how)]
         else:
-            metavar = _metavar(field.annotation)
-            option = Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
+            option = Annotated[str | None, typer.Option(flag, metavar=_metavar(field.annotation), **how)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
     return parameters
 

@@ -17,8 +17,7 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import GRAIN, PageFile
 
 CPU = torch.device("cpu")
-RATES = {0: 1e-2, 1: 1e-3}
-SEGMENTS = {("layer", 0): 0, ("aux", 0): 0, ("layer", 1): 1}
+RATES, SEGMENTS = {0: 1e-2, 1: 1e-3}, {("layer", 0): 0, ("aux", 0): 0, ("layer", 1): 1}
 SHAPES = {("layer", 0): ((3, 4), (5,)), ("aux", 0): ((7,),), ("layer", 1): ((3, 4), (5,))}
 Gradients = dict[GroupName, list[torch.Tensor]]
 
