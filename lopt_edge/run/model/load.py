@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +139,7 @@ class Model:
 
         torch's non-reentrant checkpointing stops early to the same effect.
         """
-        last = self.layers[layer].get_submodule(self.facts.linears[-1].name)
-        assert isinstance(last, PackedLinear)
+        last = cast(PackedLinear, self.layers[layer].get_submodule(self.facts.linears[-1].name))  # or a tracer's stand-in
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
