@@ -1,10 +1,10 @@
-"""The configuration of a fine-tuning run: one pydantic model, from a YAML file and flags (flags win).
+"""The settings of a fine-tuning run: one pydantic model, `Config`.
 
-Each knob is declared once, here, with its type, default and help; the command line is made from these fields (cli/main.py),
-YAML keys are the field names (hyphens are accepted for underscores). Rules: all mistakes of a file and its flags are found
-in one pass and shown together, each with its line in the file or its flag; an unknown key is an error with a suggestion;
-a setting that has no effect is reported (`no_effect_warnings`). What needs the model or the data to be judged (boundaries
-beyond the depth, say) is checked where those are read. No torch here.
+Each setting is declared once, here or as an option in its method's file (plan/methods), with its type, default and help.
+The command line is made from these fields (cli/options.py), YAML keys are the field names. Rules: a Config is frozen; what
+one value may be is said by its field, what several contradict by rules.py, and a file with its flags is read by load.py,
+which shows all mistakes together. What needs the model or the data (boundaries beyond the depth, say) is checked where
+those are read. No torch here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ anchors and aliases (nine lines of them can stand for a billion values), no tag 
 `MAX_NUMBER` characters (Python refuses to print one of 4,300 digits). The text is parsed once; the values are made from
 the same nodes as the lines. Each fault is an InputError that names the file and, where there is one, the line.
 
-Not here: which keys there are and what they may be (config.py).
+Not here: which keys there are and what they may be (settings.py).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""`finetune` and `resume`: a run in program order. No import here: `comparison` reads output_folder.py without torch."""
+"""`finetune` and `resume`: a run in program order. Nothing is imported here, so that `comparison` never loads torch."""

@@ -9,7 +9,7 @@ losses, gradients and adapters are the same to the last bit.
 `cut_for_process` takes the plan of a whole step and leaves what one process runs: RECV in the place of EMBED (but in the
 first process), SEND after its last FORWARD (but in the last one), AGREE before the first STEP. It is applied before the
 memory passes, which then move that process' tensors only. Where a gradient crosses (e2e, lcsb, open steps) or a later
-segment waits for an update (fresh), there is nothing to cut; config.py refuses those. No torch.
+segment waits for an update (fresh), there is nothing to cut; config/rules.py refuses those. No torch.
 """
 
 from __future__ import annotations
