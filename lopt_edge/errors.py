@@ -90,8 +90,8 @@ class PeerLost(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run by SIGINT or SIGTERM; `advice` says how to go on. It is no LoptError, so that nothing takes it for a
-    fault."""
+    """The end of a run by SIGINT, SIGTERM or SIGHUP; `advice` says how to go on. It is no LoptError, so that nothing takes
+    it for a fault."""
 
     def __init__(self, signal_number: int, advice: str = "") -> None:
         self.signal_number, self.advice = signal_number, advice
@@ -100,7 +100,7 @@ class Interrupted(KeyboardInterrupt):
     @property
     def exit_code(self) -> int:
         """The exit code by custom: 128 and the signal's number."""
-        return 128 + self.signal_number  # as a shell counts: 130 and 143
+        return 128 + self.signal_number  # as a shell counts: 130, 143 and 129
 
 
 def raise_collected(errors: Sequence[InputError]) -> None:

@@ -27,13 +27,19 @@ MAX_SMALL_FILE_BYTES = 128 * 2**20  # tokenizer files, templates: all but weight
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SUBFOLDERS = ("additional_chat_templates",)  # the only one that transformers reads from
 
-
+# C0 and C1 controls but newline and tab; and what makes a line read otherwise than it is written (bidi overrides)
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def printable(text: str) -> str:
     """The text as every terminal takes it: a name from a file may contain half a character or an escape sequence."""
     return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
+
+
+def printable_name(text: str) -> str:
+    """A name in one line, printable: what makes a new line or a wide gap in it is shown, too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class FolderError(Exception):

@@ -54,7 +54,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
 
     Returns None for a dry run, and in the later processes of a pipeline that torchrun started. Raises InputError for
     anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
-    KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
+    KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
     """
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
