@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quant.untrusted import printable
+from quant.untrusted import printable, printable_name
 
 MOST_SHOWN = 60  # of errors shown together: more than a run has settings that matter to its resumption
 
@@ -33,7 +33,7 @@ class InputError(LoptError):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        text = f"{where}: {what}" if where else what
+        text = f"{printable_name(where)}: {what}" if where else what
         super().__init__(f"{text}\n  -> {fix}" if fix else text)
 
 
@@ -75,7 +75,7 @@ class RunError(LoptError):
     values_intact = True
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        text = f"{where}: {what}" if where else what
+        text = f"{printable_name(where)}: {what}" if where else what
         super().__init__(f"{text}\n  -> {fix}" if fix else text)
 
 

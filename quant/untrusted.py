@@ -43,10 +43,10 @@ def printable_name(text: str) -> str:
 
 
 class FolderError(Exception):
-    """The error for a model or adapter folder that cannot be read; its text names the file and the fault."""
+    """The error for a model or adapter folder that cannot be read; its text, in one line, names the file and the fault."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(printable_name(text))
 
 
 class TooDeep(ValueError):

@@ -272,6 +272,15 @@ def test_an_adapter_scale_out_of_reason_is_refused(adapter, alpha):
         check_adapter_folder(adapter)
 
 
+def test_a_folder_whose_name_has_lines_makes_no_line_of_an_error(tmp_path):
+    folder = tmp_path / "a\nerror: fake\x1b[2J"
+    folder.mkdir()
+    with pytest.raises(InputError) as caught:
+        read_records(folder / "none.jsonl")
+    assert not any(line.startswith("error: fake") for line in str(caught.value).splitlines())
+    assert "\x1b" not in str(caught.value)
+
+
 # --- data files -------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-"""SIGINT, SIGTERM and SIGHUP in every phase, through the command line: exit code 128 and the number, a sentence how to go on,
-and nothing lost.
+"""SIGINT, SIGTERM and SIGHUP in every phase, through the command line: exit code 128 and the number, advice, nothing lost.
+
 The signal is sent to this process from inside the phase, so it lands there and nowhere else. The second signal, which ends
 the process at once, is sent to a child.
 """
