@@ -110,6 +110,6 @@ def half_written(output: Path, cache: Path, *, child: int) -> frozenset[str]:
     """The phases in which this process must have been, by what lies half written under its id."""
     left = {
         "checkpoint": (output / checkpoint.CHECKPOINTS).glob(f".writing-*-{child}"),
-        "quantise": cache.glob(f"*.partial-{child}"),
+        "quantise": cache.glob(f"*.partial-{child}-*"),
     }
     return frozenset(phase for phase, found in left.items() if any(found))

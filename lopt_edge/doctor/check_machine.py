@@ -32,7 +32,7 @@ from lopt_edge.doctor.layer_check import Check, check_layers, one_line
 from lopt_edge.models.four_bit import default_cache
 from lopt_edge.plan.facts.device_kinds import CPU, kind_of
 from lopt_edge.system.file_systems import MEMORY_FILE_SYSTEMS
-from lopt_edge.system.memory import cgroup_memory
+from lopt_edge.system.memory import cgroup_memory, machine_memory
 from lopt_edge.system.processor import processor_name
 
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -207,8 +207,7 @@ def _choice() -> Choice:
 
 
 def _host_tier(*, has_gpu: bool) -> Tier:
-    memory = psutil.virtual_memory()
-    total, free, where = memory.total, memory.available, "RAM"
+    (total, free), where = machine_memory(), "RAM"
     limit = cgroup_memory()
     if limit is not None and limit[0] < total:
         total, free, where = limit[0], min(free, limit[1]), "RAM (limit of this container or control group)"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries
 from lopt_edge.plan.facts.model import packs
 from lopt_edge.units import format_bytes
-from quant.folders import remove_stale
+from quant.folders import remove_stale, wait_for
 from quant.headers import FolderError, TensorEntry
 from quant.sizes import DTYPE_BYTES
 
@@ -30,14 +31,23 @@ def default_cache() -> Path:
 
 
 def four_bit_folder(
-    model: ModelFolder, *, cache_dir: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+    model: ModelFolder,
+    *,
+    cache_dir: str | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, bool]:
     """The folder with the model in 4 bits, and whether it was there already.
 
-    A copy that is missing is made; `on_tensor` hears each tensor's name. Raises InputError.
+    A copy that is missing is made; `on_tensor` hears each tensor's name, `say` that another process makes it. Raises
+    InputError.
     """
     check_weights(model, tensor_entries(model.path))
     target = four_bit_path(model, cache_dir=cache_dir)
+    if not model.facts.quantised:
+        with suppress(OSError):
+            wait_for(target, lambda: say(f"another process is making the 4-bit copy {target}: waiting for it"))
+        remove_stale(target)
     if (target / "config.json").exists():
         return target, True
     _make_room(model, target)
@@ -46,10 +56,9 @@ def four_bit_folder(
 
 
 def _make_room(model: ModelFolder, target: Path) -> None:
-    """Remove what killed runs left of this copy, and refuse a disk that has no room for it. Raises InputError."""
+    """Refuse a disk that has no room for the copy. Raises InputError."""
     from quant.files import four_bit_layout
 
-    remove_stale(target)
     stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
     need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
     existing = next(path for path in target.absolute().parents if path.is_dir())

@@ -72,7 +72,8 @@ class JsonLines:
         return self.file.tell()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write one line, the whole of it or nothing. Raises RunError."""
+        """Write one line, the whole of it or nothing. Raises RunError, also for a log that was removed meanwhile."""
+        self._check_there()
         line, start = memoryview(json.dumps(values, allow_nan=False).encode() + b"\n"), self.n_bytes
         try:
             while line:
@@ -84,7 +85,8 @@ class JsonLines:
             raise self._failure(error) from None
 
     def sync(self) -> None:
-        """Make the log durable. Raises RunError."""
+        """Make the log durable. Raises RunError, also for a log that was removed meanwhile."""
+        self._check_there()
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -93,6 +95,19 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+    def _check_there(self) -> None:
+        """Refuse to write what nobody could find: the open file outlives its name."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except OSError:
+            there = False
+        if not there:
+            raise RunError(
+                "was removed or moved while the run went on",
+                where=str(self.path),
+                fix="leave the output folder alone until the run ends",
+            )
 
     def _failure(self, error: OSError) -> RunError:
         return RunError(

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import psutil
 
+from lopt_edge.errors import InputError
+
 PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 WSL_PINNED_BYTES = 10**9  # about where cudaHostAlloc fails under WSL
 
@@ -43,7 +45,7 @@ def available_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS)
 
 def ram_bytes() -> int:
     """The machine's memory, or this container's where it has less."""
-    total, limit = psutil.virtual_memory().total, cgroup_memory()
+    total, limit = machine_memory()[0], cgroup_memory()
     return total if limit is None else min(total, limit[0])
 
 
@@ -86,8 +88,23 @@ def _system_memory(proc: Path) -> tuple[int, int]:
         fields = {line.partition(":")[0]: line.split()[1] for line in (proc / "meminfo").read_text().splitlines()}
         return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     except (OSError, KeyError, IndexError, ValueError):  # no Linux, or an unusual /proc
+        return machine_memory()
+
+
+def machine_memory() -> tuple[int, int]:
+    """The (total, available) bytes of the whole machine, as the system tells any program.
+
+    Raises InputError on a Linux whose /proc is not mounted: nothing could be measured there, and no budget held.
+    """
+    try:
         memory = psutil.virtual_memory()
-        return memory.total, memory.available
+    except OSError as error:
+        raise InputError(
+            f"the machine's memory cannot be read ({error.strerror})",
+            where=str(error.filename or PROC),
+            fix="mount it: mount -t proc proc /proc",
+        ) from None
+    return memory.total, memory.available
 
 
 def _is_wsl(proc: Path) -> bool:

@@ -62,6 +62,8 @@ def report(finished: Finished) -> RunResult:
     run = _run_facts(finished, result)
     write_text(output / "README.md", model_card(run, run_file=RUN_NAME, log_file=METRICS_NAME))
     remove_features(output)
+    if not (output / METRICS_NAME).exists():
+        raise RunError("was removed or moved while the run went on", where=str(output / METRICS_NAME))
     try:
         sync_files(output)  # peft and transformers write adapter_config.json and the tokenizer without
     except OSError as error:

@@ -174,3 +174,24 @@ def test_needs_no_torch():
 
 def test_reads_real_status():
     assert host_memory._status_bytes("VmNothing", host_memory.PROC) is None
+
+
+IN_A_ROOM_OF_ITS_OWN = ["unshare", "--map-root-user", "--mount"]
+WITHOUT_PROC = """
+mount -t tmpfs none /proc
+exec "$@"
+"""
+ASK = "import sys; from lopt_edge.cli.main import main; sys.argv[0] = 'lopt-edge'; main()"
+
+
+@on_linux
+@pytest.mark.parametrize("words", [("plan", "--model", "llama-3.1-8b", "--device", "cpu"), ("doctor",)])
+def test_without_proc_it_is_said(words):
+    """A Linux on which /proc is not mounted (a chroot, an early container): nothing can be measured there."""
+    can = subprocess.run([*IN_A_ROOM_OF_ITS_OWN, "mount", "-t", "tmpfs", "none", "/proc"], capture_output=True, check=False)
+    if can.returncode:
+        pytest.skip("this user may not unmount /proc for a process")
+    command = [*IN_A_ROOM_OF_ITS_OWN, "bash", "-c", WITHOUT_PROC, "bash", sys.executable, "-c", ASK, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "/proc/meminfo: the machine's memory cannot be read" in done.stderr and "mount -t proc" in done.stderr

@@ -175,7 +175,7 @@ def test_a_spoilt_result_is_noticed(checks, tmp_path):
         "run/checkpoints/.writing-step-000001-7",
         "run/.lock",
         "run/README.md.partial",
-        "cache/model.partial-7",
+        "cache/model.partial-7-a0b1",
         "run.pages/lopt-pages-7-run.bin",
     ],
 )
@@ -213,7 +213,7 @@ def test_damaged_and_lost_checkpoints_are_noticed(checks, tmp_path):
 
 def test_what_is_half_written_names_its_process(checks, tmp_path):
     (tmp_path / "out" / CHECKPOINTS / ".writing-step-000003-77").mkdir(parents=True)
-    (tmp_path / "cache" / "tiny-0123.partial-78").mkdir(parents=True)
+    (tmp_path / "cache" / "tiny-0123.partial-78-a0b1").mkdir(parents=True)
     found = {child: checks.half_written(tmp_path / "out", tmp_path / "cache", child=child) for child in (7, 77, 78)}
     assert found == {7: frozenset(), 77: {"checkpoint"}, 78: {"quantise"}}
 

@@ -22,7 +22,7 @@ import pytest
 
 from lopt_edge import finetune
 from lopt_edge.config.settings import Config
-from lopt_edge.errors import LoptError
+from lopt_edge.errors import LoptError, RunError
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, latest
 from lopt_edge.training.session.progress import Progress
@@ -198,19 +198,19 @@ def test_a_folder_that_may_not_be_written(model, tmp_path):
         finetune(make_config(model, tmp_path, output="locked/out"))
 
 
-def test_a_folder_that_vanishes_under_way(model, tmp_path):
-    """The output folder is removed in the middle: told, with the path; the data stays."""
+@pytest.mark.parametrize("act", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("elsewhere"))])
+def test_a_folder_that_vanishes_under_way(model, tmp_path, act):
+    """The output folder is removed or moved in the middle: told, with the path; the adapter is saved, the data stays."""
 
     class Remove(Progress):
         def step(self, metrics: Any) -> None:
             if metrics["step"] == 2:
-                shutil.rmtree(tmp_path / "out")
+                act(tmp_path / "out")
 
     config = make_config(model, tmp_path, n_rows=16, max_steps=4, save_every=1)
-    finetune_error = None
-    try:
+    with pytest.raises(RunError, match="removed or moved while the run went on") as caught:
         finetune(config, Remove())
-    except LoptError as error:
-        finetune_error = str(error)
-    assert finetune_error is None or str(tmp_path / "out") in finetune_error
-    assert Path(config.data).exists()
+    assert caught.value.exit_code == 1 and str(tmp_path / "out") in str(caught.value)
+    (saved,) = (tmp_path / "out").glob("adapter-step-*")
+    assert (saved / ADAPTER_NAME).exists() and str(saved) in str(caught.value)
+    assert Path(config.data).exists() and not (tmp_path / "out" / "run.json").exists()

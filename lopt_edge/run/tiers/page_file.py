@@ -15,8 +15,8 @@ It keeps no checksums, and it does not bypass the page cache: cached pages are t
 resident set, but a control group counts them.
 
 Only the moment between creation and unlinking can leave a named file, `lopt-pages-<pid>-<name>.bin`, which the next
-`prepare_page_dir` removes: when its process is gone, and also when it bears our own pid, because a live page file has no
-name any more and in a container every run has the same pid.
+`prepare_page_dir` removes. Whether its process lives is said by the lock on it (quant/locks.py): in containers that share a
+volume processes have the same ids. For the same reason a name may be taken, and then a number comes into it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ import threading
 from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 from lopt_edge.errors import RunError
 from lopt_edge.plan.costs.sizes import DISK_GRAIN
 from lopt_edge.units import format_bytes
+from quant.locks import Held, lock
 
 GRAIN = DISK_GRAIN
+MOST_NAMESAKES = 100
 MOST_AT_ONCE = 1 << 30  # bytes of one system call: Linux stops at 2 GiB, macOS refuses more than that
 _PAGE_FILE = re.compile(r"lopt-pages-([1-9][0-9]{0,8})-.*\.bin", re.DOTALL)
 _WHERE = "page_dir"
 _OTHER_FOLDER = "choose a page folder on a disk with more room"
 _ADVICE = {
-    errno.EEXIST: "remove that file: a live run needs no name",
+    errno.EEXIST: "remove the page files there: a live run's have no name",
     errno.ENOSPC: f"free some space there, or {_OTHER_FOLDER}",
     errno.EDQUOT: f"your disk quota is used up: free some space, or {_OTHER_FOLDER}",
     errno.EFBIG: "a file may not be that large there (FAT, or ulimit -f): choose another page folder",
@@ -131,14 +134,14 @@ class PageFile:
     """
 
     def __init__(self, directory: Path, *, n_bytes: int, name: str, max_bytes: int | None = None) -> None:
-        self.path = directory / f"lopt-pages-{os.getpid()}-{name}.bin"
         self._max_bytes = max_bytes
         self._extents = Extents()
         self._lock = threading.Condition()  # guards the extents, the count of transfers and the end
         self._transfers = 0
         self._closed = False
+        self.path = directory / f"lopt-pages-{os.getpid()}-{name}.bin"
         try:
-            self._file = open(self.path, "x+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
+            self._file = self._made(directory, name)
         except OSError as error:
             raise self._failure("cannot be made", 0, error) from None
         try:
@@ -149,6 +152,22 @@ class PageFile:
             raise
         if os.name == "posix":
             self.path.unlink(missing_ok=True)
+
+    def _made(self, directory: Path, name: str) -> FileIO:
+        """A new file, locked, under the first name that is free. Raises OSError."""
+        for number in range(MOST_NAMESAKES):
+            file = None
+            with suppress(
+                FileExistsError, Held
+            ):  # a namesake has it; whoever removes what is stale was quicker than the lock
+                file = FileIO(self.path, "x+", opener=lambda path, flags: os.open(path, flags, 0o600))
+                lock(file.fileno())
+                if os.path.exists(self.path):
+                    return file
+            if file is not None:
+                file.close()
+            self.path = directory / f"lopt-pages-{os.getpid()}-{number + 1}-{name}.bin"
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     @property
     def used_bytes(self) -> int:

@@ -18,11 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.run.tiers.page_file import _OTHER_FOLDER, _PAGE_FILE, _WHERE, _exactly
 from lopt_edge.system.file_systems import MEMORY_FILE_SYSTEMS, MOUNTS, _file_system, _nearest
+from quant.locks import Held, lock
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,13 @@ def _refusals(found: PageDir, need_bytes: int, disk_budget_bytes: int | None) ->
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove page files whose process is gone, or had our pid before us; what cannot be removed is another user's."""
+    """Remove page files that no process has locked: theirs is gone. What cannot be removed is another user's."""
     for entry in os.scandir(folder):
-        named = _PAGE_FILE.fullmatch(entry.name)
-        if named and entry.is_file(follow_symlinks=False):
-            pid = int(named[1])
-            if pid == os.getpid() or not psutil.pid_exists(pid):
-                with suppress(OSError):
-                    os.unlink(entry.path)
+        if _PAGE_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            with suppress(OSError, Held):
+                descriptor = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    if lock(descriptor):
+                        os.unlink(entry.path)
+                finally:
+                    os.close(descriptor)

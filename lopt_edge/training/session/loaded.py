@@ -121,7 +121,7 @@ def loading(
     `predicted` has the bytes of the page files. `most_loss_scale`: a larger one overflowed before.
     """
     with context.clock.phase("quantise"):
-        folder, was_there = four_bit_folder(inputs.source, cache_dir=inputs.config.cache_dir)
+        folder, was_there = four_bit_folder(inputs.source, cache_dir=inputs.config.cache_dir, say=context.progress.note)
     cache_bytes = 0 if inputs.source.facts.quantised else folder_bytes(folder)
     if cache_bytes:
         made = "" if was_there else f"quantised to 4 bits in {context.clock.seconds['quantise']:.0f} s; "
