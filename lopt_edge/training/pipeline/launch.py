@@ -1,9 +1,10 @@
 """The processes of a pipeline: started by us on this machine, or by torchrun.
 
-Process 0 is the one that the user started; it starts the others as `python -m lopt_edge.training.pipeline.worker` and tells
-them where to meet by variables of the environment. The rules: no process outlives process 0 (the kernel kills it then;
-where the kernel does not know that, it looks for its parent once a second), and process 0 never waits for a dead one
-(`check`). Ctrl-C reaches the whole group of processes: the others ignore it, process 0 decides what becomes of it.
+Process 0 is the one that the user started; it starts the others (`FOLLOW`) and tells them where to meet by variables of the
+environment. The rules: no process outlives process 0 (the kernel kills it then; where the kernel does not know that, it
+looks for its parent once a second; and this is arranged before torch is imported, which takes seconds); process 0 never
+waits for a dead one (`check`). Ctrl-C reaches the whole group of processes: the others ignore it, process 0 decides what
+becomes of it.
 
 What torchrun started it watches itself; there only process 0 runs the program, the others follow. No torch here.
 """
@@ -26,6 +27,12 @@ SET_PARENT_DEATH_SIGNAL = 1  # of prctl, linux/prctl.h
 PATIENCE_SECONDS = 10.0  # for a process to end by itself
 
 
+FOLLOW = (
+    "from lopt_edge.training.pipeline.launch import end_with_parent; end_with_parent(); "
+    "from lopt_edge.training.pipeline.worker import main; main()"
+)
+
+
 def torchrun_rank() -> tuple[int, int] | None:
     """(rank, number of processes) as torchrun gives them; None where it did not start this process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -42,7 +49,7 @@ class Children:
         try:
             for rank in range(1, n):
                 self.processes[rank] = subprocess.Popen(
-                    [sys.executable, "-m", "lopt_edge.training.pipeline.worker"],
+                    [sys.executable, "-c", FOLLOW],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, **own, RANK: str(rank)},
@@ -83,15 +90,18 @@ def ended(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def end_with_parent(parent: int) -> None:
-    """Let this process end when its parent does, whatever it is waiting for."""
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, or has already, whatever it is waiting for."""
+    parent = int(os.environ[PARENT])
     with suppress(OSError, AttributeError):  # no prctl on macOS
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before prctl was called
+        os._exit(1)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:
-    while os.getppid() == parent:  # the parent may have died before prctl was called, too
+    while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 

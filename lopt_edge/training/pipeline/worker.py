@@ -5,7 +5,7 @@ one group at a time when process 0 writes a checkpoint. What it needs to know of
 so it cannot come to another opinion of the plan than process 0 has. It ends with process 0, whichever way that ends; its
 own faults are left at the meeting place, where process 0 finds and reports them.
 
-    python -m lopt_edge.training.pipeline.worker        started by launch.py, with its variables in the environment
+    launch.py starts it, with its variables in the environment; torchrun starts it as it starts any program
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.signals import HEARD
 from lopt_edge.training.checkpoint.folder import STATE
 from lopt_edge.training.checkpoint.snapshot import restore
-from lopt_edge.training.pipeline.launch import PARENT, PORT, RANK, SETUP, end_with_parent, torchrun_rank
+from lopt_edge.training.pipeline.launch import PORT, RANK, SETUP, torchrun_rank
 from lopt_edge.training.prepare.build import build_executor
 from lopt_edge.training.prepare.inputs import MOST_PLANS
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
@@ -225,15 +225,10 @@ def work_for_torchrun(rank: int, n: int, *, minutes: float) -> None:
 
 def main() -> None:
     """Follow process 0 in a process that launch.py started, and exit."""
-    end_with_parent(int(os.environ[PARENT]))
     rank, port = int(os.environ[RANK]), int(os.environ[PORT])
     code = _work(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
     sys.stderr.flush()
     os._exit(code)  # a thread may still wait for a peer that is gone
-
-
-if __name__ == "__main__":
-    main()
 
 
 def is_worker(config: Config) -> bool:
