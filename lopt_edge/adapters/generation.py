@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt_edge.data import ChatTemplate, load_template
+from lopt_edge.data import ChatTemplate, load_template, prompt_ids
+from lopt_edge.data.rows import AnyMessage
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder, find_model
 from lopt_edge.models.four_bit import four_bit_folder
@@ -27,8 +28,6 @@ from lopt_edge.run.step.losses import logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,28 @@ class TextGenerator:
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
     def reply(
-        self, messages: Sequence[Message], sampling: Sampling, *, on_text: Callable[[str], None] | None = None
+        self,
+        messages: Sequence[AnyMessage],
+        sampling: Sampling,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        on_text: Callable[[str], None] | None = None,
     ) -> str:
         """The assistant's next turn; `on_text` receives it piece by piece."""
         if self.template is None:
             raise ValueError("this generator has no chat template")
-        prompt = self.template.render(self.tokenizer, messages, add_generation_prompt=True, where="the prompt")
+        prompt = self.template.render(self.tokenizer, messages, tools=tools, add_generation_prompt=True, where="the prompt")
         # as in training, the template alone says what comes before the first turn
         return self._complete(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], sampling, on_text)
 
     def continue_text(self, prompt: str, sampling: Sampling, *, on_text: Callable[[str], None] | None = None) -> str:
-        """The text after `prompt`, without a chat template: for models trained on prompt/completion or plain text."""
-        return self._complete(self.tokenizer(prompt)["input_ids"], sampling, on_text)
+        """The text after `prompt`, without a chat template: for models trained on prompt/completion or plain text.
+
+        The prompt's ids are those of training. Raises InputError for an empty prompt.
+        """
+        if not prompt:
+            raise InputError("is empty: there is nothing to continue", where="prompt", fix="give a text")
+        return self._complete(prompt_ids(prompt, self.tokenizer), sampling, on_text)
 
     def _complete(self, ids: Sequence[int], sampling: Sampling, on_text: Callable[[str], None] | None) -> str:
         eos = self.tokenizer.eos_token_id
@@ -87,6 +96,11 @@ class TextGenerator:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)  # a list of them for a list of lists only
         return text
+
+
+def asked(prompt: str, system: str | None = None) -> list[AnyMessage]:
+    """The conversation of a user's prompt, after a system message if there is one."""
+    return [*([("system", system)] if system else []), ("user", prompt)]
 
 
 @torch.no_grad()
@@ -150,15 +164,18 @@ def generate(
     prompt: str,
     *,
     adapter: str | None = None,
+    system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     **loading: Any,
 ) -> str:
-    """The completion of one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
+    """The completion of one user prompt, after a system message if one is given.
+
+    `loading`: revision, cache_dir, device, compute_dtype, chat_template.
 
     Raises InputError for a missing model or adapter and for settings out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    return load_generator(model, adapter, **loading).reply([("user", prompt)], sampling)
+    return load_generator(model, adapter, **loading).reply(asked(prompt, system), sampling)

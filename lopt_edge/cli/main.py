@@ -22,7 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lopt_edge.cli.options import config_parameters, own_option, signature
+from lopt_edge.cli.data_check import data_check
+from lopt_edge.cli.options import (
+    ModelOption,
+    RevisionOption,
+    TemplateOption,
+    config_parameters,
+    own_option,
+    signature,
+)
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted, LoptError
@@ -43,13 +51,11 @@ app.add_typer(data_app, name="data")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
-ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
 DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
-TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="system message before the prompt")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest reply in tokens")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely tokens of this mass")]
@@ -236,31 +242,7 @@ def quantize(
     out.print(f"{folder}: {n_bytes / 2**20:.0f} MiB", markup=False)
 
 
-@data_app.command("check")
-def data_check(
-    file: Annotated[str, typer.Argument(help="data file")],
-    model: ModelOption,
-    max_seq_len: Annotated[int, typer.Option("--max-seq-len", help="longest sequence in tokens")] = 2048,
-    data_format: Annotated[str | None, typer.Option("--data-format", help="form of the rows (default: detected)")] = None,
-    chat_template: TemplateOption = None,
-    revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
-) -> None:
-    """Show the first rendered examples with the supervised tokens marked, and what is truncated or dropped."""
-    from lopt_edge.data import DATA_FORMATS, check_facts, check_report, load_dataset
-    from lopt_edge.models.folder import find_model
-    from lopt_edge.models.tokenizer import load_tokenizer
-
-    if data_format not in (None, *DATA_FORMATS):
-        raise InputError(f"{data_format!r} is unknown", where="--data-format", fix=f"choose from {', '.join(DATA_FORMATS)}")
-    if max_seq_len < 2:
-        raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
-    tokenizer = load_tokenizer(find_model(model, revision=revision).path)
-    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]  # checked above
-    if as_json:
-        print(json.dumps(check_facts(dataset), indent=2))
-    else:
-        out.print(check_report(dataset, tokenizer))
+data_app.command("check")(data_check)
 
 
 @app.command("generate")
@@ -268,6 +250,7 @@ def generate_command(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="the user's message")],
     adapter: AdapterOption = None,
+    system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -280,8 +263,12 @@ def generate_command(
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without a chat template")] = False,
 ) -> None:
     """Complete one prompt with a model, with or without an adapter."""
-    from lopt_edge.adapters.generation import Sampling, load_generator
+    from lopt_edge.adapters.generation import Sampling, asked, load_generator
 
+    if not prompt.strip():
+        raise InputError("is empty", where="--prompt", fix="give a text")
+    if raw and system is not None:
+        raise InputError("cannot be with --raw: there is no chat template", where="--system", fix="put it into the prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     generator = load_generator(
         model,
@@ -295,7 +282,7 @@ def generate_command(
     if raw:
         generator.continue_text(prompt, sampling, on_text=_stream)
     else:
-        generator.reply([("user", prompt)], sampling, on_text=_stream)
+        generator.reply(asked(prompt, system), sampling, on_text=_stream)
     print()
 
 
@@ -303,6 +290,7 @@ def generate_command(
 def chat(
     model: ModelOption,
     adapter: AdapterOption = None,
+    system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.7,
     top_p: TopPOption = 0.95,
@@ -327,7 +315,8 @@ def chat(
         chat_template=chat_template,
     )
     err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
-    messages: list[tuple[str, str]] = []
+    begun: list[tuple[str, str]] = [("system", system)] if system else []
+    messages = [*begun]
     while True:
         try:
             line = input("> ").strip()
@@ -336,7 +325,7 @@ def chat(
         if not line:
             return
         if line == "/new":
-            messages = []
+            messages = [*begun]
             continue
         messages.append(("user", line))
         messages.append(("assistant", generator.reply(messages, sampling, on_text=_stream)))

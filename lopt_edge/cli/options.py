@@ -14,6 +14,11 @@ import typer
 from lopt_edge.config.settings import Config, field_names
 from lopt_edge.plan.methods import owners_of
 
+# Options that several commands have.
+ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
+TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+
 
 def config_parameters() -> list[inspect.Parameter]:
     """The options, one for each field of Config; None means not given."""

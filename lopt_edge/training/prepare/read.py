@@ -287,18 +287,28 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
     lost = {
         "cut at max_seq_len": train.n_truncated,
         "dropped (no token to learn)": train.n_dropped,
-        "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only,
     }
     yield from (
         f"{count} of {train.n_rows} rows are {what}; see lopt-edge data check" for what, count in lost.items() if count
     )
+    yield from (f"{note.text()}; see lopt-edge data check" for note in train.notes)
+    if train.missing_columns:
+        yield f"ignore_columns: no row has {', '.join(train.missing_columns)}"
 
 
 def _datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
-    read = partial(load_dataset, tokenizer=tokenizer, max_seq_len=max_seq_len, chat_template=config.chat_template)
+    read = partial(
+        load_dataset,
+        tokenizer=tokenizer,
+        max_seq_len=max_seq_len,
+        chat_template=config.chat_template,
+        think=config.think,
+        escape_special_tokens=config.escape_special_tokens,
+        ignore_columns=config.ignore_columns or (),
+    )
     train = read(config.data, data_format=config.data_format)
     held_out = retention = None
     if config.eval_data:
