@@ -56,13 +56,13 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
         OSError,
     ) as error:
         raise _not_from_hub(name, error) from None
-    facts = facts_from_config(config, where=f"{name} config.json")
-    embedding = facts.family.layout.embedding
-    found = [header.tensors[embedding] for header in headers if embedding in header.tensors]
+    tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
+    facts = facts_from_config(config, where=f"{name} config.json").untied_by(tensors)
+    found = [tensor for key, tensor in tensors.items() if key == facts.family.layout.head(tied=facts.tied)]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:
         raise InputError(
-            f"the token embedding has dtype {str(found[0].dtype)[:20]!r}",
+            f"the lm_head has dtype {str(found[0].dtype)[:20]!r}",
             where=name,
             fix="use the bfloat16, float16 or float32 form of the model",
         )
