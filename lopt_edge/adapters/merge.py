@@ -25,8 +25,9 @@ from lopt_edge.models.folder import ModelFolder, find_model, tensor_entries
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.plan.facts.model import packs
+from lopt_edge.run.model.adapter_config import read_adapter_config
 from lopt_edge.run.model.load import Model, fill_parameters, load_model, make_skeleton
-from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, load_adapters
+from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.run.step.losses import logits
 from quant.files import copy_small_files, is_packed, read_packed, read_tensor
@@ -97,15 +98,10 @@ def export(
 
 
 def _base_of(adapter: Path) -> ModelFolder:
-    try:
-        config = read_json(adapter / ADAPTER_CONFIG_NAME)
-    except FolderError as error:
-        raise InputError(str(error), where=str(adapter), fix="give the output folder of a finetune run") from None
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(base, str) or not base:
+    config = read_adapter_config(adapter)
+    if config.base is None:
         raise InputError("adapter_config.json names no base model", where=str(adapter))
-    revision = config.get("revision")
-    return find_model(base, revision=revision if isinstance(revision, str) else None)
+    return find_model(config.base, revision=config.revision)
 
 
 def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
