@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt_edge.adapters.base import base_of
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.models.folder import ModelFolder, find_model, tensor_entries
+from lopt_edge.models.folder import tensor_entries
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.plan.facts.model import packs
-from lopt_edge.run.model.adapter_config import read_adapter_config
 from lopt_edge.run.model.load import Model, fill_parameters, load_model, make_skeleton
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
@@ -63,11 +64,15 @@ def export(
     merged: str | Path,
     onto: str = "original",
     dtype: str = "bfloat16",
+    model: str | None = None,
+    revision: str | None = None,
     cache_dir: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Merged:
     """Merge the adapter of a finetune output folder into a model folder `merged` (new).
 
-    Raises InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
+    `model` is the base, where it is not what the adapter's config names; `say` hears what is odd about it. Raises
+    InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
     """
     adapter, target = Path(adapter), Path(merged)
     if dtype not in DTYPES:
@@ -76,32 +81,25 @@ def export(
         raise InputError(f"{onto!r} is unknown", where="onto", fix="choose original or dequantized")
     if target.exists():
         raise InputError("exists already", where=str(target), fix="choose a new folder for --merged")
-    source = _base_of(adapter)
+    source = base_of(adapter, model=model, revision=revision, say=say)
     if onto == "original" and source.facts.quantised:
         raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
-    model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
-    apply_replaced(model, adapter)
-    load_adapters(model, adapter)
+    tuned = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
+    apply_replaced(tuned, adapter)
+    load_adapters(tuned, adapter)
     try:
         with new_folder(target) as partial:
-            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial, dtype)
+            n_bytes = _write_weights(tuned, source.path if onto == "original" else folder, partial, dtype)
             _write_config(source.path, partial, dtype)
             copy_small_files(adapter, partial)
             copy_small_files(source.path, partial)
-            divergence = _divergence(model, partial, load_tokenizer(partial))
+            divergence = _divergence(tuned, partial, load_tokenizer(partial))
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="free space there") from None
     return Merged(target, onto, n_bytes, *divergence)
-
-
-def _base_of(adapter: Path) -> ModelFolder:
-    config = read_adapter_config(adapter)
-    if config.base is None:
-        raise InputError("adapter_config.json names no base model", where=str(adapter))
-    return find_model(config.base, revision=config.revision)
 
 
 def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:

@@ -2,8 +2,8 @@
 
 A key that is known changes the function as peft has it (`READ`), or not at all once the matrices are there (`HARMLESS`:
 where it comes from, how it began, what only training uses). All else must be off: peft's default, or for a key that nobody
-here knows a value that says nothing (null, false, empty). So an adapter of a kind that came after this file is refused by the
-name of its key instead of being read as plain LoRA. A test goes through the fields of the installed peft.
+here knows a value that says nothing (null, false, empty). So an adapter of a kind that came after this file is refused by
+the name of its key instead of being read as plain LoRA. A test goes through the fields of the installed peft.
 
 Not here: the matrices (lora.py), and what we write (lopt_edge/adapters/save.py).
 """
