@@ -56,7 +56,7 @@ def _named_base(config: AdapterConfig, revision: str | None, *, where: str) -> M
 
 def _is_base(found: ModelFolder, config: AdapterConfig, folder: Path) -> bool:
     """Whether a model is the adapter's own, as far as anything tells."""
-    run = _run_of(folder)
+    run = run_of(folder)
     if str(found.path) == run.get("quantised_folder"):
         return True
     wanted = run.get("model_fingerprint") or (found.name != config.base and _fingerprint_at(config.base)) or None
@@ -71,7 +71,7 @@ def _fingerprint_at(base: str | None) -> str | None:
         return None
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
+def run_of(folder: Path) -> dict[str, Any]:
     """The facts of the run that made the adapter; nothing for an adapter from elsewhere, or a run that is not over."""
     if not (folder / RUN_NAME).is_file():
         return {}

@@ -368,6 +368,7 @@ def export_command(
 ) -> None:
     """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
     from lopt_edge.adapters.merge import export
+    from lopt_edge.cli.export_page import lines
 
     with _stoppable():
         result = export(
@@ -380,13 +381,8 @@ def export_command(
             cache_dir=cache_dir,
             say=_warn,
         )
-    out.print(
-        f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights", markup=False
-    )
-    out.print(
-        f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
-        f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}"
-    )
+    for line in lines(result):
+        out.print(line, markup=False)
 
 
 @app.command()

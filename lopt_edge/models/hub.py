@@ -12,9 +12,10 @@ from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from quant.headers import FolderError, read_json
 from quant.sizes import DTYPE_BYTES
+from quant.small_files import SMALL_NAMES
 
-HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-                "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
+HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", *SMALL_NAMES,
+                "additional_chat_templates/*.jinja"]  # fmt: skip
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.adapters.card import model_card
+from lopt_edge.adapters.merged_files import END_KEY, end_token_ids
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
@@ -76,6 +77,7 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
         "quantised_cache_bytes": finished.cache_bytes,  # 0: the model was in 4 bits already
         "config": inputs.config.model_dump(mode="json"),
         "model": asdict(inputs.source.facts),
+        END_KEY: end_token_ids(inputs.template, inputs.tokenizer),
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,
                  "dropped": inputs.train.n_dropped},
