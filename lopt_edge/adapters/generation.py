@@ -6,6 +6,7 @@ what a run prints as a sample is what it trained. Speed is not its aim: a fast s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lopt_edge.adapters.base import base_of
 from lopt_edge.data import ChatTemplate, load_template, prompt_ids
 from lopt_edge.data.rows import AnyMessage
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder, find_model
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.run.device import choose_device, choose_dtype
@@ -131,7 +132,7 @@ def _choose(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
 
 
 def load_generator(
-    model: str,
+    model: str | None = None,
     adapter: str | None = None,
     *,
     revision: str | None = None,
@@ -139,18 +140,18 @@ def load_generator(
     device: str = "auto",
     compute_dtype: str = "auto",
     chat_template: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> TextGenerator:
     """A generator from a model (folder or hub id; quantised into the cache if need be) and an adapter, if one is named.
 
-    Raises InputError for what is missing or does not fit.
+    The model may be left out beside an adapter, whose config names it; `say` hears what is odd about either. Raises
+    InputError for what is missing or does not fit.
     """
     chosen, _ = choose_device(device)
     dtype, _ = choose_dtype(compute_dtype, chosen)
-    source: ModelFolder = find_model(model, revision=revision)
-    if adapter is not None and not Path(adapter).is_dir():
-        raise InputError("no such adapter folder", where=adapter, fix="give the output folder of a finetune run")
+    source = base_of(adapter, model=model, revision=revision, say=say)
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(Path(adapter) if adapter is not None and has_tokenizer else source.path)
+    tokenizer = load_tokenizer(Path(adapter) if adapter is not None and has_tokenizer else source.path, say=say)
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     loaded = load_model(folder, source.facts, device=chosen, dtype=dtype)
     if adapter is not None:
@@ -160,7 +161,7 @@ def load_generator(
 
 
 def generate(
-    model: str,
+    model: str | None,
     prompt: str,
     *,
     adapter: str | None = None,
@@ -175,7 +176,8 @@ def generate(
 
     `loading`: revision, cache_dir, device, compute_dtype, chat_template.
 
-    Raises InputError for a missing model or adapter and for settings out of range.
+    With an adapter the model may be None: the one that the adapter's config names. Raises InputError for a missing model or
+    adapter and for settings out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     return load_generator(model, adapter, **loading).reply(asked(prompt, system), sampling)

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from lopt_edge.cli.data_check import data_check
 from lopt_edge.cli.options import (
@@ -51,6 +50,9 @@ app.add_typer(data_app, name="data")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="model folder, or hub id (default: the one that the adapter's config names)")
+]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
@@ -247,8 +249,8 @@ data_app.command("check")(data_check)
 
 @app.command("generate")
 def generate_command(
-    model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="the user's message")],
+    model: BaseOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
@@ -278,6 +280,7 @@ def generate_command(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
+        say=_warn,
     )
     if raw:
         generator.continue_text(prompt, sampling, on_text=_stream)
@@ -288,7 +291,7 @@ def generate_command(
 
 @app.command()
 def chat(
-    model: ModelOption,
+    model: BaseOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
@@ -313,6 +316,7 @@ def chat(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
+        say=_warn,
     )
     err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
     begun: list[tuple[str, str]] = [("system", system)] if system else []
@@ -332,6 +336,11 @@ def chat(
         print()
 
 
+def _warn(text: str) -> None:
+    err.print("[yellow]warning:[/yellow]", end=" ")
+    err.print(text, markup=False, soft_wrap=True)
+
+
 def _stream(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -342,20 +351,27 @@ def export_command(
     merged: Annotated[str, typer.Option("--merged", help="new folder for the merged model")],
     onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
     dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
+    model: BaseOption = None,
+    revision: RevisionOption = None,
     cache_dir: CacheOption = None,
 ) -> None:
     """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
     from lopt_edge.adapters.merge import export
+    from lopt_edge.cli.export_page import lines
 
     with _stoppable():
-        result = export(adapter, merged=merged, onto=onto, dtype=dtype, cache_dir=cache_dir)
-    out.print(
-        f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights", markup=False
-    )
-    out.print(
-        f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
-        f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}"
-    )
+        result = export(
+            adapter,
+            merged=merged,
+            onto=onto,
+            dtype=dtype,
+            model=model,
+            revision=revision,
+            cache_dir=cache_dir,
+            say=_warn,
+        )
+    for line in lines(result):
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -364,34 +380,10 @@ def doctor(
     measure: Annotated[bool, typer.Option("--measure", help="measure a sound machine for the planner (20 s)")] = False,
 ) -> None:
     """Check this machine: versions, devices, memory per tier, and a real 4-bit forward and backward."""
-    from lopt_edge.doctor.check_machine import check_machine, render
+    from lopt_edge.cli.doctor_page import doctor_page
 
-    report = check_machine()
-    found = report.as_dict()
-    if not as_json:
-        out.print(render(report))
-    if measure and report.sound and report.choice is not None:
-        found["profile"] = _measure(report.choice.device, quiet=as_json)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    if not report.sound:
+    if not doctor_page(out, as_json=as_json, measure=measure):
         raise typer.Exit(1)
-
-
-def _measure(device: str, *, quiet: bool) -> dict[str, Any]:
-    """Measure, store and show this machine's profile; returns it as JSON values."""
-    from lopt_edge.doctor.measure import measure_profile
-    from lopt_edge.plan.facts.profile import profile_path, save_profile
-
-    profile, path = measure_profile(device), profile_path()
-    save_profile(profile, path)
-    if not quiet:
-        table = Table.grid(padding=(0, 2))
-        for name, text in (*profile.described(), ("source", profile.source)):
-            table.add_row(Text(name, style="bold"), Text(text))
-        out.print(table)
-        out.print(f"profile: {path}", markup=False)
-    return {**profile.as_dict(), "path": str(path)}
 
 
 def _show_version(wanted: bool) -> None:

@@ -24,9 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import DoesNotFit, InputError, Interrupted, RunError
-from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.units import format_bytes

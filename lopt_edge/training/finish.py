@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.adapters.card import model_card
+from lopt_edge.adapters.merged_files import END_KEY, end_token_ids
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.versions import versions
-from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.session.replacement import replacement
 from lopt_edge.training.session.session import Finished
@@ -70,10 +72,12 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
     return {
         "base": inputs.source.name,
         "revision": inputs.source.commit,
+        "model_fingerprint": inputs.model,
         "quantised_folder": str(finished.folder),
         "quantised_cache_bytes": finished.cache_bytes,  # 0: the model was in 4 bits already
         "config": inputs.config.model_dump(mode="json"),
         "model": asdict(inputs.source.facts),
+        END_KEY: end_token_ids(inputs.template, inputs.tokenizer),
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,
                  "dropped": inputs.train.n_dropped},

@@ -97,6 +97,7 @@ class _Files:
     teacher: ModelFolder | None
     teacher_model: str
     fingerprint: str
+    notes: tuple[str, ...]  # about the files
 
     @property
     def dtype_name(self) -> str:
@@ -115,13 +116,14 @@ def _read_files(config: Config) -> _Files:
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))
-    tokenizer = load_tokenizer(source.path)
+    notes: list[str] = []
+    tokenizer = load_tokenizer(source.path, say=notes.append)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
         device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
-        teacher, teacher_model, model_fingerprint(source),
+        teacher, teacher_model, model_fingerprint(source), tuple(notes),
     )  # fmt: skip
 
 
@@ -176,6 +178,7 @@ def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resum
     folder_warnings = check_folders(config, source, knobs, planned.stated, need_disk_bytes=planned.disk_bytes)
     warnings = (
         *resumed,
+        *found.notes,
         *([planned.split] if planned.split else []),
         *_warnings(given, source, found.train, max_seq_len=found.max_seq_len),  # settled settings were not stated
         *memory_warnings(config, knobs),
