@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quant.untrusted import printable
+from quant.untrusted import printable, printable_name
 
 MOST_SHOWN = 60  # of errors shown together: more than a run has settings that matter to its resumption
 
@@ -33,7 +33,7 @@ class InputError(LoptError):
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        text = f"{where}: {what}" if where else what
+        text = f"{printable_name(where)}: {what}" if where else what
         super().__init__(f"{text}\n  -> {fix}" if fix else text)
 
 
@@ -75,7 +75,7 @@ class RunError(LoptError):
     values_intact = True
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        text = f"{where}: {what}" if where else what
+        text = f"{printable_name(where)}: {what}" if where else what
         super().__init__(f"{text}\n  -> {fix}" if fix else text)
 
 
@@ -90,8 +90,8 @@ class PeerLost(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run by SIGINT or SIGTERM; `advice` says how to go on. It is no LoptError, so that nothing takes it for a
-    fault."""
+    """The end of a run by SIGINT, SIGTERM or SIGHUP; `advice` says how to go on. It is no LoptError, so that nothing takes
+    it for a fault."""
 
     def __init__(self, signal_number: int, advice: str = "") -> None:
         self.signal_number, self.advice = signal_number, advice
@@ -100,7 +100,7 @@ class Interrupted(KeyboardInterrupt):
     @property
     def exit_code(self) -> int:
         """The exit code by custom: 128 and the signal's number."""
-        return 128 + self.signal_number  # as a shell counts: 130 and 143
+        return 128 + self.signal_number  # as a shell counts: 130, 143 and 129
 
 
 def raise_collected(errors: Sequence[InputError]) -> None:

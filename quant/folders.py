@@ -21,10 +21,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
+        sync_files(partial)
         os.replace(partial, target)
         sync_folder(target.parent)
     finally:
@@ -47,6 +44,15 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def sync_files(folder: Path) -> None:
+    """Make the files directly in a folder durable, and their names. Raises OSError."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

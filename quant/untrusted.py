@@ -23,12 +23,15 @@ from typing import Any
 
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
-MAX_SMALL_FILE_BYTES = 128 * 2**20  # tokenizer files, templates: all but weights (Gemma 3's tokenizer.json has 33 MB)
+MAX_CONFIG_BYTES = 4 * 2**20  # of a config.json (with the names of 22,000 classes it has 1 MB)
+MAX_SMALL_FILE_BYTES = 64 * 2**20  # tokenizer files, templates: all but weights (Gemma 3's tokenizer.json has 33 MB)
+SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".bpe", ".tiktoken")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SUBFOLDERS = ("additional_chat_templates",)  # the only one that transformers reads from
 
-
+# C0 and C1 controls but newline and tab; and what makes a line read otherwise than it is written (bidi overrides)
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def printable(text: str) -> str:
@@ -36,11 +39,16 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().translate(CONTROLS)
 
 
+def printable_name(text: str) -> str:
+    """A name in one line, printable: what makes a new line or a wide gap in it is shown, too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 class FolderError(Exception):
-    """The error for a model or adapter folder that cannot be read; its text names the file and the fault."""
+    """The error for a model or adapter folder that cannot be read; its text, in one line, names the file and the fault."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(printable_name(text))
 
 
 class TooDeep(ValueError):
@@ -69,14 +77,36 @@ def check_depth(value: Any) -> None:
     raise TooDeep(f"nested deeper than {MAX_JSON_DEPTH} levels")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON file of a model folder. Raises FolderError for broken, too large or too deeply nested text."""
     try:
-        if (n_bytes := file_bytes(path)) > MAX_JSON_BYTES:
-            raise FolderError(f"{path}: has {n_bytes} bytes, at most {MAX_JSON_BYTES} are read as JSON")
+        if (n_bytes := file_bytes(path)) > most_bytes:
+            raise FolderError(f"{path}: has {n_bytes} bytes, at most {most_bytes} are read as JSON")
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read as JSON ({str(error)[:200]})") from None
+
+
+# From these a library builds as many things as the number says, at any depth of a config.json: names of classes (10**7 of
+# them took 5 GB), layers, a table of rotary frequencies. Every other size is one that the weights must have as well.
+LARGEST = {"num_labels": 100_000, "num_hidden_layers": 10_000, "partial_rotary_factor": 1, "head_dim": 65_536}
+
+
+def read_config(path: Path) -> Any:
+    """The value of a config.json. Raises FolderError, also for a number from which something huge would be built."""
+    config = read_json(path, most_bytes=MAX_CONFIG_BYTES)
+    left = [config]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict):
+            for key, most in LARGEST.items():
+                value = node.get(key)
+                if isinstance(value, int | float) and not -1 <= value <= most:  # NaN too
+                    raise FolderError(f"{path}: {key} {str(value)[:40]} is out of reason (at most {most:,})")
+            left += node.values()
+        elif isinstance(node, list):
+            left += node
+    return config
 
 
 def file_bytes(path: Path) -> int:
@@ -113,7 +143,14 @@ def _check_entry(entry: os.DirEntry[str], roots: list[Path]) -> None:
             raise FolderError(f"{path}: is a link that leads out of the folder ({real}); put the file itself there")
     if not path.exists() or entry.is_dir():  # a dangling link is a missing file, reported where the file is needed
         return
-    if file_bytes(path) > MAX_SMALL_FILE_BYTES and path.suffix in (".json", ".jinja", ".txt", ".model"):
+    if file_bytes(path) > MAX_SMALL_FILE_BYTES and path.suffix in (
+        ".json",
+        ".jinja",
+        ".txt",
+        ".model",
+        ".bpe",
+        ".tiktoken",
+    ):
         raise FolderError(f"{path}: is too large; at most {MAX_SMALL_FILE_BYTES} bytes are read of such a file")
 
 

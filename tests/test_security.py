@@ -25,6 +25,7 @@ from lopt_edge.data import read_records, records
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
+from lopt_edge.models.tokenizer_sizes import check_tokenizer_sizes
 from lopt_edge.run.model.lora import check_adapter_folder
 from quant import untrusted
 from quant.files import packed_on_disk
@@ -240,6 +241,49 @@ def test_json_has_a_size_limit(tmp_path):
         check_folder(tmp_path)
 
 
+@pytest.mark.parametrize("value", [
+    {"num_labels": 10**9}, {"text_config": {"num_labels": 10**9}}, {"a": [{"num_labels": 10.0**9}]},
+    {"num_hidden_layers": 10**6}, {"rope_parameters": {"partial_rotary_factor": 1e9}}, {"head_dim": 10**9},
+    {"num_labels": float("nan")}, {"partial_rotary_factor": float("inf")}, {"padding": "x" * (5 * 2**20)},
+], ids=lambda value: next(iter(value)))  # fmt: skip
+def test_a_config_that_would_build_something_large_is_refused(model, value):
+    """transformers makes a list of a billion names of a `num_labels`; a tokenizer's class is looked up there, too."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | value))
+    for call in (lambda: find_model(str(model)), lambda: load_tokenizer(model)):
+        found = within(20, call)
+        assert isinstance(found, InputError) and "config.json" in str(found), found
+        assert "out of reason" in str(found) or "bytes are" in str(found) or "are read" in str(found)
+
+
+def test_the_sizes_of_real_configs_pass(model):
+    config = json.loads((model / "config.json").read_text())
+    labels = {"id2label": {str(number): f"name {number}" for number in range(22_000)}, "partial_rotary_factor": 0.5}
+    (model / "config.json").write_text(json.dumps(config | labels))
+    assert find_model(str(model)).facts.n_layers == 4
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("tokenizer.json", '{"normalizer": {"type": "Sequence", "normalizers": [' + '{"type": "NFC"},' * 100_001),
+    ("tokenizer.json", '{"model": {"vocab": {' + '"a":1,' * 2_000_001),
+    ("vocab.json", '{"a":1,' * 2_000_001),
+    ("merges.txt", "a b\n" * 2_000_001),
+    ("tokenizer_config.json", " " * (16 * 2**20 + 1)),
+    ("tokenizer.model", "x" * (32 * 2**20 + 1)),
+], ids=["normalizers", "vocabulary", "vocab", "merges", "config", "sentencepiece"])  # fmt: skip
+def test_a_tokenizer_that_would_build_something_large_is_refused(model, name, text):
+    (model / name).write_text(text)
+    found = within(20, lambda: load_tokenizer(model))
+    assert isinstance(found, InputError) and name in str(found) and "are read" in str(found), found
+
+
+def test_the_largest_tokenizer_in_use_passes(tmp_path):
+    """Its shape: Gemma 3's numbers of tokens, merges and added tokens."""
+    added = '{"id": 1, "content": "<unused1>", "lstrip": false, "special": false}, ' * 6_415
+    (tmp_path / "tokenizer.json").write_text(added + '"token": 1, ' * 262_145 + '["to", "ken"], ' * 514_906)
+    check_tokenizer_sizes(tmp_path)
+
+
 def test_a_shape_of_a_million_sides_is_refused_at_once(tmp_path):
     """Their product has a million digits; computing it took half a minute."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [9] * 1_000_000, "data_offsets": [0, 1]}}).encode()
@@ -270,6 +314,15 @@ def test_an_adapter_scale_out_of_reason_is_refused(adapter, alpha):
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(InputError, match="lora_alpha must be below"):
         check_adapter_folder(adapter)
+
+
+def test_a_folder_whose_name_has_lines_makes_no_line_of_an_error(tmp_path):
+    folder = tmp_path / "a\nerror: fake\x1b[2J"
+    folder.mkdir()
+    with pytest.raises(InputError) as caught:
+        read_records(folder / "none.jsonl")
+    assert not any(line.startswith("error: fake") for line in str(caught.value).splitlines())
+    assert "\x1b" not in str(caught.value)
 
 
 # --- data files -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """The model card of an adapter folder: what it was made from, how, and how it is loaded.
 
-The rule: every figure on it comes from the run's own record (run.json); nothing is claimed that was not measured.
+The rules: every figure on it comes from the run's own record (run.json); nothing is claimed that was not measured. And the
+names of foreign folders stand on it as names: no line, key, markup or code can be made of one.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.run.model.replaced import REPLACED_NAME
+from quant.untrusted import printable_name
 
 
 def model_card(run: Mapping[str, Any], *, run_file: str, log_file: str) -> str:
@@ -20,13 +24,14 @@ def model_card(run: Mapping[str, Any], *, run_file: str, log_file: str) -> str:
     config, before, after = run["config"], run["evaluation"]["before"], run["evaluation"]["after"]
     rows = [f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after if name in before]
     table = "\n".join(["| held-out | before | after |", "|---|---|---|", *rows]) if rows else "No held-out data was given."
+    base = printable_name(run["base"])
     return f"""---
-base_model: {run["base"]}
+base_model: {json.dumps(base, ensure_ascii=False)}
 library_name: peft
 pipeline_tag: text-generation
 tags: [lora, lopt-edge]
 ---
-# LoRA adapter for {Path(run["base"]).name}
+# LoRA adapter for {_as_text(Path(base).name)}
 
 Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]}`, {run["totals"]["steps"]} steps,
 {run["totals"]["tokens"]:,} tokens ({run["totals"]["supervised_tokens"]:,} supervised), on a base in 4 bits (NF4).
@@ -47,11 +52,17 @@ def _loading(run: Mapping[str, Any]) -> str:
 ```sh
 lopt-edge export path/to/this/folder --merged merged
 ```"""
+    copy = printable_name(run["quantised_folder"])
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{run["base"]}")  # in 4 bits, as in training: {run["quantised_folder"]}
+base = AutoModelForCausalLM.from_pretrained({run["base"]!r})  # in 4 bits, as in training: {copy}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
+
+
+def _as_text(name: str) -> str:
+    """A name in Markdown, none of it markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~&$])", r"\\\1", name)

@@ -9,9 +9,9 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lopt_edge.cli.options import ModelOption, RevisionOption, TemplateOption
+from lopt_edge.cli.terminal import out, warn
 from lopt_edge.errors import InputError
 
 LONGEST = 2048  # tokens, where the user does not say
@@ -45,14 +45,14 @@ def data_check(
         raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
     found = find_model(model, revision=revision)
     longest = longest_sequence(found.facts, max_seq_len or LONGEST, is_given=max_seq_len is not None)
-    tokenizer = load_tokenizer(found.path)
+    tokenizer = load_tokenizer(found.path, say=warn)
     how: dict[str, Any] = {"data_format": data_format, "chat_template": chat_template, "think": think}
     how |= {"escape_special_tokens": escape_special_tokens, "ignore_columns": _names(ignore_columns)}
     dataset = load_dataset(file, tokenizer, max_seq_len=longest, **how)
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:
-        Console(highlight=False, soft_wrap=True).print(check_report(dataset, tokenizer))
+        out.print(check_report(dataset, tokenizer))
 
 
 def _names(text: str) -> tuple[str, ...]:

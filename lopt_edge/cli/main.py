@@ -1,14 +1,13 @@
 """The command line: a thin layer over the Python API. It parses, calls, prints; it decides nothing.
 
 The options of `finetune`, `plan` and `resume` come from options.py. Exit codes: 0 done, 1 a failed run, 2 bad input,
-3 does not fit, 130 and 143 interrupted (SIGINT, SIGTERM). Errors and notes go to stderr, results to stdout. Heavy modules
-are imported by the command that needs them.
+3 does not fit, 129, 130 and 143 interrupted (SIGHUP, SIGINT, SIGTERM). Errors and notes go to stderr, results to stdout
+(terminal.py). Heavy modules are imported by the command that needs them.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -18,18 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lopt_edge.cli.data_check import data_check
-from lopt_edge.cli.options import (
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    config_parameters,
-    own_option,
-    signature,
-)
+from lopt_edge.cli.options import RevisionOption, TemplateOption, config_parameters, own_option, signature
+from lopt_edge.cli.terminal import err, out, say, show_error, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted, LoptError
@@ -47,8 +39,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
 
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="model folder, or hub id (default: the one that the adapter's config names)")
@@ -99,14 +89,15 @@ def _finetune(config: Config) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end what is inside with a sentence and exit code 130 or 143."""
+    """Let SIGHUP, SIGINT and SIGTERM end what is inside, which makes files, with a sentence and exit code 128 + number."""
     from lopt_edge.system.signals import Interrupts
 
+    streams.result_is_on_disk = True
     try:
         with Interrupts().listening():
             yield
     except Interrupted as stop:
-        err.print(str(stop), markup=False, soft_wrap=True)
+        say(str(stop))
         raise typer.Exit(stop.exit_code) from None
 
 
@@ -195,9 +186,6 @@ def compare_command(
     """Compare methods on the same data, seeds and tokens: tables and plots. What is there already is not run again."""
     from lopt_edge.comparison.run import compare
 
-    def say(text: str) -> None:
-        err.print(text, markup=False, soft_wrap=True)
-
     with _stoppable():
         found = compare(
             config_file,
@@ -211,7 +199,7 @@ def compare_command(
             jobs=jobs,
             say=say,
         )
-    print(found.markdown, end="")
+    out.print(found.markdown, end="", markup=False)
     say(f"tables and plots: {found.study.output / 'compare.html'}")
     for problem in found.problems:
         say(f"failed: {problem}")
@@ -280,12 +268,12 @@ def generate_command(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
-        say=_warn,
+        say=warn,
     )
     if raw:
-        generator.continue_text(prompt, sampling, on_text=_stream)
+        generator.continue_text(prompt, sampling, on_text=stream)
     else:
-        generator.reply(asked(prompt, system), sampling, on_text=_stream)
+        generator.reply(asked(prompt, system), sampling, on_text=stream)
     print()
 
 
@@ -316,7 +304,7 @@ def chat(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
-        say=_warn,
+        say=warn,
     )
     err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
     begun: list[tuple[str, str]] = [("system", system)] if system else []
@@ -332,17 +320,8 @@ def chat(
             messages = [*begun]
             continue
         messages.append(("user", line))
-        messages.append(("assistant", generator.reply(messages, sampling, on_text=_stream)))
+        messages.append(("assistant", generator.reply(messages, sampling, on_text=stream)))
         print()
-
-
-def _warn(text: str) -> None:
-    err.print("[yellow]warning:[/yellow]", end=" ")
-    err.print(text, markup=False, soft_wrap=True)
-
-
-def _stream(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 @app.command("export")
@@ -368,7 +347,7 @@ def export_command(
             model=model,
             revision=revision,
             cache_dir=cache_dir,
-            say=_warn,
+            say=warn,
         )
     for line in lines(result):
         out.print(line, markup=False)
@@ -410,19 +389,26 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel that we do not use
+    streams.guard()
+    sys.exit(streams.exit_code(_exit_code()))
+
+
+def _exit_code() -> int:
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except LoptError as error:
-        err.print("[red]error:[/red]", end=" ")
-        err.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        show_error(str(error))
+        return error.exit_code
     except Exception as error:
         # torch's out-of-memory error, by name: this file does not import torch
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        err.print(f"[red]error:[/red] out of memory ({' '.join(str(error).split())[:200]})", highlight=False)
-        err.print("  -> lower --max-seq-len or --batch-size, or use --device cpu", highlight=False)
-        sys.exit(1)
+        show_error(f"out of memory ({' '.join(str(error).split())[:200]})")
+        say("  -> lower --max-seq-len or --batch-size, or use --device cpu")
+        return 1
     except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+        say("interrupted")
+        return 130
+    return 0

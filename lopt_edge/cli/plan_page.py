@@ -7,7 +7,6 @@ out, it computes nothing. No torch on this path: an answer does not wait for its
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lopt_edge.cli.terminal import say
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, RunError
@@ -171,7 +171,7 @@ def _sweep(config: Config, out: Console, *, gpu: str | None, as_json: bool, swee
             out.print(line, markup=False)
         out.print(f"picture: {path}", markup=False)
     if note:
-        print(note, file=sys.stderr)  # beside JSON, too
+        say(note)  # beside JSON, too
     return any(one.fits for *_, one in found)
 
 

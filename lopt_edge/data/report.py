@@ -20,6 +20,7 @@ from rich.text import Text
 
 from lopt_edge.data.dataset import Dataset
 from lopt_edge.data.encode import Example
+from quant.untrusted import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 SHOWN_TOKENS = 400  # of one example; the rest is counted
 BINS, BAR = 8, 40
-# C0 and C1 control characters but newline and tab become visible signs (an escape sequence in a data file stays text).
-CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | dict.fromkeys(range(127, 160), 0xFFFD)
 
 
 def check_facts(dataset: Dataset) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_example
         legend.append(f"{OPEN}what the model learns to write{CLOSE}", style="green").append(" is marked:")
         parts.append(legend)
     for example in shown:
-        title = Text(_visible(f"{example.where}: {len(example)} tokens, {example.n_supervised} supervised"))
+        title = Text(printable(f"{example.where}: {len(example)} tokens, {example.n_supervised} supervised"))
         if example.truncated:
             title.append(", truncated", style="yellow")
         parts.append(Panel(_marked(example, tokenizer), title=title, title_align="left"))
@@ -91,9 +90,9 @@ def _figures(dataset: Dataset) -> Table:
     if dataset.ignored_columns:
         rows.append(("ignored", ", ".join(dataset.ignored_columns) + " (--ignore-columns)"))
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(_visible(value)))
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
     for note in dataset.notes:
-        table.add_row(Text("note", style="bold yellow"), Text(_visible(note.text())))
+        table.add_row(Text("note", style="bold yellow"), Text(printable(note.text())))
     return table
 
 
@@ -116,7 +115,7 @@ def _histogram(lengths: tuple[int, ...]) -> Table:
 def _marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     text = Text()
     for piece, supervised in marked_pieces(example, tokenizer, limit=SHOWN_TOKENS):
-        shown = _visible(piece)
+        shown = printable(piece)
         text.append(f"{OPEN}{shown}{CLOSE}" if supervised else shown, style="green" if supervised else "")
     if len(example) > SHOWN_TOKENS:
         text.append(f" ... and {len(example) - SHOWN_TOKENS:,} more tokens", style="dim")
@@ -138,7 +137,3 @@ def marked_pieces(
         assert isinstance(upto, str)  # one sequence in, one text out
         yield upto[len(before) :], bool(supervised)
         before = upto
-
-
-def _visible(text: str) -> str:
-    return text.translate(CONTROLS)

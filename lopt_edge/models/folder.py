@@ -16,9 +16,9 @@ from pathlib import Path
 from lopt_edge.errors import InputError
 from lopt_edge.models.hub import _download
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
-from quant.headers import FolderError, TensorEntry, read_headers, read_json
+from quant.headers import FolderError, TensorEntry, read_headers
 from quant.sizes import DTYPE_BYTES
-from quant.untrusted import check_folder
+from quant.untrusted import check_folder, read_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
         path, commit = _download(name, revision)
     try:
         check_folder(path)
-        config = read_json(path / "config.json")
+        config = read_config(path / "config.json")
     except FolderError as error:
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
     where = str(path / "config.json")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
-from quant.headers import FolderError, read_json
+from quant.headers import FolderError
 from quant.sizes import DTYPE_BYTES
 from quant.small_files import SMALL_NAMES
+from quant.untrusted import read_config
 
 HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", *SMALL_NAMES,
                 "additional_chat_templates/*.jinja"]  # fmt: skip
@@ -45,7 +46,7 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
 
     try:
         config_path = Path(hf_hub_download(name, "config.json", revision=revision))
-        config, commit = read_json(config_path), config_path.parent.name  # .../snapshots/<commit>/config.json
+        config, commit = read_config(config_path), config_path.parent.name  # .../snapshots/<commit>/config.json
         headers = get_safetensors_metadata(name, revision=commit).files_metadata.values()
     except (
         HfHubHTTPError,

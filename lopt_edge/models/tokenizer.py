@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.tokenizer_faults import tokenizer_faults
 from lopt_edge.errors import InputError
+from lopt_edge.models.tokenizer_sizes import check_tokenizer_sizes
 from quant.headers import FolderError, read_json
 from quant.untrusted import check_folder
 
@@ -141,10 +142,11 @@ def _as_the_file_says(tokenizer: Any, folder: Path, say: Callable[[str], None]) 
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse links out of the folder, and a config that gives the tokenizer's class arguments which it would open."""
+    """Refuse links out of the folder, sizes out of reason, and a config whose arguments a tokenizer would open."""
     path = folder / "tokenizer_config.json"
     try:
         check_folder(folder)
+        check_tokenizer_sizes(folder)
         config = read_json(path) if path.exists() else {}
     except FolderError as error:
         raise InputError(str(error), where=str(folder), fix="download or copy the folder again") from None

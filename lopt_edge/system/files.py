@@ -1,6 +1,8 @@
-"""Small files written whole: text, JSON and logs of JSON lines.
+"""Small files written whole: text, JSON and logs of JSON lines; and folders that outlive a power cut.
 
-The rule: a reader finds the old file or the new one, never half of one; a full disk is a RunError that names the path.
+The rules: a reader finds the old file or the new one, never half of one, and so does whoever starts the machine again (the
+file is synced before it has its name, its folder before the call returns); a full disk is a RunError that names the path. A
+line of a log may be torn by a power cut; whoever goes on with the log cuts it off and says so.
 """
 
 from __future__ import annotations
@@ -9,14 +11,24 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import RunError
+from quant.folders import sync_folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each name durable. Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file beside and rename it, so that a reader sees the old or the new one."""
+    """Write a whole file beside and rename it, so that a reader sees the old or the new one, after a power cut too."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -24,6 +36,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(path), fix="free space or permissions") from None
 
@@ -36,15 +49,19 @@ def write_json(path: Path, values: Any) -> None:
 class JsonLines:
     """A log of one JSON object a line, flushed at once. `kept_bytes` of what is there stay, the rest is cut off.
 
-    Less may be there: a run that goes on in another folder begins its log with the steps it does itself.
+    Less may be there: a run that goes on in another folder begins its log with the steps it does itself. `torn_bytes` at
+    the end of what was to stay were no whole lines, and are cut off too.
     """
 
     def __init__(self, path: Path, *, kept_bytes: int = 0) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self.file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-            self.file.truncate(min(kept_bytes, path.stat().st_size))
+            kept = min(kept_bytes, path.stat().st_size)
+            whole = _whole_lines(self.file, kept)
+            self.torn_bytes = kept - whole
+            self.file.truncate(whole)
             self.file.seek(0, os.SEEK_END)
         except OSError as error:
             raise self._failure(error) from None
@@ -81,3 +98,25 @@ class JsonLines:
         return RunError(
             f"cannot be written: {error.strerror}", where=str(self.path), fix="free space or mend the permissions there"
         )
+
+
+def _whole_lines(file: FileIO, n_bytes: int) -> int:
+    """The bytes of a log, up to `n_bytes`, that are whole lines of JSON; a power cut leaves half a line, or zeros."""
+    whole, lines = 0, BufferedReader(file)
+    try:
+        for line in lines:
+            if whole + len(line) > n_bytes or not line.endswith(b"\n"):
+                break
+            json.loads(line)
+            whole += len(line)
+    except (ValueError, RecursionError):
+        pass
+    lines.detach()
+    return whole
+
+
+def torn_tail(log: JsonLines) -> str | None:
+    """A sentence about what was cut off a log that is gone on with; None where all of it was whole."""
+    if not log.torn_bytes:
+        return None
+    return f"{log.path}: its last {log.torn_bytes:,} bytes were no whole line (a power cut does that) and were cut off"

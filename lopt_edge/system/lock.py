@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.system.files import make_folder
 
 LOCK_NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -27,7 +28,7 @@ def output_lock(
     """Lock the folder, which is made if it is not there. Raises InputError if another process has locked it."""
     path = folder / LOCK_NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = _take(path, warn, setting)
     except OSError as error:
         raise RunError(

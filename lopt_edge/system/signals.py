@@ -1,4 +1,8 @@
-"""What SIGINT (Ctrl-C) and SIGTERM do: the first asks the run to stop where nothing is lost, the second ends it at once.
+"""What SIGINT (Ctrl-C), SIGTERM and SIGHUP do: the first asks the run to stop where nothing is lost, the second ends it at
+once.
+
+SIGHUP says that the terminal is gone; the kernel and the shell may both send it, so it never counts as a second signal, and
+where it is ignored from the start (nohup) it stays so.
 
 Inside `deferred()` (a training step, a checkpoint being written, an evaluation) the first signal is only noted, and the
 caller looks at `check()` where it can stop: between two micro-batches. Anywhere else (loading, quantising, exporting)
@@ -15,17 +19,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lopt_edge.errors import Interrupted
 
-HEARD = (signal.SIGINT, signal.SIGTERM)
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
 class Interrupts:
-    """A listener for SIGINT and SIGTERM while `listening()`. `say` shows a sentence to the user."""
+    """A listener for the signals of `HEARD` while `listening()`. `say` shows a sentence to the user."""
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
@@ -39,7 +43,9 @@ class Interrupts:
             yield
             return
         before = {number: signal.getsignal(number) for number in HEARD}
-        for number in HEARD:
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]
+        for number in before:
             signal.signal(number, self._hear)
         try:
             yield
@@ -63,10 +69,17 @@ class Interrupts:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            if sys.stderr.isatty():
-                os.write(2, SHOW_CURSOR.encode())
+            if number == signal.SIGHUP:
+                return
+            with suppress(OSError, ValueError, AttributeError):  # stderr may be gone
+                if sys.stderr.isatty():
+                    os.write(2, SHOW_CURSOR.encode())
             os._exit(128 + number)
         self.signal_number = number
         if not self._depth:
             raise Interrupted(number)
-        self.say(f"{signal.Signals(number).name}: the micro-batch is finished and the run saved; once more ends it at once")
+        again = "SIGTERM" if number == signal.SIGHUP else "once more"
+        with suppress(RuntimeError):  # the signal came while this very stream was being written
+            self.say(
+                f"{signal.Signals(number).name}: the micro-batch is finished and the run saved; {again} ends it at once"
+            )

@@ -1,6 +1,6 @@
 """What a finished run leaves beside the adapter: run.json, plan.json, the model card; and the result for the caller.
 
-Everything that was printed is in these files.
+Everything that was printed is in these files. The rule: run.json is written when all the others are durable.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.adapters.card import model_card
 from lopt_edge.adapters.merged_files import END_KEY, end_token_ids
+from lopt_edge.errors import RunError
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
@@ -21,6 +22,7 @@ from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.session.replacement import replacement
 from lopt_edge.training.session.session import Finished
+from quant.folders import sync_files
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def report(finished: Finished) -> RunResult:
     run = _run_facts(finished, result)
     write_text(output / "README.md", model_card(run, run_file=RUN_NAME, log_file=METRICS_NAME))
     remove_features(output)
+    try:
+        sync_files(output)  # peft and transformers write adapter_config.json and the tokenizer without
+    except OSError as error:
+        raise RunError(f"cannot be made durable: {error.strerror}", where=str(output), fix="look at the disk") from None
     write_json(output / RUN_NAME, run)  # the last file: a folder with it is a finished run's
     return result
 

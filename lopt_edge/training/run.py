@@ -24,12 +24,18 @@ from lopt_edge.run.step.executor import SCALE_CUT
 from lopt_edge.run.step.op_faults import memory_faults
 from lopt_edge.run.watch.clock import PhaseClock
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
-from lopt_edge.system.files import JsonLines, write_json, write_text
+from lopt_edge.system.files import JsonLines, torn_tail, write_json, write_text
 from lopt_edge.system.lock import output_lock
 from lopt_edge.system.signals import Interrupts
 from lopt_edge.training.boundary_probe import Probe, as_json, choose_boundary
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, clean, latest, names, set_aside
-from lopt_edge.training.checkpoint.output_folder import BOUNDARY_NAME, EVENTS_NAME, SETTINGS_NAME, check_output
+from lopt_edge.training.checkpoint.output_folder import (
+    BOUNDARY_NAME,
+    EVENTS_NAME,
+    SETTINGS_NAME,
+    check_output,
+    damaged_results,
+)
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.finish import RunResult, report
@@ -48,7 +54,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
 
     Returns None for a dry run, and in the later processes of a pipeline that torchrun started. Raises InputError for
     anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
-    KeyboardInterrupt) for one that SIGINT or SIGTERM stopped.
+    KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
     """
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
@@ -78,7 +84,7 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
             write_json(output / BOUNDARY_NAME, as_json(probes))
         if start is not None:
             clock.go_on_from(start.state.seconds)
-        with _events(output, resumed=start is not None) as events, _advice_when_stopped(output):
+        with _events(output, progress, resumed=start is not None) as events, _advice_when_stopped(output):
             return _sessions(inputs, start, RunContext(progress, clock, interrupts, events))
 
 
@@ -123,6 +129,8 @@ def _make_ready(config: Config, output: Path, start: Start | None, progress: Pro
             progress.warn(f"a newer checkpoint than the one resumed from is kept as {name}")
     for path in output.glob("*.partial"):
         path.unlink()
+    for fault in damaged_results(output):
+        progress.warn(f"the result of the finished run is damaged and will be written again: {fault}")
     write_text(output / SETTINGS_NAME, settings_text(config))
 
 
@@ -137,11 +145,14 @@ def _nothing_was_made(output: Path, kind: type[BaseException] | None, *_: object
 
 
 @contextmanager
-def _events(output: Path, *, resumed: bool) -> Iterator[JsonLines]:
+def _events(output: Path, progress: Progress, *, resumed: bool) -> Iterator[JsonLines]:
     """The log events.jsonl, open: what happened beside the steps. A new run begins a new one."""
     path = output / EVENTS_NAME
     events = JsonLines(path, kept_bytes=path.stat().st_size if resumed and path.exists() else 0)
     try:
+        if (torn := torn_tail(events)) is not None:
+            progress.warn(torn)
+            events.write({"event": "torn log", "file": EVENTS_NAME, "bytes": events.torn_bytes})
         yield events
     finally:
         events.close()

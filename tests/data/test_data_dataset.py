@@ -136,7 +136,7 @@ def test_report_shows_markup_and_control_characters_as_text(make_tokenizer, writ
     tokenizer = make_tokenizer()
     rows = [{"prompt": "[bold]hello[/bold] \x1b[2J\x07", "completion": "[/nothing] \x9b yes"}]
     text = shown(load_dataset(write("d.jsonl", rows), tokenizer, max_seq_len=100), tokenizer)
-    assert "[bold]hello[/bold] ␛[2J␇⟦[/nothing]" in text
+    assert r"[bold]hello[/bold] \x1b[2J\x07⟦[/nothing]" in text
     assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 

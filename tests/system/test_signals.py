@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in every phase, through the command line: 130 or 143, a sentence how to go on, and nothing lost.
+"""SIGINT, SIGTERM and SIGHUP in every phase, through the command line: exit code 128 and the number, advice, nothing lost.
 
 The signal is sent to this process from inside the phase, so it lands there and nowhere else. The second signal, which ends
 the process at once, is sent to a child.
@@ -21,9 +21,11 @@ import yaml
 from lopt_edge import finetune
 from lopt_edge.adapters import merge as merging
 from lopt_edge.cli.main import main
+from lopt_edge.errors import Interrupted
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.step import evaluation as evaluating
 from lopt_edge.run.step.executor import Executor
+from lopt_edge.system.signals import Interrupts
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, latest
 from lopt_edge.training.prepare import read as preparation
 from lopt_edge.training.session import loaded, saving, session
@@ -75,11 +77,11 @@ def sending(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_phase(model, whole, tmp_path, monkeypatch, capsys, phase, number):
-    if number is signal.SIGINT and phase not in ("loading", "training"):
-        pytest.skip("the two signals differ in their number only")
+    if number is not signal.SIGTERM and phase not in ("loading", "training"):
+        pytest.skip("the signals differ in their number only")
     config = settings(model, tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
@@ -99,6 +101,24 @@ def test_every_phase(model, whole, tmp_path, monkeypatch, capsys, phase, number)
         return
     assert command(monkeypatch, "resume", str(output)) == 0
     assert (output / ADAPTER_NAME).read_bytes() == whole
+
+
+def test_a_hangup_counts_once_and_nohup_is_respected():
+    """A terminal that closes sends it by the kernel and by the shell; after nohup it is ignored from the start."""
+    interrupts = Interrupts()
+    with interrupts.listening(), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Interrupted) as caught:
+            interrupts.check()
+    assert caught.value.exit_code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts().listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_export(model, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from typing import Any
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family
+from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
              "no_rope_layer_interval", "max_window_layers")  # fmt: skip
@@ -104,7 +105,9 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     architectures = config.get("architectures")
     return ModelFacts(
         model_type=family.name,
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else family.name,
+        architecture=printable_name(str(architectures[0])[:80])
+        if isinstance(architectures, list) and architectures
+        else family.name,
         n_layers=n_layers,
         hidden_size=hidden,
         intermediate_size=known["intermediate_size"],

@@ -1,7 +1,7 @@
 """The output folder of a run: the names in it, and whether a run may begin there.
 
-The rule: a folder that holds something is never written over, except by the run that it belongs to. No torch: `compare`
-reads it without.
+The rules: a folder that holds something is never written over, except by the run that it belongs to; a folder with run.json
+is a finished run's, and all other files of the result are durable before it is there. No torch: `compare` reads it without.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.errors import InputError
 from lopt_edge.system.lock import LOCK_NAME
+from quant.folders import sync_folder
+from quant.headers import FolderError, read_header, read_json
 
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
@@ -56,3 +58,23 @@ def _check_empty(folder: Path, held: set[str]) -> None:
         )
     what = "holds another run" if RUN_NAME in left else "is not empty"
     raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")
+
+
+def unfinish(folder: Path) -> None:
+    """Take run.json away, durably, before a run that goes on writes its result again. Raises OSError."""
+    if (folder / RUN_NAME).exists():
+        (folder / RUN_NAME).unlink()
+        sync_folder(folder)
+
+
+def damaged_results(folder: Path) -> list[str]:
+    """A sentence for each file of a finished run that cannot be read (a power cut may have emptied it)."""
+    if not (folder / RUN_NAME).exists():
+        return []
+    faults = []
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        try:
+            (read_json if path.suffix == ".json" else read_header)(path)
+        except FolderError as error:
+            faults.append(str(error))
+    return faults

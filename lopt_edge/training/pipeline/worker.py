@@ -46,6 +46,7 @@ from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.system.memory import peak_rss_bytes
+from lopt_edge.system.signals import HEARD
 from lopt_edge.training.checkpoint.folder import STATE
 from lopt_edge.training.checkpoint.snapshot import restore
 from lopt_edge.training.pipeline.launch import PARENT, PORT, RANK, SETUP, end_with_parent, torchrun_rank
@@ -179,7 +180,7 @@ class Worker:
 def work(store: Any, rank: int, *, loopback: bool) -> None:
     """Run the whole life of this process in the run. Raises LoptError."""
     setup = json.loads(store.get(SETUP))
-    for number in (signal.SIGINT, signal.SIGTERM):  # process 0 hears them
+    for number in HEARD:  # by process 0
         signal.signal(number, signal.SIG_IGN)
     task = read_task(setup, rank)
     torch.set_num_threads(setup["threads"])

@@ -34,9 +34,9 @@ from lopt_edge.run.step.step_state import Cut, StepResult
 from lopt_edge.run.watch.first_steps import N_STEPS, FirstSteps
 from lopt_edge.run.watch.memory_report import MemoryMeter, write_report
 from lopt_edge.system.allocator import release_free_memory
-from lopt_edge.system.files import JsonLines
+from lopt_edge.system.files import JsonLines, torn_tail
 from lopt_edge.training.checkpoint.folder import name_of
-from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, unfinish
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.prepare.inputs import Inputs
@@ -141,6 +141,8 @@ class Session:
         state, loaded = self.state, self.loaded
         self.log = JsonLines(self.output / METRICS_NAME, kept_bytes=state.log_bytes)
         try:
+            if (torn := torn_tail(self.log)) is not None:
+                self.progress.warn(torn)
             if state.unlogged is not None:
                 self.log.write(state.unlogged)
                 state.unlogged = None
@@ -410,12 +412,14 @@ class Session:
     # the end ----------------------------------------------------------------------------------------------------------
 
     def _save_adapter_and_tokenizer(self) -> None:
-        save_adapter(self.output, self.loaded.model, self.loaded.shape)
+        """Write the result; until finish.py has made it durable no run.json says that the run is finished."""
         inputs = self.inputs
         template = None if inputs.template is None else inputs.template.source
         try:
+            unfinish(self.output)
+            save_adapter(self.output, self.loaded.model, self.loaded.shape)
             write_tokenizer_files(
                 self.output, base=inputs.source.path, tokenizer=inputs.tokenizer, template=template, has_config=False
             )
         except OSError as error:
-            raise RunError(f"the tokenizer cannot be written: {error.strerror}", where=str(self.output)) from None
+            raise RunError(f"the result cannot be written: {error.strerror or error}", where=str(self.output)) from None
