@@ -148,7 +148,8 @@ def _print_result(result: Any) -> None:
     labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
     before, after = result.evaluation["before"], result.evaluation["after"]
     for name, value in after.items():
-        table.add_row(labels[name], f"{before[name]:.4f}", f"{value:.4f}")
+        scored = f"{labels[name]} ({result.scored_tokens[name]:,} tokens)"
+        table.add_row(scored, f"{before[name]:.4f}", f"{value:.4f}")
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
     whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"

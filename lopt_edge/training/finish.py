@@ -37,6 +37,7 @@ class RunResult:
     peak_rss_bytes: int
     peak_device_bytes: int
     seconds: dict[str, float]
+    scored_tokens: dict[str, int] = field(default_factory=dict)  # targets that each loss of `evaluation` is the mean of
     replacement: dict[str, Any] = field(default_factory=dict)  # method repl: training/session/replacement.py
     n_processes: int = 1  # the peaks are their sums
 
@@ -57,6 +58,7 @@ def report(finished: Finished) -> RunResult:
         peak_rss_bytes=peak_rss,
         peak_device_bytes=peak_device,
         seconds={name: round(value, 3) for name, value in finished.seconds.items()},
+        scored_tokens={name: data.n_supervised for name, data in inputs.evaluated.items()},
         replacement=replacement(state, inputs.course.replaced),
         n_processes=inputs.config.pipeline,
     )
@@ -96,6 +98,7 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
         "totals": {"steps": inputs.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
                    "skipped_steps": state.skipped},
         "evaluation": result.evaluation,
+        "scored_tokens": result.scored_tokens,
         **({"replacement": result.replacement} if result.replacement else {}),
         "predicted": finished.predicted,
         "best_eval_loss": state.best["eval_loss"] if state.best else None,

@@ -18,7 +18,7 @@ import torch
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
-from lopt_edge.data import Dataset, load_dataset, split
+from lopt_edge.data import Dataset, fingerprint_of, load_dataset, split
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -140,14 +140,15 @@ class _Answer:
     knobs: Knobs
     disk_bytes: int  # of page files
     pipeline_reasons: tuple[str, ...]
-    split: str  # a sentence, where micro-batches of a resumed run had to be split
+    warnings: tuple[str, ...]  # of budgets that were lowered, and of micro-batches of a resumed run that had to be split
 
 
 def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     """Budgets, what the planner settles of the settings, and the plan. Raises DoesNotFit, unless forced."""
     device, source = found.device, found.source
-    stated = stated_budget(config, device)
+    stated, lowered = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
+    reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention)
     ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher)
 
@@ -168,7 +169,8 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     if parts:
         run_plan, pipeline_reasons = in_processes(run_plan, workload, knobs, parts)
         workload = replace(workload, part=parts[0])
-    return _Answer(config, order, stated, ground, workload, run_plan, knobs, disk_bytes, pipeline_reasons, split)
+    warnings = (*lowered, *([split] if split else []))
+    return _Answer(config, order, stated, ground, workload, run_plan, knobs, disk_bytes, pipeline_reasons, warnings)
 
 
 def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resumed: list[str]) -> Inputs:
@@ -179,7 +181,7 @@ def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resum
     warnings = (
         *resumed,
         *found.notes,
-        *([planned.split] if planned.split else []),
+        *planned.warnings,
         *_warnings(given, source, found.train, max_seq_len=found.max_seq_len),  # settled settings were not stated
         *memory_warnings(config, knobs),
         *folder_warnings,
@@ -319,7 +321,7 @@ def _datasets(
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
-        retention = read(config.retention_data)
+        retention = _end_not_scored(read(config.retention_data), tokenizer.eos_token_id, path=config.retention_data)
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:
@@ -329,3 +331,23 @@ def _datasets(
                 fix="use the tokenizer that belongs to the model",
             )
     return train, held_out, retention
+
+
+def _end_not_scored(dataset: Dataset, end_id: int | None, *, path: str) -> Dataset:
+    """Plain texts without the end token behind them as a target. Raises InputError if nothing is left.
+
+    It is not of the text: that texts end is what training on replies teaches, so retention would seem to improve.
+    """
+    if dataset.format != "text":
+        return dataset
+    last = {example.where: index for index, example in enumerate(dataset.examples)}  # a row's windows stand in order
+    examples = tuple(
+        replace(example, supervised=example.supervised[:-1] + b"\0")
+        if index == last[example.where] and example.input_ids[-1] == end_id
+        else example
+        for index, example in enumerate(dataset.examples)
+    )
+    examples = tuple(example for example in examples if example.n_supervised)
+    if not examples:
+        raise InputError("no text has two tokens: there is nothing to score", where=path, fix="give longer texts")
+    return replace(dataset, examples=examples, fingerprint=fingerprint_of(examples))
