@@ -57,4 +57,4 @@ def test_a_name_stays_a_name(name):
 
 def test_the_honest_name_is_readable():
     assert "# LoRA adapter for a-model\\_0.5B\n" in card("org/a-model_0.5B")
-    assert "| eval loss | 2.0000 | 1.0000 |" in card("a")
+    assert "| eval loss | 7 | 2.0000 | 1.0000 |" in card("a")
