@@ -24,9 +24,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False)
+    model.train(False)
     with torch.no_grad(), answer:
         for row in request["rows"]:
             logits_TV = model(torch.tensor([row]), use_cache=False).logits[0].float().contiguous()

@@ -77,5 +77,5 @@ def _all_keys(shape: AdapterShape) -> dict[str, Any]:
     """The config with every key of the installed peft, in its order of writing: sorted, sets too."""
     from peft import LoraConfig
 
-    values = LoraConfig(**shape.config()).to_dict()
+    values = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
@@ -108,7 +109,7 @@ def _read_files(config: Config) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
-    facts = source.facts
+    facts, notes = source.facts, list[str]()
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )
@@ -116,7 +117,7 @@ def _read_files(config: Config) -> _Files:
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))
-    notes: list[str] = []
+        tell_if_another(source, Path(config.init_adapter), notes.append)
     tokenizer = load_tokenizer(source.path, say=notes.append)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
