@@ -75,6 +75,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     planned = _ask_planner(config, found, resumes=start is not None)
     inputs = _inputs(given, config, found, planned, resumed)
     _check_stages(inputs)
+    _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
     return inputs, start
@@ -229,6 +230,16 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
     yield from planned.pipeline_reasons
     yield from chosen_settings(asked, planned.config)
     yield from (f"predicted for the largest step: {line}" for line in summary(run_plan))
+
+
+def _check_steps(inputs: Inputs, start: Start | None) -> None:
+    """Refuse a checkpoint that lies behind the run's end: nothing would be trained, and that looks like a result."""
+    if start is not None and start.state.steps > inputs.n_steps:
+        raise InputError(
+            f"the checkpoint is after step {start.state.steps}, the run has {inputs.n_steps} steps",
+            where="resume",
+            fix="raise --max-steps or --epochs, or name an earlier checkpoint",
+        )
 
 
 def _check_stages(inputs: Inputs) -> None:
