@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,20 +240,3 @@ def four_bit_tensors(
         else:
             yield name, tensor
             del tensor
-
-
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copy the files of a model folder beside its weights and config: tokenizer, template, generation settings, licence."""
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "generation_config.json",
-        "chat_template*",
-        "LICENSE*",
-    ):
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)

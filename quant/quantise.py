@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from quant.files import copy_small_files, four_bit_layout, four_bit_tensors, quantization_config, read_tensor
+from quant.files import four_bit_layout, four_bit_tensors, quantization_config, read_tensor
 from quant.folders import new_folder
 from quant.headers import read_headers, read_json
 from quant.shards import write_sharded
+from quant.small_files import copy_small_files
 
 
 def quantise_folder(

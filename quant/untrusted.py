@@ -62,11 +62,12 @@ def parse_json(text: str, *, parse_constant: Callable[[str], Any] | None = None)
     except RecursionError:
         raise TooDeep(f"nested deeper than {MAX_JSON_DEPTH} levels") from None
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:  # most texts are settled by this
-        _check_depth(value)
+        check_depth(value)
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise TooDeep for a value of JSON that nests deeper than the limit."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         items = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))

@@ -53,6 +53,7 @@ class Shape:
 
 
 SHAPES = {  # from the public config.json files
+    "smollm2-135m": Shape("llama", 49152, 576, 1536, 30, 9, 3, 64, True, 8192),
     "qwen2.5-0.5b": Shape("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True, 32768),
     "qwen2.5-1.5b": Shape("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True, 131072),
     "qwen2.5-7b": Shape("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False, 131072),
@@ -71,7 +72,8 @@ def config(shape: Shape, layers: int) -> PretrainedConfig:
     extras: dict[str, object] = {"rms_norm_eps": 1e-6}
     if shape.family == "llama":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": shape.rope_factor, **scaling}
+        if shape.rope_factor is not None:
+            rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": shape.rope_factor, **scaling}
         extras = {"rms_norm_eps": 1e-5, "head_dim": shape.head_dim}
     if shape.family == "mistral":
         extras = {"rms_norm_eps": 1e-5, "head_dim": shape.head_dim, "sliding_window": None}

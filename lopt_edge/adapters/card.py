@@ -22,9 +22,15 @@ def model_card(run: Mapping[str, Any], *, run_file: str, log_file: str) -> str:
     `run` are the facts of `run_file`; the loss of each step is in `log_file`.
     """
     config, before, after = run["config"], run["evaluation"]["before"], run["evaluation"]["after"]
-    rows = [f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after if name in before]
-    table = "\n".join(["| held-out | before | after |", "|---|---|---|", *rows]) if rows else "No held-out data was given."
     base = printable_name(run["base"])
+    scored = run["scored_tokens"]
+    rows = [
+        f"| {name.replace('_', ' ')} | {scored[name]:,} | {before[name]:.4f} | {after[name]:.4f} |"
+        for name in after
+        if name in before
+    ]
+    heads = ("| held-out | tokens | before | after |", "|---|---|---|---|")
+    table = "\n".join([*heads, *rows]) if rows else "No held-out data was given."
     return f"""---
 base_model: {json.dumps(base, ensure_ascii=False)}
 library_name: peft

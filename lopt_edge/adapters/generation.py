@@ -6,6 +6,7 @@ what a run prints as a sample is what it trained. Speed is not its aim: a fast s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt_edge.data import ChatTemplate, load_template
+from lopt_edge.adapters.base import base_of
+from lopt_edge.data import ChatTemplate, load_template, prompt_ids
+from lopt_edge.data.rows import AnyMessage
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder, find_model
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.run.device import choose_device, choose_dtype
@@ -27,8 +29,6 @@ from lopt_edge.run.step.losses import logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,28 @@ class TextGenerator:
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
     def reply(
-        self, messages: Sequence[Message], sampling: Sampling, *, on_text: Callable[[str], None] | None = None
+        self,
+        messages: Sequence[AnyMessage],
+        sampling: Sampling,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        on_text: Callable[[str], None] | None = None,
     ) -> str:
         """The assistant's next turn; `on_text` receives it piece by piece."""
         if self.template is None:
             raise ValueError("this generator has no chat template")
-        prompt = self.template.render(self.tokenizer, messages, add_generation_prompt=True, where="the prompt")
+        prompt = self.template.render(self.tokenizer, messages, tools=tools, add_generation_prompt=True, where="the prompt")
         # as in training, the template alone says what comes before the first turn
         return self._complete(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], sampling, on_text)
 
     def continue_text(self, prompt: str, sampling: Sampling, *, on_text: Callable[[str], None] | None = None) -> str:
-        """The text after `prompt`, without a chat template: for models trained on prompt/completion or plain text."""
-        return self._complete(self.tokenizer(prompt)["input_ids"], sampling, on_text)
+        """The text after `prompt`, without a chat template: for models trained on prompt/completion or plain text.
+
+        The prompt's ids are those of training. Raises InputError for an empty prompt.
+        """
+        if not prompt:
+            raise InputError("is empty: there is nothing to continue", where="prompt", fix="give a text")
+        return self._complete(prompt_ids(prompt, self.tokenizer), sampling, on_text)
 
     def _complete(self, ids: Sequence[int], sampling: Sampling, on_text: Callable[[str], None] | None) -> str:
         eos = self.tokenizer.eos_token_id
@@ -87,6 +97,11 @@ class TextGenerator:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)  # a list of them for a list of lists only
         return text
+
+
+def asked(prompt: str, system: str | None = None) -> list[AnyMessage]:
+    """The conversation of a user's prompt, after a system message if there is one."""
+    return [*([("system", system)] if system else []), ("user", prompt)]
 
 
 @torch.no_grad()
@@ -117,7 +132,7 @@ def _choose(scores_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
 
 
 def load_generator(
-    model: str,
+    model: str | None = None,
     adapter: str | None = None,
     *,
     revision: str | None = None,
@@ -125,18 +140,18 @@ def load_generator(
     device: str = "auto",
     compute_dtype: str = "auto",
     chat_template: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> TextGenerator:
     """A generator from a model (folder or hub id; quantised into the cache if need be) and an adapter, if one is named.
 
-    Raises InputError for what is missing or does not fit.
+    The model may be left out beside an adapter, whose config names it; `say` hears what is odd about either. Raises
+    InputError for what is missing or does not fit.
     """
     chosen, _ = choose_device(device)
     dtype, _ = choose_dtype(compute_dtype, chosen)
-    source: ModelFolder = find_model(model, revision=revision)
-    if adapter is not None and not Path(adapter).is_dir():
-        raise InputError("no such adapter folder", where=adapter, fix="give the output folder of a finetune run")
+    source = base_of(adapter, model=model, revision=revision, say=say)
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(Path(adapter) if adapter is not None and has_tokenizer else source.path)
+    tokenizer = load_tokenizer(Path(adapter) if adapter is not None and has_tokenizer else source.path, say=say)
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
     loaded = load_model(folder, source.facts, device=chosen, dtype=dtype)
     if adapter is not None:
@@ -146,19 +161,23 @@ def load_generator(
 
 
 def generate(
-    model: str,
+    model: str | None,
     prompt: str,
     *,
     adapter: str | None = None,
+    system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     **loading: Any,
 ) -> str:
-    """The completion of one user prompt. `loading`: revision, cache_dir, device, compute_dtype, chat_template.
+    """The completion of one user prompt, after a system message if one is given.
 
-    Raises InputError for a missing model or adapter and for settings out of range.
+    `loading`: revision, cache_dir, device, compute_dtype, chat_template.
+
+    With an adapter the model may be None: the one that the adapter's config names. Raises InputError for a missing model or
+    adapter and for settings out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    return load_generator(model, adapter, **loading).reply([("user", prompt)], sampling)
+    return load_generator(model, adapter, **loading).reply(asked(prompt, system), sampling)

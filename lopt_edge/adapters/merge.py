@@ -3,57 +3,66 @@
 Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16 (or kept: `dtype`). In a layer that the run replaced
 (method repl) W = a W1 + b W2 of the layers beside it. W is either the original full-precision weight
 (`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
-the function changes; how far is measured and returned: both models read the same text, the merged one layer by layer from
-the written folder. The rule: beside the packed model and its adapter, memory holds one full matrix (two in
-a replaced layer) while writing and one full layer while measuring. The folder appears under its name only when complete.
+the function changes; how far is measured and returned (divergence.py), and written beside the weights. The rule: beside the
+packed model and its adapter, memory holds one full matrix (two in a replaced layer) while writing and one full layer while
+measuring. The folder appears under its name only when complete and read by transformers, where memory suffices for that.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lopt_edge.adapters.base import base_of
+from lopt_edge.adapters.divergence import LARGE_KL, Divergence, measure
+from lopt_edge.adapters.merged_files import write_beside
+from lopt_edge.adapters.probe import probe_of
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.models.folder import ModelFolder, find_model, tensor_entries
+from lopt_edge.models.folder import tensor_entries
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.plan.facts.model import packs
-from lopt_edge.run.model.load import Model, fill_parameters, load_model, make_skeleton
-from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, load_adapters
+from lopt_edge.run.model.load import Model, load_model
+from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
-from lopt_edge.run.step.losses import logits
-from quant.files import copy_small_files, is_packed, read_packed, read_tensor
+from lopt_edge.system.files import write_json
+from quant.files import is_packed, read_packed, read_tensor
 from quant.folders import new_folder
-from quant.headers import FolderError, TensorEntry, read_json
+from quant.headers import FolderError, TensorEntry
 from quant.linear import PackedLinear
 from quant.mixed import Mixture
 from quant.nf4 import unpack_into
 from quant.shards import write_sharded
+from quant.sizes import DTYPE_BYTES
 
-PROBE_TEXT = (
-    "The committee met on Tuesday to decide how the river should be crossed. Two engineers had drawn a bridge of stone; a "
-    "third, younger, wanted steel. def area(width, height): return width * height. In 1931 the price of bread doubled."
-)
+EXPORT_NAME = "export.json"  # in the merged folder: what it was made from, and how far it is from that
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}  # of the merged weights, with their names in files
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The folder written, and how far its logits are from those of the adapter on the 4-bit base, over a fixed text."""
+    """The folder written, and how far its logits are from those of the adapter on the 4-bit base."""
 
     folder: Path
     onto: str
+    dtype: str
     n_bytes: int
-    mean_kl: float  # nats a token
-    relative_error: float  # norm of the difference / norm of the logits
-    same_top_token: float  # share of tokens
+    divergence: Divergence
+
+    @property
+    def advice(self) -> str:
+        """What makes the difference smaller; nothing where it is small."""
+        if self.divergence.mean_kl <= LARGE_KL:
+            return ""
+        if self.onto == "original":
+            return "--onto dequantized merges onto the 4-bit weights that the adapter was trained on"
+        return "--dtype float32 keeps what bfloat16 rounds away" if self.dtype == "bfloat16" else ""
 
 
 def export(
@@ -62,11 +71,15 @@ def export(
     merged: str | Path,
     onto: str = "original",
     dtype: str = "bfloat16",
+    model: str | None = None,
+    revision: str | None = None,
     cache_dir: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Merged:
     """Merge the adapter of a finetune output folder into a model folder `merged` (new).
 
-    Raises InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
+    `model` is the base, where it is not what the adapter's config names; `say` hears what is odd about it. Raises
+    InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
     """
     adapter, target = Path(adapter), Path(merged)
     if dtype not in DTYPES:
@@ -75,37 +88,27 @@ def export(
         raise InputError(f"{onto!r} is unknown", where="onto", fix="choose original or dequantized")
     if target.exists():
         raise InputError("exists already", where=str(target), fix="choose a new folder for --merged")
-    source = _base_of(adapter)
+    source = base_of(adapter, model=model, revision=revision, say=say)
     if onto == "original" and source.facts.quantised:
         raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
+    tokenizer = load_tokenizer(source.path, say=say)
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
-    model = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
-    apply_replaced(model, adapter)
-    load_adapters(model, adapter)
+    tuned = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
+    apply_replaced(tuned, adapter)
+    load_adapters(tuned, adapter)
     try:
         with new_folder(target) as partial:
-            n_bytes = _write_weights(model, source.path if onto == "original" else folder, partial, dtype)
-            _write_config(source.path, partial, dtype)
-            copy_small_files(adapter, partial)
-            copy_small_files(source.path, partial)
-            divergence = _divergence(model, partial, load_tokenizer(partial))
+            n_bytes = _write_weights(tuned, source.path if onto == "original" else folder, partial, dtype)
+            write_beside(partial, source, adapter, tokenizer, dtype)
+            probe = probe_of(adapter, load_tokenizer(partial, say=lambda text: None))  # with the template that was used
+            divergence = measure(tuned, partial, probe, n_parameters=n_bytes // DTYPE_BYTES[DTYPES[dtype]])
+            made = {"adapter": str(adapter), "base": source.name, "onto": onto, "dtype": dtype, **asdict(divergence)}
+            write_json(partial / EXPORT_NAME, made)
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="free space there") from None
-    return Merged(target, onto, n_bytes, *divergence)
-
-
-def _base_of(adapter: Path) -> ModelFolder:
-    try:
-        config = read_json(adapter / ADAPTER_CONFIG_NAME)
-    except FolderError as error:
-        raise InputError(str(error), where=str(adapter), fix="give the output folder of a finetune run") from None
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(base, str) or not base:
-        raise InputError("adapter_config.json names no base model", where=str(adapter))
-    revision = config.get("revision")
-    return find_model(base, revision=revision if isinstance(revision, str) else None)
+    return Merged(target, onto, dtype, n_bytes, divergence)
 
 
 def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
@@ -164,37 +167,3 @@ def _synthesised(name: str, entries: dict[str, TensorEntry], mixture: Mixture) -
     before, after = (_read(f"{head}{int(layer) + step}{rest}", entries).float() for step in (-1, 1))
     a, b = mixture.mix.tolist()
     return before.mul(a).add_(after, alpha=b)
-
-
-def _write_config(source: Path, target: Path, dtype: str) -> None:
-    config = read_json(source / "config.json")
-    for key in ("quantization_config", "torch_dtype"):
-        config.pop(key, None)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-
-
-@torch.no_grad()
-def _divergence(model: Model, merged: Path, tokenizer: Any) -> tuple[float, float, float]:
-    """(mean KL, relative error, share of equal top tokens) of the merged folder against adapter-on-4-bit."""
-    ids_BT = torch.tensor([tokenizer(PROBE_TEXT)["input_ids"][:128]])
-    ours_TV = _read_through(model, ids_BT)
-    entries = tensor_entries(merged)
-    other = make_skeleton(merged, model.facts, entries, device=model.device, dtype=model.dtype)
-    theirs_TV = _read_through(other, ids_BT, entries=entries)
-    p_TV, q_TV = ours_TV.log_softmax(1), theirs_TV.log_softmax(1)
-    kl = (p_TV.exp() * (p_TV - q_TV)).sum(1).mean().item()
-    same = (ours_TV.argmax(1) == theirs_TV.argmax(1)).float().mean().item()
-    return kl, ((ours_TV - theirs_TV).norm() / ours_TV.norm()).item(), same
-
-
-def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntry] | None = None) -> Tensor:
-    """The model's logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
-    hidden_BTD = model.embed(ids_BT)
-    frame = model.layer_context(hidden_BTD)
-    for index, layer in enumerate(model.layers):
-        if entries is not None:
-            fill_parameters(layer, model.facts.family.layout.layer(index), entries, device=model.device, dtype=model.dtype)
-        hidden_BTD = model.run_layer(index, hidden_BTD, frame)
-        if entries is not None:
-            layer.to("meta")
-    return logits(model, hidden_BTD[0])

@@ -1,7 +1,8 @@
 """The output folder of a run: adapter, tokenizer, logs (JSON lines), run.json, model card.
 
-The adapter is peft's form (`adapter_model.safetensors`, `adapter_config.json` written by peft itself, or in checkpoints by
-us with the same content), so that plain peft loads it. Rules: the output folder must be new, empty, or hold nothing but the
+The adapter is peft's form (`adapter_model.safetensors`, and `adapter_config.json` with all keys of the installed peft, in
+checkpoints those that matter), so that plain peft loads it. The same run writes the same bytes: peft's own writer puts sets
+down in hash order. Rules: the output folder must be new, empty, or hold nothing but the
 logs of a run that saved nothing, so no run is overwritten (resuming is another matter); a file is written beside and
 renamed, a log line is written whole or not at all; an adapter that holds a number that is not finite is never saved.
 """
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import RunError
+from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME
 from lopt_edge.run.model.load import Model
-from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_adapter
+from lopt_edge.run.model.lora import ADAPTER_NAME, write_adapter
 from lopt_edge.run.model.replaced import REPLACED_NAME, replaced_values
 from lopt_edge.system.files import write_json
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """The content of adapter_config.json: rank, alpha, dropout, modules, the layers that carry adapters, and the base."""
+    """The content of adapter_config.json: rank, alpha, dropout, modules, layers, the base, how alpha scales."""
 
     r: int
     alpha: float
@@ -31,6 +33,7 @@ class AdapterShape:
     n_layers: int
     base: str
     revision: str | None = None
+    rslora: bool = False
 
     def config(self) -> dict[str, Any]:
         """The shape by peft's keys; what is not named has peft's default."""
@@ -42,6 +45,7 @@ class AdapterShape:
             "inference_mode": True,
             "r": self.r,
             "lora_alpha": self.alpha if self.alpha % 1 else int(self.alpha),
+            "use_rslora": self.rslora,
             "lora_dropout": self.dropout,
             "target_modules": sorted(self.targets),
             "layers_to_transform": None if len(layers) == self.n_layers else layers,
@@ -64,8 +68,14 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
         if plain:
             write_json(folder / ADAPTER_CONFIG_NAME, {"peft_type": "LORA", **shape.config()})
         else:
-            from peft import LoraConfig
-
-            LoraConfig(**shape.config()).save_pretrained(str(folder))
+            write_json(folder / ADAPTER_CONFIG_NAME, _all_keys(shape))
     except OSError as error:
         raise RunError(f"the adapter cannot be written: {error}", where=str(folder), fix="free space there") from None
+
+
+def _all_keys(shape: AdapterShape) -> dict[str, Any]:
+    """The config with every key of the installed peft, in its order of writing: sorted, sets too."""
+    from peft import LoraConfig
+
+    values = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}

@@ -8,7 +8,6 @@ The options of `finetune`, `plan` and `resume` come from options.py. Exit codes:
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -19,10 +18,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from lopt_edge.cli.options import check_words, config_parameters, own_option, signature
-from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams
+from lopt_edge.cli.data_check import data_check
+from lopt_edge.cli.options import (
+    RevisionOption,
+    TemplateOption,
+    check_words,
+    config_parameters,
+    own_option,
+    signature,
+)
+from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted
@@ -41,13 +47,14 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="model folder, or hub id (default: the one that the adapter's config names)")
+]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
 DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
-TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="system message before the prompt")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest reply in tokens")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely tokens of this mass")]
@@ -148,7 +155,8 @@ def _print_result(result: Any) -> None:
     labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
     before, after = result.evaluation["before"], result.evaluation["after"]
     for name, value in after.items():
-        table.add_row(labels[name], f"{before[name]:.4f}", f"{value:.4f}")
+        scored = f"{labels[name]} ({result.scored_tokens[name]:,} tokens)"
+        table.add_row(scored, f"{before[name]:.4f}", f"{value:.4f}")
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
     whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
@@ -232,38 +240,15 @@ def quantize(
     out.print(f"{folder}: {n_bytes / 2**20:.0f} MiB", markup=False)
 
 
-@data_app.command("check")
-def data_check(
-    file: Annotated[str, typer.Argument(help="data file")],
-    model: ModelOption,
-    max_seq_len: Annotated[int, typer.Option("--max-seq-len", help="longest sequence in tokens")] = 2048,
-    data_format: Annotated[str | None, typer.Option("--data-format", help="form of the rows (default: detected)")] = None,
-    chat_template: TemplateOption = None,
-    revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
-) -> None:
-    """Show the first rendered examples with the supervised tokens marked, and what is truncated or dropped."""
-    from lopt_edge.data import DATA_FORMATS, check_facts, check_report, load_dataset
-    from lopt_edge.models.folder import find_model
-    from lopt_edge.models.tokenizer import load_tokenizer
-
-    if data_format not in (None, *DATA_FORMATS):
-        raise InputError(f"{data_format!r} is unknown", where="--data-format", fix=f"choose from {', '.join(DATA_FORMATS)}")
-    if max_seq_len < 2:
-        raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
-    tokenizer = load_tokenizer(find_model(model, revision=revision).path)
-    dataset = load_dataset(file, tokenizer, max_seq_len=max_seq_len, data_format=data_format, chat_template=chat_template)  # type: ignore[arg-type]  # checked above
-    if as_json:
-        print(json.dumps(check_facts(dataset), indent=2))
-    else:
-        out.print(check_report(dataset, tokenizer))
+data_app.command("check")(data_check)
 
 
 @app.command("generate")
 def generate_command(
-    model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="the user's message")],
+    model: BaseOption = None,
     adapter: AdapterOption = None,
+    system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -276,8 +261,12 @@ def generate_command(
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without a chat template")] = False,
 ) -> None:
     """Complete one prompt with a model, with or without an adapter."""
-    from lopt_edge.adapters.generation import Sampling, load_generator
+    from lopt_edge.adapters.generation import Sampling, asked, load_generator
 
+    if not prompt.strip():
+        raise InputError("is empty", where="--prompt", fix="give a text")
+    if raw and system is not None:
+        raise InputError("cannot be with --raw: there is no chat template", where="--system", fix="put it into the prompt")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     generator = load_generator(
         model,
@@ -287,18 +276,20 @@ def generate_command(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
+        say=warn,
     )
     if raw:
         generator.continue_text(prompt, sampling, on_text=stream)
     else:
-        generator.reply([("user", prompt)], sampling, on_text=stream)
+        generator.reply(asked(prompt, system), sampling, on_text=stream)
     print()
 
 
 @app.command()
 def chat(
-    model: ModelOption,
+    model: BaseOption = None,
     adapter: AdapterOption = None,
+    system: SystemOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.7,
     top_p: TopPOption = 0.95,
@@ -321,9 +312,11 @@ def chat(
         device=device,
         compute_dtype=compute_dtype,
         chat_template=chat_template,
+        say=warn,
     )
     err.print("An empty line or Ctrl-D ends the talk, /new starts over.")
-    messages: list[tuple[str, str]] = []
+    begun: list[tuple[str, str]] = [("system", system)] if system else []
+    messages = [*begun]
     while True:
         try:
             line = input("> ").strip()
@@ -332,7 +325,7 @@ def chat(
         if not line:
             return
         if line == "/new":
-            messages = []
+            messages = [*begun]
             continue
         messages.append(("user", line))
         messages.append(("assistant", generator.reply(messages, sampling, on_text=stream)))
@@ -345,20 +338,27 @@ def export_command(
     merged: Annotated[str, typer.Option("--merged", help="new folder for the merged model")],
     onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
     dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
+    model: BaseOption = None,
+    revision: RevisionOption = None,
     cache_dir: CacheOption = None,
 ) -> None:
     """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
     from lopt_edge.adapters.merge import export
+    from lopt_edge.cli.export_page import lines
 
     with _stoppable():
-        result = export(adapter, merged=merged, onto=onto, dtype=dtype, cache_dir=cache_dir)
-    out.print(
-        f"{result.folder}: {result.n_bytes / 2**20:.0f} MiB in {dtype}, merged onto the {result.onto} weights", markup=False
-    )
-    out.print(
-        f"against the adapter on the 4-bit base: mean KL {result.mean_kl:.2e} nats a token, relative logit "
-        f"difference {result.relative_error:.2%}, same top token {result.same_top_token:.0%}"
-    )
+        result = export(
+            adapter,
+            merged=merged,
+            onto=onto,
+            dtype=dtype,
+            model=model,
+            revision=revision,
+            cache_dir=cache_dir,
+            say=warn,
+        )
+    for line in lines(result):
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -367,34 +367,10 @@ def doctor(
     measure: Annotated[bool, typer.Option("--measure", help="measure a sound machine for the planner (20 s)")] = False,
 ) -> None:
     """Check this machine: versions, devices, memory per tier, and a real 4-bit forward and backward."""
-    from lopt_edge.doctor.check_machine import check_machine, render
+    from lopt_edge.cli.doctor_page import doctor_page
 
-    report = check_machine()
-    found = report.as_dict()
-    if not as_json:
-        out.print(render(report))
-    if measure and report.sound and report.choice is not None:
-        found["profile"] = _measure(report.choice.device, quiet=as_json)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    if not report.sound:
+    if not doctor_page(out, as_json=as_json, measure=measure):
         raise typer.Exit(1)
-
-
-def _measure(device: str, *, quiet: bool) -> dict[str, Any]:
-    """Measure, store and show this machine's profile; returns it as JSON values."""
-    from lopt_edge.doctor.measure import measure_profile
-    from lopt_edge.plan.facts.profile import profile_path, save_profile
-
-    profile, path = measure_profile(device), profile_path()
-    save_profile(profile, path)
-    if not quiet:
-        table = Table.grid(padding=(0, 2))
-        for name, text in (*profile.described(), ("source", profile.source)):
-            table.add_row(Text(name, style="bold"), Text(text))
-        out.print(table)
-        out.print(f"profile: {path}", markup=False)
-    return {**profile.as_dict(), "path": str(path)}
 
 
 def _show_version(wanted: bool) -> None:

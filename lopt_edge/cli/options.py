@@ -17,6 +17,11 @@ from lopt_edge.config.settings import Config, field_names
 from lopt_edge.errors import InputError
 from lopt_edge.plan.methods import owners_of
 
+# Options that several commands have.
+ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
+TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+
 MOST_BYTES = 4095  # of a path on Linux
 TEXTS = ("--prompt", "--sample-prompt", "--system")
 

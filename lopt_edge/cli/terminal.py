@@ -51,6 +51,11 @@ def say(text: str) -> None:
     err.print(text, markup=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+
 def show_error(text: str) -> None:
     """Print an error to stderr."""
     err.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)

@@ -25,11 +25,12 @@ from typing import IO, Any
 
 import yaml
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.comparison.variants import Variant
 from lopt_edge.config.load import load_config, with_absolute_paths
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted, RunError
-from lopt_edge.training.checkpoint.output_folder import RUN_NAME, SETTINGS_NAME
+from lopt_edge.training.checkpoint.output_folder import SETTINGS_NAME
 
 PAUSE_SECONDS = 0.05
 LONGEST_REASON = 300

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lopt_edge.config.load import load_config
@@ -22,7 +23,7 @@ from lopt_edge.data import Conversation, PromptCompletion, detect_format, read_r
 from lopt_edge.data.formats import DataFormat
 from lopt_edge.errors import InputError
 
-Question = tuple[str | tuple[tuple[str, str], ...], str]  # a text to continue or a conversation to answer, the reference
+Question = tuple[str | Conversation, str]  # a text to continue or a conversation to answer, the reference
 
 
 def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
@@ -33,8 +34,8 @@ def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Qu
         if isinstance(row, PromptCompletion):
             found.append((row.prompt, row.completion))
         elif isinstance(row, Conversation):
-            last = max(index for index, (role, _) in enumerate(row.messages) if role == "assistant")
-            found.append((row.messages[:last], row.messages[last][1]))
+            last = row.targets[-1]
+            found.append((replace(row, messages=row.messages[:last]), row.messages[last].content))
         else:
             raise InputError(
                 "has plain text: no completion to compare with", where=row.where, fix="leave out --exact-match"
@@ -64,7 +65,7 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
         reply = (
             generator.continue_text(prompt, sampling)
             if isinstance(prompt, str)
-            else generator.reply(list(prompt), sampling)
+            else generator.reply(prompt.messages, sampling, tools=prompt.tools)
         )
         matches += reply.strip() == reference.strip()
     return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches}

@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.comparison.cells import Cell
 from lopt_edge.pictures.svg import byte_unit
-from lopt_edge.training.checkpoint.output_folder import RUN_NAME
 
 WARM_UP = 2  # steps: allocations, files read for the first time, the optimizer's states
 MATCH_NAME = "exact-match.json"  # in a run's folder; exact_match.py writes it

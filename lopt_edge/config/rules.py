@@ -109,6 +109,8 @@ def no_effect_warnings(config: Config) -> list[str]:
             for name in ("eval_every", "keep_best")
             if getattr(config, name)
         ]
+    if config.system is not None and config.sample_prompt is None:
+        found.append("system has no effect: there is no sample_prompt")
     if "max_skipped" in given and config.on_nan == "stop":
         found.append("max_skipped has no effect: on_nan is stop")
     if config.eval_data and config.eval_fraction:

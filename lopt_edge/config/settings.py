@@ -75,13 +75,21 @@ class Config(MethodOptions):
     data_format: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
         None, description="form of the data rows (default: detected)"
     )
+    ignore_columns: tuple[str, ...] | None = Field(
+        None, description="fields of rows and messages to leave out, e.g. chosen,notes"
+    )
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    think: Literal["keep", "strip", "last"] | None = Field(
+        None, description="thoughts: keep all, strip all, or the last reply's only (default: as the template does)"
+    )
+    escape_special_tokens: bool = Field(False, description="encode control tokens typed in the data as plain text")
     eval_data: str | None = Field(None, description="held-out data in any of the forms of --data")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the data held out for evaluation")
     eval_every: int | None = Field(None, ge=1, description="evaluate every N steps (default: before and after)")
     keep_best: bool = Field(False, description="save the adapter of the lowest evaluation loss, not the last one")
     retention_data: str | None = Field(None, description="other held-out text, to see what the run forgets")
     sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
+    system: str | None = Field(None, description="system message before the sample prompt")
     init_adapter: str | None = Field(None, description="LoRA adapter folder to start from")
     cache_dir: str | None = Field(None, description="folder of quantised copies (default: ~/.cache/lopt-edge)")
     device: DeviceName = Field(AUTO, description="where to compute")

@@ -7,17 +7,8 @@ Rule: nothing here imports torch, and every fault of the user's file is an `Inpu
 """
 
 from lopt_edge.data.dataset import Dataset, fingerprint_of, load_dataset, split
-from lopt_edge.data.encode import Example, encode_row, encode_rows
-from lopt_edge.data.formats import (
-    DATA_FORMATS,
-    Conversation,
-    DataFormat,
-    PromptCompletion,
-    TextRow,
-    detect_format,
-    to_conversation,
-    to_rows,
-)
+from lopt_edge.data.encode import Example, encode_row, encode_rows, prompt_ids
+from lopt_edge.data.formats import DATA_FORMATS, DataFormat, detect_format, to_conversation, to_rows
 from lopt_edge.data.order import (
     IGNORED,
     MicroBatch,
@@ -29,6 +20,7 @@ from lopt_edge.data.order import (
 )
 from lopt_edge.data.records import Record, read_records
 from lopt_edge.data.report import check_facts, check_report, marked_pieces
+from lopt_edge.data.rows import Conversation, Message, PromptCompletion, TextRow
 from lopt_edge.data.template import ChatTemplate, leading_ids, load_template
 
 __all__ = [
@@ -39,6 +31,7 @@ __all__ = [
     "DataFormat",
     "Dataset",
     "Example",
+    "Message",
     "MicroBatch",
     "PromptCompletion",
     "Record",
@@ -57,6 +50,7 @@ __all__ = [
     "load_template",
     "marked_pieces",
     "micro_batches_of",
+    "prompt_ids",
     "read_records",
     "split",
     "split_window",

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lopt_edge.data.columns import Columns
 from lopt_edge.data.encode import Example, encode_rows
-from lopt_edge.data.formats import Conversation, DataFormat, Row, detect_format, to_rows
+from lopt_edge.data.formats import DataFormat, detect_format, to_rows
+from lopt_edge.data.notes import Note, Notes
 from lopt_edge.data.records import Record, read_records
+from lopt_edge.data.rows import Conversation, Row
 from lopt_edge.data.template import ChatTemplate, load_template
+from lopt_edge.data.thoughts import Think
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +43,10 @@ class Dataset:
     n_rows: int
     n_dropped: int
     fingerprint: str
+    notes: tuple[Note, ...] = ()
+    unused_columns: tuple[str, ...] = ()  # known to hold nothing to learn
+    ignored_columns: tuple[str, ...] = ()  # named by --ignore-columns
+    missing_columns: tuple[str, ...] = ()  # named by it, and in no row
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -71,13 +79,25 @@ def load_dataset(
     max_seq_len: int,
     data_format: DataFormat | None = None,
     chat_template: str | Path | None = None,
+    think: Think | None = None,
+    escape_special_tokens: bool = False,
+    ignore_columns: Iterable[str] = (),
 ) -> Dataset:
     """Read, detect, normalise, render and encode one data file. Raises InputError(s)."""
+    notes, columns = Notes(), Columns(ignore_columns, is_named=data_format is not None)
     records = read_records(path)
     found, reason = _format_of(records, data_format)
-    rows = to_rows(records, data_format=found)
+    rows = to_rows(records, data_format=found, fields=columns, notes=notes)
     template, template_reason = _template_for(rows, tokenizer, chat_template)
-    encoded = encode_rows(rows, tokenizer, template=template, max_seq_len=max_seq_len)
+    encoded = encode_rows(
+        rows,
+        tokenizer,
+        template=template,
+        max_seq_len=max_seq_len,
+        think=think,
+        escape=escape_special_tokens,
+        notes=notes,
+    )
     examples = tuple(example for row in encoded for example in row)
     if not examples:
         raise InputError(
@@ -95,6 +115,10 @@ def load_dataset(
         n_rows=len(rows),
         n_dropped=sum(not row for row in encoded),
         fingerprint=fingerprint_of(examples),
+        notes=notes.all(),
+        unused_columns=columns.unused,
+        ignored_columns=columns.ignored,
+        missing_columns=columns.without_effect,
     )
 
 
@@ -144,7 +168,9 @@ def _template_for(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, override: str | Path | None
 ) -> tuple[ChatTemplate | None, str]:
     if any(isinstance(row, Conversation) for row in rows):
-        return load_template(tokenizer, override)
+        return load_template(
+            tokenizer, override, for_tools=any(isinstance(row, Conversation) and row.tools for row in rows)
+        )
     if override is not None:
         return None, "not used: this data holds no conversations, so --chat-template has no effect"
     return None, "not used: this data holds no conversations"

@@ -5,24 +5,17 @@ predict it from the tokens before. The first token of a sequence has nothing bef
 
     text               every token, eos at the end; a long row is cut into consecutive windows, nothing overlaps
     prompt-completion  the completion and the eos after it
-    conversation       the assistant turns, each with the token that ends it (so that a base model learns to stop)
+    conversation       the assistant turns that are learned, each with the token that ends it (so that a base model learns
+                       to stop)
 
-Rule: assistant turns are found in the text, not in the tokens. For the turn at message k,
+Rules. A conversation is tokenised once, whole, and character spans are mapped to tokens, so the tokens are exactly those of
+`apply_chat_template`. A token that straddles the start of a turn is a target if what it takes from the prompt is only white
+space, else not. A prompt's tokens are those that `generate --raw` feeds (`prompt_ids`), so where the tokenizer would join
+its end with the completion the two are encoded apart. Tokens that the tokenizer or we put first and last are not put where
+the text has them already. Conversations and completions longer than `max_seq_len` lose their right end; what is left
+without any target is dropped.
 
-    start = render(messages[:k], add_generation_prompt)     must be a prefix of the whole text; the turn starts after it
-    turn  = render(messages[:k + 1])                        cut after the end token; the whole text must continue so
-
-Both are checked. A template may break them for an earlier turn (Qwen3 strips earlier thinking, Mistral moves the
-system message): then only the last turn is trained on, and the row is counted as such. If the last turn breaks them
-too, no mask would be honest: an `InputError` names the template. What follows the last assistant message is cut off,
-and an assistant message that opens a conversation is context, since no prompt comes before it.
-
-The whole text is tokenised once and character spans are mapped to tokens, so the tokens are exactly those of
-`apply_chat_template`. A token that straddles the start of a turn is a target if what it takes from the prompt is only
-white space (" Yes" after "Answer:"), else not. Conversations and completions longer than `max_seq_len` lose their
-right end; what is left without any target is dropped.
-
-Not here: templates (`template`), batches (`order`).
+Not here: the text of a conversation and its turns (`turns`), templates (`template`), batches (`order`).
 """
 
 from __future__ import annotations
@@ -31,13 +24,18 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.faults import Faults
-from lopt_edge.data.formats import Conversation, PromptCompletion, Row, TextRow
 from lopt_edge.data.long_text import long_text_ids
+from lopt_edge.data.notes import BOS_TYPED, EOS_TYPED, INSIDE_TOKEN, Notes
+from lopt_edge.data.pieces import encoded, pieces
+from lopt_edge.data.rendered import Rendered, RowRenderer
+from lopt_edge.data.rows import Row
 from lopt_edge.data.template import ChatTemplate, leading_ids
+from lopt_edge.data.thoughts import Think
 from lopt_edge.data.tokenizer_faults import tokenizer_faults
+from lopt_edge.data.turns import Span
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 # Per tokenizer call: enough rows to use every core, and few enough characters that its offsets stay small.
 BATCH_ROWS, BATCH_CHARACTERS = 256, 500_000
-Span = tuple[int, int]  # characters [start, end)
 
 
 @dataclass(frozen=True)
@@ -67,122 +64,65 @@ class Example:
         return sum(self.supervised)
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """A row as text with its target spans, before the tokenizer."""
-
-    text: str
-    spans: tuple[Span, ...]
-    where: str
-    lead: bool  # put the tokenizer's own leading tokens (bos) before it
-    append_eos: bool
-    windows: bool = False  # cut a long row into windows instead of truncating it
-    last_turn_only: bool = False
-
-
 def encode_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, max_seq_len: int
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, max_seq_len: int, **how: Any
 ) -> list[Example]:
-    """The examples of one row: one, several for a long text, none if no target is left."""
-    return encode_rows([row], tokenizer, template=template, max_seq_len=max_seq_len)[0]
+    """The examples of one row: one, several for a long text, none if no target is left. `how`: as for `encode_rows`."""
+    return encode_rows([row], tokenizer, template=template, max_seq_len=max_seq_len, **how)[0]
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: ChatTemplate | None, max_seq_len: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: ChatTemplate | None,
+    max_seq_len: int,
+    think: Think | None = None,
+    escape: bool = False,
+    notes: Notes | None = None,
 ) -> list[list[Example]]:
-    """The examples of every row, in order. Rows that cannot be rendered are reported together, as InputErrors."""
+    """The examples of every row, in order. Rows that cannot be rendered are reported together, as InputErrors.
+
+    `think` is --think, `escape` --escape-special-tokens; `notes` takes what the rows' owner should know.
+    """
     if max_seq_len < 2:
         raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max-seq-len", fix="use 2 or more")
     if not tokenizer.is_fast:
         fix = "use a model that ships tokenizer.json"
         raise InputError("the tokenizer has no fast form, so targets cannot be located", where="tokenizer", fix=fix)
+    notes = notes or Notes()
     faults, rendered = Faults(), []
+    renderer = RowRenderer(tokenizer, template, think=think, escape=escape, notes=notes)
     for row in rows:
         try:
-            rendered.append(_render(row, tokenizer, template))
+            rendered.append(renderer.rendered(row))
         except InputError as error:
             faults.add(error)
     faults.raise_any()
     with _encoding("tokenizer"):
-        lead = leading_ids(tokenizer)
-    encoded = []
+        ends = _Ends(leading_ids(tokenizer), tokenizer.eos_token_id, notes)
+    found = []
     for batch in _batches(rendered):
         first, last = batch[0].where, batch[-1].where
         with _encoding(first if first == last else f"{first} to {last}"):
-            tokenised = list(_tokenise(batch, tokenizer))
+            tokenised = list(_tokenise(batch, tokenizer, notes))
         for item, ids, mask in tokenised:
-            encoded.append(_finish(item, ids, mask, lead=lead, eos=tokenizer.eos_token_id, max_seq_len=max_seq_len))
-    return encoded
+            found.append(_finish(item, ids, mask, ends=ends, max_seq_len=max_seq_len))
+    return found
 
 
-# --- rows to text and spans -------------------------------------------------------------------------------------------
-
-
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> _Rendered:
-    if isinstance(row, Conversation):
-        assert template is not None, "a conversation needs a chat template"
-        return _render_conversation(row, tokenizer, template)
-    if tokenizer.eos_token_id is None:
-        fix = "set eos_token in tokenizer_config.json; without it the model cannot learn to stop"
-        raise InputError("the tokenizer has no end-of-sequence token", where="tokenizer", fix=fix)
-    if isinstance(row, PromptCompletion):
-        text = row.prompt + row.completion
-        return _Rendered(text, ((len(row.prompt), len(text)),), row.where, lead=True, append_eos=True)
-    assert isinstance(row, TextRow)
-    return _Rendered(row.text, ((0, len(row.text)),), row.where, lead=True, append_eos=True, windows=True)
-
-
-def _render_conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> _Rendered:
-    roles = [role for role, _ in row.messages]
-    last = len(roles) - 1 - roles[::-1].index("assistant")
-    messages = row.messages[: last + 1]
-    turns = [k for k in range(max(row.n_context, 1), last + 1) if roles[k] == "assistant"]
-    text = template.render(tokenizer, messages, where=row.where)
-    spans = [_turn_span(messages, k, text, tokenizer=tokenizer, template=template, where=row.where) for k in turns]
-    if not spans or spans[-1] is None:
-        raise InputError(
-            f"{template.where} is not prefix-preserving: the text of the conversation does not begin with the text of "
-            "its prompt, so the reply cannot be told from the prompt",
-            where=row.where,
-            fix="give another template with --chat-template",
-        )
-    kept = [span for span in spans if span is not None]
-    last_turn_only = len(kept) < len(spans)
-    if last_turn_only:
-        kept = kept[-1:]
-    append_eos = template.end_token is None
-    text = text[: kept[-1][1]] if append_eos else text
-    return _Rendered(text, tuple(kept), row.where, lead=False, append_eos=append_eos, last_turn_only=last_turn_only)
-
-
-def _turn_span(
-    messages: Sequence[tuple[str, str]],
-    k: int,
-    text: str,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    where: str,
-) -> Span | None:
-    """The place of the assistant turn at message k in the text, its end token included; None if it cannot be found."""
-    prompt = template.render(tokenizer, messages[:k], add_generation_prompt=True, where=where)
-    is_last = k == len(messages) - 1
-    through = text if is_last else template.render(tokenizer, messages[: k + 1], where=where)
-    if not (text.startswith(prompt) and through.startswith(prompt)):
-        return None
-    turn = through[len(prompt) :]
-    if template.turn_tail and turn.endswith(template.turn_tail):
-        turn = turn[: len(turn) - len(template.turn_tail)] + template.turn_end
-    if not turn or not text.startswith(turn, len(prompt)):
-        return None
-    return len(prompt), len(prompt) + len(turn)
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a prompt without a chat template, as training on prompts and completions has them."""
+    with _encoding("the prompt"):
+        lead, (ids, _) = leading_ids(tokenizer), next(encoded([text], tokenizer))
+    return ids if ids[: len(lead)] == lead else [*lead, *ids]
 
 
 # --- text and spans to tokens -----------------------------------------------------------------------------------------
 
 
-def _batches(rendered: Sequence[_Rendered]) -> Iterator[list[_Rendered]]:
-    batch: list[_Rendered] = []
+def _batches(rendered: Sequence[Rendered]) -> Iterator[list[Rendered]]:
+    batch: list[Rendered] = []
     size = 0
     for item in rendered:
         if batch and (len(batch) == BATCH_ROWS or size + len(item.text) > BATCH_CHARACTERS):
@@ -199,22 +139,35 @@ def _encoding(where: str) -> AbstractContextManager[None]:
 
 
 def _tokenise(
-    batch: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[_Rendered, array[int], bytearray]]:
+    batch: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, notes: Notes
+) -> Iterator[tuple[Rendered, array[int], bytearray]]:
     """The ids and target masks of the texts alone, without what `_finish` puts around them."""
-    if len(batch) == 1 and batch[0].windows:  # perhaps a book: every token is a target, so no offsets are needed
+    if len(batch) == 1 and batch[0].windows and not batch[0].cuts:  # perhaps a book: all are targets, no offsets needed
         ids = long_text_ids(batch[0].text, tokenizer)
         yield batch[0], ids, bytearray(b"\x01") * len(ids)
         return
-    out = tokenizer(
-        [item.text for item in batch],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # no warning about lengths: cutting is our business
-    )
-    for item, tokens, offsets in zip(batch, out["input_ids"], out["offset_mapping"], strict=True):
-        yield item, array("i", tokens), _target_mask(item.text, offsets, item.spans)
+    prompts = encoded([item.text[: item.prompt_end] for item in batch if item.prompt_end is not None] or [""], tokenizer)
+    for item, (tokens, offsets) in zip(batch, encoded([item.text for item in batch], tokenizer), strict=True):
+        prompt = next(prompts)[0] if item.prompt_end is not None else []
+        if item.prompt_end is not None and not item.cuts and tokens[: len(prompt)] == prompt:
+            yield item, array("i", tokens), bytearray(len(prompt)) + bytearray(b"\x01") * (len(tokens) - len(prompt))
+        elif item.prompt_end is not None or item.cuts:
+            if not item.cuts:
+                notes.add(INSIDE_TOKEN, item.where)
+            yield item, *_in_pieces(item, tokenizer)
+        else:
+            yield item, array("i", tokens), _target_mask(item.text, offsets, item.spans)
+
+
+def _in_pieces(item: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[array[int], bytearray]:
+    """The ids and the mask of a text that is encoded apart at its cuts and at the end of its prompt."""
+    ids, mask = array("i"), bytearray()
+    cuts = (*item.cuts, *([item.prompt_end] if item.prompt_end is not None else []))
+    for begin, text, (tokens, offsets) in pieces(item.text, cuts, tokenizer):
+        inside = [(max(start - begin, 0), min(end - begin, len(text))) for start, end in item.spans]
+        ids.extend(tokens)
+        mask += _target_mask(text, offsets, [(start, end) for start, end in inside if start < end])
+    return ids, mask
 
 
 def _target_mask(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> bytearray:
@@ -238,15 +191,33 @@ def _target_mask(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> b
     return mask
 
 
-def _finish(
-    item: _Rendered, ids: array[int], mask: bytearray, *, lead: list[int], eos: int | None, max_seq_len: int
-) -> list[Example]:
+@dataclass(frozen=True)
+class _Ends:
+    """What is put around a text: the tokenizer's leading ids, and eos; where the text has them already, it is noted."""
+
+    lead: list[int]
+    eos: int | None
+    notes: Notes
+
+    def around(self, item: Rendered, ids: array[int], mask: bytearray) -> tuple[array[int], bytearray]:
+        """The ids and the mask with both ends."""
+        if item.lead and self.lead:
+            if ids[: len(self.lead)].tolist() == self.lead:
+                self.notes.add(BOS_TYPED, item.where)
+            else:
+                ids, mask = array("i", self.lead) + ids, bytearray(len(self.lead)) + mask
+        if item.append_eos:
+            assert self.eos is not None, "checked before rendering"
+            if len(ids) and ids[-1] == self.eos:
+                self.notes.add(EOS_TYPED, item.where)
+            else:
+                ids, mask = ids + array("i", [self.eos]), mask + b"\x01"
+        return ids, mask
+
+
+def _finish(item: Rendered, ids: array[int], mask: bytearray, *, ends: _Ends, max_seq_len: int) -> list[Example]:
     """The row's examples, with bos and eos, within the length limit; those without a target are left out."""
-    if item.lead:
-        ids, mask = array("i", lead) + ids, bytearray(len(lead)) + mask
-    if item.append_eos:
-        assert eos is not None, "checked before rendering"
-        ids, mask = ids + array("i", [eos]), mask + b"\x01"
+    ids, mask = ends.around(item, ids, mask)
     truncated = len(ids) > max_seq_len and not item.windows
     stop = len(ids) if item.windows else min(len(ids), max_seq_len)
     examples = []

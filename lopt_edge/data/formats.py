@@ -7,62 +7,34 @@
                        (or two lists of messages, the form of TRL)                      -> Conversation
     text               {"text": "..."}, or a whole .txt file                            -> TextRow
 
+Conversations may have `system` and `tools` beside them, alpaca rows a `history` of earlier turns, which are context.
+
 Rule: nothing is guessed about a row and nothing is dropped silently. The format is decided once, from the first
 record, with its reason; a row that does not fit it is a fault that names the place and the field. Faults are collected
-over all rows. Refused: unknown roles, empty or non-text content, a conversation without an assistant message that
-answers something, tool calls (their rendering differs per model, and a half-kept call would train garbage).
+over all rows. Refused: fields that `columns` does not know, unknown roles, empty or non-text content, a conversation
+without an assistant message that answers something and is learned.
 
-Not here: chat templates and tokens (`template`, `encode`).
+Not here: single messages (`messages`), chat templates and tokens (`template`, `turns`, `encode`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lopt_edge.data import columns
+from lopt_edge.data.columns import Columns, is_absent
 from lopt_edge.data.faults import Faults
+from lopt_edge.data.fields import collected, text_field
+from lopt_edge.data.messages import OPENAI, SHAREGPT, ChatForm, Reading, flag_of, messages_of
+from lopt_edge.data.notes import Notes
 from lopt_edge.data.records import Record
+from lopt_edge.data.rows import Conversation, Message, PromptCompletion, Row, TextRow
+from lopt_edge.data.tool_calls import parsed, tools_of
 from lopt_edge.errors import InputError, raise_collected
 
 DataFormat = Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"]
 DATA_FORMATS: tuple[str, ...] = get_args(DataFormat)
-
-OPENAI_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {**OPENAI_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-
-Message = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation of (role, content) pairs. Assistant messages among the first `n_context` are context: never trained
-    on."""
-
-    messages: tuple[Message, ...]
-    where: str
-    n_context: int = 0
-
-
-@dataclass(frozen=True)
-class PromptCompletion:
-    """A text and its continuation, without any chat template between them."""
-
-    prompt: str
-    completion: str
-    where: str
-
-
-@dataclass(frozen=True)
-class TextRow:
-    """Raw text, every token of it a target."""
-
-    text: str
-    where: str
-
-
-Row = Conversation | PromptCompletion | TextRow
-
 
 # --- which format -----------------------------------------------------------------------------------------------------
 
@@ -75,7 +47,7 @@ def detect_format(records: Sequence[Record]) -> tuple[DataFormat, str]:
     has = first.value.keys()
     for key in ("messages", "conversations"):
         if key in has:
-            pairs = _first_item_keys(first.value[key])
+            pairs = _first_item_keys(first.value[key], where=first.where)
             if "from" in pairs or (key == "conversations" and "role" not in pairs):
                 return "sharegpt", f"the first row has '{key}' with from/value pairs"
             return "messages", f"the first row has '{key}' with role/content pairs"
@@ -93,84 +65,132 @@ def detect_format(records: Sequence[Record]) -> tuple[DataFormat, str]:
     )
 
 
-def _first_item_keys(value: object) -> frozenset[str]:
+def _first_item_keys(value: object, *, where: str) -> frozenset[str]:
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = parsed(value, field="messages", where=where)
     first = value[0] if isinstance(value, list) and value else None
     return frozenset(first) if isinstance(first, dict) else frozenset()
 
 
-def to_rows(records: Sequence[Record], *, data_format: DataFormat) -> list[Row]:
-    """The records as rows. Raises InputErrors: all faulty records are reported together."""
-    faults, rows = Faults(), []
+def to_rows(
+    records: Sequence[Record], *, data_format: DataFormat, fields: Columns | None = None, notes: Notes | None = None
+) -> list[Row]:
+    """The records as rows. Raises InputErrors: all faulty records are reported together.
+
+    `fields` says what is ignored and learns which fields there are, `notes` takes what the file's owner should know.
+    """
+    fields, notes = fields or Columns(), notes or Notes()
+    faults, rows, faulty = Faults(), [], set()
     for record in records:
         try:
-            rows.append(to_conversation(record, data_format))
+            rows.append(_converted(record, data_format, Reading(record.where, fields, notes)))
         except InputError as error:
             faults.add(error)
+            faulty.add(record.where)
+    for unknown in fields.unknown(faulty=faulty):
+        faults.add(unknown)
     faults.raise_any()
     return rows
 
 
 def to_conversation(record: Record, data_format: DataFormat) -> Row:
     """The record in its normal form. Raises InputError."""
+    return to_rows([record], data_format=data_format)[0]
+
+
+def _converted(record: Record, data_format: DataFormat, reading: Reading) -> Row:
     if data_format not in _CONVERTERS:
         raise InputError(f"unknown data format {data_format!r}", fix="use one of " + ", ".join(DATA_FORMATS))
-    if isinstance(record.value, str) and data_format != "text":
-        fix = "leave the data format to be detected, or use 'text'"
-        raise InputError(f"a plain text file is not '{data_format}' data", where=record.where, fix=fix)
-    return _CONVERTERS[data_format](record)
+    value = record.value
+    if isinstance(value, str):
+        if data_format != "text":
+            fix = "leave the data format to be detected, or use 'text'"
+            raise InputError(f"a plain text file is not '{data_format}' data", where=record.where, fix=fix)
+        value = {"text": value}
+    of_messages = data_format == "prompt-completion" and any(
+        isinstance(value.get(key), list) for key in ("prompt", "completion")
+    )
+    form = "prompt-completion of messages" if of_messages else data_format
+    value = reading.columns.of_row(value, form, where=record.where)
+    if flag_of(value, field="", where=record.where) is False:
+        raise InputError("the row says that it is not to be learned", where=record.where, fix="remove the row")
+    return _CONVERTERS[data_format](value, reading)
 
 
 # --- one converter per format -----------------------------------------------------------------------------------------
 
 
-def _from_messages(record: Record) -> Row:
-    value, where = _fields(record), record.where
-    messages = _messages(value, _chat_key(value, "messages"), where=where, form=_OPENAI)
-    return _conversation(messages, where=where)
+def _from_messages(value: dict[str, Any], reading: Reading) -> Row:
+    return _from_chat(value, "messages", OPENAI, reading)
 
 
-def _from_sharegpt(record: Record) -> Row:
-    value, where = _fields(record), record.where
-    messages = _messages(value, _chat_key(value, "conversations"), where=where, form=_SHAREGPT)
-    return _conversation(messages, where=where)
+def _from_sharegpt(value: dict[str, Any], reading: Reading) -> Row:
+    return _from_chat(value, "conversations", SHAREGPT, reading)
 
 
-def _from_alpaca(record: Record) -> Row:
-    value, where = _fields(record), record.where
+def _from_chat(value: dict[str, Any], preferred: str, form: ChatForm, reading: Reading) -> Row:
+    # Both chat formats are found under either key in the wild; the preferred one is what an error names.
+    (other,) = set(columns.MESSAGES) - {preferred}
+    key = other if preferred not in value and other in value else preferred
+    messages = messages_of(value.get(key), key, form, reading)
+    return _conversation(messages, value, reading)
+
+
+def _from_alpaca(value: dict[str, Any], reading: Reading) -> Row:
+    where = reading.where
     errors: list[InputError] = []
-    instruction = _collect(errors, value, "instruction", where=where)
-    extra = ""
-    if value.get("input") not in (None, ""):
-        extra = _collect(errors, value, "input", where=where, may_be_blank=True)
-    output = _collect(errors, value, "output", where=where)
+    instruction = collected(errors, value, "instruction", where=where)
+    extra = "" if is_absent(value.get("input")) else collected(errors, value, "input", where=where, may_be_blank=True)
+    output = collected(errors, value, "output", where=where)
+    earlier: tuple[Message, ...] = ()
+    try:
+        earlier = _history(value.get("history"), reading)
+    except InputError as error:
+        errors.append(error)
     raise_collected(errors)
     user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return Conversation((("user", user), ("assistant", output)), where)
+    pair = (Message("user", user, field="instruction"), Message("assistant", output, field="output"))
+    return _conversation((*earlier, *pair), value, reading, n_context=len(earlier))
 
 
-def _from_prompt_completion(record: Record) -> Row:
-    value, where = _fields(record), record.where
+def _history(value: object, reading: Reading) -> tuple[Message, ...]:
+    """The earlier turns of an alpaca row, [[instruction, output], ...]."""
+    if is_absent(value):
+        return ()
+    value = parsed(value, field="history", where=reading.where)
+    found: list[Message] = []
+    for index, turn in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(turn, list) or len(turn) != 2:
+            fix = "write [[instruction, output], ...]"
+            raise InputError(f"field 'history[{index}]' is not a pair of texts", where=reading.where, fix=fix)
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            content = text_field({role: text}, role, where=reading.where, prefix=f"history[{index}].")
+            found.append(Message(role, content, field=f"history[{index}]"))
+    return tuple(found)
+
+
+def _from_prompt_completion(value: dict[str, Any], reading: Reading) -> Row:
+    where = reading.where
     as_lists = [isinstance(value.get(key), list) for key in ("prompt", "completion")]
     if all(as_lists):
-        prompt = _messages(value, "prompt", where=where, form=_OPENAI)
-        completion = _messages(value, "completion", where=where, form=_OPENAI)
-        return _conversation(prompt + completion, where=where, n_context=len(prompt))
+        prompt = messages_of(value["prompt"], "prompt", OPENAI, reading)
+        completion = messages_of(value["completion"], "completion", OPENAI, reading)
+        return _conversation(prompt + completion, value, reading, n_context=len(prompt))
     if any(as_lists):
         fix = "write both as text, or both as lists of messages"
         raise InputError("only one of 'prompt' and 'completion' is a list", where=where, fix=fix)
     errors: list[InputError] = []
-    prompt_text = _collect(errors, value, "prompt", where=where)
-    completion_text = _collect(errors, value, "completion", where=where)
+    prompt_text = collected(errors, value, "prompt", where=where)
+    completion_text = collected(errors, value, "completion", where=where)
     raise_collected(errors)
     return PromptCompletion(prompt_text, completion_text, where)
 
 
-def _from_text(record: Record) -> Row:
-    value = record.value if isinstance(record.value, dict) else {"text": record.value}
-    return TextRow(_text(value, "text", where=record.where), record.where)
+def _from_text(value: dict[str, Any], reading: Reading) -> Row:
+    return TextRow(text_field(value, "text", where=reading.where), reading.where)
 
 
-_CONVERTERS: dict[str, Callable[[Record], Row]] = {
+_CONVERTERS: dict[str, Callable[[dict[str, Any], Reading], Row]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
@@ -179,117 +199,42 @@ _CONVERTERS: dict[str, Callable[[Record], Row]] = {
 }
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
+# --- what stands beside the messages ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ChatForm:
-    """A chat format: how it names a message's role and content, and which roles it has."""
-
-    role: str
-    content: str
-    roles: dict[str, str]
-
-
-_OPENAI = _ChatForm("role", "content", OPENAI_ROLES)
-_SHAREGPT = _ChatForm("from", "value", SHAREGPT_ROLES)
-
-
-def _chat_key(value: dict[str, Any], preferred: str) -> str:
-    """The key of the messages: both chat formats are found under either key in the wild; the preferred one is what an error
-    names."""
-    other = {"messages": "conversations", "conversations": "messages"}[preferred]
-    return other if preferred not in value and other in value else preferred
+def _conversation(
+    messages: tuple[Message, ...], value: dict[str, Any], reading: Reading, *, n_context: int = 0
+) -> Conversation:
+    """The conversation with the row's system message and tools. Raises InputError where nothing in it is learned."""
+    system = _system(value, messages, where=reading.where)
+    found = Conversation(
+        (*system, *messages), reading.where, n_context + len(system) if n_context else 0, _tools(value, reading)
+    )
+    if not found.targets:
+        answers = any(message.role == "assistant" for message in found.messages[max(found.n_context, 1) :])
+        what = "every assistant message is marked as not to be learned" if answers else "no assistant message to learn from"
+        fix = "remove the row" if answers else "add an assistant message after a user message"
+        raise InputError(what, where=reading.where, fix=fix)
+    return found
 
 
-def _conversation(messages: tuple[Message, ...], *, where: str, n_context: int = 0) -> Conversation:
-    # An assistant message that opens the conversation answers nothing, so it is context as well (see `encode`).
-    if not any(role == "assistant" for role, _ in messages[max(n_context, 1) :]):
-        fix = "add an assistant message after a user message"
-        raise InputError("no assistant message to learn from", where=where, fix=fix)
-    return Conversation(messages, where, n_context)
+def _system(value: dict[str, Any], messages: tuple[Message, ...], *, where: str) -> tuple[Message, ...]:
+    """The system message of a field of its own, unless the conversation begins with the same."""
+    texts = {
+        name: text_field(value, name, where=where, may_be_blank=True)
+        for name in columns.SYSTEM
+        if not is_absent(value.get(name))
+    }
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    first = {messages[0].field: messages[0].content} if messages[0].role == "system" else {}
+    if len({text.strip() for text in (*texts.values(), *first.values())}) > 1:
+        names = ", ".join(f"'{name}'" for name in (*texts, *first))
+        raise InputError(f"several system messages: {names}", where=where, fix="keep one of them")
+    return tuple(Message("system", text, field=name) for name, text in texts.items())[:1] if not first else ()
 
 
-def _messages(value: dict[str, Any], key: str, *, where: str, form: _ChatForm) -> tuple[Message, ...]:
-    items = value.get(key)
-    if not isinstance(items, list) or not items:
-        found = "missing" if items is None else "empty" if items == [] else f"{type(items).__name__}, not a list"
-        raise InputError(f"field '{key}' is {found}", where=where, fix="give a list of messages")
-    errors: list[InputError] = []
-    messages = []
-    for index, item in enumerate(items):
-        try:
-            messages.append(_message(item, field=f"{key}[{index}]", where=where, form=form))
-        except InputError as error:
-            errors.append(error)
-    raise_collected(errors)
-    return tuple(messages)
-
-
-def _message(item: object, *, field: str, where: str, form: _ChatForm) -> Message:
-    if not isinstance(item, dict):
-        fix = f'write {{"{form.role}": ..., "{form.content}": ...}}'
-        raise InputError(f"field '{field}' is {type(item).__name__}, not an object", where=where, fix=fix)
-    role = item.get(form.role)
-    if not isinstance(role, str) or role not in form.roles:
-        fix = "use " + ", ".join(form.roles)
-        raise InputError(f"field '{field}.{form.role}' is {_shown(role)}", where=where, fix=fix)
-    for call in ("tool_calls", "function_call"):
-        if item.get(call):
-            fix = "remove the row, or write the call as text in the content"
-            raise InputError(f"field '{field}.{call}': tool calls are not supported", where=where, fix=fix)
-    content = item.get(form.content)
-    if isinstance(content, list):
-        content = _joined_parts(content, field=f"{field}.{form.content}", where=where)
-    return form.roles[role], _text({form.content: content}, form.content, where=where, prefix=f"{field}.")
-
-
-def _joined_parts(parts: list[Any], *, field: str, where: str) -> str:
-    """The text of a content list; only text parts are known."""
-    texts = []
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = f"type {_shown(part.get('type'))}" if isinstance(part, dict) else type(part).__name__
-            fix = 'use parts of the form {"type": "text", "text": "..."}'
-            raise InputError(f"field '{field}[{index}]' is not a text part ({kind})", where=where, fix=fix)
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-# --- single fields ----------------------------------------------------------------------------------------------------
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    assert isinstance(record.value, dict)  # `to_conversation` lets text through to `_from_text` only
-    return record.value
-
-
-def _shown(value: object) -> str:
-    """A wrong value for an error message; its type alone where the value may be long or nested."""
-    if value is None:
-        return "missing"
-    return repr(value[:40]) if isinstance(value, str) else type(value).__name__
-
-
-def _collect(errors: list[InputError], value: dict[str, Any], key: str, *, where: str, may_be_blank: bool = False) -> str:
-    try:
-        return _text(value, key, where=where, may_be_blank=may_be_blank)
-    except InputError as error:
-        errors.append(error)
-        return ""
-
-
-def _text(value: dict[str, Any], key: str, *, where: str, prefix: str = "", may_be_blank: bool = False) -> str:
-    """A text field that a tokenizer can take."""
-    text, field = value.get(key), f"field '{prefix}{key}'"
-    if text is None:
-        raise InputError(f"{field} is missing", where=where, fix="add the text or remove the row")
-    if not isinstance(text, str):
-        raise InputError(f"{field} is {type(text).__name__}, not text", where=where, fix="write it as a string")
-    if not text.strip() and not may_be_blank:
-        raise InputError(f"{field} is empty", where=where, fix="add the text or remove the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair; no tokenizer takes it
-        raise InputError(f"{field} holds half a character (\\ud800 and the like)", where=where) from None
-    return text
+def _tools(value: dict[str, Any], reading: Reading) -> tuple[dict[str, Any], ...]:
+    names = [name for name in columns.TOOLS if not is_absent(value.get(name))]
+    if len(names) > 1:
+        raise InputError(f"both {names[0]!r} and {names[1]!r} name tools", where=reading.where, fix="keep one of them")
+    return tools_of(value[names[0]], field=names[0], where=reading.where) if names else ()

@@ -10,6 +10,9 @@ at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_B
 much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
 own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of JSON (`{},{},...`).
 
+What is plainly meant is read: a gzip-compressed file (by its first bytes, whatever its name), objects or a list printed
+over many lines in a .jsonl file, a table's number that is none (NaN, pandas' missing text) as an absent field.
+
 Places: `data.jsonl:12` and `data.csv:12` are physical lines counted from 1 (a CSV row that spans lines is named by its
 first), `data.json[12]` is the 12th element counted from 0 as JSON tools do, `data.parquet row 12` counts from 1.
 
@@ -19,17 +22,18 @@ Not here: what the fields mean (`formats`). A `.txt` file is one record, whole; 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lopt_edge.data.faults import Faults
+from lopt_edge.data.json_text import CUT_SHORT, json_value, json_values
 from lopt_edge.errors import InputError
-from quant.untrusted import TooDeep, parse_json
 
 # A JSON object with one of these keys is itself a row, not a wrapper around a list of rows.
 ROW_KEYS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "text"})
@@ -38,6 +42,7 @@ MAX_WHOLE_BYTES = 2**30
 MAX_ROWS = 5_000_000
 PARQUET_ROWS = 64
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+GZIP_MARK = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,14 @@ class Record:
 def read_records(path: str | Path) -> list[Record]:
     """The records of a data file, in file order; at least one. Raises InputError(s)."""
     path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(_ending(path))
     _check_path(path, known=reader is not None)
     assert reader is not None
     try:
         records = list(islice(reader(path), MAX_ROWS + 1))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        fix = "compress it again; it may be cut short"
+        raise InputError(f"not a readable gzip file ({error})", where=str(path), fix=fix) from error
     except OSError as error:
         raise InputError(f"cannot read the file ({error.strerror or error})", where=str(path)) from error
     if len(records) > MAX_ROWS:
@@ -63,6 +71,11 @@ def read_records(path: str | Path) -> list[Record]:
     if not records:
         raise InputError("the file holds no rows", where=str(path), fix="give a data file with at least one row")
     return records
+
+
+def _ending(path: Path) -> str:
+    """The ending that names the type: `.jsonl` of data.jsonl and of data.jsonl.gz."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def _check_path(path: Path, *, known: bool) -> None:
@@ -78,18 +91,30 @@ def _check_path(path: Path, *, known: bool) -> None:
         raise InputError("not a regular file", where=str(path), fix="save the data to a file first")
     if not known:
         kind = f"unknown file type '{path.suffix}'" if path.suffix else "the file name has no ending"
-        raise InputError(kind, where=str(path), fix="use one of " + ", ".join(_READERS))
+        raise InputError(kind, where=str(path), fix="use one of " + ", ".join(_READERS) + " (or .gz after it)")
 
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------
 
 
+def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    """The file for reading, unpacked where it is compressed."""
+    file = path.open("rb")
+    if file.peek(2)[:2] != GZIP_MARK:
+        return file
+    file.close()
+    return gzip.open(path)
+
+
 def _read_whole(path: Path) -> bytes:
     n_bytes = path.stat().st_size
+    with _open(path) as file:
+        raw = file.read(MAX_WHOLE_BYTES + 1) if n_bytes <= MAX_WHOLE_BYTES else b""
+    n_bytes = max(n_bytes, len(raw))  # of a compressed file: as far as it was unpacked
     if n_bytes > MAX_WHOLE_BYTES:
-        what = f"{n_bytes:,} bytes; a {path.suffix} file is read whole and may have {MAX_WHOLE_BYTES:,}"
+        what = f"{n_bytes:,} bytes; a {_ending(path)} file is read whole and may have {MAX_WHOLE_BYTES:,}"
         raise InputError(what, where=str(path), fix="save the rows as .jsonl, or take a part of them")
-    return path.read_bytes()
+    return raw
 
 
 def _decode(raw: bytes, *, path: Path, line: int = 1) -> str:
@@ -106,23 +131,6 @@ def _decode(raw: bytes, *, path: Path, line: int = 1) -> str:
         ) from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write null or leave the field out")
-
-
-def _parse_json(text: str, *, where: str) -> Any:
-    """The value of a JSON text: `parse_json` whose every failure is an `InputError`."""
-    try:
-        return parse_json(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise InputError(f"broken JSON at {place}: {error.msg}", where=where, fix="correct the row") from None
-    except TooDeep as error:
-        raise InputError(f"the JSON is {error}", where=where, fix="flatten or remove the row") from None
-    except ValueError as error:  # a forbidden constant, or an integer beyond Python's digit limit
-        raise InputError(f"bad JSON value: {error}", where=where, fix="correct the row") from None
-
-
 def _as_row(value: object, *, where: str) -> Record:
     if not isinstance(value, dict):
         kind = type(value).__name__ if value is not None else "null"
@@ -131,8 +139,11 @@ def _as_row(value: object, *, where: str) -> Record:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
+    if _is_printed(path):
+        yield from _read_over_lines(path)
+        return
     faults = Faults()
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
             where = f"{path}:{number}"
             try:
@@ -141,11 +152,41 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                     raise InputError(f"the line has more than {MAX_ROW_BYTES:,} bytes", where=where, fix=fix)
                 text = _decode(raw, path=path, line=number)
                 if text.strip():
-                    yield _as_row(_parse_json(text, where=where), where=where)
+                    yield _as_row(json_value(text.rstrip(), where=where), where=where)
             except InputError as error:
                 faults.add(error)
                 if len(raw) > MAX_ROW_BYTES or (number == 1 and raw.startswith(UTF16_MARKS)):
                     break  # what follows is the rest of this line, or would fail for the same reason
+    faults.raise_any()
+
+
+def _is_printed(path: Path) -> bool:
+    """Whether a .jsonl file holds values printed over many lines: its first line only begins one, its second is no row."""
+    with _open(path) as file:
+        lines = (line for line in iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"") if line.strip())
+        first, second = (next(lines, b"").decode("utf-8-sig", "replace").strip() for _ in range(2))
+    if first[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json_value(first, where=""), list)
+    except InputError as error:
+        is_begun = error.what.endswith(CUT_SHORT)
+    try:
+        return is_begun and bool(second) and not isinstance(json_value(second, where=""), dict)
+    except InputError:
+        return is_begun
+
+
+def _read_over_lines(path: Path) -> Iterator[Record]:
+    """The rows of a .jsonl file that is none: objects printed over many lines, or one list."""
+    text = _decode(_read_whole(path), path=path)
+    faults = Faults()
+    for line, value in json_values(text, where=str(path)):
+        for index, row in enumerate(value if isinstance(value, list) else [value]):
+            try:
+                yield _as_row(row, where=f"{path}[{index}]" if isinstance(value, list) else f"{path}:{line}")
+            except InputError as error:
+                faults.add(error)
     faults.raise_any()
 
 
@@ -154,7 +195,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not text.strip():
         return
     try:
-        value = _parse_json(text, where=str(path))
+        value = json_value(text, where=str(path))
     except InputError as error:
         if "Extra data" in error.what:
             fix = "if the file holds one object per line, name it .jsonl"
@@ -196,7 +237,7 @@ def _read_text(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    text = _decode(_read_whole(path), path=path)
+    text = _decode(_read_whole(path), path=path).replace("\r\n", "\n")  # as in text files
     limit = csv.field_size_limit()
     csv.field_size_limit(MAX_ROW_BYTES)  # process-wide, so put back below
     try:
@@ -255,11 +296,19 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     raise _too_large(unpacked, path=path)
                 for row in batch.to_pylist():
                     number += 1
-                    yield Record(row, f"{path} row {number}")
+                    yield Record(_without_blanks(row), f"{path} row {number}")
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         fix = "write the file again; it may be cut short"
         raise InputError(f"not a readable Parquet file: {reason}", where=f"{path} row {number + 1}", fix=fix) from error
+
+
+def _without_blanks(value: Any) -> Any:
+    """The value without fields that are null or NaN: a table gives each row, and each object in it, the fields of all."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None and item == item}
+        return {key: _without_blanks(item) for key, item in kept.items()}
+    return [_without_blanks(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_claims(metadata: Any, *, path: Path) -> None:

@@ -49,6 +49,9 @@ def check_facts(dataset: Dataset) -> dict[str, Any]:
         "length_median": median(lengths),
         "length_max": max(lengths),
         "fingerprint": dataset.fingerprint,
+        "unused_columns": [*dataset.unused_columns],
+        "ignored_columns": [*dataset.ignored_columns],
+        "notes": [{"what": note.what, "rows": note.n_rows, "first": [*note.places]} for note in dataset.notes],
     }
 
 
@@ -81,10 +84,15 @@ def _figures(dataset: Dataset) -> Table:
         ("tokens", f"{facts['tokens']:,}, of them {facts['supervised_tokens']:,} supervised ({supervised_share:.1f}%)"),
     ]
     if facts["last_turn_only"]:
-        why = "the chat template renders their earlier turns differently, so only the last one is trained on"
-        rows.append(("last turn only", f"{facts['last_turn_only']:,} examples: {why}"))
+        rows.append(("last turn only", f"{facts['last_turn_only']:,} examples"))
+    if dataset.unused_columns:
+        rows.append(("not used", ", ".join(dataset.unused_columns) + " (known to hold nothing to learn)"))
+    if dataset.ignored_columns:
+        rows.append(("ignored", ", ".join(dataset.ignored_columns) + " (--ignore-columns)"))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(printable(value)))
+    for note in dataset.notes:
+        table.add_row(Text("note", style="bold yellow"), Text(printable(note.text())))
     return table
 
 

@@ -61,19 +61,20 @@ SHALLOW = frozenset({"length", "count", "first", "last", "list", "map", "select"
 
 def render(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
     special_tokens: Mapping[str, str | list[str]] | None = None,
 ) -> str:
     """The conversation as text. Raises TemplateLimit, and whatever else a template may raise."""
     if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
         raise TemplateLimit(f"it has more than {MAX_SOURCE_BYTES:,} bytes")
-    token = METER.set(Meter(units_for(messages)))
+    token = METER.set(Meter(units_for([*messages, *tools])))
     try:
         return _compiled(source).render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=[dict(tool) for tool in tools] or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **(special_tokens or {}),

@@ -17,29 +17,33 @@ are answered with one fixed date, else a run that is resumed tomorrow would see 
 
 At load, one probe conversation is rendered. It shows a broken template before any row is read, and it tells what ends
 an assistant turn (`<|im_end|>`, `</s>`, ...): that text is a target, so that a model learns to stop. A template that
-ends a turn without any special token gets the tokenizer's eos after the last turn (`encode` appends it).
+ends a turn without any special token gets the tokenizer's eos after the last turn (`encode` appends it). A second probe, of
+a tool call, tells how the template wants calls: arguments as an object or as text, content beside a call empty or absent.
 
-Not here: which characters of the text are targets (`encode`).
+Not here: which characters of the text are targets (`turns`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
 from lopt_edge.data import sandbox
-from lopt_edge.data.formats import Message
+from lopt_edge.data.rows import AnyMessage, Message, as_messages
+from lopt_edge.data.tool_calls import text_of_arguments
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_REPLY = "lopt-edge-probe"
+PROBE_TOOL, PROBE_VALUE = "lopt_edge_tool", "lopt-edge-value"
+PROBE_CALL = {"id": "probe0001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"key": PROBE_VALUE}}}
 
 DEFAULT_BODY = (
     "{% for message in messages %}"
@@ -53,6 +57,14 @@ DEFAULT_BODY = (
 
 
 @dataclass(frozen=True)
+class CallForm:
+    """How a template wants tool calls: arguments as JSON text (else an object), content absent (else an empty text)."""
+
+    arguments_as_text: bool
+    content_absent: bool
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """A jinja template with what ends its assistant turns."""
 
@@ -61,23 +73,27 @@ class ChatTemplate:
     turn_tail: str = ""  # all that follows the content of a last assistant message
     turn_end: str = ""  # the part of it that is a target: up to and with the end token
     end_token: str | None = None  # None: no special token ends a turn, so eos is appended to the last
+    call_form: CallForm | None = None  # None: the template renders no tool calls
 
     def render(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        messages: Sequence[Message],
+        messages: Sequence[AnyMessage],
         *,
+        tools: Sequence[dict[str, Any]] = (),
         add_generation_prompt: bool = False,
         where: str = "",
     ) -> str:
-        """The conversation as one text, special tokens included."""
-        chat = [{"role": role, "content": content} for role, content in messages]
+        """The conversation as one text, special tokens included. Raises InputError for what the template does not take."""
+        chat = [_as_dict(message, self.call_form, where=where) for message in as_messages(messages)]
         tokens = {
             name: [*map(str, token)] if isinstance(token, list) else str(token)
             for name, token in tokenizer.special_tokens_map.items()
         }
         try:
-            return sandbox.render(self.source, chat, add_generation_prompt=add_generation_prompt, special_tokens=tokens)
+            return sandbox.render(
+                self.source, chat, tools=tools, add_generation_prompt=add_generation_prompt, special_tokens=tokens
+            )
         except Exception as error:  # the template is foreign code: it may raise anything
             fix = "change the row to what the template takes, or give another one with --chat-template"
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
@@ -90,17 +106,23 @@ class ChatTemplate:
         return tuple(sorted(end for end in ends if end is not None))
 
 
-def load_template(tokenizer: PreTrainedTokenizerBase, override_path: str | Path | None = None) -> tuple[ChatTemplate, str]:
-    """The template for this tokenizer, and why this one."""
+def load_template(
+    tokenizer: PreTrainedTokenizerBase, override_path: str | Path | None = None, *, for_tools: bool = False
+) -> tuple[ChatTemplate, str]:
+    """The template for this tokenizer, and why this one.
+
+    Of several templates in a tokenizer the one for tools is taken where the conversations have some (`for_tools`).
+    """
     if override_path is not None:
         template = ChatTemplate(_read_template(Path(override_path)), where=f"the chat template {override_path}")
         reason = f"from the file {override_path}"
     elif tokenizer.chat_template:
-        template = ChatTemplate(_own_template(tokenizer), where="the model's chat template")
+        template = ChatTemplate(_own_template(tokenizer, for_tools=for_tools), where="the model's chat template")
         reason = "the tokenizer's own"
     else:
         template = ChatTemplate(_default_source(tokenizer), where="the default chat template")
         reason = "the simple default (User: / Assistant:), because the tokenizer has none"
+    template = replace(template, call_form=_call_form(template, tokenizer))
     template = _probed(template, tokenizer)
     if template.end_token is None:
         _require_eos(tokenizer)
@@ -140,9 +162,9 @@ def _read_template(path: Path) -> str:
     return source
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _own_template(tokenizer: PreTrainedTokenizerBase, *, for_tools: bool) -> str:
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=[{}] if for_tools else None)
     except ValueError as error:  # several named templates, none of them called "default"
         fix = "write the one to use to a file and give it with --chat-template"
         raise InputError(f"the model has several chat templates: {error}", where="tokenizer", fix=fix) from error
@@ -171,6 +193,42 @@ def _probed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatT
     # The earliest special token of the tail; at one place the longest. Phi-3 writes "<|end|>\n<|endoftext|>".
     places = [(tail.index(token), -len(token), token) for token in tokens if token in tail]
     if not places:
-        return ChatTemplate(template.source, template.where, tail, tail.rstrip(), None)
+        return replace(template, turn_tail=tail, turn_end=tail.rstrip())
     start, _, token = min(places)
-    return ChatTemplate(template.source, template.where, tail, tail[: start + len(token)], token)
+    return replace(template, turn_tail=tail, turn_end=tail[: start + len(token)], end_token=token)
+
+
+# --- what a template is given -----------------------------------------------------------------------------------------
+
+
+def _as_dict(message: Message, form: CallForm | None, *, where: str) -> dict[str, Any]:
+    """A message by the keys that templates read. Raises InputError for calls that this template does not render."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thought:  # Qwen and DeepSeek read the first, gpt-oss the second, others the third
+        found |= dict.fromkeys(("reasoning_content", "thinking", "reasoning"), message.thought)
+    if message.tool_calls:
+        if form is None:
+            fix = "give a template that does with --chat-template, or write the call into the content"
+            raise InputError(f"{message.field}: the chat template renders no tool calls", where=where, fix=fix)
+        found["tool_calls"] = text_of_arguments(message.tool_calls) if form.arguments_as_text else [*message.tool_calls]
+        if not message.content and form.content_absent:
+            found["content"] = None
+    found |= {"name": message.name} if message.name is not None else {}
+    return found | ({"tool_call_id": message.call_id} if message.call_id is not None else {})
+
+
+def _call_form(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> CallForm | None:
+    """The first form of a tool call that shows in the text with its name and its argument."""
+    call = Message("assistant", "", tool_calls=(PROBE_CALL,))
+    probe = (Message("user", "probe"), call, Message("tool", PROBE_REPLY, name=PROBE_TOOL, call_id="probe0001"))
+    for form in (CallForm(as_text, absent) for as_text in (False, True) for absent in (False, True)):
+        for messages in (probe[:2], probe):  # some render a call only once its result is there
+            try:
+                text = replace(template, call_form=form).render(tokenizer, messages)
+            except InputError:
+                continue
+            if (
+                PROBE_TOOL in text and PROBE_VALUE in text and f'\\"{PROBE_VALUE}' not in text
+            ):  # text put into JSON once more
+                return form
+    return None

@@ -68,10 +68,26 @@ class Meter:
 METER: ContextVar[Meter] = ContextVar("lopt_edge_template_meter")
 
 
-def units_for(messages: Sequence[Mapping[str, str]]) -> int:
-    """The units that a rendering of these messages may spend."""
-    characters = sum(len(text) for message in messages for text in message.values())
+def units_for(messages: Sequence[Mapping[str, Any]]) -> int:
+    """The units that a rendering of these messages and tools may spend."""
+    characters = sum(_characters(message) for message in messages)
     return BASE_UNITS + UNITS_A_CHARACTER * characters + UNITS_A_MESSAGE * len(messages)
+
+
+def _characters(value: object) -> int:
+    """The characters of all texts inside a value of JSON; any other value counts as a few."""
+    stack, count = [value], 0
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, Mapping):
+            stack += [*item.keys(), *item.values()]
+        elif isinstance(item, Sequence):
+            stack += item
+        else:
+            count += 8
+    return count
 
 
 def paid(result: Any) -> Any:

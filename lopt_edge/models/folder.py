@@ -3,7 +3,8 @@
 Rules: nothing is ever executed from a model folder (no remote code, no pickle: only JSON, safetensors and tokenizer files
 are fetched or read); a folder that is already in bitsandbytes' 4-bit form is used as it is; any other is quantised once,
 tensor by tensor, into the cache, under a key made of its config and its tensors' layout, sizes and file times. The copy
-appears under its final name only when complete.
+appears under its final name only when complete. What transformers reads of a folder is what counts: a head of its own in a
+checkpoint whose config ties it to the embedding is the head (transformers 5 ties only what is equal or missing).
 """
 
 from __future__ import annotations
@@ -46,8 +47,22 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
         config = read_config(path / "config.json")
     except FolderError as error:
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
-    facts = facts_from_config(config, where=str(path / "config.json"))
+    where = str(path / "config.json")
+    facts = _with_own_head(facts_from_config(config, where=where), path)
+    if named := config.get("transformers_weights"):  # where transformers would read the weights
+        what = f"transformers_weights ({str(named)[:80]!r}) is not supported"
+        raise InputError(what, where=where, fix="name the weights' file model.safetensors, and drop the key")
     return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
+
+
+def _with_own_head(facts: ModelFacts, folder: Path) -> ModelFacts:
+    """The facts, not tied where the weights hold an lm_head. What cannot be read of them is reported where it is needed."""
+    if not facts.tied:
+        return facts
+    try:
+        return facts.untied_by(read_headers(folder))
+    except FolderError:
+        return facts
 
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
@@ -59,8 +74,8 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
 
 
 def vocabulary_itemsize(source: ModelFolder) -> int:
-    """Bytes of a stored number of the token embedding and the lm_head. Raises InputError as `tensor_entries` does."""
-    name = source.facts.family.layout.embedding
+    """Bytes of a stored number of the head (if tied, the token embedding). Raises InputError as `tensor_entries` does."""
+    name = source.facts.family.layout.head(tied=source.facts.tied)
     entry = tensor_entries(source.path).get(name)
     if entry is None:
         raise InputError(f"{name} is missing", where=str(source.path), fix="download or copy the folder again")

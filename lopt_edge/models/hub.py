@@ -12,10 +12,11 @@ from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from quant.headers import FolderError
 from quant.sizes import DTYPE_BYTES
+from quant.small_files import SMALL_NAMES
 from quant.untrusted import read_config
 
-HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-                "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]  # fmt: skip
+HUB_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "config.json", *SMALL_NAMES,
+                "additional_chat_templates/*.jinja"]  # fmt: skip
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, str]:
@@ -57,13 +58,13 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
         OSError,
     ) as error:
         raise _not_from_hub(name, error) from None
-    facts = facts_from_config(config, where=f"{name} config.json")
-    embedding = facts.family.layout.embedding
-    found = [header.tensors[embedding] for header in headers if embedding in header.tensors]
+    tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
+    facts = facts_from_config(config, where=f"{name} config.json").untied_by(tensors)
+    found = [tensor for key, tensor in tensors.items() if key == facts.family.layout.head(tied=facts.tied)]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:
         raise InputError(
-            f"the token embedding has dtype {str(found[0].dtype)[:20]!r}",
+            f"the lm_head has dtype {str(found[0].dtype)[:20]!r}",
             where=name,
             fix="use the bfloat16, float16 or float32 form of the model",
         )

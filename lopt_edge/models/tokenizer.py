@@ -1,12 +1,19 @@
 """A model folder's tokenizer: loaded, and its files checked before transformers sees them.
 
-The rule: a broken or hostile tokenizer file is a message that names it, not a traceback and not a panic of the library.
+The rules: a broken or hostile tokenizer file is a message that names it, not a traceback and not a panic of the library.
+The tokens are those of tokenizer.json. transformers 5 chooses a class by the config's model_type and the tokenizer's own
+word, and most classes take the vocabulary from that file but bring their own way to cut texts: a Qwen2 model with another
+pipeline in its file (DeepSeek's distills, say) gets tokens that it was not trained on, and nothing is said. So the two
+pipelines are compared, and where they differ the file is loaded as it stands.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.tokenizer_faults import tokenizer_faults
 from lopt_edge.errors import InputError
@@ -15,17 +22,123 @@ from quant.headers import FolderError, read_json
 from quant.untrusted import check_folder
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_NAME = "tokenizer.json"
+# What byte-pair, word-piece and unigram models are told beside their vocabulary, where it changes tokens. A flag that is
+# not there, false or empty is off.
+FLAGS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+         "ignore_merges", "max_input_chars_per_word")  # fmt: skip
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    " a leading space",
+    "trailing spaces   ",
+    "two  spaces   three\tand a tab",
+    "one\ntwo\n\nthree\r\nfour\n",
+    "12345 3.14159 2026-11-28 1,000,000",
+    "isn't it what they'll say? I'D we've",
+    "I'M NOT; DON'T",
+    "def area(width, height):\n    return width * height  # px\n",
+    '<div class="x">&amp;</div> {"key": [1, 2]}',
+    "snake_case camelCase kebab-case e-mail@example.org https://example.org/?q=1",
+    "naïve café, Straße, ÆØÅ, ĳ, ǅ, İstanbul",
+    "cafe\u0301 e\u0308 n\u0303 \u1100\u1161\u11a8",
+    "ﬁne ﬂag ① ² ½ Ⅳ ＡＢＣ １２３ ｶﾀｶﾅ",
+    "日本語の文章です。漢字とカナ",
+    "中文没有空格，句号。",
+    "한국어 문장입니다",
+    "Привет, мир",
+    "שלום עולם",
+    "مرحبا بالعالم ١٢٣",
+    "नमस्ते दुनिया १२३",
+    "ภาษาไทย",
+    "🙂👩‍💻🇩🇪 emoji",
+    "\u00a0non-breaking\u2003em\u200bzero",
+    "∑ x² ≤ ∞ → √2 €5 £6",
+    "… — – “quoted” ‘single’",
+    "!!!??? --- === ***\n\n\n",
+    "\x00\x1b\x7f",
+)
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; a broken or missing one is an InputError. Never runs code of the folder."""
+
+def load_tokenizer(folder: Path, *, say: Callable[[str], None] = warnings.warn) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; a broken or missing one is an InputError. Never runs code of the folder.
+
+    `say` hears it if transformers' class for this folder gives other tokens than its tokenizer.json.
+    """
     from transformers import AutoTokenizer
 
     _check_tokenizer_files(folder)
     fix = "the model folder needs tokenizer.json"
     with tokenizer_faults("the tokenizer cannot be loaded", where=str(folder), fix=fix):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        if _is_the_files(tokenizer, folder / TOKENIZER_NAME):
+            return tokenizer
+        return _as_the_file_says(tokenizer, folder, say)
+
+
+def _is_the_files(tokenizer: Any, path: Path) -> bool:
+    """Whether the tokenizer cuts texts as tokenizer.json says, or there is no such file."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast or not path.is_file():  # that class takes the file as it stands
+        return True
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"] = []
+    if values["model"].get("type") != "Unigram":  # which cannot be empty
+        values["model"] |= {"vocab": {}, "merges": []} if "merges" in values["model"] else {"vocab": {}}
+    of_file = Tokenizer.from_str(json.dumps(values))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return isinstance(backend, Tokenizer) and _pipeline(backend) == _pipeline(of_file)
+
+
+def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the tokens of a text beside the vocabulary and its merges."""
+    model = tokenizer.model
+    flags = {name: getattr(model, name, None) or None for name in FLAGS}
+    return {
+        "model": type(model).__name__,
+        **flags,
+        "normalizer": _state(tokenizer.normalizer),
+        "pre_tokenizer": _state(tokenizer.pre_tokenizer),
+    }
+
+
+def _state(part: Any) -> Any:
+    """The settings of a normaliser or pre-tokeniser, but for what only moves offsets."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(inner) for key, inner in value.items() if key != "trim_offsets"}
+        return [kept(inner) for inner in value] if isinstance(value, list) else value
+
+    return None if part is None else kept(json.loads(part.__getstate__()))
+
+
+def _as_the_file_says(tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.json itself, with the special tokens that the class would have had."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+    name, special = type(tokenizer).__name__, dict(tokenizer.special_tokens_map)
+    del tokenizer  # before the vocabulary is in memory once more
+    ours: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    missing = {key: token for key, token in special.items() if key not in ours.special_tokens_map}
+    for key, token in missing.items():
+        if str(token) in ours.get_vocab():  # a class' default that is no token of this model would be a new one
+            setattr(ours, key, token)
+    wrong = [
+        text for text, ids in zip(PROBES, theirs, strict=True) if ours(text, add_special_tokens=False)["input_ids"] != ids
+    ]
+    if wrong:
+        say(
+            f"{folder}: transformers would cut texts otherwise than this folder's {TOKENIZER_NAME} says (as {name}; "
+            f"{len(wrong)} of {len(PROBES)} probe texts, e.g. {wrong[0]!r}). The tokens of {TOKENIZER_NAME} are used; "
+            "programs with transformers 5 should load it with PreTrainedTokenizerFast, not AutoTokenizer"
+        )
+    return ours
 
 
 def _check_tokenizer_files(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """The budgets of a run: what the user stated, and what the machine has where nothing was stated.
 
-The rule: a budget travels with the reason for it, which is printed. Reading a machine's free memory is system/memory.py's
-and run/device.py's (imported where it is asked: a plan loads no torch); enforcing a budget is training/prepare/tiers.py's.
+The rules: a budget travels with the reason for it, which is printed; one that was stated beyond what the machine or a
+control group around the process grants is lowered to that, and said, since the system would kill the run without a word.
+Reading a machine's memory is system/memory.py's and run/device.py's (imported where it is asked: a plan loads no torch);
+enforcing a budget is training/prepare/tiers.py's.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ from lopt_edge.config.settings import Config, page_folder
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.system.memory import available_bytes, pinned_limit_bytes
+from lopt_edge.system.memory import available_bytes, granted_bytes, pinned_limit_bytes
 from lopt_edge.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
 FREE_SHARE = 0.9  # of what is free: the budget if none was stated
+GRANTED_SHARE = 0.95  # of what a group grants: the kernel's own memory for the process counts there, too
 
 
-def stated_budget(config: Config, device: torch.device) -> Budget:
-    """The budgets of the settings, percentages taken of what is free now. Raises InputError(s)."""
+def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets of the settings, and a sentence for each that was lowered to what there is.
+
+    Percentages are of what is free now. Raises InputError(s).
+    """
     from lopt_edge.run.device import device_of
 
     host_is_below = kind_of(device.type).host_is_below
@@ -36,12 +42,28 @@ def stated_budget(config: Config, device: torch.device) -> Budget:
         disk=shutil.disk_usage(parent).free,
         pinned=pinned_limit_bytes()[0] if host_is_below else None,
     )
-    return make_budget(
+    stated = make_budget(
         device_memory=config.device_memory,
         host_memory=config.host_memory,
         disk_memory=config.disk_memory,
         pinned_memory=config.pinned_memory,
         free=free,
+    )
+    return within_granted(stated, device.type)
+
+
+def within_granted(stated: Budget, device_type: str) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets with that of this machine's RAM lowered to what may be had of it, and a sentence if it was."""
+    tier = "host" if kind_of(device_type).host_is_below else "device"
+    asked = stated.host_bytes if tier == "host" else stated.device_bytes
+    granted, who = granted_bytes()
+    most = round(GRANTED_SHARE * granted)
+    if asked is None or asked <= most:
+        return stated, ()
+    lowered = replace(stated, host_bytes=most) if tier == "host" else replace(stated, device_bytes=most)
+    return lowered, (
+        f"{tier} memory lowered from the {format_bytes(asked)} that were stated to {format_bytes(most)}: {who} grants this "
+        f"process {format_bytes(granted)}, and {1 - GRANTED_SHARE:.0%} is left to the kernel; else the system kills it",
     )
 
 

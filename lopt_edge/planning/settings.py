@@ -88,18 +88,23 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
         targets = target_modules(facts, config.lora_targets)
     except InputError as error:
         errors.append(error)
-    limit = facts.max_positions or config.max_seq_len
-    if config.max_seq_len > limit and "max_seq_len" in config.model_fields_set:
-        errors.append(
-            InputError(
-                f"{config.max_seq_len} is beyond the model's {limit} positions",
-                where="max_seq_len",
-                fix=f"use at most {limit}",
-            )
-        )
+    longest = 0
+    try:
+        longest = longest_sequence(facts, config.max_seq_len, is_given="max_seq_len" in config.model_fields_set)
+    except InputError as error:
+        errors.append(error)
     raise_collected(errors)
     assert course is not None
-    return course, targets, min(config.max_seq_len, limit)
+    return course, targets, longest
+
+
+def longest_sequence(facts: ModelFacts, max_seq_len: int, *, is_given: bool) -> int:
+    """The longest sequence (tokens) that this model takes. Raises InputError where more was asked for."""
+    limit = facts.max_positions or max_seq_len
+    if max_seq_len > limit and is_given:
+        what = f"{max_seq_len} is beyond the model's {limit} positions"
+        raise InputError(what, where="max_seq_len", fix=f"use at most {limit}")
+    return min(max_seq_len, limit)
 
 
 def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]:

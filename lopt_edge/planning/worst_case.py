@@ -3,7 +3,7 @@
 A model is a preset's name, a local folder, or a hub id (its config and the headers of its weights only). The step is the
 worst that the settings allow: every sequence max_seq_len tokens long, all of them supervised. Seconds come from a device
 profile: the named card's, this machine's measured one, or a default; the answer says which. With no budget given it takes
-the card's memory, or what is free on this machine now, less a margin. Nothing is written.
+the card's memory and a usual machine's around it, or what is free on this machine now, less a margin. Nothing is written.
 
 `finetune` asks the same search with its data's longest examples instead (from_data.py).
 """
@@ -30,13 +30,14 @@ from lopt_edge.plan.schedule.processes import parts_of
 from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search.search import Candidate, Search
-from lopt_edge.planning.budgets import FREE_SHARE, free_bytes
+from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, within_granted
 from lopt_edge.planning.question import Ground, LargestStep, search_for
 from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, settled
 from lopt_edge.units import format_bytes
 
 TOKEN_BYTES = 310  # of the process, for a token of the tokenizer: 44 MiB for 150,000 tokens with their merges
 CONSUMER = ("desktop", "laptop")
+USUAL_HOST = {"desktop": 32 << 30, "laptop": 16 << 30}  # host memory of the machine around a card, unless it is stated
 NOT_GIVEN = "(none)"  # stands for data and output, which a plan does not need
 
 
@@ -86,7 +87,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
     )
     profile = _profile(card, config.device)
     device_type = profile.device_type
-    _, (_, _, max_seq_len), (budget, reason) = together(
+    _, (_, _, max_seq_len), (budget, reasons) = together(
         lambda: check_memory_settings(config, facts, device_type=device_type),
         lambda: against_facts(config, facts),
         lambda: _budget(config, card, profile),
@@ -105,7 +106,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
         search = search_for(variant, ground)
-        return Question(variant, search, budget, (reason, *notes)), search.within(budget).best
+        return Question(variant, search, budget, (*reasons, *notes)), search.within(budget).best
 
     if max_seq_len < config.max_seq_len:
         notes = (*notes, f"the model has {max_seq_len} positions: longer sequences are cut there")
@@ -189,10 +190,10 @@ def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int,
     return 2, ()
 
 
-def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[Budget, str]:
-    """The budgets as stated; without one for the device the card's memory, or what is free here less a margin."""
-    here = card is None
-    free = free_bytes(profile) if here else FreeBytes(device=card.memory_bytes if card else None)
+def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets and where they come from: as stated; else the card's memory and a usual machine's around it, or what is
+    free here less a margin."""
+    free = free_bytes(profile) if card is None else FreeBytes(device=card.memory_bytes)
     stated = make_budget(
         device_memory=config.device_memory,
         host_memory=config.host_memory,
@@ -200,15 +201,31 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
         pinned_memory=config.pinned_memory,
         free=free,
     )
-    if stated.device_bytes is not None:
-        return stated, "device memory as stated"
     if card is not None:
-        return replace(
-            stated, device_bytes=card.memory_bytes
-        ), f"all of the card's memory, {format_bytes(card.memory_bytes)}"
+        return _around(card, stated)
+    stated, lowered = within_granted(stated, profile.device_type)
+    if stated.device_bytes is not None:
+        return stated, ("device memory as stated", *lowered)
     if free.device is None:
-        return stated, "no device budget: what is free here is not known"
+        return stated, ("no device budget: what is free here is not known", *lowered)
     margin = round(FREE_SHARE * free.device)
     return replace(stated, device_bytes=margin), (
-        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now"
+        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now",
+        *lowered,
     )
+
+
+def _around(card: Card, stated: Budget) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets of a run on a named card, with what is usual where nothing was stated."""
+    reasons = ["device memory as stated"]
+    if stated.device_bytes is None:
+        stated = replace(stated, device_bytes=card.memory_bytes)
+        reasons = [f"all of the card's memory, {format_bytes(card.memory_bytes)}"]
+    if stated.host_bytes is None and card.kind in USUAL_HOST:
+        ram = USUAL_HOST[card.kind]
+        stated = replace(stated, host_bytes=round(FREE_SHARE * ram))
+        reasons.append(
+            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has; "
+            "--host-memory states another"
+        )
+    return stated, tuple(reasons)

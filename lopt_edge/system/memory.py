@@ -49,6 +49,20 @@ def ram_bytes() -> int:
     return total if limit is None else min(total, limit[0])
 
 
+def granted_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
+    """The most that this process may ever take, what it has included, and who says so.
+
+    That is what the control groups around it leave beside their other processes; without one, all of the machine's memory
+    (what others use of that may be swapped out, or end).
+    """
+    total, _ = _system_memory(proc)
+    group = cgroup_memory(membership=proc / "self/cgroup", root=control_groups)
+    left = None if group is None else min(group[0], group[1] + (_status_bytes("VmRSS", proc) or 0))
+    if left is None or left >= total:
+        return total, "the machine"
+    return left, "the control group"
+
+
 def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
     """The page-locked host memory that the run may take, as (bytes, reason)."""
     half = available_bytes(proc=proc, control_groups=control_groups) // 2

@@ -24,9 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import DoesNotFit, InputError, Interrupted, RunError
-from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.units import format_bytes
@@ -34,7 +35,7 @@ from lopt_edge.units import format_bytes
 LEAST_STEPS, MOST_STEPS, STEPS_SHARE = 8, 50, 10  # of a candidate; one part in so many of the run's steps
 MOST_ROWS, MOST_SHARE = 64, 0.1  # held out of the data for the probe, where the run holds out nothing
 QUIET = {"boundary": None, "resume": None, "eval_every": None, "keep_best": False, "retention_data": None,
-         "sample_prompt": None, "save_every": None, "save_minutes": 0.0, "memory_report": None,
+         "sample_prompt": None, "system": None, "save_every": None, "save_minutes": 0.0, "memory_report": None,
          "dry_run": False}  # fmt: skip
 
 

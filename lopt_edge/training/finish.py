@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.adapters.card import model_card
+from lopt_edge.adapters.merged_files import END_KEY, end_token_ids
 from lopt_edge.errors import RunError
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.system.files import write_json, write_text
 from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.versions import versions
-from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, RUN_NAME
+from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.session.replacement import replacement
 from lopt_edge.training.session.session import Finished
@@ -35,6 +37,7 @@ class RunResult:
     peak_rss_bytes: int
     peak_device_bytes: int
     seconds: dict[str, float]
+    scored_tokens: dict[str, int] = field(default_factory=dict)  # targets that each loss of `evaluation` is the mean of
     replacement: dict[str, Any] = field(default_factory=dict)  # method repl: training/session/replacement.py
     n_processes: int = 1  # the peaks are their sums
 
@@ -55,6 +58,7 @@ def report(finished: Finished) -> RunResult:
         peak_rss_bytes=peak_rss,
         peak_device_bytes=peak_device,
         seconds={name: round(value, 3) for name, value in finished.seconds.items()},
+        scored_tokens={name: data.n_supervised for name, data in inputs.evaluated.items()},
         replacement=replacement(state, inputs.course.replaced),
         n_processes=inputs.config.pipeline,
     )
@@ -78,10 +82,12 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
     return {
         "base": inputs.source.name,
         "revision": inputs.source.commit,
+        "model_fingerprint": inputs.model,
         "quantised_folder": str(finished.folder),
         "quantised_cache_bytes": finished.cache_bytes,  # 0: the model was in 4 bits already
         "config": inputs.config.model_dump(mode="json"),
         "model": asdict(inputs.source.facts),
+        END_KEY: end_token_ids(inputs.template, inputs.tokenizer),
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,
                  "dropped": inputs.train.n_dropped},
@@ -94,6 +100,7 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
         "totals": {"steps": inputs.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
                    "skipped_steps": state.skipped},
         "evaluation": result.evaluation,
+        "scored_tokens": result.scored_tokens,
         **({"replacement": result.replacement} if result.replacement else {}),
         "predicted": finished.predicted,
         "best_eval_loss": state.best["eval_loss"] if state.best else None,

@@ -31,6 +31,7 @@ def card(base: str, copy: str = "/cache/x") -> str:
         "versions": {"lopt-edge": "0"},
         "config": {"method": "e2e"},
         "totals": {"steps": 1, "tokens": 2, "supervised_tokens": 1},
+        "scored_tokens": {"eval_loss": 7},
         "evaluation": {"before": {"eval_loss": 2.0}, "after": {"eval_loss": 1.0}},
     }
     return model_card(run, run_file="run.json", log_file="metrics.jsonl")
@@ -56,4 +57,4 @@ def test_a_name_stays_a_name(name):
 
 def test_the_honest_name_is_readable():
     assert "# LoRA adapter for a-model\\_0.5B\n" in card("org/a-model_0.5B")
-    assert "| eval loss | 2.0000 | 1.0000 |" in card("a")
+    assert "| eval loss | 7 | 2.0000 | 1.0000 |" in card("a")

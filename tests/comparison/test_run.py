@@ -27,6 +27,7 @@ from lopt_edge.comparison.figures import FIGURES, Spread, outcome_of
 from lopt_edge.comparison.study import Study
 from lopt_edge.comparison.variants import Variant, parse_variants, resolve
 from lopt_edge.config.load import load_config
+from lopt_edge.data import Conversation
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import four_bit_folder
@@ -382,7 +383,8 @@ def test_questions_take_conversations_and_refuse_plain_text(tmp_path):
         ]
     }
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
-    assert questions(str(tmp_path / "chat.jsonl"), 5, None) == [((("user", "a"),), "b")]
+    ((asked, reference),) = questions(str(tmp_path / "chat.jsonl"), 5, None)
+    assert (asked, reference) == (Conversation((("user", "a"),), "chat.jsonl:1"), "b")
     (tmp_path / "plain.txt").write_text("words")
     with pytest.raises(InputError, match="plain text"):
         questions(str(tmp_path / "plain.txt"), 5, None)

@@ -54,8 +54,69 @@ MISTRAL = (
     "[INST] {{ s if m == us[-1] else '' }}{{ m.content }}[/INST]{% else %} {{ m.content | trim }}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
-# A generation prompt that the full rendering never contains (as in some reasoning distillations).
-BROKEN = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+# A generation prompt that the full rendering never contains, and that opens no thought either.
+BROKEN = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nSure. {% endif %}")
+# Mistral v0.3: the system message stands in the last user message, and only while no reply follows it.
+MISTRAL_LAST = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}"
+    "{% if loop.last and s is defined %}[INST] {{ s + '\n\n' + m.content }}[/INST]"
+    "{% else %}[INST] {{ m.content }}[/INST]{% endif %}{% else %} {{ m.content | trim }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+# R1's distillations: thoughts are never rendered, and the prompt opens one.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+# QwQ: the last thought is rendered, earlier ones are not, and the prompt opens one.
+QWQ = (
+    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and not loop.last %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# Qwen3 with thoughts in a field or between tags: kept after the last user message, left out before it.
+QWEN3_THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% set c = m.content %}{% set r = '' %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content is string %}{% set r = m.reasoning_content %}{% elif '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+    "{% endif %}{% endif %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Qwen 2.5: tools in the system message, calls as JSON between tags, results in a user turn.
+QWEN_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% elif m.role == 'system' and tools %}{% else %}<|im_start|>{{ m.role }}\n{% if m.content %}"
+    "{{ m.content }}{% endif %}"
+    '{% for call in m.tool_calls or [] %}<tool_call>\n{{ \'{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# DeepSeek V3: the arguments are text, and a call is one only where there is no content.
+DEEPSEEK_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|end|>{{ m.content }}"
+    "{% elif m.content is none %}<|assistant|>{% for call in m.tool_calls %}{{ call.function.name + '\n```json\n' }}"
+    "{{ call.function.arguments + '\n```' }}{% endfor %}{{ eos_token }}{% else %}<|assistant|>{{ m.content + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Llama 3.1: a tool's result is written as JSON.
+LLAMA_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n"
+    "{{ m.content | tojson }}"
+    "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}"
+    '{% set call = m.tool_calls[0].function %}{{ \'{"name": "\' + call.name + \'", "parameters": \' }}'
+    "{{ call.arguments | tojson }}}{% else %}{{ m.content | trim }}{% endif %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# A template that knows three roles and leaves out the others.
+THREE_ROLES = CHATML.replace("messages %}<", "messages if m.role in ['system', 'user', 'assistant'] %}<")
 NO_END = (
     "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant\n{% endif %}"
@@ -67,6 +128,14 @@ TEMPLATES = {
     "qwen3": QWEN3,
     "phi3": PHI3,
     "mistral": MISTRAL,
+    "mistral-last": MISTRAL_LAST,
+    "r1": R1,
+    "qwq": QWQ,
+    "qwen3-thinking": QWEN3_THINKING,
+    "qwen-tools": QWEN_TOOLS,
+    "deepseek-tools": DEEPSEEK_TOOLS,
+    "llama-tools": LLAMA_TOOLS,
+    "three-roles": THREE_ROLES,
     "broken": BROKEN,
     "no-end": NO_END,
     "none": None,

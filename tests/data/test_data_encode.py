@@ -7,11 +7,21 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from lopt_edge.data import Conversation, PromptCompletion, TextRow, encode_row, encode_rows, load_template, marked_pieces
+from lopt_edge.data import (
+    Conversation,
+    PromptCompletion,
+    TextRow,
+    encode_row,
+    encode_rows,
+    load_template,
+    marked_pieces,
+    prompt_ids,
+)
 from lopt_edge.data.long_text import long_text_ids, text_pieces
+from lopt_edge.data.notes import BOS_TYPED, END_TYPED, EOS_TYPED, INSIDE_TOKEN, Notes
 from lopt_edge.errors import InputError, InputErrors
 
 TWO_TURNS = (("user", "hello"), ("assistant", "yes, it is"), ("user", "and two?"), ("assistant", "no"))
@@ -152,19 +162,63 @@ def test_completion_and_eos_are_learned(make_tokenizer, kind, prompt, completion
     assert starts_with_bos == (kind != "plain")
 
 
-@pytest.mark.parametrize("kind", ["plain", "bos"])
-def test_a_token_that_takes_a_blank_from_the_prompt_is_a_target(make_tokenizer, kind):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("def ", "add(left"), ("def ad", "d(left"), ("def:", " add"), ("é", " é\n")]
+)
+def test_prompt_and_completion_are_not_joined_in_a_token(make_tokenizer, kind, prompt, completion):
     tokenizer = make_tokenizer("chatml", kind)
-    assert len(tokenizer(" add", add_special_tokens=False)["input_ids"]) == 1
-    example = example_of(PromptCompletion("def ", "add(left", "d:1"), tokenizer)
-    assert learned(example, tokenizer) == [" add(left<eos>"]
+    notes = Notes()
+    ((example,),) = encode_rows(
+        [PromptCompletion(prompt, completion, "d:1")], tokenizer, template=None, max_seq_len=50, notes=notes
+    )
+    assert learned(example, tokenizer) == [f"{completion}<eos>"]
+    fed = prompt_ids(prompt, tokenizer)  # by generate --raw
+    assert example.input_ids[: len(fed)].tolist() == fed
+    assert not any(example.supervised[: len(fed)])
+    joined = tokenizer(prompt + completion)["input_ids"][: len(fed)] != fed
+    assert [note.what for note in notes.all()] == [INSIDE_TOKEN] * joined
+    assert joined == (prompt in ("def ", "def ad")) or kind == "legacy"
 
 
-def test_a_token_that_takes_letters_from_the_prompt_is_no_target(make_tokenizer):
+def test_a_token_of_a_reply_that_takes_a_blank_from_the_template_is_a_target(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    assert len(tokenizer(" add")["input_ids"]) == 1
-    example = example_of(PromptCompletion("def ad", "d(left", "d:1"), tokenizer)
-    assert learned(example, tokenizer) == ["(left<eos>"]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    example = example_of(Conversation((("user", "def"), ("assistant", "add")), "d:1"), tokenizer)
+    assert learned(example, tokenizer) == [" add<|im_end|>"]  # as apply_chat_template has it
+
+
+def test_typed_ends_are_not_doubled(make_tokenizer):
+    tokenizer = make_tokenizer("chatml", "bos")
+    notes = Notes()
+    rows = [
+        TextRow("<bos>yes<eos>", "d:1"),
+        PromptCompletion("<bos>hello:", " yes<eos>", "d:2"),
+        Conversation((("user", "hello"), ("assistant", "yes<|im_end|>")), "d:3"),
+        TextRow("yes", "d:4"),
+    ]
+    template = load_template(tokenizer)[0]
+    found = [rows[0] for rows in encode_rows(rows, tokenizer, template=template, max_seq_len=50, notes=notes)]
+    texts = [tokenizer.decode(example.input_ids.tolist()) for example in found]
+    turns = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    assert texts == ["<bos>yes<eos>", "<bos>hello: yes<eos>", turns, "<bos>yes<eos>"]
+    assert [learned(example, tokenizer) for example in found[:3]] == [["yes<eos>"], [" yes<eos>"], ["yes<|im_end|>"]]
+    said = {note.what: note.places for note in notes.all()}
+    assert said == {BOS_TYPED: ("d:1", "d:2"), EOS_TYPED: ("d:1", "d:2"), END_TYPED: ("d:3",)}
+    assert prompt_ids("<bos>hello:", tokenizer) == prompt_ids("hello:", tokenizer)
+
+
+def test_a_tokenizer_that_appends_eos_does_not_end_a_prompt(make_tokenizer):
+    tokenizer = make_tokenizer("chatml", "bos")
+    template = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("hello")["input_ids"][-1] == tokenizer.eos_token_id
+    example = example_of(PromptCompletion("hello", " yes", "d:1"), tokenizer)
+    fed = prompt_ids("hello", tokenizer)
+    assert fed == tokenizer("hello")["input_ids"][:-1] == example.input_ids[: len(fed)].tolist()
+    assert example.input_ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
 def test_trimmed_offsets_do_not_leak_the_prompt(make_tokenizer):

@@ -89,7 +89,7 @@ def test_normal_forms(value, data_format, row):
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "half a character"),
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
-            "field 'messages[1].tool_calls': tool calls are not supported",
+            "field 'messages[1].tool_calls[0]' is not a call with a function's name",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, REPLY]},

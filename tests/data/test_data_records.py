@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lopt_edge.data import read_records, to_rows
+from lopt_edge.data import read_records, records, to_rows
 from lopt_edge.data.formats import detect_format
 from lopt_edge.errors import InputError, InputErrors
 
@@ -191,3 +192,83 @@ def test_any_bytes_give_rows_or_input_errors(tmp_path: Path, lines: list[bytes],
 def test_no_torch_is_imported():
     code = "import sys, lopt_edge.data; assert not {'torch', 'pyarrow', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what is plainly meant --------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "Name a port", "completion": "Hull"}, {"prompt": "a", "completion": "b"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(json.dumps(row, indent=2) for row in ROWS),
+        json.dumps(ROWS, indent=2),
+        json.dumps(ROWS),
+        "\ufeff" + json.dumps(ROWS),
+    ],
+)
+def test_values_over_many_lines_are_read_from_jsonl(write, content):
+    assert [record.value for record in read_records(write("d.jsonl", content))] == ROWS
+
+
+def test_places_of_rows_over_many_lines(write):
+    found = read_records(write("d.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS)))
+    assert [record.where.rpartition("/")[2] for record in found] == ["d.jsonl:1", "d.jsonl:5"]
+    with pytest.raises(InputError, match=r"broken JSON at line 6, column 1: a comma after the last item"):
+        read_records(write("d.jsonl", '{\n"text": "a"\n}\n{\n"text": "b",\n}\n'))
+
+
+def test_a_first_row_that_is_cut_short_is_one_fault(write):
+    with pytest.raises(InputError, match=r"d.jsonl:1: broken JSON at column 9: the text ends in the middle"):
+        read_records(write("d.jsonl", '{"text":\n{"text": "b"}\n'))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json.gz", "d.txt", "d.csv.GZ"])
+def test_compressed_files_are_read(write, name):
+    contents = {"jsonl": '{"text": "a"}\n', "json": '[{"text": "a"}]', "txt": "a", "csv": "text\na\n"}
+    plain = contents[name.lower().removesuffix(".gz").rpartition(".")[2]]
+    (record,) = read_records(write(name, gzip.compress(plain.encode())))
+    assert record.value == (plain if "txt" in name else {"text": "a"})
+
+
+def test_a_compressed_file_has_the_limits_of_what_it_unpacks_to(write, monkeypatch):
+    bomb = gzip.compress(b'{"text": "' + b"a" * 100_000 + b'"}\n')
+    assert read_records(write("d.jsonl", bomb))
+    with pytest.raises(InputError, match="not a readable gzip file"):
+        read_records(write("d.jsonl", bomb[:60]))
+    monkeypatch.setattr(records, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_WHOLE_BYTES", 2000)
+    with pytest.raises(InputError, match="the line has more than"):
+        read_records(write("d.jsonl", bomb))
+    with pytest.raises(InputError, match="is read whole"):
+        read_records(write("d.json.gz", bomb))
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ('[{"a": 1},\n]', "a comma after the last item"),
+        ('{"a": 1,}', "a comma after the last item"),
+        ("{'a': 1}", "single quotes"),
+        ('[{"a": 1} // one\n]', "a comment"),
+        ('{"a": // one\n1}', "a comment"),
+        ('{"a": 1', "the text ends in the middle of a value"),
+    ],
+)
+def test_the_cause_of_broken_json_is_said_once(write, text, cause):
+    with pytest.raises(InputError, match=f"broken JSON at .*{cause}"):
+        read_records(write("d.json", text))
+
+
+def test_line_ends_inside_cells_are_newlines(write):
+    (record,) = read_records(write("d.csv", 'text,more\r\n"a\r\nb",c\r\n'))
+    assert record.value == {"text": "a\nb", "more": "c"}
+
+
+def test_what_a_table_leaves_blank_is_absent(tmp_path):
+    calls = [[{"arguments": {"port": "Hull", "day": None}}], None]
+    table = pa.table({"text": ["a", "b"], "input": [float("nan"), 1.5], "calls": calls})
+    pq.write_table(table, tmp_path / "d.parquet")
+    found = [record.value for record in read_records(tmp_path / "d.parquet")]
+    assert found == [{"text": "a", "calls": [{"arguments": {"port": "Hull"}}]}, {"text": "b", "input": 1.5}]

@@ -9,14 +9,20 @@ mode: in evaluation mode bitsandbytes repacks the weights for another kernel on 
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lopt_edge.models.folder import find_model
+from lopt_edge.errors import InputError
+from lopt_edge.models.folder import find_model, vocabulary_itemsize
+from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.step.losses import logits
-from tools.tiny_models import FAMILIES
+from quant.headers import INDEX_NAME, SINGLE_NAME
+from tools.tiny_models import FAMILIES, make_folder
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
 WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text")
@@ -85,3 +91,53 @@ def test_a_sequence_does_not_see_its_neighbour_or_its_future(four_bit, family):
     torch.testing.assert_close(again[0, :-1], both[0, :-1], rtol=0, atol=0)
     assert not torch.equal(again[1], both[1])
     torch.testing.assert_close(our_logits(model, LONG[:1]), both[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["another", "of another dtype", "equal", "none"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_tied_config_beside_a_head_in_the_file(tmp_path, family, head):
+    """transformers 5 ties the head to the embedding only if the file has none, or the same one. (4.57 always tied it.)"""
+    folder = make_folder(tmp_path / "model", family)
+    tensors = load_file(folder / SINGLE_NAME)
+    assert find_model(str(folder)).facts.tied and "lm_head.weight" not in tensors
+    embedding = tensors["model.embed_tokens.weight"]
+    if head != "none":
+        other = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)) * embedding.std()
+        tensors["lm_head.weight"] = embedding.clone() if head == "equal" else other
+    if head == "of another dtype":
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.bfloat16)
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    source = find_model(str(folder))
+    assert source.facts.tied == (head == "none")
+    assert vocabulary_itemsize(source) == (2 if head == "of another dtype" else 4)
+    model, theirs = load_both(four_bit_folder(source, cache_dir=str(tmp_path / "cache"))[0], torch.float32)
+    theirs.lm_head.float()  # which transformers leaves in the file's dtype
+    with torch.no_grad():
+        assert torch.equal(our_logits(model, SHORT), theirs(SHORT, use_cache=False).logits.float())
+
+
+def test_a_single_file_beside_an_index(tmp_path):
+    """transformers reads model.safetensors, whatever an index beside it says."""
+    folder = make_folder(tmp_path / "model")
+    tensors = load_file(folder / SINGLE_NAME)
+    shard = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(shard, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(shard, "model-00001-of-00001.safetensors")}))
+    ours, wanted = our_embedding(folder), tensors["model.embed_tokens.weight"]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    assert torch.equal(ours, theirs) and torch.equal(ours, wanted)
+    (folder / SINGLE_NAME).unlink()
+    assert torch.equal(our_embedding(folder), wanted + 1)
+
+
+def our_embedding(folder) -> torch.Tensor:
+    model = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    return model.embedding.rows(torch.arange(320))
+
+
+def test_weights_under_a_name_of_their_own_are_refused(tmp_path):
+    folder = make_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(InputError, match=r"transformers_weights.*other\.safetensors"):
+        find_model(str(folder))

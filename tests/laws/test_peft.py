@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lopt_edge import finetune
-from lopt_edge.errors import InputError
+from lopt_edge import export, finetune
+from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.models.folder import find_model
+from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME
 from lopt_edge.run.model.load import load_model
-from lopt_edge.run.model.lora import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapter_tensors, load_adapters
+from lopt_edge.run.model.lora import ADAPTER_NAME, adapter_tensors, load_adapters
+from lopt_edge.training.session.progress import Progress
 from tests.laws.test_families import our_logits
 from tools.tiny_runs import make_config, make_model
 
@@ -119,6 +121,68 @@ def test_a_run_goes_on_from_an_adapter(models, tmp_path):
     assert all(not torch.equal(moved[name], before[name]) for name in before)
 
 
+def test_a_rslora_adapter_of_peft_goes_on_as_it_is(models, tmp_path, stop_in):
+    """peft makes it, we train on from it (stopped and resumed), peft loads the result: alpha / sqrt(r) all the way."""
+    base = AutoModelForCausalLM.from_pretrained(models["float32"])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    shape = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(base, shape).save_pretrained(tmp_path / "first")
+    config = make_config(models["float32"], tmp_path, max_steps=2, n_rows=8, init_adapter=str(tmp_path / "first"), lr=1e-3)
+    stop_in(2, 0)
+    with pytest.raises(Interrupted):
+        finetune(config)
+    finetune(config.model_copy(update={"resume": "auto"}))
+    for adapter in (tmp_path / "first", Path(config.output)):
+        assert json.loads((adapter / ADAPTER_CONFIG_NAME).read_text())["use_rslora"] is True
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantised(config)), adapter).train()
+        mine = ours(config, adapter)
+        with torch.no_grad():
+            assert difference(mine, theirs(IDS, use_cache=False).logits.float()) <= 1e-5
+            plain = AutoModelForCausalLM.from_pretrained(models["float32"])
+            merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload()(IDS, use_cache=False).logits
+        export(adapter, merged=adapter / "merged", dtype="float32", cache_dir=config.cache_dir)
+        with torch.no_grad():
+            exported = AutoModelForCausalLM.from_pretrained(adapter / "merged")(IDS, use_cache=False).logits
+        assert difference(exported, merged) <= 1e-5
+        assert difference(mine, ours(config, None)) > 1e-2
+    before, after = (load_file(adapter / ADAPTER_NAME) for adapter in (tmp_path / "first", Path(config.output)))
+    assert all(0 < (before[name] - after[name]).abs().max() < 0.01 for name in before), "it moved, and not far"
+
+
+def test_adapter_config_is_the_same_bytes_for_the_same_run(models, tmp_path):
+    """peft's own writer puts target_modules, a set, down in hash order, which is another in each process."""
+    config = make_config(models["float32"], tmp_path, max_steps=1)
+    finetune(config)
+    text = (Path(config.output) / ADAPTER_CONFIG_NAME).read_text()
+    values = json.loads(text)
+    assert values["target_modules"] == sorted(values["target_modules"]) and len(values["target_modules"]) == 7
+    assert list(values) == sorted(values) == sorted(LoraConfig().to_dict())
+    LoraConfig.from_pretrained(config.output).save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / ADAPTER_CONFIG_NAME).read_text())
+    assert theirs | {"target_modules": sorted(theirs["target_modules"])} == values
+
+
+def test_an_adapter_of_another_model_is_told(models, tmp_path):
+    first = make_config(models["float32"], tmp_path, max_steps=1)
+    finetune(first)
+    listener = Listener()
+    other = make_model(tmp_path / "other", seed=1)
+    finetune(make_config(other, tmp_path, output="second", max_steps=1, init_adapter=first.output), listener)
+    assert any("is not the model that the adapter" in text for text in listener.said)
+    listener.said.clear()
+    finetune(make_config(models["float32"], tmp_path, output="third", max_steps=1, init_adapter=first.output), listener)
+    assert not any("is not the model" in text for text in listener.said)
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
 def test_frozen_layers_keep_the_adapter_that_they_came_with(models, tmp_path):
     first = make_config(models["float32"], tmp_path, max_steps=2)
     finetune(first)
@@ -198,7 +262,9 @@ def test_adapters_that_do_not_fit_are_refused(models, tmp_path, adapter, name):
 @pytest.mark.parametrize(
     "changes",
     [{"peft_type": "IA3"}, {"lora_alpha": "8"}, {"lora_alpha": None}, {"use_dora": True}, {"bias": "all"},
-     {"rank_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}],
+     {"rank_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}, {"alora_invocation_tokens": [5, 6]},
+     {"a_key_of_tomorrow": 0.5}, {"r": 8}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0, 1]},
+     {"exclude_modules": ["mlp.up_proj"]}],
 )  # fmt: skip
 def test_adapter_kinds_that_are_not_ours_are_refused(models, tmp_path, adapter, changes):
     path = adapter / ADAPTER_CONFIG_NAME

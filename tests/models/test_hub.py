@@ -116,7 +116,8 @@ class _Hub(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     _Hub.folder = make_model(tmp_path_factory.mktemp("hub") / "tiny")
-    (_Hub.folder / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
+    for name in ("modeling_evil.py", "tokenizer_evil.py", "vocab.py"):
+        (_Hub.folder / name).write_text("raise SystemExit('remote code ran')")
     (_Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

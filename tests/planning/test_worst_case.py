@@ -76,6 +76,26 @@ def test_the_budget_is_what_was_stated_or_the_card_or_most_of_what_is_free(monke
     assert "90%" in free.notes[0]
 
 
+@pytest.mark.parametrize(("card", "gib", "machine"), [("rtx 3060 laptop", 16, "laptop"), ("rtx4090", 32, "desktop")])
+def test_a_usual_machine_is_assumed_around_a_card_and_said(card, gib, machine):
+    asked = question_of(gpu=card)
+    assert asked.budget.host_bytes == round(0.9 * gib * 2**30)
+    assert any(f"{gib}.0 GiB that a {machine} usually has" in note and "--host-memory" in note for note in asked.notes)
+    stated = question_of(gpu=card, host_memory="101GiB")
+    assert stated.budget.host_bytes == 101 * 2**30 and not any("usually" in note for note in stated.notes)
+
+
+def test_no_machine_is_assumed_around_a_data_centres_card():
+    assert question_of(gpu="a100 80gb").budget.host_bytes is None
+
+
+def test_a_plan_for_this_machine_is_within_what_it_grants(monkeypatch):
+    monkeypatch.setattr("lopt_edge.planning.budgets.granted_bytes", lambda: (2 * 2**30, "the control group"))
+    asked = question_of(device="cpu", device_memory="3GiB")
+    assert asked.budget.device_bytes == round(0.95 * 2 * 2**30)
+    assert any("lowered from the 3.0 GiB" in note for note in asked.notes)
+
+
 def card_bytes(name: str) -> int:
     return question_of(gpu=name).budget.device_bytes or 0
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from lopt_edge.system import memory as host_memory
-from lopt_edge.system.memory import available_bytes, cap_data_bytes, pinned_limit_bytes
+from lopt_edge.system.memory import available_bytes, cap_data_bytes, granted_bytes, pinned_limit_bytes
 
 GIB = 1 << 30
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's accounting of private memory is Linux's")
@@ -79,6 +79,22 @@ def test_version_1_without_a_limit_is_no_container(machine):
         "memory/memory.stat": "total_inactive_file 1",
     }
     assert pinned_limit_bytes(**machine(groups=groups, member="2:memory:/"))[1] == "half of the available memory"
+
+
+def test_what_is_granted_is_what_the_tightest_group_leaves_beside_its_other_processes(machine):
+    assert granted_bytes(**machine()) == (32 * GIB, "the machine")
+    nested = group("a/b/", 16 * GIB, used=GIB) | group("a/", 8 * GIB, used=7 * GIB, cached=3 * GIB)
+    args = machine(groups=nested, member="0::/a/b")
+    assert granted_bytes(**args) == (4 * GIB, "the control group")
+    (args["proc"] / "self/status").write_text(f"Name:\tx\nVmRSS:\t{GIB >> 10} kB\n")  # 1 GiB of what is used is ours
+    assert granted_bytes(**args) == (5 * GIB, "the control group")
+    version_1 = {
+        "memory/docker/0/memory.limit_in_bytes": str(2 * GIB),
+        "memory/docker/0/memory.usage_in_bytes": str(GIB),
+        "memory/docker/0/memory.stat": "total_inactive_file 0",
+    }
+    assert granted_bytes(**machine(groups=version_1, member="2:memory:/docker/0")) == (2 * GIB, "the control group")
+    assert granted_bytes(**machine(groups=group("", 64 * GIB))) == (32 * GIB, "the machine"), "a limit above the machine's"
 
 
 def test_full_group_leaves_nothing(machine):

@@ -2,13 +2,15 @@
 
 A family is a `model_type` of transformers 5 whose layers we know how to run one by one. All in which families differ stands
 in their records (families/), which this file reads configs through. The rule: every number comes from the config (or
-transformers' documented default for that family), never from the weights; a family without a record is refused with the
+transformers' documented default for that family), never from the weights, whose names decide one thing only: whether the
+head is tied to the embedding (`untied_by`); a family without a record is refused with the
 list of those that have one. No torch, no transformers here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
@@ -70,6 +72,13 @@ class ModelFacts:
     def linear_names(self) -> tuple[str, ...]:
         """The short names of the linear layers of a decoder layer, in the order in which they run."""
         return tuple(linear.short_name for linear in self.linears)
+
+    def untied_by(self, tensors: Container[str]) -> ModelFacts:
+        """The facts where the checkpoint has tensors of these names: with an lm_head among them nothing is tied.
+
+        transformers ties the two if they are equal, in spite of the config not if they differ: the same logits.
+        """
+        return replace(self, tied=self.tied and self.family.layout.lm_head not in tensors)
 
 
 def facts_from_config(config: object, *, where: str) -> ModelFacts:

@@ -25,6 +25,7 @@ from lopt_edge.units import format_bytes
 from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
+LEAST_SHOWN = 0.01  # of a step's seconds: what is faster or slower by less is not said to be so
 REPORTED = ("weights", "activations", "saved_inputs", "states", "gradients", "head", "prefetch", "token_tile", "optimizer",
             "apply")  # fmt: skip
 NAMES = {"states": "optimizer_states"}  # knobs whose setting has another name
@@ -201,6 +202,8 @@ def _reasons(search: Search, chosen: Candidate, budget: Budget, *, fits: bool) -
         value = getattr(chosen.knobs, name)
         if name in fixed:
             reason = "as set" if name in search.space.said else "the default"
+        elif name == "head" and not search.workload.shape.kind.host_is_below:
+            reason = "no choice: read a chunk at a time from the model's file"
         elif not fits:
             reason = "takes the least device memory"
         elif value == plain.get(name, value):
@@ -225,7 +228,7 @@ def _alternatives(search: Search, chosen: Candidate, budget: Budget, *, fits: bo
     fastest = search.within(Budget()).best
     if fastest is not None and fastest.knobs not in seen:
         gain = chosen.seconds.seconds / fastest.seconds.seconds - 1
-        if gain >= 0.01:
+        if gain >= LEAST_SHOWN:
             seen.add(fastest.knobs)
             more = format_bytes(fastest.prediction.device_bytes)
             yield _alternative(search, fastest, f"with {more} of device memory: {gain:.0%} faster", budget, fits=False)
@@ -239,9 +242,8 @@ def _alternatives(search: Search, chosen: Candidate, budget: Budget, *, fits: bo
         saved = chosen.prediction.device_bytes - other.prediction.device_bytes
         cost = other.seconds.seconds / chosen.seconds.seconds - 1
         if saved > 0:
-            yield _alternative(
-                search, other, f"{format_bytes(saved)} less device memory: {cost:.0%} slower", budget, fits=True
-            )
+            slower = f"{cost:.0%} slower" if cost >= LEAST_SHOWN else "no slower"
+            yield _alternative(search, other, f"{format_bytes(saved)} less device memory: {slower}", budget, fits=True)
 
 
 def _alternative(search: Search, other: Candidate, change: str, budget: Budget, *, fits: bool) -> Alternative:
@@ -265,9 +267,10 @@ def summary(found: RunPlan) -> Iterator[str]:
     yield from (f"missing: {sentence}" for sentence in found.missing)
     if found.would_fit:
         yield f"one of these would fit: {'; '.join(found.would_fit)}"
+    moved = f"{format_bytes(found.bytes_moved)} moved a step" if found.bytes_moved else "nothing moved between tiers"
     yield (
         f"about {_seconds(found.step_seconds)} a step of {found.step_tokens:,} tokens, {found.tokens_per_second:,.0f} "
-        f"tokens/s, {format_bytes(found.bytes_moved)} moved a step"
+        f"tokens/s, {moved}"
     )
 
 

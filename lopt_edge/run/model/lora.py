@@ -15,16 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lopt_edge.errors import InputError, NotFinite
+from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.run.model.adapter_config import ADAPTER_ADVICE, AdapterConfig, lora_scale, read_adapter_config
 from lopt_edge.run.model.load import Model
 from quant.files import read_tensor, tensor_bytes
-from quant.headers import FolderError, SafetensorsWriter, read_header, read_json
+from quant.headers import FolderError, SafetensorsWriter, TensorEntry, read_header
 from quant.linear import DropoutClock, PackedLinear
-from quant.untrusted import check_folder
 
 ADAPTER_NAME = "adapter_model.safetensors"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-MAX_ALPHA = 1_000_000
-ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
 
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
@@ -48,12 +46,13 @@ def attach_adapters(
     targets: tuple[str, ...],
     r: int,
     alpha: float,
+    rslora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Put fresh adapters of rank `r` on the linear layers of these layers whose short names are in `targets`.
 
-    A is uniform, B zero, both fp32; the scale is alpha / r.
+    A is uniform, B zero, both fp32; the scale is `lora_scale`.
     """
     for layer in layers:
         for index, linear in enumerate(model.facts.linears):
@@ -63,7 +62,8 @@ def attach_adapters(
             bound = linear.in_features**-0.5
             a = torch.empty(linear.in_features, r).uniform_(-bound, bound, generator=torch.Generator().manual_seed(key))
             module = _linear(model, layer, linear.name)
-            _attach(module, a, torch.zeros(r, linear.out_features), scale=alpha / r, device=model.device)
+            scale = lora_scale(alpha, r, rslora=rslora)
+            _attach(module, a, torch.zeros(r, linear.out_features), scale=scale, device=model.device)
             module.dropout_rate = dropout
 
 
@@ -131,9 +131,8 @@ def _in_peft_layout(matrix: Tensor) -> Tensor:
 
 def check_adapter_folder(folder: Path) -> None:
     """Refuse a folder that is no readable LoRA adapter, without reading its tensors. Raises InputError."""
+    read_adapter_config(folder)
     try:
-        check_folder(folder)
-        _check_adapter_config(read_json(folder / ADAPTER_CONFIG_NAME), str(folder))
         read_header(folder / ADAPTER_NAME)
     except FolderError as error:
         raise InputError(str(error), where=str(folder), fix=ADAPTER_ADVICE) from None
@@ -144,12 +143,9 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
 
     In a pipeline a process attaches the adapters of its own layers alone.
     """
-    where = str(folder)
+    where, config = str(folder), read_adapter_config(folder)
     try:
-        check_folder(folder)
-        config = read_json(folder / ADAPTER_CONFIG_NAME)
         entries = read_header(folder / ADAPTER_NAME)
-        _check_adapter_config(config, where)
         layers = set()
         left = set(entries)
         for layer in range(model.facts.n_layers):
@@ -158,18 +154,14 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
                 if not left >= set(names):
                     continue
                 left -= set(names)
-                a_shape, b_shape = (entries[name].shape for name in names)
-                rank = a_shape[0] if a_shape else 0
-                if not rank or (a_shape, b_shape) != ((rank, linear.in_features), (linear.out_features, rank)):
-                    raise InputError(f"{names[0]} does not fit this model", where=where)
+                rank = _fitting_rank(config, linear, layer, [entries[name] for name in names], where=where)
                 layers.add(layer)
                 if layer not in model.here:
                     continue
                 a, b = (read_tensor(entries[name]).to(torch.float32).t().contiguous() for name in names)
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise InputError(f"{names[0]} or its lora_B holds values that are not finite", where=where)
-                scale = config["lora_alpha"] / (a.shape[1] ** (0.5 if config.get("use_rslora") else 1))
-                _attach(_linear(model, layer, linear.name), a, b, scale=scale, device=model.device)
+                _attach(_linear(model, layer, linear.name), a, b, scale=config.scale(rank), device=model.device)
     except FolderError as error:
         raise InputError(str(error), where=where, fix=ADAPTER_ADVICE) from None
     if left or not layers:
@@ -178,17 +170,18 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
     return sorted(layers)
 
 
-def _check_adapter_config(config: object, where: str) -> None:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InputError("is not a LoRA adapter (peft_type LORA)", where=where)
-    if not isinstance(config.get("lora_alpha"), int | float) or isinstance(config["lora_alpha"], bool):
-        raise InputError("adapter_config.json lacks a number 'lora_alpha'", where=where)
-    if not abs(config["lora_alpha"]) < MAX_ALPHA:  # NaN and infinity as well, which JSON in Python may hold
-        raise InputError(f"adapter_config.json: lora_alpha must be below {MAX_ALPHA:,}", where=where)
-    keys = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
-    unsupported = [key for key in keys if config.get(key)]
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(("pissa", "olora", "corda")):  # these change the base weights as well
-        unsupported.append(f"init_lora_weights={start}")
-    if unsupported or config.get("bias", "none") != "none":
-        raise InputError(f"the adapter uses {(unsupported or ['bias'])[0]!r}, which is not supported", where=where)
+def _fitting_rank(config: AdapterConfig, linear: LinearFacts, layer: int, pair: list[TensorEntry], *, where: str) -> int:
+    """The rank of a pair of stored matrices that fits the linear layer and the adapter's config. Raises InputError."""
+    a, b = pair
+    rank = a.shape[0] if a.shape else 0
+    if not rank or (a.shape, b.shape) != ((rank, linear.in_features), (linear.out_features, rank)):
+        raise InputError(f"{a.name} does not fit this model", where=where)
+    if config.rank not in (None, rank):
+        raise InputError(f"{a.name} has rank {rank}, adapter_config.json says r = {config.rank}", where=where)
+    if not config.selects(layer, linear.name):
+        raise InputError(
+            f"adapter_config.json leaves out {a.name} (target_modules, exclude_modules or layers_to_transform)",
+            where=where,
+            fix="peft would not apply this matrix: make its config and its file agree",
+        )
+    return rank

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lopt_edge.adapters.base import RUN_NAME
 from lopt_edge.errors import InputError
 from lopt_edge.system.lock import LOCK_NAME
 from quant.folders import sync_folder
 from quant.headers import FolderError, read_header, read_json
 
-RUN_NAME = "run.json"
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
 LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, SETTINGS_NAME, LOCK_NAME}

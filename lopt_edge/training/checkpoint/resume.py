@@ -31,14 +31,14 @@ from lopt_edge.training.checkpoint.run_state import RunState
 
 MAY_CHANGE = frozenset({
     "output", "resume", "save_every", "save_minutes", "keep", "on_nan", "max_skipped", "max_steps", "epochs",
-    "eval_data", "eval_every", "retention_data", "sample_prompt", "cache_dir", "init_adapter", "device", "weights",
-    "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
+    "eval_data", "eval_every", "retention_data", "sample_prompt", "system", "cache_dir", "init_adapter", "device",
+    "weights", "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
     "choose_segments", "boundary", "pipeline", "pipeline_minutes",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
-    "teacher",
+    "teacher", "ignore_columns", "think", "escape_special_tokens",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
 MOST_SEGMENTS, MOST_TOKENS = 10_000, 2**31  # of any model; of a tile

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.run.model.adapter_config import read_adapter_config
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.tiers.feature_cache import FeatureCache, claim
@@ -44,7 +45,7 @@ class BoundaryCaches:
     def identity(self, boundary: int | None) -> dict[str, Any]:
         """The facts that the boundary's hidden states depend on; without a boundary, those that all stages share."""
         inputs, adapter = self.inputs, self.inputs.config.init_adapter
-        carried = hashlib.sha256((Path(adapter) / ADAPTER_NAME).read_bytes()).hexdigest() if adapter else None
+        carried = _identity_of(Path(adapter)) if adapter else None
         return {
             "model": inputs.model,
             "data": inputs.train.fingerprint,
@@ -118,6 +119,14 @@ class BoundaryCaches:
         if self.open is not None:
             self.open.close()
             self.open = None
+
+
+def _identity_of(adapter: Path) -> str:
+    """A digest of what an adapter computes: its matrices, and how they are scaled."""
+    config = read_adapter_config(adapter)
+    digest = hashlib.sha256((adapter / ADAPTER_NAME).read_bytes())
+    digest.update(f"\nalpha {config.alpha} rslora {config.rslora}".encode())
+    return digest.hexdigest()
 
 
 def check_boundary_cache(inputs: Inputs) -> None:

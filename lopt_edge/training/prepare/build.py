@@ -16,6 +16,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.processes import Part
+from lopt_edge.run.model.adapter_config import lora_scale, read_adapter_config
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.model.lora import attach_adapters, load_adapters
@@ -53,10 +54,12 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
     model.clock.seed = config.seed  # of the dropout masks
     trained = inputs.course.adapted
     carried: list[int] = []
+    rslora = adapter is not None and read_adapter_config(Path(adapter)).rslora  # goes on as it is: no setting makes one
     if adapter is not None:
         carried = load_adapters(model, Path(adapter))
         setting = "init_adapter" if adapter == config.init_adapter else "adapter"
-        _check_same_shape(inputs, model, [i for i in carried if i in model.here], where=f"{setting} {adapter}")
+        here = [layer for layer in carried if layer in model.here]
+        _check_same_shape(inputs, model, here, rslora=rslora, where=f"{setting} {adapter}")
     fresh = [layer for layer in trained if layer not in carried and layer in model.here]
     own = [group for group in inputs.course.groups if inputs.part is None or inputs.part.owns(group)]
     attach_adapters(
@@ -65,6 +68,7 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
         targets=inputs.targets,
         r=config.lora_r,
         alpha=config.lora_alpha,
+        rslora=rslora,
         dropout=config.lora_dropout,
         seed=config.seed,
     )
@@ -106,13 +110,15 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
         facts.n_layers,
         inputs.source.name,
         inputs.source.commit,
+        rslora,
     )
     return executor, shape
 
 
-def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, where: str) -> None:
+def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, rslora: bool, where: str) -> None:
     """Refuse an adapter of another shape than the settings': one adapter_config.json describes both."""
     config = inputs.config
+    shape = config.lora_r, lora_scale(config.lora_alpha, config.lora_r, rslora=rslora)
     for layer in layers:
         for linear in inputs.source.facts.linears:
             module = model.layers[layer].get_submodule(linear.name)
@@ -120,7 +126,7 @@ def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *
             wanted = linear.short_name in inputs.targets
             rank = None if module.lora_a is None else module.lora_a.shape[1]
             found = rank is not None
-            if wanted != found or (found and (rank, module.scale) != (config.lora_r, config.lora_alpha / config.lora_r)):
+            if wanted != found or (found and (rank, module.scale) != shape):
                 raise InputError(
                     "its rank, alpha or target modules differ from lora_r, lora_alpha, lora_targets",
                     where=where,

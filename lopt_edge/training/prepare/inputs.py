@@ -67,6 +67,12 @@ class Inputs:
     _plans: dict[tuple[StepKind, int], Plan] = field(default_factory=dict, init=False)  # of this record's knobs
 
     @property
+    def evaluated(self) -> dict[str, Dataset]:
+        """What is evaluated beside the steps, by the name of its loss."""
+        named = {"eval_loss": self.held_out, "retention_loss": self.retention}
+        return {name: data for name, data in named.items() if data is not None}
+
+    @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
         per_epoch = ceil(len(self.train.examples) / prod(self.order))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
-from lopt_edge.data import Dataset, load_dataset, split
+from lopt_edge.data import Dataset, fingerprint_of, load_dataset, split
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -98,6 +99,7 @@ class _Files:
     teacher: ModelFolder | None
     teacher_model: str
     fingerprint: str
+    notes: tuple[str, ...]  # about the files
 
     @property
     def dtype_name(self) -> str:
@@ -108,7 +110,7 @@ def _read_files(config: Config) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
-    facts = source.facts
+    facts, notes = source.facts, list[str]()
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )
@@ -116,13 +118,14 @@ def _read_files(config: Config) -> _Files:
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))
-    tokenizer = load_tokenizer(source.path)
+        tell_if_another(source, Path(config.init_adapter), notes.append)
+    tokenizer = load_tokenizer(source.path, say=notes.append)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
         device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
-        teacher, teacher_model, model_fingerprint(source),
+        teacher, teacher_model, model_fingerprint(source), tuple(notes),
     )  # fmt: skip
 
 
@@ -139,14 +142,15 @@ class _Answer:
     knobs: Knobs
     disk_bytes: int  # of page files
     pipeline_reasons: tuple[str, ...]
-    split: str  # a sentence, where micro-batches of a resumed run had to be split
+    warnings: tuple[str, ...]  # of budgets that were lowered, and of micro-batches of a resumed run that had to be split
 
 
 def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     """Budgets, what the planner settles of the settings, and the plan. Raises DoesNotFit, unless forced."""
     device, source = found.device, found.source
-    stated = stated_budget(config, device)
+    stated, lowered = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
+    reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention)
     ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher)
 
@@ -167,7 +171,8 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     if parts:
         run_plan, pipeline_reasons = in_processes(run_plan, workload, knobs, parts)
         workload = replace(workload, part=parts[0])
-    return _Answer(config, order, stated, ground, workload, run_plan, knobs, disk_bytes, pipeline_reasons, split)
+    warnings = (*lowered, *([split] if split else []))
+    return _Answer(config, order, stated, ground, workload, run_plan, knobs, disk_bytes, pipeline_reasons, warnings)
 
 
 def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resumed: list[str]) -> Inputs:
@@ -177,7 +182,8 @@ def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resum
     folder_warnings = check_folders(config, source, knobs, planned.stated, need_disk_bytes=planned.disk_bytes)
     warnings = (
         *resumed,
-        *([planned.split] if planned.split else []),
+        *found.notes,
+        *planned.warnings,
         *_warnings(given, source, found.train, max_seq_len=found.max_seq_len),  # settled settings were not stated
         *memory_warnings(config, knobs),
         *folder_warnings,
@@ -298,18 +304,28 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
     lost = {
         "cut at max_seq_len": train.n_truncated,
         "dropped (no token to learn)": train.n_dropped,
-        "learned in their last turn only (the template rewrites earlier ones)": train.n_last_turn_only,
     }
     yield from (
         f"{count} of {train.n_rows} rows are {what}; see lopt-edge data check" for what, count in lost.items() if count
     )
+    yield from (f"{note.text()}; see lopt-edge data check" for note in train.notes)
+    if train.missing_columns:
+        yield f"ignore_columns: no row has {', '.join(train.missing_columns)}"
 
 
 def _datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
-    read = partial(load_dataset, tokenizer=tokenizer, max_seq_len=max_seq_len, chat_template=config.chat_template)
+    read = partial(
+        load_dataset,
+        tokenizer=tokenizer,
+        max_seq_len=max_seq_len,
+        chat_template=config.chat_template,
+        think=config.think,
+        escape_special_tokens=config.escape_special_tokens,
+        ignore_columns=config.ignore_columns or (),
+    )
     train = read(config.data, data_format=config.data_format)
     held_out = retention = None
     if config.eval_data:
@@ -317,7 +333,7 @@ def _datasets(
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
-        retention = read(config.retention_data)
+        retention = _end_not_scored(read(config.retention_data), tokenizer.eos_token_id, path=config.retention_data)
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:
@@ -327,3 +343,23 @@ def _datasets(
                 fix="use the tokenizer that belongs to the model",
             )
     return train, held_out, retention
+
+
+def _end_not_scored(dataset: Dataset, end_id: int | None, *, path: str) -> Dataset:
+    """Plain texts without the end token behind them as a target. Raises InputError if nothing is left.
+
+    It is not of the text: that texts end is what training on replies teaches, so retention would seem to improve.
+    """
+    if dataset.format != "text":
+        return dataset
+    last = {example.where: index for index, example in enumerate(dataset.examples)}  # a row's windows stand in order
+    examples = tuple(
+        replace(example, supervised=example.supervised[:-1] + b"\0")
+        if index == last[example.where] and example.input_ids[-1] == end_id
+        else example
+        for index, example in enumerate(dataset.examples)
+    )
+    examples = tuple(example for example in examples if example.n_supervised)
+    if not examples:
+        raise InputError("no text has two tokens: there is nothing to score", where=path, fix="give longer texts")
+    return replace(dataset, examples=examples, fingerprint=fingerprint_of(examples))

@@ -49,7 +49,7 @@ def find_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelFol
         raise InputError(
             error.what, where=f"teacher {error.where.removeprefix('model').lstrip(' :')}".rstrip(), fix=error.fix
         ) from None
-    if load_tokenizer(found.path).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(found.path, say=lambda text: None).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             "its tokenizer is another one: its features would belong to other tokens",
             where=f"teacher {config.teacher}",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopt_edge.adapters.generation import Sampling, TextGenerator
+from lopt_edge.adapters.generation import Sampling, TextGenerator, asked
 from lopt_edge.adapters.save import save_adapter
 from lopt_edge.errors import RunError
 from lopt_edge.run.step.evaluation import losses
@@ -76,4 +76,4 @@ def sample(loaded: Loaded, context: RunContext) -> str | None:
     with context.clock.phase("sample"), memory_faults("sampling"):
         if template is None:
             return generator.continue_text(prompt, SAMPLE)
-        return generator.reply([("user", prompt)], SAMPLE)
+        return generator.reply(asked(prompt, loaded.inputs.config.system), SAMPLE)

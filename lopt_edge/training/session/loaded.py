@@ -173,8 +173,7 @@ class _Loader:
     ) -> Loaded:
         inputs, start = self.inputs, self.start
         model = self._model()
-        named = (("eval_loss", inputs.held_out), ("retention_loss", inputs.retention))
-        evaluated = {name: inputs.batches(data) for name, data in named if data}
+        evaluated = {name: inputs.batches(data) for name, data in inputs.evaluated.items()}
         replacement = self._replace(model, evaluated)
         if self.features is not None:
             self._learn_from_teacher(model, self.features)

@@ -22,6 +22,7 @@ from typing import Any
 from lopt_edge.adapters.save import save_adapter
 from lopt_edge.data import Window
 from lopt_edge.errors import Interrupted, NotFinite, RunError
+from lopt_edge.models.tokenizer_files import write_tokenizer_files
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.build import StepKind
@@ -412,12 +413,13 @@ class Session:
 
     def _save_adapter_and_tokenizer(self) -> None:
         """Write the result; until finish.py has made it durable no run.json says that the run is finished."""
-        tokenizer = self.inputs.tokenizer
-        if self.inputs.template is not None:
-            tokenizer.chat_template = self.inputs.template.source  # a base model gets the template it was trained with
+        inputs = self.inputs
+        template = None if inputs.template is None else inputs.template.source
         try:
             unfinish(self.output)
             save_adapter(self.output, self.loaded.model, self.loaded.shape)
-            tokenizer.save_pretrained(self.output)
+            write_tokenizer_files(
+                self.output, base=inputs.source.path, tokenizer=inputs.tokenizer, template=template, has_config=False
+            )
         except OSError as error:
             raise RunError(f"the result cannot be written: {error.strerror or error}", where=str(self.output)) from None

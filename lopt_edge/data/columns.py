@@ -1,0 +1,143 @@
+"""Which fields of a row are known: what is used, what is left out because it carries no text to learn, what is refused.
+
+Rule: a field that a user's file has is used, named as unused, or refused; never dropped in silence. The tables below are
+the one place that says which. A field without a value (null, "", [] or {}) is as absent: tables give every row every
+column. So is a text that stands in the row anyway (`prompt` beside `messages` is the first user message, in more than one
+public set). What `--ignore-columns` names is taken out of rows and messages before anything else looks at them.
+
+Not here: what the values must look like (`formats`, `messages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lopt_edge.errors import InputError
+
+MESSAGES = ("messages", "conversations")
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+# Whether a message (or a whole row) is learned, as tools of the field spell it: OpenAI and Mistral weight, ms-swift and
+# xtuner loss, Axolotl train and training, torchtune masked.
+TRAIN_FLAGS = ("weight", "loss", "train", "training", "trainable")
+MASK_FLAGS = ("masked",)
+FLAGS = (*TRAIN_FLAGS, *MASK_FLAGS)
+CALLS = ("tool_calls", "function_call")
+
+ROW_FIELDS: dict[str, frozenset[str]] = {
+    "messages": frozenset({*MESSAGES, *SYSTEM, *TOOLS, *FLAGS}),
+    "sharegpt": frozenset({*MESSAGES, *SYSTEM, *TOOLS, *FLAGS}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", *SYSTEM, *TOOLS, *FLAGS}),
+    "prompt-completion": frozenset({"prompt", "completion", *FLAGS}),
+    "prompt-completion of messages": frozenset({"prompt", "completion", *SYSTEM, *TOOLS, *FLAGS}),
+    "text": frozenset({"text", *FLAGS}),
+}
+FORM_FIELDS = frozenset({*MESSAGES, "instruction", "input", "output", "prompt", "completion", "text"})
+MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *THOUGHTS, *CALLS, *FLAGS})  # beside the form's own two
+# What says where a row is from or how it was rated, or only repeats the row.
+HARMLESS = frozenset({
+    "id", "_id", "idx", "index", "uid", "uuid", "guid", "row_id", "sample_id", "example_id", "question_id", "prompt_id",
+    "message_id", "conversation_id", "conv_id", "thread_id", "parent_id", "message_tree_id", "user_id", "__index_level_0__",
+    "source", "source_id", "dataset", "dataset_name", "data_source", "origin", "url", "link", "title", "topic", "author",
+    "category", "categories", "subcategory", "tag", "tags", "task", "task_type", "task_name", "domain", "subject", "lang",
+    "language", "license", "split", "created", "created_at", "created_time", "updated_at", "timestamp", "date", "time",
+    "model", "model_name", "generator", "hash", "views", "avatar", "avatarUrl", "avatar_url", "score", "quality",
+    "quality_score", "rating", "difficulty", "num_turns", "n_turns", "n_tokens", "num_tokens", "token_count", "length",
+    "metadata", "meta", "comment", "annotator", "annotations", "parallel_tool_calls",
+})  # fmt: skip
+HARMLESS_HERE: dict[str, frozenset[str]] = {"alpaca": frozenset({"text"})}  # the whole row again, in its author's template
+
+
+def is_absent(value: object) -> bool:
+    """Whether a field's value says nothing."""
+    return value is None or (isinstance(value, (str, list, dict, tuple)) and len(value) == 0)
+
+
+class Columns:
+    """The fields of one data file as they are met: what is ignored, what is harmless, what nobody knows."""
+
+    def __init__(self, ignored: Iterable[str] = (), *, is_named: bool = False) -> None:
+        self._ignored = frozenset(ignored)
+        self._other = FORM_FIELDS if is_named else frozenset()  # who names the form has chosen among its fields
+        self._met: set[str] = set()  # of the ignored
+        self._harmless: dict[str, None] = {}
+        self._unknown: dict[str, tuple[dict[str, None], str]] = {}  # (the rows' places, where it stands)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The harmless fields that were met and are not used, in order."""
+        return tuple(self._harmless)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The fields that were left out because --ignore-columns names them."""
+        return tuple(sorted(self._met))
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """What --ignore-columns names and no row has."""
+        return tuple(sorted(self._ignored - self._met))
+
+    def of_row(self, value: Mapping[str, Any], form: str, *, where: str) -> dict[str, Any]:
+        """The row's fields that are used, without a value or not; what is unknown is kept for `unknown`."""
+        known = ROW_FIELDS[form]
+        left = self._kept(value)
+        texts = _texts(left, known)
+        for name in [name for name in left if name not in known]:
+            if name in HARMLESS or name in HARMLESS_HERE.get(form, ()) or name in self._other:
+                self._harmless[name] = None
+            elif not (is_absent(left[name]) or (isinstance(left[name], str) and left[name].strip() in texts)):
+                self._note_unknown(name, f"a row of {form}", where=where)
+            del left[name]
+        return left
+
+    def of_message(self, value: Mapping[str, Any], own: tuple[str, str], *, where: str) -> dict[str, Any]:
+        """A message's fields that are used; `own` are the form's names of role and content."""
+        left = self._kept(value)
+        for name in [name for name in left if name not in MESSAGE_FIELDS and name not in own]:
+            if name in HARMLESS:
+                self._harmless[name] = None
+            elif not is_absent(left[name]):
+                self._note_unknown(name, "a message", where=where)
+            del left[name]
+        return left
+
+    def unknown(self, *, faulty: Collection[str] = ()) -> list[InputError]:
+        """An error for each field that nobody knows, with its first place and the number of rows.
+
+        A field that only rows at the places `faulty` have is left to the faults that those rows have already.
+        """
+        return [
+            InputError(
+                f"field {name[:80]!r} of {form} is not known, so what it means would be lost ({_rows(len(places))})",
+                where=next(iter(places)),
+                fix=f"leave it out with --ignore-columns {name}, or give it a name of docs/usage.md",
+            )
+            for name, (places, form) in self._unknown.items()
+            if not places.keys() <= set(faulty)
+        ]
+
+    def _kept(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        self._met |= self._ignored & value.keys()
+        return {str(name): item for name, item in value.items() if name not in self._ignored}
+
+    def _note_unknown(self, name: str, form: str, *, where: str) -> None:
+        self._unknown.setdefault(name, ({}, form))[0][where] = None
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} rows" if count > 1 else "1 row"
+
+
+def _texts(value: Mapping[str, Any], known: frozenset[str]) -> set[str]:
+    """The texts that a row holds in its known fields, in messages too."""
+    found = set()
+    for name in known & value.keys():
+        items = value[name] if isinstance(value[name], list) else [{"content": value[name]}]
+        for item in items:
+            text = (item.get("content") or item.get("value")) if isinstance(item, dict) else None
+            if isinstance(text, str) and text.strip():
+                found.add(text.strip())
+    return found
