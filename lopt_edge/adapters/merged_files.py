@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_edge.adapters.base import run_of
 from lopt_edge.data import load_template
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder
+from lopt_edge.models.folder import ModelFolder, told_untied
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.models.tokenizer_files import template_in, write_tokenizer_files
 from quant.headers import FolderError, read_json
@@ -54,8 +54,7 @@ def _write_config(source: ModelFolder, target: Path, dtype: str) -> None:
     config = read_json(source.path / "config.json")
     for key in ("quantization_config", "torch_dtype", "auto_map"):  # no code is copied that auto_map could name
         config.pop(key, None)
-    if config.get("tie_word_embeddings", True) and not source.facts.tied:
-        config["tie_word_embeddings"] = False  # transformers 4.57 and others would take the embedding for the head
+    config |= told_untied(config, source.facts)
     (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -72,6 +72,9 @@ class Dataset:
         return sum(example.last_turn_only for example in self.examples)
 
 
+READ_SETTINGS = ("think", "escape_special_tokens", "ignore_columns")  # of a run, beside format and template
+
+
 def load_dataset(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,10 +84,10 @@ def load_dataset(
     chat_template: str | Path | None = None,
     think: Think | None = None,
     escape_special_tokens: bool = False,
-    ignore_columns: Iterable[str] = (),
+    ignore_columns: Iterable[str] | None = None,
 ) -> Dataset:
     """Read, detect, normalise, render and encode one data file. Raises InputError(s)."""
-    notes, columns = Notes(), Columns(ignore_columns, is_named=data_format is not None)
+    notes, columns = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
     records = read_records(path)
     found, reason = _format_of(records, data_format)
     rows = to_rows(records, data_format=found, fields=columns, notes=notes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.hub import _download
@@ -63,6 +64,11 @@ def _with_own_head(facts: ModelFacts, folder: Path) -> ModelFacts:
         return facts.untied_by(read_headers(folder))
     except FolderError:
         return facts
+
+
+def told_untied(config: dict[str, Any], facts: ModelFacts) -> dict[str, Any]:
+    """What a config that we write says, so that every reader takes the head in the file (transformers 4.57 would not)."""
+    return {"tie_word_embeddings": False} if config.get("tie_word_embeddings", True) and not facts.tied else {}
 
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:

@@ -15,11 +15,11 @@ from math import prod
 from pathlib import Path
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries
+from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries, told_untied
 from lopt_edge.plan.facts.model import packs
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale, wait_for
-from quant.headers import FolderError, TensorEntry
+from quant.headers import FolderError, TensorEntry, read_json
 from quant.sizes import DTYPE_BYTES
 
 CACHE_VERSION = 1
@@ -96,7 +96,8 @@ def quantise_model(
     recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, on_tensor=on_tensor)
+        changes = told_untied(read_json(model.path / "config.json"), model.facts)
+        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, changes=changes, on_tensor=on_tensor)
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:

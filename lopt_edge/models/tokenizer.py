@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,9 @@ def load_tokenizer(folder: Path, *, say: Callable[[str], None] = warnings.warn) 
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if _is_the_files(tokenizer, folder / TOKENIZER_NAME):
             return tokenizer
-        return _as_the_file_says(tokenizer, folder, say)
+        seen = _seen(tokenizer)
+        del tokenizer  # before the vocabulary is in memory once more
+        return _as_the_file_says(folder, seen, say)
 
 
 def _is_the_files(tokenizer: Any, path: Path) -> bool:
@@ -87,7 +90,7 @@ def _is_the_files(tokenizer: Any, path: Path) -> bool:
         return True
     values = json.loads(path.read_text(encoding="utf-8"))
     values["added_tokens"] = []
-    if values["model"].get("type") != "Unigram":  # which cannot be empty
+    if values["model"].get("type") not in (None, "Unigram"):  # a unigram model cannot be empty; old files name no type
         values["model"] |= {"vocab": {}, "merges": []} if "merges" in values["model"] else {"vocab": {}}
     of_file = Tokenizer.from_str(json.dumps(values))
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -117,25 +120,39 @@ def _state(part: Any) -> Any:
     return None if part is None else kept(json.loads(part.__getstate__()))
 
 
-def _as_the_file_says(tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of transformers' own choice: the class, its special tokens, the ids that it gives to the probe texts."""
+
+    name: str
+    special: dict[str, str]
+    ids: dict[str, list[int]]
+    marked: dict[str, str]  # text -> the special token in it
+
+
+def _seen(tokenizer: Any) -> _Seen:
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    # Llama's class of transformers 5 puts no blank before a word after a special token, Llama 2's files do
+    marked = {f"{token}one{token} two": token for token in special.values()}
+    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*PROBES, *marked)}
+    return _Seen(type(tokenizer).__name__, special, ids, marked)
+
+
+def _as_the_file_says(folder: Path, seen: _Seen, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
     """The tokenizer of tokenizer.json itself, with the special tokens that the class would have had."""
     from transformers import PreTrainedTokenizerFast
 
-    theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
-    name, special = type(tokenizer).__name__, dict(tokenizer.special_tokens_map)
-    del tokenizer  # before the vocabulary is in memory once more
     ours: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    missing = {key: token for key, token in special.items() if key not in ours.special_tokens_map}
-    for key, token in missing.items():
-        if str(token) in ours.get_vocab():  # a class' default that is no token of this model would be a new one
+    vocabulary = ours.get_vocab()  # a class' default that is no token of this model would be a new one
+    for key, token in seen.special.items():
+        if key not in ours.special_tokens_map and token in vocabulary:
             setattr(ours, key, token)
-    wrong = [
-        text for text, ids in zip(PROBES, theirs, strict=True) if ours(text, add_special_tokens=False)["input_ids"] != ids
-    ]
+    probes = [*PROBES, *(text for text, token in seen.marked.items() if token in vocabulary)]
+    wrong = [text for text in probes if ours(text, add_special_tokens=False)["input_ids"] != seen.ids[text]]
     if wrong:
         say(
-            f"{folder}: transformers would cut texts otherwise than this folder's {TOKENIZER_NAME} says (as {name}; "
-            f"{len(wrong)} of {len(PROBES)} probe texts, e.g. {wrong[0]!r}). The tokens of {TOKENIZER_NAME} are used; "
+            f"{folder}: transformers would cut texts otherwise than this folder's {TOKENIZER_NAME} says (as {seen.name}; "
+            f"{len(wrong)} of {len(probes)} probe texts, e.g. {wrong[0]!r}). The tokens of {TOKENIZER_NAME} are used; "
             "programs with transformers 5 should load it with PreTrainedTokenizerFast, not AutoTokenizer"
         )
     return ours

@@ -110,7 +110,9 @@ def test_a_tied_config_beside_a_head_in_the_file(tmp_path, family, head):
     source = find_model(str(folder))
     assert source.facts.tied == (head == "none")
     assert vocabulary_itemsize(source) == (2 if head == "of another dtype" else 4)
-    model, theirs = load_both(four_bit_folder(source, cache_dir=str(tmp_path / "cache"))[0], torch.float32)
+    copy = four_bit_folder(source, cache_dir=str(tmp_path / "cache"))[0]
+    assert json.loads((copy / "config.json").read_text()).get("tie_word_embeddings", True) == (head == "none")
+    model, theirs = load_both(copy, torch.float32)
     theirs.lm_head.float()  # which transformers leaves in the file's dtype
     with torch.no_grad():
         assert torch.equal(our_logits(model, SHORT), theirs(SHORT, use_cache=False).logits.float())

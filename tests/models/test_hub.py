@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lopt_edge import plan_run
 from tools.tiny_runs import make_model, write_rows
@@ -168,6 +170,20 @@ def test_a_hub_model_is_planned_from_its_config_and_headers_alone(hub, tmp_path)
     assert sum(n_bytes for path, n_bytes in _Hub.sent if path.endswith("model.safetensors")) <= 100_001
     local = plan_run(str(_Hub.folder), gpu="rtx4090", max_seq_len=64)
     assert (fits, head, plan_hash) == (local.fits, local.items["head"], local.plan_hash)
+
+
+def test_a_head_beside_a_tied_config_is_planned_as_the_local_folder(hub, tmp_path, monkeypatch):
+    """Its dtype counts, not the embedding's; known by the headers alone."""
+    folder = make_model(tmp_path / "tiny", tie_word_embeddings=True, dtype=torch.bfloat16)
+    tied = plan_run(str(folder), gpu="rtx4090", max_seq_len=64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(tensors["model.embed_tokens.weight"].shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(_Hub, "folder", folder)
+    fits, head, plan_hash = ask(hub, tmp_path / "hub", "org/tiny", "v1", code=PLAN)
+    local = plan_run(str(folder), gpu="rtx4090", max_seq_len=64)
+    assert (fits, head, plan_hash) == (local.fits, local.items["head"], local.plan_hash)
+    assert head != tied.items["head"]
 
 
 def test_a_run_records_the_commit_that_a_branch_stood_for(hub, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lopt_edge.models.tokenizer import PROBES, TOKENIZER_NAME, load_tokenizer
@@ -86,3 +87,20 @@ def test_a_file_that_stands_for_itself(tmp_path):
     found = load_tokenizer(folder, say=said.append)
     assert type(found) is PreTrainedTokenizerFast and ids(found) == raw_ids(folder) and not said
     assert found(CORPUS[0])["input_ids"]
+
+
+def test_the_words_after_a_special_token_are_those_of_a_llama_2_file(tmp_path):
+    """Its normaliser puts a blank before every piece of text; transformers' Llama class only before the first."""
+    folder, said = folder_of(tmp_path, named="LlamaTokenizer", family="llama"), list[str]()
+    raw = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    raw.train_from_iterator(CORPUS, BpeTrainer(vocab_size=600, special_tokens=special + bytes_, show_progress=False))
+    raw.save(str(folder / TOKENIZER_NAME))
+    text = "<eos>four<eos>blue"
+    wanted = raw.encode(text, add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"] != wanted
+    found = load_tokenizer(folder, say=said.append)
+    assert found(text, add_special_tokens=False)["input_ids"] == wanted and ids(found) == raw_ids(folder)
+    assert len(said) == 1 and "LlamaTokenizer" in said[0]
