@@ -6,8 +6,8 @@ line moves, an op loses a word), in its bytes (flipped, cut, spliced, a token pu
 what is accepted is seen as well. `Target.read` returns when the input was taken, and checks what was taken; it raises
 one of our errors for a refusal, and anything else is a finding.
 
-Not here: limits, processes, counting (fuzz.py); rows of data with all their fields (fuzz_rows.py); checkpoints and tokenizers
-(fuzz_folders.py).
+Not here: limits, processes, counting (fuzz.py); rows of data with all their fields (fuzz_rows.py); checkpoints and
+tokenizers (fuzz_folders.py).
 """
 
 from __future__ import annotations
