@@ -5,7 +5,7 @@ file, its line or the key. A failure is any other exception, a refusal without a
 time, more than `MEMORY_BYTES` of memory for one input (an input has at most some 100 kB; the limit is set on the process,
 so that a claim of a terabyte fails at once), or the end of the process. It is saved for --replay; the run goes on.
 
-    python tools/fuzz.py                                  all targets, 1,000,000 inputs (13 minutes)
+    python tools/fuzz.py                                  all targets, 1,000,000 inputs (an hour of one core)
     python tools/fuzz.py --target data --inputs 5000 --seed 7
     python tools/fuzz.py --replay fuzz-failures/data--7-123--d.jsonl
     python tools/fuzz.py --target headers --atheris --seconds 60        coverage-guided, where atheris is installed

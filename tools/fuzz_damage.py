@@ -10,11 +10,16 @@ from typing import Any
 VALUES = (None, True, False, 0, -1, 1, 2, 3, 7, 8, 16, 63, 64, 255, 256, 4096, 2**31 - 1, 2**31, 2**53, 2**63 - 1,
           2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), "", "a", " ",
           "\n", "\x00", "\ud800", "\U0001f600", "é", "x" * 300, "../a.safetensors", "/etc/passwd", "..", "U8", "F32",
-          "BF16", "I64", "BOOL", "user", "assistant", "system", "float32", "bfloat16", "nf4", "fp4", [], {}, [[]],
+          "BF16", "I64", "BOOL", "user", "assistant", "system", "tool", "human", "gpt", "observation", "function_call",
+          "developer", "{}", '{"name": "t", "arguments": "{"}', "[]", "<|im_end|>", "</think>", "\x1b[2J", "\u202e",
+          "float32", "bfloat16", "nf4", "fp4", [], {}, [[]],
           {"": {}}, [None], [1, 2], ["a"])  # fmt: skip
 KEYS = ("messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "instruction",
         "input", "output", "text", "type", "dtype", "shape", "data_offsets", "__metadata__", "weight_map",
-        "blocksize", "quant_type", "", "tool_calls", "nested_offset", "nested_blocksize")  # fmt: skip
+        "blocksize", "quant_type", "", "tool_calls", "nested_offset", "nested_blocksize", "tools", "functions", "function",
+        "function_call", "arguments", "name", "tool_call_id", "reasoning_content", "thinking", "weight", "loss", "train",
+        "masked", "history", "system", "id", "source", "num_labels", "steps", "batch_size", "normalizer",
+        "vocab")  # fmt: skip
 TOKENS = (b"\x00", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\r", b"\t", b" ", b'"', b"'", b"\\", b"\\ud800", b",",
           b":", b";", b"[", b"]", b"{", b"}", b"[" * 70, b"{" * 20, b"1e999", b"-", b"0x", b"9" * 30, b"9" * 5000,
           b"NaN", b"null", b"true", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x80\xa8", b"#", b"%", b"&a ", b"*a",

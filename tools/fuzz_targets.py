@@ -6,7 +6,8 @@ line moves, an op loses a word), in its bytes (flipped, cut, spliced, a token pu
 what is accepted is seen as well. `Target.read` returns when the input was taken, and checks what was taken; it raises
 one of our errors for a refusal, and anything else is a finding.
 
-Not here: limits, processes, counting (fuzz.py).
+Not here: limits, processes, counting (fuzz.py); rows of data with all their fields (fuzz_rows.py); checkpoints and
+tokenizers (fuzz_folders.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fuzz_damage import TOKENS, damaged_bytes, damaged_json, damaged_lines
+from fuzz_folders import make_checkpoint, make_tokenizer, read_checkpoint, read_tokenizer
+from fuzz_rows import CHAT, ROWS, SHARED, make_rows, read_rows
 
 Input = tuple[str, bytes]
 
@@ -36,19 +39,6 @@ class Target:
 
 # --- data files -------------------------------------------------------------------------------------------------------
 
-CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-ROWS = tuple(
-    json.dumps(row)
-    for row in (
-        {"messages": CHAT},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"instruction": "add", "input": "1 2", "output": "3"},
-        {"prompt": "a", "completion": "b"},
-        {"prompt": CHAT[:2], "completion": CHAT[2:]},
-        {"text": "some text"},
-    )
-)
 TABLES = ('prompt,completion\n"a\nb",c\n\nd,"e ""f"""\n', "text\nhello\nworld\n", "instruction,input,output\n1,,2\n3,4,5\n")
 
 
@@ -76,7 +66,13 @@ def _parquet_files() -> list[bytes]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for rows in ([{"messages": CHAT}] * 3, [{"prompt": "a", "completion": "b"}], [{"text": "some text"}] * 200):
+        tables = (
+            [{"messages": CHAT}] * 3,
+            [{"prompt": "a", "completion": "b"}],
+            [{"text": "some text"}] * 200,
+            [SHARED[2]],
+        )
+        for rows in tables:
             for compression in ("none", "snappy", "gzip", "zstd"):
                 sink = io.BytesIO()
                 pq.write_table(pa.Table.from_pylist(rows), sink, compression=compression)
@@ -125,11 +121,23 @@ MODELS = tuple(
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 4}),
         ("olmo2", {}),
         ("granite", {"logits_scaling": 2.0}),
+        (
+            "llama",
+            {
+                "num_labels": 2,
+                "id2label": {"0": "a", "1": "b"},
+                "pruned_heads": {},
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5},
+            },
+        ),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}),
     )
 )
 ADAPTER_VALUES = {"peft_type": "LORA", "lora_alpha": 32, "r": 4, "bias": "none", "use_rslora": False, "rank_pattern": {},
-                  "target_modules": ["q_proj"], "init_lora_weights": True, "base_model_name_or_path": "a/b"}  # fmt: skip
+                  "target_modules": ["q_proj"], "init_lora_weights": True, "base_model_name_or_path": "a/b",
+                  "task_type": "CAUSAL_LM", "inference_mode": True, "revision": None, "lora_dropout": 0.0,
+                  "layers_to_transform": [0, 1], "alora_invocation_tokens": None, "use_dora": False}  # fmt: skip
 ADAPTER = (json.dumps(ADAPTER_VALUES),)
 
 
@@ -148,9 +156,9 @@ def read_config(path: Path) -> None:
         no_effect_warnings(load_config(path, {"model": "m", "data": "d", "output": "o"}))
     elif path.name == "config.json":
         from lopt_edge.plan.facts.model import facts_from_config
-        from quant.headers import read_json
+        from quant.untrusted import read_config as config_of
 
-        facts = facts_from_config(read_json(path), where=str(path))
+        facts = facts_from_config(config_of(path), where=str(path))
         assert len(facts.layer_types) == facts.n_layers
     else:
         from lopt_edge.run.model.lora import ADAPTER_NAME, check_adapter_folder
@@ -362,12 +370,15 @@ def read_template(path: Path) -> None:
 
 TARGETS = {
     "data": Target(250_000, make_data, read_data),
+    "rows": Target(60_000, make_rows, read_rows),
     "config": Target(150_000, make_config, read_config),
-    "headers": Target(250_000, make_header, read_header_file),
-    "index": Target(90_000, make_index, read_index),
-    "quant-state": Target(90_000, make_state, read_state),
-    "plan-text": Target(90_000, make_plan, read_plan),
-    "template": Target(80_000, make_template, read_template),
+    "headers": Target(200_000, make_header, read_header_file),
+    "index": Target(80_000, make_index, read_index),
+    "quant-state": Target(80_000, make_state, read_state),
+    "plan-text": Target(80_000, make_plan, read_plan),
+    "template": Target(75_000, make_template, read_template),
+    "checkpoint": Target(20_000, make_checkpoint, read_checkpoint),
+    "tokenizer": Target(5_000, make_tokenizer, read_tokenizer),
 }
 
 

@@ -96,6 +96,8 @@ def _check_path(path: Path, *, known: bool) -> None:
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------
 
+AT_ONCE = 1 << 20  # bytes
+
 
 def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The file for reading, unpacked where it is compressed."""
@@ -109,7 +111,12 @@ def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
 def _read_whole(path: Path) -> bytes:
     n_bytes = path.stat().st_size
     with _open(path) as file:
-        raw = file.read(MAX_WHOLE_BYTES + 1) if n_bytes <= MAX_WHOLE_BYTES else b""
+        left = MAX_WHOLE_BYTES + 1 if n_bytes <= MAX_WHOLE_BYTES else 0
+        parts = []
+        while left and (part := file.read(min(left, AT_ONCE))):  # read(n) takes n bytes of memory, however few there are
+            parts.append(part)
+            left -= len(part)
+    raw = b"".join(parts)
     n_bytes = max(n_bytes, len(raw))  # of a compressed file: as far as it was unpacked
     if n_bytes > MAX_WHOLE_BYTES:
         what = f"{n_bytes:,} bytes; a {_ending(path)} file is read whole and may have {MAX_WHOLE_BYTES:,}"

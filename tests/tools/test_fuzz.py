@@ -17,10 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
-SHORT = {"data": 600, "config": 600, "headers": 1000, "index": 500, "quant-state": 500, "plan-text": 600, "template": 400}
+SHORT = {
+    "data": 600,
+    "config": 600,
+    "headers": 1000,
+    "index": 500,
+    "quant-state": 500,
+    "plan-text": 600,
+    "template": 400,
+    "rows": 300,
+    "checkpoint": 300,
+    "tokenizer": 100,
+}
 NAMES = {"data": ("d.jsonl", "d.json", "d.csv", "d.txt"), "config": ("run.yaml", "config.json", "adapter_config.json"),
          "headers": ("model.safetensors",), "index": ("model.safetensors.index.json",),
-         "quant-state": ("model.safetensors",), "plan-text": ("plan.txt",), "template": ("t.jinja",)}  # fmt: skip
+         "quant-state": ("model.safetensors",), "plan-text": ("plan.txt",), "template": ("t.jinja",),
+         "rows": ("d-0.jsonl", "d-2.jsonl"), "checkpoint": ("state.json",),
+         "tokenizer": ("tokenizer.json", "tokenizer_config.json")}  # fmt: skip
 FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

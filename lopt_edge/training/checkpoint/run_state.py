@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -87,7 +88,7 @@ class RunState:
         """The state that `as_dict` gave. Raises InputError, naming `where`, for values that no run wrote."""
         try:
             known = {item.name: values[item.name] for item in fields(cls) if item.name in values or item.name not in LATER}
-            TypeAdapter(cls).validate_json(json.dumps(known, allow_nan=False), strict=True)  # types only: floats stay exact
+            _types().validate_json(json.dumps(known, allow_nan=False), strict=True)  # types only: floats stay exact
             state = cls(**{**known, "level": LossLevel(**known["level"])})
             counts = (state.steps, state.sequences, state.log_bytes, state.tokens, state.supervised_tokens, state.skipped,
                       state.skipped_in_row, state.stage, state.stage_waits, state.peak_rss_bytes, state.peak_device_bytes,
@@ -99,3 +100,8 @@ class RunState:
         if not sound:
             raise InputError("the run's state is malformed", where=where, fix="use another checkpoint")
         return state
+
+
+@cache
+def _types() -> TypeAdapter[RunState]:
+    return TypeAdapter(RunState)
