@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.adapters.base import run_of
-from lopt_edge.data import Dataset, load_dataset, split
+from lopt_edge.data import READ_SETTINGS, Dataset, load_dataset, split
 from lopt_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def _held_out(run: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
             tokenizer,
             max_seq_len=min(config["max_seq_len"], run["model"].get("max_positions") or config["max_seq_len"]),
             data_format=config.get("data_format"),
+            **{name: config[name] for name in READ_SETTINGS if name in config},
         )
         if not config.get("eval_data"):
             train, found = split(found, fraction=config["eval_fraction"], seed=config["seed"])

@@ -6,7 +6,7 @@ their places), `formats` (rows -> conversations, prompts, texts), `template` (co
 Rule: nothing here imports torch, and every fault of the user's file is an `InputError` that says where.
 """
 
-from lopt_edge.data.dataset import Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data.dataset import READ_SETTINGS, Dataset, fingerprint_of, load_dataset, split
 from lopt_edge.data.encode import Example, encode_row, encode_rows, prompt_ids
 from lopt_edge.data.formats import DATA_FORMATS, DataFormat, detect_format, to_conversation, to_rows
 from lopt_edge.data.order import (
@@ -26,6 +26,7 @@ from lopt_edge.data.template import ChatTemplate, leading_ids, load_template
 __all__ = [
     "DATA_FORMATS",
     "IGNORED",
+    "READ_SETTINGS",
     "ChatTemplate",
     "Conversation",
     "DataFormat",

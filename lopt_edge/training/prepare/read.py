@@ -19,7 +19,7 @@ from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
-from lopt_edge.data import Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data import READ_SETTINGS, Dataset, fingerprint_of, load_dataset, split
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -322,9 +322,7 @@ def _datasets(
         tokenizer=tokenizer,
         max_seq_len=max_seq_len,
         chat_template=config.chat_template,
-        think=config.think,
-        escape_special_tokens=config.escape_special_tokens,
-        ignore_columns=config.ignore_columns or (),
+        **{name: getattr(config, name) for name in READ_SETTINGS},
     )
     train = read(config.data, data_format=config.data_format)
     held_out = retention = None
