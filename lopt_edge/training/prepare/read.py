@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +18,7 @@ from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
-from lopt_edge.data import READ_SETTINGS, Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, split
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -317,13 +316,18 @@ def _datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
-    read = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        max_seq_len=max_seq_len,
-        chat_template=config.chat_template,
-        **{name: getattr(config, name) for name in READ_SETTINGS},
-    )
+    settings: dict[str, Any] = {name: getattr(config, name) for name in READ_SETTINGS}
+
+    def read(path: str, data_format: DataFormat | None = None) -> Dataset:
+        return load_dataset(
+            path,
+            tokenizer,
+            max_seq_len=max_seq_len,
+            data_format=data_format,
+            chat_template=config.chat_template,
+            **settings,
+        )
+
     train = read(config.data, data_format=config.data_format)
     held_out = retention = None
     if config.eval_data:
