@@ -1,4 +1,4 @@
-"""tools/bench_prediction.py: its data files have the lengths that they are named for, and what it makes of a run's files."""
+"""tools/bench_prediction.py: its data files have the lengths that they are named for; what it makes of a run's files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_lengths_are_what_they_are_named_for(tool, tmp_path, tokens):
 def test_figures_are_of_the_whole_process_saving_included(tool, tmp_path):
     predicted = {"device_bytes": 500 * MIB, "library_bytes": 360 * MIB, "slack_bytes": 50 * MIB,
                  "corrected_device_bytes": 520 * MIB}  # fmt: skip
-    run = {"predicted": predicted, "peaks": {"peak_rss_bytes": 490 * MIB}, "reasons": ["memory: all on disk (the best of 9)"]}
+    reasons = ["memory: all on disk (the best of 9)"]
+    run = {"predicted": predicted, "peaks": {"peak_rss_bytes": 490 * MIB}, "reasons": reasons}
     (tmp_path / "run.json").write_text(json.dumps(run))
     lines = [{"step": 0, "eval_loss": 1.0}, *({"step": n, "loss": 1.0, "tokens": 9 * n, "peak_rss_bytes": (470 + n) * MIB}
                                               for n in (1, 2))]  # fmt: skip
@@ -61,7 +62,8 @@ def test_figures_are_of_the_whole_process_saving_included(tool, tmp_path):
 
 def test_show_tells_all_rows_and_each_models(tool, tmp_path, capsys):
     path = tmp_path / "prediction.csv"
-    rows = [("a", 1.0, 1.01, "yes", ""), ("a", 1.04, 1.04, "yes", ""), ("b", 0.97, 0.99, "no", ""), ("b", "", "", "no", "x")]
+    rows = [("a", 1.0, 1.01, "yes", ""), ("a", 1.04, 1.04, "yes", "")]
+    rows += [("b", 0.97, 0.99, "no", ""), ("b", "", "", "no", "x")]
     names = ("model", "ratio", "corrected_ratio", "within_budget", "error")
     path.write_text("\n".join([",".join(names), *(",".join(map(str, row)) for row in rows), ""]))
     tool.show(Namespace(csv=path))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.costs.timeline import Timeline, timeline
+from lopt_edge.plan.costs.timeline import OpBytes, Timeline, timeline
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.effects import Kind
@@ -91,10 +91,14 @@ class Prediction:
         """The bytes that the op of the peak takes on top of what lives when it begins."""
         return self._tensor_bytes - sum(self.held_at_peak.values())
 
+    def op_bytes(self, row: OpBytes) -> int:
+        """The device's bytes at an op of the step: tensors, libraries or context, and the allocator's slack."""
+        return self.library_bytes + self.kept_bytes + row.peak_bytes + round(self.within_share * row.within)
+
     @cached_property
     def device_bytes(self) -> int:
         """The device's peak: tensors, libraries or context, and the allocator's slack."""
-        step = max(row.peak_bytes + round(self.within_share * row.within) for row in self.timeline.rows)
+        step = max(map(self.op_bytes, self.timeline.rows)) - self.library_bytes - self.kept_bytes
         evaluation = self.evaluation_bytes and self.evaluation_bytes + round(self.within_share * self.evaluating_bytes)
         return self.library_bytes + self.kept_bytes + max(step, evaluation, self.teaching_bytes, self.saving_bytes)
 

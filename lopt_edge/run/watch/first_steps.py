@@ -45,9 +45,6 @@ class FirstSteps:
         """A context around one `executor.run` that measures it op by op; `prediction` is that of its micro-batches."""
         measured: list[int] = []
         peak = self._peak()
-        fresh = any(
-            group.moments is None for group in self.executor.optimizer.groups.values()
-        )  # the first update makes them
 
         def observe(op: Op, after: bool) -> None:
             nonlocal peak
@@ -58,22 +55,20 @@ class FirstSteps:
 
         with self.executor.observed(observe):
             yield
-        beside = prediction.library_bytes + prediction.slack_bytes
         rows = prediction.timeline.rows
         self.steps.append(
             {
                 "step": step,
-                "predicted_device_bytes": prediction.device_bytes,
+                "predicted_device_bytes": max(map(prediction.op_bytes, rows)),
                 "measured_device_bytes": max(measured),
                 "ops": [
-                    {"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
+                    {"op": row.op.text(), "predicted_bytes": prediction.op_bytes(row), "measured_bytes": n_bytes}
                     for row, n_bytes in zip(rows, measured, strict=True)
                 ],
             }
         )
         alone = replace(prediction, saving_bytes=0, evaluation_bytes=prediction.evaluation_bytes if self.evaluated else 0)
-        missing = prediction.steady.get("optimizer", 0) if fresh else 0
-        self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction), missing))
+        self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction)))
 
     def _peak_so_far(self, prediction: Prediction) -> int:
         return self.device.peak_bytes() + self._context(prediction)

@@ -13,7 +13,7 @@ from lopt_edge.plan.costs.correction import corrected_bytes as corrected_on
 
 MIB = 1 << 20
 BYTES = st.integers(0, 1 << 40)
-STEPS = st.lists(st.builds(Watched, BYTES, BYTES, BYTES | st.just(0)), min_size=1, max_size=3)
+STEPS = st.lists(st.builds(Watched, BYTES, BYTES), min_size=1, max_size=3)
 
 
 def with_margin(n_bytes: int) -> int:
@@ -30,24 +30,21 @@ def test_a_gpus_margin_is_one_percent():
 
 
 @given(STEPS, BYTES)
-def test_never_below_what_was_measured_or_predicted(watched, largest):
-    found = corrected_bytes(watched, largest)
-    assert found >= largest and found >= max(step.measured_bytes for step in watched)
+def test_the_prediction_stands_or_what_was_measured_is_below(watched, largest):
+    found, measured = corrected_bytes(watched, largest), max(step.measured_bytes for step in watched)
+    if measured <= max(step.predicted_bytes for step in watched):
+        assert found == largest
+    else:
+        assert found > largest and found >= with_margin(measured)
 
 
-@given(STEPS, BYTES)
-def test_the_prediction_stands_or_the_margin_is_added(watched, largest):
-    found = corrected_bytes(watched, largest)
-    assert found == largest or found >= max(with_margin(max(step.measured_bytes for step in watched)), largest + 1)
-
-
-@given(STEPS, st.integers(0, 2), BYTES, BYTES, st.sampled_from(["largest", "measured", "missing", "predicted"]))
+@given(STEPS, st.integers(0, 2), BYTES, BYTES, st.sampled_from(["largest", "measured", "predicted"]))
 def test_monotone(watched, index, largest, more, what):
-    """More measured, missing or to come is never less; a step that was predicted to take more leaves less to come."""
+    """More measured or to come is never less; a step that was predicted to take more leaves less of an error."""
     index %= len(watched)
     found, changed = corrected_bytes(watched, largest), list(watched)
     if what == "largest":
-        assert corrected_bytes(watched, largest + more) >= found - -(-found // 50), "less by the margin at most"
+        assert corrected_bytes(watched, largest + more) >= found
         return
     name = f"{what}_bytes"
     changed[index] = replace(watched[index], **{name: getattr(watched[index], name) + more})
@@ -64,12 +61,11 @@ def test_the_order_of_steps_does_not_matter_nor_a_step_that_says_nothing_new(wat
 @pytest.mark.parametrize(
     ("watched", "largest", "expected"),
     [
-        ([(900, 800, 70), (900, 850, 0)], 900, 900),  # holes may still come, up to the prediction
-        ([(900, 800, 70)], 900, 900),  # one step, whose states are to come
-        ([(500, 450, 0), (600, 540, 0)], 900, 900),  # resumed: neither was the largest
-        ([(832, 832, 0), (500, 832, 0)], 903, 903),  # of varying lengths: at step 6 it took 925
+        ([(900, 800), (900, 850)], 900, 900),  # holes may still come, up to the prediction
+        ([(500, 450), (600, 540)], 900, 900),  # resumed: neither was the largest
+        ([(903, 832), (500, 832)], 903, 903),  # of varying lengths: at step 6 it took 925
     ],
-)  # fmt: skip
+)
 def test_by_hand_what_was_predicted_stands(watched, largest, expected):
     steps = [Watched(*(n * MIB for n in step)) for step in watched]
     assert corrected_bytes(steps, largest * MIB) == expected * MIB
@@ -78,12 +74,11 @@ def test_by_hand_what_was_predicted_stands(watched, largest, expected):
 @pytest.mark.parametrize(
     ("watched", "largest", "expected"),
     [
-        ([(900, 950, 0)], 900, 950),  # more than predicted
-        ([(900, 890, 70)], 900, 960),  # the largest, without its states
-        ([(500, 560, 0), (600, 640, 0)], 900, 940),  # resumed: what the largest takes more than the nearest
-        ([(900, 870, 70), (600, 880, 0)], 900, 940),  # the first lacks its states, the second is small: the lower of both
+        ([(900, 950)], 900, 950),  # more than predicted
+        ([(900, 890), (500, 930)], 900, 930),  # the second one has states, and holes of the first
+        ([(500, 560), (600, 640)], 900, 940),  # resumed: the largest step takes as much more
     ],
-)  # fmt: skip
+)
 def test_by_hand_what_was_too_low_gets_the_margin(watched, largest, expected):
     steps = [Watched(*(n * MIB for n in step)) for step in watched]
     assert corrected_bytes(steps, largest * MIB) == with_margin(expected * MIB)

@@ -166,9 +166,7 @@ def test_a_run_of_one_step_has_a_correction(tmp_path, cache):
     assert finetune(config, told) is not None
     values = json.loads((Path(config.output) / "plan.json").read_text())
     (step,) = values["steps"]
-    states = values["plan"]["items"]["optimizer"]
-    assert states > 0, "they are made by the first update"
-    assert values["corrected_device_bytes"] >= step["measured_device_bytes"] + states
+    assert values["corrected_device_bytes"] >= max(step["measured_device_bytes"], values["plan"]["peak_bytes"]["device"])
 
 
 PREDICTION = make_workload(n_tokens=(100,)).predict(make_knobs(4))
@@ -180,20 +178,16 @@ class _Executor:
 
     observers: list[Any] = field(default_factory=list)
     model: Any = field(default_factory=lambda: SimpleNamespace(device=torch.device("cpu")))
-    optimizer: Any = field(default_factory=lambda: SimpleNamespace(groups={"layer 0": SimpleNamespace(moments=None)}))
     observed = Executor.observed
 
 
-def watched(
-    monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, int]], *, fresh: bool = False, **how: Any
-) -> FirstSteps:
-    """(step, what the process has at most from then on) in a process that begins with 10 MiB. `fresh`: without moments."""
+def watched(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, int]], **how: Any) -> FirstSteps:
+    """(step, what the process has at most from then on) in a process that begins with 10 MiB."""
     found, process = FirstSteps(_Executor(), **how), SimpleNamespace(peak=10 * MIB)
     for name in ("peak_rss_bytes", "resident_bytes"):
         monkeypatch.setattr(f"lopt_edge.run.device.{name}", lambda: process.peak)
     for step, peak in steps:
         process.peak = peak
-        found.executor.optimizer.groups["layer 0"].moments = None if fresh and step == steps[0][0] else "there"
         with found.watching(step, PREDICTION):
             for row in PREDICTION.timeline.rows:
                 found.executor.observers[-1](row.op, True)
@@ -205,14 +199,13 @@ def more_than(n_bytes: int) -> int:
     return n_bytes + -(-n_bytes // 50)
 
 
-def test_a_fresh_run_lacks_its_moments_in_its_first_step_and_a_resumed_one_does_not(monkeypatch):
-    states, largest = PREDICTION.steady["optimizer"], training_bytes(PREDICTION)
-    assert states > 0 and largest < 700 * MIB
-    first, resumed = (watched(monkeypatch, [(9, 700 * MIB)], fresh=on).corrected_bytes(largest) for on in (True, False))
-    assert (first, resumed) == (more_than(700 * MIB + states), more_than(700 * MIB))
-    both = watched(monkeypatch, [(1, 700 * MIB), (2, 710 * MIB)], fresh=True).corrected_bytes(largest)
-    assert both == more_than(710 * MIB), "the second has all"
-    small = watched(monkeypatch, [(41, 700 * MIB), (42, 600 * MIB)]).corrected_bytes(largest + 100 * MIB)
+def test_what_was_too_low_is_corrected_by_as_much(monkeypatch):
+    largest = training_bytes(PREDICTION)
+    assert largest < 700 * MIB
+    assert watched(monkeypatch, [(9, 700 * MIB)]).corrected_bytes(largest) == more_than(700 * MIB)
+    both = watched(monkeypatch, [(1, 700 * MIB), (2, 710 * MIB)]).corrected_bytes(largest)
+    assert both == more_than(710 * MIB)
+    small = watched(monkeypatch, [(41, 700 * MIB), (42, 700 * MIB)]).corrected_bytes(largest + 100 * MIB)
     assert small == more_than(800 * MIB), "what is to come is larger than the steps that were watched"
 
 
@@ -221,7 +214,8 @@ def test_an_evaluation_that_was_not_made_yet_is_to_come(monkeypatch):
     monkeypatch.setattr("tests.run.watch.test_first_steps.PREDICTION", large)
     done, to_come = (watched(monkeypatch, [(7, 700 * MIB)], evaluated=said) for said in (True, False))
     assert done.corrected_bytes(large.device_bytes) == more_than(700 * MIB)
-    assert to_come.corrected_bytes(large.device_bytes) == more_than(750 * MIB)
+    more = large.device_bytes - replace(large, evaluation_bytes=0).device_bytes
+    assert more > 0 and to_come.corrected_bytes(large.device_bytes) == more_than(700 * MIB + more)
 
 
 def training_bytes(prediction: Prediction) -> int:
