@@ -114,8 +114,8 @@ class Session:
             held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
             wall = hold_budget(held, inputs.device, context_bytes=context_bytes)
             if inputs.workload.shape.kind.counts_process:
-                self.heap = HeapWatch(self.trim_bytes, trimmed=wall.renew)
-                loaded.executor.observers.append(lambda op, after: None if after else self.heap.look())
+                heap = self.heap = HeapWatch(self.trim_bytes, trimmed=wall.renew)
+                loaded.executor.observers.append(lambda op, after: None if after else heap.look())
             try:
                 self._run_and_evaluate()
             finally:
