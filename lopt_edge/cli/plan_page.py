@@ -120,12 +120,12 @@ def timeline_picture(asked: Question, found: RunPlan) -> str:
     """The predicted timeline of a step as SVG."""
     assert found.chosen is not None
     prediction, workload = found.chosen.prediction, asked.search.workload
-    beside_tensors = prediction.library_bytes + prediction.slack_bytes
+    beside_tensors = prediction.library_bytes + prediction.kept_bytes
     rows = [
         OpRow(
             row.op.text(),
             {"library": beside_tensors, **row.held},
-            row.peak_bytes + beside_tensors,
+            prediction.op_bytes(row),
             None,
             host_bytes=row.host_bytes,
             disk_bytes=row.disk_bytes,

@@ -156,7 +156,7 @@ def _joined_parts(parts: list[Any], *, field: str, where: str) -> tuple[str, str
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in texts or not isinstance(part.get(kind), str):
+        if not isinstance(kind, str) or kind not in texts or not isinstance(part.get(kind), str):
             found = f"type {shown(kind)}" if isinstance(part, dict) else type(part).__name__
             fix = 'use parts of the form {"type": "text", "text": "..."}'
             raise InputError(f"field '{field}[{index}]' is not a text part ({found})", where=where, fix=fix)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,14 @@ class Counters(Protocol):
 
     def start_peak(self) -> None:
         """Let `peak_bytes` begin anew, at what is alive now."""
+
+
+@dataclass(frozen=True)
+class Wall:
+    """What refuses memory beyond a budget. `renew` makes it count anew, after memory was given back."""
+
+    lift: Callable[[], None]
+    renew: Callable[[], None] = lambda: None
 
 
 class Device(Protocol):
@@ -123,11 +132,8 @@ class Device(Protocol):
     def counters(self) -> Counters | None:
         """The allocator's counters; None where no allocator counts tensors."""
 
-    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
-        """Let the system refuse what is beyond `n_bytes`; returns a call that lifts the limit.
-
-        Raises RunError if the process takes more already.
-        """
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
+        """Let the system refuse what is beyond `n_bytes`. Raises RunError if the process takes more already."""
 
     # movement
 
@@ -208,12 +214,13 @@ class Host:
     def counters(self) -> Counters | None:
         return None
 
-    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
         left = n_bytes - resident_bytes()
         if left <= 0:
             what = f"the process already takes {format_bytes(resident_bytes())} of its {format_bytes(n_bytes)}"
             raise RunError(what, where="device_memory", fix="raise the budget")
-        return cap_data_bytes(left)
+        cap = cap_data_bytes(left)
+        return Wall(cap.lift, lambda: cap.renew(n_bytes - resident_bytes()))
 
     def side_stream(self) -> SideStream | None:
         return None
@@ -295,11 +302,11 @@ class Cuda:
     def counters(self) -> Counters | None:
         return _CudaCounters(self.device)
 
-    def limit(self, n_bytes: int, *, context_bytes: int) -> Callable[[], None]:
+    def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
         """Bound torch's allocator by `n_bytes` less `context_bytes`, which the driver takes beside it."""
         total = torch.cuda.mem_get_info(self.device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, n_bytes - context_bytes) / total), self.device)
-        return lambda: torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        return Wall(lambda: torch.cuda.set_per_process_memory_fraction(1.0, self.device))
 
     def side_stream(self) -> SideStream | None:
         return _CudaStream(self.device)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -74,26 +73,34 @@ def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROU
     return half, "half of the available memory"
 
 
-def cap_data_bytes(extra_bytes: int, *, proc: Path = PROC) -> Callable[[], None]:
-    """Let this process' private writable memory grow by `extra_bytes` at most; returns what takes the cap away again.
+class DataCap:
+    """A cap on this process' private writable memory, from `cap_data_bytes`."""
+
+    def __init__(self, proc: Path) -> None:
+        self._proc, self._before = proc, resource.getrlimit(resource.RLIMIT_DATA)
+
+    def renew(self, extra_bytes: int) -> None:
+        """Count from what is taken now: pages given back inside the heap go on to count as taken."""
+        taken = _status_bytes("VmData", self._proc)
+        if taken is None:
+            return
+        soft, hard = self._before
+        limits = (taken + max(0, extra_bytes), soft, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (min(n for n in limits if n != resource.RLIM_INFINITY), hard))
+
+    def lift(self) -> None:
+        """Take the cap away again."""
+        resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+def cap_data_bytes(extra_bytes: int, *, proc: Path = PROC) -> DataCap:
+    """Let this process' private writable memory grow by `extra_bytes` at most.
 
     A cap that is already tighter stays. Where the system counts no such memory, nothing happens.
     """
-    taken = _status_bytes("VmData", proc)
-    if taken is None:
-        return _no_cap
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = (taken + max(0, extra_bytes), soft, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (min(n for n in limits if n != resource.RLIM_INFINITY), hard))
-
-    def restore() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-    return restore
-
-
-def _no_cap() -> None:
-    pass
+    cap = DataCap(proc)
+    cap.renew(extra_bytes)
+    return cap
 
 
 def _system_memory(proc: Path) -> tuple[int, int]:
@@ -181,5 +188,8 @@ def peak_rss_bytes() -> int:
 
 def resident_bytes() -> int:
     """The resident set now (where that is unknown, the largest one so far)."""
-    now = _status_bytes("VmRSS")
-    return peak_rss_bytes() if now is None else now
+    try:
+        with (PROC / "self/statm").open("rb") as file:  # a tenth of the time of the status file
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return peak_rss_bytes()

@@ -62,7 +62,8 @@ def report(finished: Finished) -> RunResult:
         replacement=replacement(state, inputs.course.replaced),
         n_processes=inputs.config.pipeline,
     )
-    finished.first_steps.write(output, inputs.run_plan)
+    corrected = finished.predicted.get("corrected_device_bytes")
+    finished.first_steps.write(output, inputs.run_plan, corrected_bytes=corrected)
     run = _run_facts(finished, result)
     write_text(output / "README.md", model_card(run, run_file=RUN_NAME, log_file=METRICS_NAME))
     remove_features(output)

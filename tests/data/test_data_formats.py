@@ -95,6 +95,10 @@ def test_normal_forms(value, data_format, row):
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, REPLY]},
             "field 'messages[0].content[0]' is not a text part (type 'image_url')",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": {"a": "text"}, "text": "a"}]}, REPLY]},
+            "field 'messages[0].content[0]' is not a text part (type dict)",
+        ),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]}, "[1].from' is 'bing'"),
         ({"instruction": "hi", "output": ""}, "field 'output' is empty"),
         ({"instruction": "hi", "input": 3, "output": "a"}, "field 'input' is int"),

@@ -114,7 +114,7 @@ def test_no_proc(tmp_path):
     args = {"proc": tmp_path / "none", "control_groups": tmp_path}
     assert 0 < available_bytes(**args) <= psutil.virtual_memory().total
     assert pinned_limit_bytes(**args)[0] > 0
-    cap_data_bytes(1, proc=tmp_path / "none")()  # no cap, and nothing to take away
+    cap_data_bytes(1, proc=tmp_path / "none").lift()  # no cap, and nothing to take away
 
 
 @on_linux
@@ -127,7 +127,7 @@ MIB = 1 << 20
 before = resource.getrlimit(resource.RLIMIT_DATA)
 makers = {"python": lambda n: bytearray(n), "numpy": lambda n: numpy.empty(n, dtype=numpy.uint8),
           "torch": lambda n: torch.empty(n, dtype=torch.uint8)}
-restore = cap_data_bytes(64 * MIB)
+cap = cap_data_bytes(64 * MIB)
 inner = cap_data_bytes(10**12)  # a looser cap does not loosen a tighter one
 for name, make in makers.items():
     make(32 * MIB)
@@ -136,14 +136,14 @@ for name, make in makers.items():
         print(name, "went through")
     except (MemoryError, RuntimeError) as error:
         print(name, type(error).__name__)
-inner()
+inner.lift()
 held = [bytearray(32 * MIB)]
 try:
     held += [bytearray(MIB) for _ in range(64)]  # many small ones meet the same wall
     print("went through")
 except MemoryError:
     print("stopped")
-restore()
+cap.lift()
 print(before == resource.getrlimit(resource.RLIMIT_DATA), *(len(make(256 * MIB)) >> 20 for make in makers.values()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -200,10 +200,8 @@ class Sizes:
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
         n_resident = sum(place == "resident" for place in places)
-        n_streamed = sum(place not in ("resident", ELSEWHERE) for place in places)
-        slots = min(knobs.ring, n_streamed)
         found = {
-            "weights": (n_resident + slots) * self.layer_bytes + self.small_bytes,
+            "weights": n_resident * self.layer_bytes + self.ring_bytes + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
             "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
@@ -214,6 +212,12 @@ class Sizes:
         if knobs.states == "device":
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
+
+    @property
+    def ring_bytes(self) -> int:
+        """The bytes of the buffers that streamed layers share."""
+        places = [place for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+        return min(self.knobs.ring, sum(place not in ("resident", ELSEWHERE) for place in places)) * self.layer_bytes
 
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the fp32 averages of the adapters of tails' layers."""

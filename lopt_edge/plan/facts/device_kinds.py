@@ -44,6 +44,8 @@ class DeviceKind:
     context_bytes: int  # of the driver before the first tensor, beside the allocator's
     slack_bytes: int  # what the allocator keeps between tensors (plan/costs/predict.py)
     slack_share: float  # the same, of what a step moves
+    within_share: float  # the same, of what an op takes on top of what lives when it begins
+    saving_bytes: int  # of code that is loaded when a run saves, where code counts
     later_part: int  # one part in so many is added for what comes after the watched steps (plan/costs/correction.py)
     op_overhead_seconds: float  # of a layer
 
@@ -67,9 +69,14 @@ CPU = DeviceKind(
     norm_tile_bytes=MIB,  # few enough for the caches
     library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
     context_bytes=0,
-    slack_bytes=96 * MIB,  # kernels, threads, gaps
-    slack_share=0.12,  # gaps on the heap
-    later_part=25,
+    # With the heap trimmed before each op a process takes 22 to 29 MiB beside library and tensors, whatever the shape (20
+    # of them code that a first step loads), and in an op up to 1.2 of its own bytes again: 17 to 20 of 14 to 17 MiB. The
+    # rest of the slack is for holes, which are given back only where they would go beyond it.
+    slack_bytes=42 * MIB,
+    slack_share=0.0,
+    within_share=1.2,
+    saving_bytes=38 * MIB,  # peft's code takes 51; holes are gone by then
+    later_part=50,
     op_overhead_seconds=1.2e-3,  # measured (doctor/measure.py) on an AMD EPYC core
     measured_products=((512, 2048, 2048), (256, 4096, 4096)),
     measured_dtypes=("float32", "bfloat16"),
@@ -91,6 +98,8 @@ CUDA = DeviceKind(
     context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)
     slack_bytes=96 * MIB,  # cuBLAS workspaces
     slack_share=0.04,  # rounding to 2 MiB blocks
+    within_share=0.0,
+    saving_bytes=0,
     later_part=100,
     op_overhead_seconds=3e-4,  # unmeasured: Python takes as long as there, but most of it passes while the device computes
     measured_products=((2048, 2048, 2048), (2048, 4096, 4096)),

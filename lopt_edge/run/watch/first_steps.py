@@ -45,9 +45,6 @@ class FirstSteps:
         """A context around one `executor.run` that measures it op by op; `prediction` is that of its micro-batches."""
         measured: list[int] = []
         peak = self._peak()
-        fresh = any(
-            group.moments is None for group in self.executor.optimizer.groups.values()
-        )  # the first update makes them
 
         def observe(op: Op, after: bool) -> None:
             nonlocal peak
@@ -58,22 +55,20 @@ class FirstSteps:
 
         with self.executor.observed(observe):
             yield
-        beside = prediction.library_bytes + prediction.slack_bytes
         rows = prediction.timeline.rows
         self.steps.append(
             {
                 "step": step,
-                "predicted_device_bytes": prediction.device_bytes,
+                "predicted_device_bytes": max(map(prediction.op_bytes, rows)),
                 "measured_device_bytes": max(measured),
                 "ops": [
-                    {"op": row.op.text(), "predicted_bytes": row.peak_bytes + beside, "measured_bytes": n_bytes}
+                    {"op": row.op.text(), "predicted_bytes": prediction.op_bytes(row), "measured_bytes": n_bytes}
                     for row, n_bytes in zip(rows, measured, strict=True)
                 ],
             }
         )
-        alone = prediction if self.evaluated else replace(prediction, evaluation_bytes=0)
-        missing = prediction.steady.get("optimizer", 0) if fresh else 0
-        self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction), missing))
+        alone = replace(prediction, saving_bytes=0, evaluation_bytes=prediction.evaluation_bytes if self.evaluated else 0)
+        self.watched.append(Watched(alone.device_bytes, self._peak_so_far(prediction)))
 
     def _peak_so_far(self, prediction: Prediction) -> int:
         return self.device.peak_bytes() + self._context(prediction)
@@ -89,10 +84,13 @@ class FirstSteps:
         """The bytes on the device that its own count leaves out."""
         return 0 if self.device.kind.counts_process else prediction.library_bytes
 
-    def surprise(self) -> str | None:
-        """A sentence for the user if the last step took more than predicted, else None."""
+    def surprise(self, largest_bytes: int) -> str | None:
+        """A sentence for the user if the last step took more than the largest is predicted to take, else None.
+
+        A shorter step than that may find the holes of a longer one, which are given back where they would exceed it.
+        """
         last = self.steps[-1]
-        predicted, measured = last["predicted_device_bytes"], last["measured_device_bytes"]
+        predicted, measured = max(largest_bytes, last["predicted_device_bytes"]), last["measured_device_bytes"]
         if measured <= predicted:
             return None
         at = max(last["ops"], key=lambda row: row["measured_bytes"])["op"]
@@ -112,13 +110,13 @@ class FirstSteps:
         """The result of `corrected_bytes` as a sentence for the user; at least one step has been watched."""
         corrected = self.corrected_bytes(largest_bytes)
         assert corrected is not None
-        return (
-            f"device memory of training, corrected after step {self.steps[-1]['step']}: {format_bytes(corrected)} "
-            f"({format_bytes(largest_bytes)} predicted before)"
-        )
+        so_far = max(step.measured_bytes for step in self.watched)
+        told = f"device memory after step {self.steps[-1]['step']}: {format_bytes(so_far)} so far"
+        if corrected == largest_bytes:
+            return f"{told}; the {format_bytes(corrected)} that were predicted hold"
+        return f"{told}; corrected to {format_bytes(corrected)} ({format_bytes(largest_bytes)} predicted before)"
 
-    def write(self, output: Path, plan: RunPlan) -> None:
+    def write(self, output: Path, plan: RunPlan, *, corrected_bytes: int | None) -> None:
         """Write the plan, the watched steps and the corrected bytes to `plan.json` in the output folder."""
-        corrected = self.corrected_bytes(plan.peak_bytes["device"])
-        values = {"plan": plan.as_dict(), "corrected_device_bytes": corrected, "steps": self.steps}
+        values = {"plan": plan.as_dict(), "corrected_device_bytes": corrected_bytes, "steps": self.steps}
         write_text(output / PLAN_NAME, json.dumps(values, indent=1) + "\n")

@@ -93,6 +93,7 @@ def _setup(inputs: Inputs, parts: Sequence[Part], start: Start | None) -> dict[s
         "resumed": None if start is None else str(start.checkpoint.folder),
         "disk_bytes": [one.disk_bytes for one in predicted],
         "journal_bytes": [one.journal_bytes for one in predicted],
+        "trim_bytes": [one.trim_bytes for one in predicted],
         "mmap_bytes": inputs.workload.mmap_bytes(inputs.knobs),
         "device": inputs.device.type,
         "dtype": str(inputs.dtype).removeprefix("torch."),

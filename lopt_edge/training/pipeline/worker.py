@@ -29,6 +29,7 @@ from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost
 from lopt_edge.models.folder import ModelFolder, find_model
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.knobs import Knobs, placement_of
 from lopt_edge.plan.schedule.ops import GroupName, Plan
@@ -44,7 +45,7 @@ from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import from_message
 from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.moves import Mover
-from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
+from lopt_edge.system.allocator import HeapWatch, release_free_memory, settle_host_allocator
 from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.signals import HEARD
 from lopt_edge.training.checkpoint.folder import STATE
@@ -105,6 +106,9 @@ class Worker:
         )
         self.executor, _ = build_executor(task, self.model, adapter=setup["adapter"])
         self.executor.link = link
+        if kind_of(task.device.type).counts_process:
+            heap = HeapWatch(setup["trim_bytes"][task.part.rank])
+            self.executor.observers.append(lambda op, after: None if after else heap.look())
         self.losses: dict[int, float] = {}
         self.gradient: Callable[[GroupName], Tensor | None] = lambda name: None
         if setup["resumed"] is not None:

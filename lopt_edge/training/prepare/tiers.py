@@ -12,7 +12,7 @@ way (the journal, run/step/optim.py). Whoever damages one of them leaves the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from lopt_edge.models.four_bit import folder_bytes, four_bit_path
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.run.device import device_of
+from lopt_edge.run.device import Wall, device_of
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.page_folder import check_page_dir, prepare_page_dir
@@ -104,13 +104,13 @@ def open_tiers(
                 folder.rmdir()
 
 
-def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Callable[[], None]:
-    """Let the system refuse what is beyond the device budget, from now on; returns what lifts that.
+def hold_budget(budget: Budget, device: torch.device, *, context_bytes: int = 0) -> Wall:
+    """Let the system refuse what is beyond the device budget, from now on.
 
     A GPU's allocator gets the budget less `context_bytes`, which the driver takes beside it. Raises RunError.
     """
     if budget.device_bytes is None:
-        return lambda: None
+        return Wall(lambda: None)
     return device_of(device).limit(budget.device_bytes, context_bytes=context_bytes)
 
 

@@ -8,7 +8,7 @@ changes in the run's state is returned, and session.py writes it down. The losse
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,19 @@ class Evaluation:
 
 
 def evaluate(
-    loaded: Loaded, context: RunContext, log: JsonLines, *, step: int, best: Mapping[str, float] | None
+    loaded: Loaded,
+    context: RunContext,
+    log: JsonLines,
+    *,
+    step: int,
+    best: Mapping[str, float] | None,
+    between: Callable[[], None],
 ) -> Evaluation:
     """Measure and log held-out and retention loss; with --keep-best the best adapter so far goes to the output folder.
 
-    Raises RunError for a loss that is not finite.
+    `between` is called before each batch. Raises RunError for a loss that is not finite.
     """
-    config, between = loaded.inputs.config, context.interrupts.check
+    config = loaded.inputs.config
     with context.clock.phase("evaluate"), memory_faults("evaluation"):
         found = losses(
             loaded.model,

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.step_state import Cut, StepResult
 from lopt_edge.run.watch.first_steps import N_STEPS, FirstSteps
 from lopt_edge.run.watch.memory_report import MemoryMeter, write_report
-from lopt_edge.system.allocator import release_free_memory
+from lopt_edge.system.allocator import HeapWatch, release_free_memory
 from lopt_edge.system.files import JsonLines, torn_tail
 from lopt_edge.training.checkpoint.folder import name_of
 from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, unfinish
@@ -91,6 +91,8 @@ class Session:
         names = ("device_bytes", "host_bytes", "disk_bytes", "journal_bytes", "library_bytes", "slack_bytes", "peak_op")
         self.predicted = {name: getattr(prediction, name) for name in names}
         self.predicted["step_seconds"] = inputs.run_plan.step_seconds
+        self.trim_bytes, self.training_bytes = prediction.trim_bytes, replace(prediction, saving_bytes=0).device_bytes
+        self.heap: HeapWatch | None = None  # on a CPU, while it trains
 
     def go(self) -> Finished:
         """Load, evaluate, train and save to the end.
@@ -111,11 +113,14 @@ class Session:
             self._note_loaded(loaded)
             context_bytes = 0 if inputs.workload.shape.kind.counts_process else inputs.workload.library_bytes
             held = inputs.budget if inputs.run_plan.fits else Budget()  # a forced run would die of what it was forced over
-            lift = hold_budget(held, inputs.device, context_bytes=context_bytes)
+            wall = hold_budget(held, inputs.device, context_bytes=context_bytes)
+            if inputs.workload.shape.kind.counts_process:
+                heap = self.heap = HeapWatch(self.trim_bytes, trimmed=wall.renew)
+                loaded.executor.observers.append(lambda op, after: None if after else heap.look())
             try:
                 self._run_and_evaluate()
             finally:
-                lift()
+                wall.lift()
             with context.clock.phase("save"):
                 loaded.executor.release()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
                 release_free_memory()
@@ -174,7 +179,13 @@ class Session:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         state = self.state
-        found = evaluate(self.loaded, self.context, self.log, step=step, best=state.best)
+
+        def between() -> None:
+            self.interrupts.check()
+            if self.heap is not None:
+                self.heap.look()
+
+        found = evaluate(self.loaded, self.context, self.log, step=step, best=state.best, between=between)
         if found.stage is not None:
             state.stage, state.stage_loss, state.stage_waits = found.stage.index, found.stage.loss, found.stage.waits
             if found.stage.over:
@@ -340,13 +351,13 @@ class Session:
 
     def _compare(self, step: int) -> None:
         first_steps = self.loaded.first_steps
-        if (surprise := first_steps.surprise()) is not None:
+        if (surprise := first_steps.surprise(self.training_bytes)) is not None:
             self.progress.warn(surprise)
         if len(first_steps.steps) == N_STEPS or step == self.n_steps:
-            largest = self.predicted["device_bytes"]
             own = "" if self.loaded.coordinator is None else "process 0: "
-            self.progress.note(f"{own}{first_steps.correction(largest)}")
-            self.predicted["corrected_device_bytes"] = first_steps.corrected_bytes(largest)
+            self.progress.note(f"{own}{first_steps.correction(self.training_bytes)}")
+            corrected = first_steps.corrected_bytes(self.training_bytes) or 0
+            self.predicted["corrected_device_bytes"] = max(corrected, self.predicted["device_bytes"])
 
     def _report_memory(self, step: int, plan: Plan, prediction: Prediction, meter: MemoryMeter) -> None:
         files = write_report(

@@ -13,11 +13,11 @@ from lopt_edge.plan.costs.correction import corrected_bytes as corrected_on
 
 MIB = 1 << 20
 BYTES = st.integers(0, 1 << 40)
-STEPS = st.lists(st.builds(Watched, BYTES, BYTES, BYTES | st.just(0)), min_size=1, max_size=3)
+STEPS = st.lists(st.builds(Watched, BYTES, BYTES), min_size=1, max_size=3)
 
 
 def with_margin(n_bytes: int) -> int:
-    return n_bytes + -(-n_bytes // 25)
+    return n_bytes + -(-n_bytes // 50)
 
 
 def corrected_bytes(watched: list[Watched], largest: int) -> int:
@@ -25,26 +25,22 @@ def corrected_bytes(watched: list[Watched], largest: int) -> int:
 
 
 def test_a_gpus_margin_is_one_percent():
-    assert corrected_on([Watched(1000, 900)], 1000, device_type="cuda") == 909
-    assert corrected_bytes([Watched(1000, 900)], 1000) == 936
+    assert corrected_on([Watched(1000, 1100)], 1000, device_type="cuda") == 1111
+    assert corrected_bytes([Watched(1000, 1100)], 1000) == 1122
 
 
 @given(STEPS, BYTES)
-def test_never_below_what_was_measured(watched, largest):
-    assert corrected_bytes(watched, largest) >= with_margin(max(step.measured_bytes for step in watched))
+def test_the_prediction_stands_or_what_was_measured_is_below(watched, largest):
+    found, measured = corrected_bytes(watched, largest), max(step.measured_bytes for step in watched)
+    if measured <= max(step.predicted_bytes for step in watched):
+        assert found == largest
+    else:
+        assert found > largest and found >= with_margin(measured)
 
 
-@given(STEPS, st.integers(0, 2), BYTES)
-def test_the_margin_more_than_measured_if_a_step_as_large_as_the_largest_was_watched(watched, index, more):
-    index %= len(watched)
-    watched[index] = replace(watched[index], missing_bytes=0)
-    largest = max(0, watched[index].predicted_bytes - more)
-    assert corrected_bytes(watched, largest) == with_margin(max(step.measured_bytes for step in watched))
-
-
-@given(STEPS, st.integers(0, 2), BYTES, BYTES, st.sampled_from(["largest", "measured", "missing", "predicted"]))
+@given(STEPS, st.integers(0, 2), BYTES, BYTES, st.sampled_from(["largest", "measured", "predicted"]))
 def test_monotone(watched, index, largest, more, what):
-    """More measured, missing or to come is never less; a step that was predicted to take more leaves less to come."""
+    """More measured or to come is never less; a step that was predicted to take more leaves less of an error."""
     index %= len(watched)
     found, changed = corrected_bytes(watched, largest), list(watched)
     if what == "largest":
@@ -62,26 +58,27 @@ def test_the_order_of_steps_does_not_matter_nor_a_step_that_says_nothing_new(wat
     assert corrected_bytes(watched[::-1], largest) == corrected_bytes([*watched, watched[0]], largest) == found
 
 
-@given(STEPS, BYTES, BYTES)
-def test_an_error_of_the_prediction_that_all_steps_share_is_gone(watched, largest, error):
-    """What is predicted too high in every step alike does not count."""
-    higher = [replace(step, predicted_bytes=step.predicted_bytes + error) for step in watched]
-    assert corrected_bytes(higher, largest + error) == corrected_bytes(watched, largest)
+@pytest.mark.parametrize(
+    ("watched", "largest", "expected"),
+    [
+        ([(900, 800), (900, 850)], 900, 900),  # holes may still come, up to the prediction
+        ([(500, 450), (600, 540)], 900, 900),  # resumed: neither was the largest
+        ([(903, 832), (500, 832)], 903, 903),  # of varying lengths: at step 6 it took 925
+    ],
+)
+def test_by_hand_what_was_predicted_stands(watched, largest, expected):
+    steps = [Watched(*(n * MIB for n in step)) for step in watched]
+    assert corrected_bytes(steps, largest * MIB) == expected * MIB
 
 
 @pytest.mark.parametrize(
     ("watched", "largest", "expected"),
     [
-        ([(900, 800, 70), (900, 850, 0)], 900, 850),  # all alike: what the second one took
-        ([(900, 800, 70), (500, 800, 0)], 900, 870),  # the largest, without its states
-        ([(900, 800, 70), (880, 800, 0)], 900, 820),  # nearly as large, with them
-        ([(900, 800, 70)], 900, 870),  # one step
-        ([(500, 450, 0), (600, 540, 0)], 900, 840),  # resumed: neither was the largest
-        ([(600, 540, 0), (500, 540, 0)], 900, 840),
-        ([(900, 950, 0)], 900, 950),  # more than predicted
-        ([(900, 0, 0)], 0, 0),
+        ([(900, 950)], 900, 950),  # more than predicted
+        ([(900, 890), (500, 930)], 900, 930),  # the second one has states, and holes of the first
+        ([(500, 560), (600, 640)], 900, 940),  # resumed: the largest step takes as much more
     ],
-)  # fmt: skip
-def test_by_hand(watched, largest, expected):
+)
+def test_by_hand_what_was_too_low_gets_the_margin(watched, largest, expected):
     steps = [Watched(*(n * MIB for n in step)) for step in watched]
     assert corrected_bytes(steps, largest * MIB) == with_margin(expected * MIB)

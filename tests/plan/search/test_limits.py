@@ -117,10 +117,10 @@ def run(**changes: Any) -> Search:
 @pytest.mark.parametrize(
     ("search", "budget", "expected"),
     [
-        (run(), Budget(620 * MIB), {"--max-seq-len", "--batch-size", "--device-memory"}),
-        (run(fixed={"states": "device", "gradients": "device"}), Budget(640 * MIB),
+        (run(), Budget(570 * MIB), {"--max-seq-len", "--batch-size", "--device-memory"}),
+        (run(fixed={"states": "device", "gradients": "device"}), Budget(615 * MIB),
          {"--max-seq-len", "--lora-r", "--optimizer"}),
-        (run(fixed={"activations": ("keep",) * 4}), Budget(750 * MIB), {"--method", "--batch-size"}),
+        (run(fixed={"activations": ("keep",) * 4}), Budget(680 * MIB), {"--method", "--batch-size"}),
         (run(machine="rtx 4060 laptop"), Budget(500 * MIB), {"--device-memory"}),
         (run(machine="rtx 4060 laptop", fixed={"weights": ("host",) * 4}), Budget(2000 * MIB, 10 * MIB), {"--host-memory"}),
         (run(machine="rtx 4060 laptop", fixed={"weights": ("host",) * 4}), Budget(100 * MIB, 1 * MIB), {"--device-memory"}),
