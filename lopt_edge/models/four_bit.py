@@ -15,7 +15,6 @@ from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries
-from lopt_edge.plan.facts.model import packs
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale
 from quant.headers import FolderError, TensorEntry
@@ -51,7 +50,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
 
     remove_stale(target)
     stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
-    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
+    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, model.facts.packs))
     existing = next(path for path in target.absolute().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < need:
@@ -87,7 +86,7 @@ def quantise_model(
     recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, on_tensor=on_tensor)
+        quantise_folder(model.path, target, should_pack=model.facts.packs, dtype=recorded, on_tensor=on_tensor)
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:

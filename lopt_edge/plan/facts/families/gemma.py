@@ -1,11 +1,11 @@
-"""Gemma 2, and the text part of Gemma 3: norms on both sides of attention and MLP, and windows in most layers."""
+"""Gemma 2, and the text part of Gemma 3 (from 4B on inside a multimodal model): norms on both sides of attention and MLP, and windows in most layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_edge.plan.facts.families.family import FULL, ROOT_OF_HIDDEN, SLIDING, Family, attention, gated_mlp
+from lopt_edge.plan.facts.families.family import FULL, ROOT_OF_HIDDEN, SLIDING, Family, Wrapper, attention, gated_mlp
 
 _DEFAULTS = {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096}
 _PROJECTIONS = (*attention(bias="attention_bias", out_bias="attention_bias"), *gated_mlp())
@@ -46,3 +46,4 @@ _GEMMA3_TEXT = Family(
 )
 
 FAMILIES = (_GEMMA2, _GEMMA3_TEXT)
+WRAPPERS = (Wrapper("gemma3", text="gemma3_text"),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lopt_edge.plan.facts.families.family import Family, attention, gated_mlp, windowed
+from lopt_edge.plan.facts.families.family import Family, Wrapper, attention, gated_mlp, windowed
 
 _LLAMA = Family(
     "llama",
@@ -11,3 +11,4 @@ _LLAMA = Family(
 _MISTRAL = Family("mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}, layer_type=windowed)
 
 FAMILIES = (_LLAMA, _MISTRAL)
+WRAPPERS = (Wrapper("mistral3", text="mistral"),)  # Mistral Small 3.1 and 3.2
