@@ -8,12 +8,14 @@ This file prints nothing.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from quant.untrusted import printable, printable_name
 
+MOST_OF_A_WORD = 600  # letters
 MOST_SHOWN = 60  # of errors shown together: more than a run has settings that matter to its resumption
 
 
@@ -23,7 +25,12 @@ class LoptError(Exception):
     exit_code = 1
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # names and texts of foreign files stand in it
+        super().__init__(_shortened(printable(text)))  # names and texts of foreign files stand in it
+
+
+def _shortened(text: str) -> str:
+    """The text with the middle left out of words that nobody reads, such as a path of 8,000 letters."""
+    return re.sub(rf"\S{{{MOST_OF_A_WORD + 1},}}", lambda word: f"{word[0][:200]}...{word[0][-80:]}", text)
 
 
 class InputError(LoptError):

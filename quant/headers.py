@@ -105,15 +105,16 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
 
     In a folder that has both, the single file counts, as in transformers.
     """
-    index_path = folder / INDEX_NAME
+    index_path, weight_map = folder / INDEX_NAME, dict[str, Any]()
     check_folder(folder)
     if (folder / SINGLE_NAME).exists():
-        names, weight_map = [SINGLE_NAME], {}
+        names = [SINGLE_NAME]
     elif index_path.exists():
         index = read_json(index_path)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(found, dict) or not found:
             raise FolderError(f"{index_path}: has no 'weight_map' object")
+        weight_map = found
         names = sorted({_shard_name(value, index_path) for value in weight_map.values()})
     else:
         raise FolderError(_no_weights(folder))

@@ -35,12 +35,18 @@ def base_of(
         raise InputError("no such adapter folder", where=str(adapter), fix="give the output folder of a finetune run")
     config = read_adapter_config(folder)
     found = _named_base(config, revision, where=str(adapter)) if model is None else find_model(model, revision=revision)
-    if not _is_base(found, config, folder):
+    tell_if_another(found, folder, say)
+    return found
+
+
+def tell_if_another(model: ModelFolder, adapter: Path, say: Callable[[str], None]) -> None:
+    """Say so if a model is not the one that the adapter was trained on. Raises InputError for a folder without one."""
+    config = read_adapter_config(adapter)
+    if not _is_base(model, config, adapter):
         say(
-            f"{found.name} is not the model that the adapter {adapter} was trained on ({config.base}): its weights or its "
+            f"{model.name} is not the model that the adapter {adapter} was trained on ({config.base}): its weights or its "
             "config.json are others"
         )
-    return found
 
 
 def _named_base(config: AdapterConfig, revision: str | None, *, where: str) -> ModelFolder:

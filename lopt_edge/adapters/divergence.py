@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from math import isfinite
@@ -88,7 +88,7 @@ class _Killed(Exception):
     """The end of the other process by a signal that we did not send."""
 
 
-def _through_transformers(merged: Path, probe: Probe, dtype: str, *, n_columns: int) -> Iterator[Tensor]:
+def _through_transformers(merged: Path, probe: Probe, dtype: str, *, n_columns: int) -> Generator[Tensor]:
     """Yield transformers' logits (T, V) of each row of the probe. Raises _Killed, and RunError for an unreadable folder."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "lopt_edge.adapters.read_merged"]
@@ -152,7 +152,7 @@ class _Sums:
 
     def divergence(self, probe: Probe, left_out: str) -> Divergence:
         return Divergence(
-            mean_kl=self.kl / self.n_tokens,
+            mean_kl=max(0.0, self.kl / self.n_tokens),  # rounding may leave -1e-8
             relative_error=(self.squared_error / self.squared_norm) ** 0.5,
             same_top_token=self.n_same / self.n_tokens,
             probe=probe.source,

@@ -56,6 +56,9 @@ def _write_config(source: ModelFolder, target: Path, dtype: str) -> None:
         config.pop(key, None)
     if config.get("tie_word_embeddings", True) and not source.facts.tied:
         config["tie_word_embeddings"] = False  # transformers 4.57 and others would take the embedding for the head
+    for inner in (part for part in config.values() if isinstance(part, dict)):  # of a multimodal model
+        for key in ("torch_dtype", "dtype"):
+            inner.pop(key, None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -24,12 +24,13 @@ def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     dtype = getattr(torch, request["dtype"])
     config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
     is_text = type(config) in AutoModelForCausalLM._model_mapping
     kind = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
-    model = kind.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False).eval()
+    model = kind.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False)
+    model.train(False)
     with torch.no_grad(), answer:
         for row in request["rows"]:
             logits_TV = model(torch.tensor([row]), use_cache=False).logits[0].float().contiguous()

@@ -34,6 +34,7 @@ class AdapterShape:
     base: str
     revision: str | None = None
     rslora: bool = False
+    excluded: str | None = None  # a regular expression for modules of a multimodal model that carry none
 
     def config(self) -> dict[str, Any]:
         """The shape by peft's keys; what is not named has peft's default."""
@@ -48,6 +49,7 @@ class AdapterShape:
             "use_rslora": self.rslora,
             "lora_dropout": self.dropout,
             "target_modules": sorted(self.targets),
+            **({"exclude_modules": self.excluded} if self.excluded else {}),
             "layers_to_transform": None if len(layers) == self.n_layers else layers,
             "bias": "none",
         }
@@ -77,5 +79,5 @@ def _all_keys(shape: AdapterShape) -> dict[str, Any]:
     """The config with every key of the installed peft, in its order of writing: sorted, sets too."""
     from peft import LoraConfig
 
-    values = LoraConfig(**shape.config()).to_dict()
+    values = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}

@@ -20,11 +20,18 @@ import typer
 from rich.table import Table
 
 from lopt_edge.cli.data_check import data_check
-from lopt_edge.cli.options import RevisionOption, TemplateOption, config_parameters, own_option, signature
-from lopt_edge.cli.terminal import err, out, say, show_error, stream, streams, warn
+from lopt_edge.cli.options import (
+    RevisionOption,
+    TemplateOption,
+    check_words,
+    config_parameters,
+    own_option,
+    signature,
+)
+from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
-from lopt_edge.errors import InputError, Interrupted, LoptError
+from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 from lopt_edge.training.session.replacement import sentences
 
@@ -391,25 +398,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel that we do not use
     streams.guard()
-    sys.exit(streams.exit_code(_exit_code()))
+    sys.exit(streams.exit_code(exit_code_of(_run)))
 
 
-def _exit_code() -> int:
-    try:
-        app()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except LoptError as error:
-        show_error(str(error))
-        return error.exit_code
-    except Exception as error:
-        # torch's out-of-memory error, by name: this file does not import torch
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        show_error(f"out of memory ({' '.join(str(error).split())[:200]})")
-        say("  -> lower --max-seq-len or --batch-size, or use --device cpu")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    return 0
+def _run() -> None:
+    check_words(sys.argv[1:])
+    app()

@@ -7,17 +7,35 @@ or run here.
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Sequence
 from typing import Annotated, Any, get_args
 
 import typer
 
 from lopt_edge.config.settings import Config, field_names
+from lopt_edge.errors import InputError
 from lopt_edge.plan.methods import owners_of
 
 # Options that several commands have.
 ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
+
+MOST_BYTES = 4095  # of a path on Linux
+TEXTS = ("--prompt", "--sample-prompt", "--system")
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse a word of the command line that no path, name or number can be; prompts may be of any length.
+
+    Raises InputError.
+    """
+    for flag, word in zip(("", *words), words, strict=False):
+        name, joined, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        if name not in TEXTS and len(os.fsencode(value if joined else word)) > MOST_BYTES:
+            where = name if name.startswith("--") else f"{word[:40]}..."
+            raise InputError(f"has {len(word):,} letters, more than any path", where=where, fix="check the path")
 
 
 def config_parameters() -> list[inspect.Parameter]:

@@ -22,6 +22,7 @@ from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.pictures.sweep import CurvePoint, draw_curve
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.planning.worst_case import Question, answer, question, read_facts
+from lopt_edge.system.file_systems import path_fault
 from lopt_edge.units import format_bytes, parse_bytes
 
 SWEPT = ("max-seq-len", "device-memory")
@@ -42,6 +43,9 @@ def plan(
     explain: bool,
 ) -> bool:
     """Show the answer; returns whether it fits (with a sweep: whether any point does). Raises InputError(s), RunError."""
+    for flag, path in (("--timeline", timeline), ("--picture", picture)):
+        if path is not None and (fault := path_fault(path)) is not None:
+            raise InputError(fault, where=flag, fix="check the path")
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
     asked = question(config, gpu=gpu)

@@ -18,7 +18,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -26,6 +26,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
+from lopt_edge.errors import InputError, LoptError
 from quant.untrusted import printable
 
 
@@ -65,6 +66,31 @@ def stream(text: str) -> None:
     print(printable(text), end="", flush=True)
     if streams.lost_output is not None:
         sys.exit(streams.exit_code(0))
+
+
+def exit_code_of(run: Callable[[], object]) -> int:
+    """The exit code of a command; an error of ours, of the system's memory or of a path too long is shown in words."""
+    try:
+        run()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except LoptError as error:
+        show_error(str(error))
+        return error.exit_code
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a folder's name, and ours in it
+            show_error(str(InputError("the path is too long", where=str(error.filename), fix="use a shorter one")))
+            return InputError.exit_code
+        # torch's out-of-memory error, by name: this file does not import torch
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        show_error(f"out of memory ({' '.join(str(error).split())[:200]})")
+        say("  -> lower --max-seq-len or --batch-size, or use --device cpu")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    return 0
 
 
 class _Descriptor(io.FileIO):

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lopt_edge.config.rules import method_errors
+from lopt_edge.config.rules import PATHS, method_errors
 from lopt_edge.config.settings import Config
 from lopt_edge.config.yaml_file import read_yaml
 from lopt_edge.errors import InputError, InputErrors, raise_collected
@@ -115,24 +115,13 @@ def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
     return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
 
 
-PATHS = (
-    "model",
-    "data",
-    "eval_data",
-    "retention_data",
-    "chat_template",
-    "init_adapter",
-    "cache_dir",
-    "page_dir",
-    "boundary_cache",
-    "teacher",
-)
+KEPT_AS_GIVEN = ("output", "resume", "memory_report")  # of the paths
 
 
 def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with every path that is there made absolute; a boundary cache may be still to come."""
     found = dict(values)
-    for name in PATHS:
+    for name in (name for name in PATHS if name not in KEPT_AS_GIVEN):
         value = found.get(name)
         if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
             found[name] = str(path.resolve())

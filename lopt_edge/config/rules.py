@@ -12,6 +12,10 @@ from lopt_edge.config.settings import Config, field_names
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.methods import METHODS, owners_of
 from lopt_edge.plan.methods.method import Problem
+from lopt_edge.system.file_systems import path_fault
+
+PATHS = ("model", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir",
+         "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
 
 
 def check_methods(config: Config) -> None:
@@ -20,7 +24,10 @@ def check_methods(config: Config) -> None:
 
 
 def method_errors(config: Config) -> Iterator[Problem]:
-    """The problems of method options that belong to another method, and of whatever contradicts each other."""
+    """The problems of paths that can be none, method options of another method, and whatever contradicts each other."""
+    for name in PATHS:
+        if (value := getattr(config, name)) is not None and (fault := path_fault(value)) is not None:
+            yield Problem(name, fault, "check the path")
     method = METHODS[config.method]
     for name in sorted(config.model_fields_set - set(method.own_options), key=field_names().index):
         owners = owners_of(name)

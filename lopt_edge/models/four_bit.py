@@ -83,10 +83,13 @@ def quantise_model(
     from quant.quantise import quantise_folder
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    unpacked = model.facts.modules_beside(tensor_entries(model.path))
     recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        quantise_folder(model.path, target, should_pack=model.facts.packs, dtype=recorded, on_tensor=on_tensor)
+        quantise_folder(
+            model.path, target, should_pack=model.facts.packs, dtype=recorded, unpacked=unpacked, on_tensor=on_tensor
+        )
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:

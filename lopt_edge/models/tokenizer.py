@@ -124,7 +124,7 @@ def _as_the_file_says(tokenizer: Any, folder: Path, say: Callable[[str], None]) 
     theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
     name, special = type(tokenizer).__name__, dict(tokenizer.special_tokens_map)
     del tokenizer  # before the vocabulary is in memory once more
-    ours = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    ours: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder))
     missing = {key: token for key, token in special.items() if key not in ours.special_tokens_map}
     for key, token in missing.items():
         if str(token) in ours.get_vocab():  # a class' default that is no token of this model would be a new one

@@ -6,12 +6,24 @@ none the answer is "unknown", not an error.
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.units import format_bytes
+
+
+def path_fault(path: str) -> str | None:
+    """Why the text can be no path on this system (too long, a zero byte, a loop of links); None if it can."""
+    try:
+        Path(path).expanduser().lstat()
+    except OSError as error:
+        return f"can be no path ({error.strerror})" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    except (ValueError, RuntimeError) as error:  # a zero byte; ~ of nobody
+        return f"can be no path ({error})"
+    return None
 
 
 def check_free_space(folder: Path, *, need_bytes: int, what: str) -> None:

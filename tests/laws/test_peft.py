@@ -21,6 +21,7 @@ from lopt_edge.models.folder import find_model
 from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import ADAPTER_NAME, adapter_tensors, load_adapters
+from lopt_edge.training.session.progress import Progress
 from tests.laws.test_families import our_logits
 from tools.tiny_runs import make_config, make_model
 
@@ -160,6 +161,26 @@ def test_adapter_config_is_the_same_bytes_for_the_same_run(models, tmp_path):
     LoraConfig.from_pretrained(config.output).save_pretrained(tmp_path)
     theirs = json.loads((tmp_path / ADAPTER_CONFIG_NAME).read_text())
     assert theirs | {"target_modules": sorted(theirs["target_modules"])} == values
+
+
+def test_an_adapter_of_another_model_is_told(models, tmp_path):
+    first = make_config(models["float32"], tmp_path, max_steps=1)
+    finetune(first)
+    listener = Listener()
+    other = make_model(tmp_path / "other", seed=1)
+    finetune(make_config(other, tmp_path, output="second", max_steps=1, init_adapter=first.output), listener)
+    assert any("is not the model that the adapter" in text for text in listener.said)
+    listener.said.clear()
+    finetune(make_config(models["float32"], tmp_path, output="third", max_steps=1, init_adapter=first.output), listener)
+    assert not any("is not the model" in text for text in listener.said)
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
 
 
 def test_frozen_layers_keep_the_adapter_that_they_came_with(models, tmp_path):

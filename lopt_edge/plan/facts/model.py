@@ -3,14 +3,14 @@
 A family is a `model_type` of transformers 5 whose layers we know how to run one by one. All in which families differ stands
 in their records (families/), which this file reads configs through. The rule: every number comes from the config (or
 transformers' documented default for that family), never from the weights, whose names decide two things only: whether the
-head is tied to the embedding, and where in a multimodal checkpoint the language model lies (`of_checkpoint`); a family without a
-record is refused with the list of those that have one. No torch, no transformers here.
+head is tied to the embedding, and where in a multimodal checkpoint the language model lies (`of_checkpoint`); a family
+without a record is refused with the list of those that have one. No torch, no transformers here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
@@ -58,7 +58,7 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
 
     def __hash__(self) -> int:
@@ -87,6 +87,24 @@ class ModelFacts:
         if head is None:
             return replace(self, layout=layout)
         return replace(self, layout=replace(layout, lm_head=head), tied=False)
+
+    @property
+    def outside(self) -> str | None:
+        """A regular expression for the modules of a multimodal model that are not in its decoder, as peft takes it."""
+        decoder = self.layout.decoder.replace(".", "\\.")
+        return rf"(?!{decoder}\.).*" if self.wrapper else None
+
+    def modules_beside(self, tensors: Iterable[str]) -> tuple[str, ...]:
+        """The modules of a multimodal model that are not its language model, and its head; none of any other model.
+
+        Each as it lies in the checkpoint and as transformers 5 has it in memory.
+        """
+        if not self.wrapper:
+            return ()
+        own = self.layout.embedding.removesuffix("embed_tokens.weight")
+        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(own))
+        found = {*words, "lm_head"} - {"language_model"}
+        return tuple(sorted({*found, *(f"model.{word}" for word in found)}))
 
     def packs(self, name: str) -> bool:
         """Whether a tensor of the model's folder is stored in 4 bits: the matrices inside the decoder layers."""

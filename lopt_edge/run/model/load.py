@@ -239,7 +239,7 @@ def make_skeleton(
         query_tiles.register()
         attention = query_tiles.NAME
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()  # a multimodal model's inner one
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
         config._attn_implementation = attention
         with torch.device("meta"):
             skeleton = _model_class(config)(config).eval()

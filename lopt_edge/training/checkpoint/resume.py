@@ -6,6 +6,9 @@ change no bit (design law 3), logging, and the number of steps, which stretches 
 would move a stage that is over). What the planner had settled (micro-batches, segments, tiles) stays settled. Differences
 are reported all together.
 
+A checkpoint's sums show damage, not intent: whoever edits one can make them right. So its values are checked for what a run
+can have written, before anything is computed with them.
+
 The compute device may change too, and so may the number of threads and the versions of libraries: then the bits may
 differ, and a warning says so.
 """
@@ -38,6 +41,8 @@ BY_FINGERPRINT = frozenset({
     "teacher", "ignore_columns", "think", "escape_special_tokens",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
+MOST_SEGMENTS, MOST_TOKENS = 10_000, 2**31  # of any model; of a tile
+MOST_SHOWN = 120  # letters of a value
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,49 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     if found is None:
         return config, None, [f"a checkpoint was left out: {fault}" for fault in faults]
     where = str(found.folder)
+    if not _has_sound_numbers(found.state):
+        raise InputError("its state holds a number that no run wrote", where=where, fix="use another checkpoint")
     state = RunState.from_dict(found.state.get("run"), where=where)
     before, settled = found.state.get("config"), found.state.get("settled")
-    if not isinstance(before, dict) or not isinstance(settled, dict) or not {*SETTLED} <= set(settled):
+    if not isinstance(before, dict) or not isinstance(settled, dict):
         raise InputError("its settings are malformed", where=where, fix="use another checkpoint")
     differences = [
-        InputError(f"was {before.get(name, _default(name))!r}, is {value!r} now", where=name)
+        InputError(f"was {_shown(before.get(name, _default(name)))}, is {value!r} now", where=name)
         for name, value in config.model_dump(mode="json").items()
         if name not in _may_change(config) and _deciding(name, before.get(name, _default(name))) != _deciding(name, value)
     ]
     if differences:
         raise _another_run(found, differences)
-    update = {**settled, "choose_micro_batch": False, "choose_segments": False}
+    _check_settled(settled, config, where)
+    update = {**{name: settled[name] for name in SETTLED}, "choose_micro_batch": False, "choose_segments": False}
     warnings = [f"a checkpoint was left out: {fault}" for fault in faults]
     return config.model_copy(update=update), Start(found, state), [*warnings, *_changed(config, before, found)]
+
+
+def _has_sound_numbers(value: Any) -> bool:
+    """Whether all numbers in a JSON value are finite and fit 64 bits; anybody can make the sums of a manifest right."""
+    if isinstance(value, dict | list):
+        return all(map(_has_sound_numbers, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) < 2**63
+
+
+def _check_settled(settled: dict[str, Any], config: Config, where: str) -> None:
+    """Refuse what no planner settles: its micro-batches hold the sequences of the settings' window. Raises InputError."""
+    try:
+        sound = all(type(settled[name]) is int and settled[name] > 0 for name in SETTLED if settled[name] is not None)
+        n_sequences = settled["batch_size"] * settled["grad_accum"]
+        sound = sound and n_sequences == config.batch_size * config.grad_accum and settled["num_segments"] <= MOST_SEGMENTS
+        sound = sound and (settled["token_tile"] or 0) <= MOST_TOKENS
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise InputError("what the planner had settled is malformed", where=where, fix="use another checkpoint")
+
+
+def _shown(value: Any) -> str:
+    """A value of a checkpoint as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _may_change(config: Config) -> frozenset[str]:
@@ -126,13 +160,18 @@ def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Itera
     phases = " and the method's phases change" if METHODS[config.method].phases_follow_steps else " changes"
     for name in ("max_steps", "epochs"):
         if before.get(name) != getattr(config, name):
-            was = f"{name} was {before.get(name)}, is {getattr(config, name)}"
+            was = f"{name} was {_shown(before.get(name))}, is {getattr(config, name)}"
             yield f"{was}: the learning rates' schedule{phases} with it"
     old, new = found.state.get("versions"), versions()
     if isinstance(old, dict):
-        found_changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+        found_changes = [f"{name} {_word(old.get(name))} -> {new[name]}" for name in new if old.get(name) != new[name]]
         if found_changes:
             yield f"resumed with other versions ({', '.join(found_changes)}): bits may differ from an undisturbed run"
+
+
+def _word(value: Any) -> str:
+    """A word of a checkpoint as a message shows it."""
+    return value[:40] if isinstance(value, str) else _shown(value)
 
 
 def check_same(
@@ -151,27 +190,23 @@ def check_same(
         differences.append(InputError("its weights or its config.json are others than before", where="teacher"))
     if data.get("fingerprint") != train.fingerprint:
         what = (
-            f"gave {data.get('examples')} examples before and {len(train.examples)} now, or others (the file, its "
+            f"gave {_shown(data.get('examples'))} examples before and {len(train.examples)} now, or others (the file, its "
             "form, the template, max_seq_len or the held-out share changed)"
         )
         differences.append(InputError(what, where="data"))
-    if values.get("compute_dtype") != dtype:
+    if (was := values.get("compute_dtype")) != dtype:
+        named = _word(was)
         differences.append(
-            InputError(
-                f"was {values.get('compute_dtype')}, is {dtype} now",
-                where="compute_dtype",
-                fix=f"add --compute-dtype {values.get('compute_dtype')}",
-            )
+            InputError(f"was {named}, is {dtype} now", where="compute_dtype", fix=f"add --compute-dtype {named}")
         )
     if differences:
         raise _another_run(start.checkpoint, differences)
-    if values.get("device") != device_type:
+    device, n_threads = values.get("device"), values.get("threads")
+    if device != device_type:
+        return [f"the run began on {_word(device)} and goes on on {device_type}: bits differ from an undisturbed run"]
+    if kind_of(device_type).computes_on_cores and n_threads != threads:
         return [
-            f"the run began on {values.get('device')} and goes on on {device_type}: bits differ from an undisturbed run"
-        ]
-    if kind_of(device_type).computes_on_cores and values.get("threads") != threads:
-        return [
-            f"the run began with {values.get('threads')} threads and goes on with {threads}: bits may differ from an "
+            f"the run began with {_shown(n_threads)} threads and goes on with {threads}: bits may differ from an "
             "undisturbed run (OMP_NUM_THREADS sets them)"
         ]
     return []

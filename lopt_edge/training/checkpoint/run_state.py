@@ -8,9 +8,11 @@ report only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from lopt_edge.errors import InputError
 
@@ -85,10 +87,14 @@ class RunState:
         """The state that `as_dict` gave. Raises InputError, naming `where`, for values that no run wrote."""
         try:
             known = {item.name: values[item.name] for item in fields(cls) if item.name in values or item.name not in LATER}
+            TypeAdapter(cls).validate_json(json.dumps(known, allow_nan=False), strict=True)  # types only: floats stay exact
             state = cls(**{**known, "level": LossLevel(**known["level"])})
-            numbers = (state.steps, state.sequences, state.log_bytes, state.tokens, state.skipped)
-            sound = all(type(number) is int and number >= 0 for number in numbers) and isinstance(state.losses, Mapping)
-        except (KeyError, TypeError, AttributeError):
+            counts = (state.steps, state.sequences, state.log_bytes, state.tokens, state.supervised_tokens, state.skipped,
+                      state.skipped_in_row, state.stage, state.stage_waits, state.peak_rss_bytes, state.peak_device_bytes,
+                      state.level.n_steps, state.evaluated + 1, *state.skip, *state.stage_ends)  # fmt: skip
+            seconds = (*state.seconds.values(), state.level.variance)
+            sound = min(counts) >= 0 and min(seconds) >= 0 and state.loss_scale > 0
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             sound = False
         if not sound:
             raise InputError("the run's state is malformed", where=where, fix="use another checkpoint")

@@ -186,19 +186,25 @@ def restore(executor: Executor, folder: Path, values: dict[str, Any], *, tier: s
                 moments = _read(entries, f"{key}.moments", shape, where)
                 if moments.dtype != dtype:
                     raise InputError(f"{key}.moments has dtype {moments.dtype}", where=where)
-            executor.optimizer.put_state(name, moments=moments, steps=int(values["updates"][key]), tier=tier)
+            executor.optimizer.put_state(name, moments=moments, steps=_count(values["updates"][key]), tier=tier)
             del moments
         for layer, average in _averages(executor).items():
             average.copy_(_read(entries, f"average.{layer}", tuple(average.shape), where))
         for source in random_sources(executor.model.device):
             key = _random_key(source)
             if key in entries or source.kind.computes_on_cores:  # a GPU's is not there if the run began on a CPU
-                source.set_random_state(read_tensor(entries[key]))
+                source.set_random_state(_read(entries, key, tuple(source.random_state().shape), where))
         version, numbers, gauss = values["python_random"]
-        random.setstate((version, tuple(numbers), gauss))
+        random.setstate((version, tuple(numbers), None if gauss is None else float(gauss)))
     except FolderError as error:
         raise InputError(str(error), where=where) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torch's, of a random state
         raise InputError(f"does not fit this run ({str(error)[:100]})", where=where, fix="use another checkpoint") from None
 
     def gradient(name: GroupName) -> Tensor | None:
@@ -208,6 +214,12 @@ def restore(executor: Executor, folder: Path, values: dict[str, Any], *, tier: s
         return _read(entries, entry, (executor.optimizer.groups[name].n_elements,), where)
 
     return gradient
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a number of updates is none")
+    return value
 
 
 def _read(entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...], where: str) -> Tensor:

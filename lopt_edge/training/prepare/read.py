@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
@@ -74,6 +75,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     planned = _ask_planner(config, found, resumes=start is not None)
     inputs = _inputs(given, config, found, planned, resumed)
     _check_stages(inputs)
+    _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
     return inputs, start
@@ -108,7 +110,7 @@ def _read_files(config: Config) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
-    facts = source.facts
+    facts, notes = source.facts, list[str]()
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )
@@ -116,7 +118,7 @@ def _read_files(config: Config) -> _Files:
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))
-    notes: list[str] = []
+        tell_if_another(source, Path(config.init_adapter), notes.append)
     tokenizer = load_tokenizer(source.path, say=notes.append)
     train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
@@ -228,6 +230,16 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
     yield from planned.pipeline_reasons
     yield from chosen_settings(asked, planned.config)
     yield from (f"predicted for the largest step: {line}" for line in summary(run_plan))
+
+
+def _check_steps(inputs: Inputs, start: Start | None) -> None:
+    """Refuse a checkpoint that lies behind the run's end: nothing would be trained, and that looks like a result."""
+    if start is not None and start.state.steps > inputs.n_steps:
+        raise InputError(
+            f"the checkpoint is after step {start.state.steps}, the run has {inputs.n_steps} steps",
+            where="resume",
+            fix="raise --max-steps or --epochs, or name an earlier checkpoint",
+        )
 
 
 def _check_stages(inputs: Inputs) -> None:

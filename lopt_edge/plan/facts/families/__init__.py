@@ -1,9 +1,9 @@
 """Families: what a `model_type` means, one record each (family.py), found by lying in a file of this folder.
 
-A file holds the families of one maker and declares `FAMILIES`, and `WRAPPERS` where it has multimodal models around them; no
-list names the files. To add a family: its record here, a
-tiny model of it in tools/tiny_models.py, and the programs of its layers (tools/trace_bytes.py). tests/plan/facts hold the
-record against transformers' own config and modules, tests/laws/test_families.py the logits.
+A file holds the families of one maker and declares `FAMILIES`, and `WRAPPERS` where it has multimodal models around them;
+no list names the files. To add a family: its record here, a tiny model of it in tools/tiny_models.py, and the programs of
+its layers (tools/trace_bytes.py). tests/plan/facts hold the record against transformers' own config and modules,
+tests/laws/test_families.py the logits.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str
 class Layout:
     """The places of a model's parts: in a checkpoint by name, and in transformers' class.
 
-    `decoder` is the module of the published class that has `layers`, `norm` and `rotary_emb`; peft names adapters by it. All
-    else are names of tensors in the checkpoint, or what such names begin with.
+    `decoder` is the module of the published class that has `layers`, `norm` and `rotary_emb`; peft names adapters by it.
+    All else are names of tensors in the checkpoint, or what such names begin with.
     """
 
     decoder: str = "model"
