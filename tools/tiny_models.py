@@ -26,6 +26,13 @@ FAMILIES: dict[str, dict] = {
     "phi3": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "seed_oss": {"attention_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "ernie4_5": {"tie_word_embeddings": True},
+    "hunyuan_v1_dense": {},
+    "exaone4": {"sliding_window": 8},
+    "ministral3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
+                                       "original_max_position_embeddings": 8}},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
                 "attention_multiplier": 0.2},
 }  # fmt: skip

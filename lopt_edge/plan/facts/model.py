@@ -129,7 +129,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
     if known.get("use_bidirectional_attention"):
         raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
-    head_dim = known.get("head_dim") or hidden // n_heads
+    head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads
     window = known.get("sliding_window")
     if ("sliding_window" in config and config["sliding_window"] is None) or (
         "use_sliding_window" in family.asks and not known.get("use_sliding_window")

@@ -26,7 +26,15 @@ from tools.tiny_models import make_folder, tiny_config
 
 OPTIONAL = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
             "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"]  # fmt: skip
-BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")  # families whose layers ask config.layer_types
+BY_LAYER = (
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "olmo3",
+    "exaone4",
+)  # families whose layers ask config.layer_types
 
 
 def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
@@ -40,7 +48,7 @@ def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
 def layer_types(config: Any) -> tuple[str, ...]:
     if config.model_type in BY_LAYER:
         return tuple(config.layer_types)
-    windowed = config.model_type in ("mistral", "phi3") and config.sliding_window is not None
+    windowed = config.model_type in ("mistral", "ministral3", "phi3") and config.sliding_window is not None
     return ("sliding_attention" if windowed else "full_attention",) * config.num_hidden_layers
 
 

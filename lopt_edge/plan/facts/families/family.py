@@ -65,6 +65,11 @@ def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str
     return FULL if window is None else SLIDING
 
 
+def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None) -> str:
+    """The layer type where three layers that see a window are followed by one that sees all."""
+    return SLIDING if (layer + 1) % 4 else FULL
+
+
 @dataclass(frozen=True)
 class Layout:
     """The places of a model's parts: in a checkpoint by name, and in transformers' class.
