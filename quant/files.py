@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -207,9 +207,12 @@ def packed_tensors(name: str, weight: PackedWeight) -> Iterator[NamedTensor]:
     yield f"{name}{STATE_SUFFIX}nf4", torch.tensor(list(text), dtype=torch.uint8)
 
 
-def quantization_config(compute_dtype: str) -> dict[str, Any]:
-    """The `quantization_config` entry of config.json for our folders; every default that misleads is written out."""
-    return {
+def quantization_config(compute_dtype: str, *, unpacked: Sequence[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json for our folders; every default that misleads is written out.
+
+    `unpacked` names modules beside the decoder layers that transformers would pack.
+    """
+    return ({"llm_int8_skip_modules": [*unpacked]} if unpacked else {}) | {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,

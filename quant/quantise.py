@@ -7,7 +7,7 @@ new folder appears under its name only when complete. Which tensors to pack is t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ def quantise_folder(
     should_pack: Callable[[str], bool],
     dtype: torch.dtype,
     changes: Mapping[str, Any] | None = None,
+    unpacked: Sequence[str] = (),
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write `source` in 4-bit form to the new folder `target`, with `changes` of its config.
 
-    `dtype` is recorded as the compute dtype and in each quantisation state. Raises FolderError for a broken source.
+    `dtype` is recorded as the compute dtype and in each quantisation state, `unpacked` as modules that stay as they are.
+    Raises FolderError for a broken source.
     """
     entries = sorted(read_headers(source).values(), key=lambda entry: (entry.path.name, entry.start))
     config = read_json(source / "config.json")
@@ -41,6 +43,7 @@ def quantise_folder(
         write_sharded(partial, layout, four_bit_tensors(stream, should_pack, dtype=dtype), on_tensor=on_tensor)
         dtype_name = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
-        config |= {**(changes or {}), "dtype": dtype_name, "quantization_config": quantization_config(dtype_name)}
+        found = quantization_config(dtype_name, unpacked=unpacked)
+        config |= {**(changes or {}), "dtype": dtype_name, "quantization_config": found}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_small_files(source, partial)

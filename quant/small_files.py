@@ -15,9 +15,10 @@ TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json")  # fmt: skip
 TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
 GENERATION_NAME = "generation_config.json"
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # multimodal
 LICENCE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING", "NOTICE", "NOTICE.txt", "NOTICE.md",
                  "USE_POLICY.md")  # fmt: skip
-SMALL_NAMES = (*TOKENIZER_NAMES, *TEMPLATE_NAMES, GENERATION_NAME, *LICENCE_NAMES)
+SMALL_NAMES = (*TOKENIZER_NAMES, *TEMPLATE_NAMES, GENERATION_NAME, *PROCESSOR_NAMES, *LICENCE_NAMES)
 
 
 def copy_small_files(source: Path, target: Path, *, names: Sequence[str] = SMALL_NAMES) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from lopt_edge.plan.facts.model import packs
+from lopt_edge.plan.facts.model import facts_from_config
 from quant.files import four_bit_layout, four_bit_tensors, quantization_config
 from quant.shards import write_sharded
 
@@ -175,6 +175,7 @@ def main() -> None:
     stored = [(name, "BF16", size) for name, size in layout(shape, layers)]
     stream = tensors(shape, layers, options.seed)
     if options.quantized:
+        packs = facts_from_config(config(shape, layers).to_dict(), where=arguments.shape).packs
         stored, stream = four_bit_layout(stored, packs), four_bit_tensors(stream, packs, dtype=torch.bfloat16)
     total = write_sharded(options.output, stored, stream, shard_bytes=options.shard_size)
     print(f"{options.output}: {options.shape}, {layers} layers, {total / 1e9:.2f} GB")

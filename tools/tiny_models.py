@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 BASE = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -26,12 +26,33 @@ FAMILIES: dict[str, dict] = {
     "phi3": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "seed_oss": {"attention_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "ernie4_5": {"tie_word_embeddings": True},
+    "hunyuan_v1_dense": {},
+    "exaone4": {"sliding_window": 8},
+    "ministral3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
+                                       "original_max_position_embeddings": 8}},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
                 "attention_multiplier": 0.2},
 }  # fmt: skip
+# Multimodal models: the text model inside, and a vision tower of next to nothing.
+SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+          "patch_size": 14, "vision_use_head": False}  # fmt: skip
+PIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+           "patch_size": 14, "head_dim": 16, "num_key_value_heads": 2}  # fmt: skip
+WRAPPERS: dict[str, tuple[str, dict, dict]] = {  # text family, vision config, own values
+    "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **SIGLIP}, {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", {"model_type": "pixtral", **PIXTRAL}, {"tie_word_embeddings": False}),
+}
 
 
 def tiny_config(family: str, **changes: object) -> object:
+    if family in WRAPPERS:
+        text, vision, own = WRAPPERS[family]
+        inner = tiny_config(text, **changes).to_dict()
+        own = {"tie_word_embeddings": inner["tie_word_embeddings"], "image_token_index": 3, "image_token_id": 3, **own}
+        return AutoConfig.for_model(family, text_config=inner, vision_config=vision, **own)
     values = {**BASE, **FAMILIES[family], **changes}
     if family == "phi3":
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
@@ -43,7 +64,8 @@ def make_folder(
 ) -> Path:
     """A saved model folder with random weights large enough that every part matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)
+    kind = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+    model = kind.from_config(tiny_config(family, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

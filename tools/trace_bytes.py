@@ -20,7 +20,7 @@ backward is traced for each linear layer that may be the first one with LoRA.
 
 Here logs become programs; trace_step.py runs a step and trace_log.py logs it.
 
-    python tools/trace_bytes.py            writes the table (two minutes)
+    python tools/trace_bytes.py            writes the table (minutes); --families a,b: traces these alone
     python tools/trace_bytes.py --check    exits with 1 if the committed table is not what this version gives
 """
 
@@ -228,17 +228,22 @@ def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
 
 def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
     """The table {"programs": texts, each once; "cases": case -> op -> index of its program}; none follows from another."""
-    texts: dict[str, int] = {}
-    by_case: dict[str, dict[str, int]] = {}
+    by_case: dict[str, dict[str, str]] = {}
     for family in families:
         found = without_special({case: programs(case) for case in cases(family)})
         for dtype in (torch.float32, torch.bfloat16):
             found[f"{family} {dtype.itemsize}"] = norm_programs(family, dtype)
-        for key, ops in found.items():
-            by_case[key] = {op: texts.setdefault(text, len(texts)) for op, text in ops.items()}
+        by_case |= found
         if progress:
             print(f"{family}: {len(found)} cases", flush=True)
-    return {"cases": by_case, "programs": list(texts)}
+    return folded(by_case)
+
+
+def folded(by_case: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The table of these texts by case and op, each text once."""
+    texts: dict[str, int] = {}
+    cases = {key: {op: texts.setdefault(text, len(texts)) for op, text in ops.items()} for key, ops in by_case.items()}
+    return {"cases": cases, "programs": list(texts)}
 
 
 def unfolded(found: dict[str, Any], families: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -250,14 +255,17 @@ def unfolded(found: dict[str, Any], families: Iterable[str]) -> dict[str, dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="which to compare (default: all)")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="which to trace; the others stay (default: all)")
     arguments = parser.parse_args()
-    families = arguments.families.split(",") if arguments.check else list(FAMILIES)
+    families = arguments.families.split(",")
     found = table(families, progress=True)
+    committed = json.loads(TABLE.read_text(encoding="utf-8"))
     if arguments.check:
-        committed = json.loads(TABLE.read_text(encoding="utf-8"))
         raise SystemExit(unfolded(committed, families) != unfolded(found, families))
-    TABLE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    every: dict[str, dict[str, str]] = {}
+    for family in FAMILIES:
+        every |= unfolded(found if family in families else committed, [family])
+    TABLE.write_text(json.dumps(folded(every), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

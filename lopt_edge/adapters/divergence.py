@@ -169,7 +169,7 @@ def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntr
     frame = model.layer_context(hidden_BTD)
     for index, layer in enumerate(model.layers):
         if entries is not None:
-            fill_parameters(layer, model.facts.family.layout.layer(index), entries, device=model.device, dtype=model.dtype)
+            fill_parameters(layer, model.facts.layout.layer(index), entries, device=model.device, dtype=model.dtype)
         hidden_BTD = model.run_layer(index, hidden_BTD, frame)
         if entries is not None:
             layer.to("meta")

@@ -27,7 +27,6 @@ from lopt_edge.errors import InputError, RunError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
-from lopt_edge.plan.facts.model import packs
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
@@ -127,8 +126,8 @@ def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
 
 def _module_of(name: str, model: Model) -> PackedLinear | None:
     """The packed linear layer whose weight this tensor is."""
-    layers = model.facts.family.layout.layers
-    if not (packs(name) and name.startswith(layers)):
+    layers = model.facts.layout.layers
+    if not model.facts.packs(name):
         return None
     layer, path = name.removeprefix(layers).removesuffix(".weight").split(".", 1)
     module = model.layers[int(layer)].get_submodule(path) if int(layer) < len(model.layers) else None

@@ -55,6 +55,9 @@ def _write_config(source: ModelFolder, target: Path, dtype: str) -> None:
     for key in ("quantization_config", "torch_dtype", "auto_map"):  # no code is copied that auto_map could name
         config.pop(key, None)
     config |= told_untied(config, source.facts)
+    for inner in (part for part in config.values() if isinstance(part, dict)):  # of a multimodal model
+        for key in ("torch_dtype", "dtype"):
+            inner.pop(key, None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -21,12 +21,15 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no logits
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=False)
+    is_text = type(config) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    model = kind.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=False)
     model.train(False)
     with torch.no_grad(), answer:
         for row in request["rows"]:

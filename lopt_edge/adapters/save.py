@@ -34,6 +34,7 @@ class AdapterShape:
     base: str
     revision: str | None = None
     rslora: bool = False
+    excluded: str | None = None  # a regular expression for modules of a multimodal model that carry none
 
     def config(self) -> dict[str, Any]:
         """The shape by peft's keys; what is not named has peft's default."""
@@ -48,6 +49,7 @@ class AdapterShape:
             "use_rslora": self.rslora,
             "lora_dropout": self.dropout,
             "target_modules": sorted(self.targets),
+            **({"exclude_modules": self.excluded} if self.excluded else {}),
             "layers_to_transform": None if len(layers) == self.n_layers else layers,
             "bias": "none",
         }

@@ -49,19 +49,19 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
     except FolderError as error:
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
     where = str(path / "config.json")
-    facts = _with_own_head(facts_from_config(config, where=where), path)
+    facts = _of_its_weights(facts_from_config(config, where=where), path)
     if named := config.get("transformers_weights"):  # where transformers would read the weights
         what = f"transformers_weights ({str(named)[:80]!r}) is not supported"
         raise InputError(what, where=where, fix="name the weights' file model.safetensors, and drop the key")
     return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
 
 
-def _with_own_head(facts: ModelFacts, folder: Path) -> ModelFacts:
-    """The facts, not tied where the weights hold an lm_head. What cannot be read of them is reported where it is needed."""
-    if not facts.tied:
+def _of_its_weights(facts: ModelFacts, folder: Path) -> ModelFacts:
+    """The facts, with what the weights' names decide. What cannot be read of them is reported where it is needed."""
+    if not facts.tied and not facts.wrapper:
         return facts
     try:
-        return facts.untied_by(read_headers(folder))
+        return facts.of_checkpoint(read_headers(folder))
     except FolderError:
         return facts
 
@@ -81,7 +81,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
 
 def vocabulary_itemsize(source: ModelFolder) -> int:
     """Bytes of a stored number of the head (if tied, the token embedding). Raises InputError as `tensor_entries` does."""
-    name = source.facts.family.layout.head(tied=source.facts.tied)
+    name = source.facts.layout.head(tied=source.facts.tied)
     entry = tensor_entries(source.path).get(name)
     if entry is None:
         raise InputError(f"{name} is missing", where=str(source.path), fix="download or copy the folder again")
@@ -93,7 +93,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
 
     Raises InputError.
     """
-    facts, layout = model.facts, model.facts.family.layout
+    facts, layout = model.facts, model.facts.layout
     expected: dict[str, tuple[int, ...]] = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
     expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries, told_untied
-from lopt_edge.plan.facts.model import packs
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale, wait_for
 from quant.headers import FolderError, TensorEntry, read_json
@@ -60,7 +59,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
     from quant.files import four_bit_layout
 
     stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
-    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, packs))
+    need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, model.facts.packs))
     existing = next(path for path in target.absolute().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < need:
@@ -93,11 +92,19 @@ def quantise_model(
     from quant.quantise import quantise_folder
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    unpacked = model.facts.modules_beside(tensor_entries(model.path))
     recorded = names.get(dtype or model.facts.recorded_dtype, torch.bfloat16)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        changes = told_untied(read_json(model.path / "config.json"), model.facts)
-        quantise_folder(model.path, target, should_pack=packs, dtype=recorded, changes=changes, on_tensor=on_tensor)
+        quantise_folder(
+            model.path,
+            target,
+            should_pack=model.facts.packs,
+            dtype=recorded,
+            changes=told_untied(read_json(model.path / "config.json"), model.facts),
+            unpacked=unpacked,
+            on_tensor=on_tensor,
+        )
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:

@@ -59,8 +59,8 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     ) as error:
         raise _not_from_hub(name, error) from None
     tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
-    facts = facts_from_config(config, where=f"{name} config.json").untied_by(tensors)
-    found = [tensor for key, tensor in tensors.items() if key == facts.family.layout.head(tied=facts.tied)]
+    facts = facts_from_config(config, where=f"{name} config.json").of_checkpoint(tensors)
+    found = [tensor for key, tensor in tensors.items() if key == facts.layout.head(tied=facts.tied)]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:
         raise InputError(

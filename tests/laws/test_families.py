@@ -25,7 +25,7 @@ from quant.headers import INDEX_NAME, SINGLE_NAME
 from tools.tiny_models import FAMILIES, make_folder
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
-WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text")
+WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text", "olmo3", "exaone4")
 
 
 def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import four_bit_folder
-from lopt_edge.plan.facts.model import packs
+from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.step.losses import logits
 from quant.files import STATE_SUFFIX, packed_tensors, read_packed, read_tensor
@@ -33,11 +33,12 @@ from quant.headers import FolderError, read_header, read_headers
 from quant.nf4 import pack, unpack_into
 from quant.quantise import quantise_folder
 from quant.sizes import packed_sizes
-from tools.tiny_models import make_folder
+from tools.tiny_models import make_folder, tiny_config
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}{STATE_SUFFIX}nf4"
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+packs = facts_from_config(tiny_config("llama").to_dict(), where="here").packs
 IDS = torch.randint(3, 320, (2, 13), generator=torch.Generator().manual_seed(0))
 
 

@@ -2,20 +2,20 @@
 
 A family is a `model_type` of transformers 5 whose layers we know how to run one by one. All in which families differ stands
 in their records (families/), which this file reads configs through. The rule: every number comes from the config (or
-transformers' documented default for that family), never from the weights, whose names decide one thing only: whether the
-head is tied to the embedding (`untied_by`); a family without a record is refused with the
-list of those that have one. No torch, no transformers here.
+transformers' documented default for that family), never from the weights, whose names decide two things only: whether the
+head is tied to the embedding, and where in a multimodal checkpoint the language model lies (`of_checkpoint`); a family
+without a record is refused with the list of those that have one. No torch, no transformers here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.facts.families import family_of
-from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family
+from lopt_edge.plan.facts.families import WRAPPERS, family_of
+from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family, Layout, Wrapper
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
@@ -58,6 +58,8 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
+    layout: Layout = field(default_factory=Layout)
+    wrapper: str = ""  # the model_type of the multimodal model around it
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
@@ -73,12 +75,40 @@ class ModelFacts:
         """The short names of the linear layers of a decoder layer, in the order in which they run."""
         return tuple(linear.short_name for linear in self.linears)
 
-    def untied_by(self, tensors: Container[str]) -> ModelFacts:
+    def of_checkpoint(self, tensors: Container[str]) -> ModelFacts:
         """The facts where the checkpoint has tensors of these names: with an lm_head among them nothing is tied.
 
         transformers ties the two if they are equal, in spite of the config not if they differ: the same logits.
         """
-        return replace(self, tied=self.tied and self.family.layout.lm_head not in tensors)
+        layouts = WRAPPERS[self.wrapper].layouts if self.wrapper else (self.layout,)
+        layout = next((found for found in layouts if found.embedding in tensors), self.layout)
+        heads = {found.lm_head for found in layouts}  # a text model's head may lie outside of its prefix
+        head = next((name for name in sorted(heads, key=lambda name: name != layout.lm_head) if name in tensors), None)
+        if head is None:
+            return replace(self, layout=layout)
+        return replace(self, layout=replace(layout, lm_head=head), tied=False)
+
+    @property
+    def outside(self) -> str | None:
+        """A regular expression for the modules of a multimodal model that are not in its decoder, as peft takes it."""
+        decoder = self.layout.decoder.replace(".", "\\.")
+        return rf"(?!{decoder}\.).*" if self.wrapper else None
+
+    def modules_beside(self, tensors: Iterable[str]) -> tuple[str, ...]:
+        """The modules of a multimodal model that are not its language model, and its head; none of any other model.
+
+        Each as it lies in the checkpoint and as transformers 5 has it in memory.
+        """
+        if not self.wrapper:
+            return ()
+        own = self.layout.embedding.removesuffix("embed_tokens.weight")
+        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(own))
+        found = {*words, "lm_head"} - {"language_model"}
+        return tuple(sorted({*found, *(f"model.{word}" for word in found)}))
+
+    def packs(self, name: str) -> bool:
+        """Whether a tensor of the model's folder is stored in 4 bits: the matrices inside the decoder layers."""
+        return name.startswith(self.layout.layers) and name.endswith("_proj.weight")
 
 
 def facts_from_config(config: object, *, where: str) -> ModelFacts:
@@ -86,6 +116,9 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
     quantised = _check_quantisation(config, where)
+    wrapper, outer = _wrapper_of(config), config
+    if wrapper is not None:
+        config = _text_config(config, wrapper, where)
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where)
@@ -96,13 +129,14 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
     if known.get("use_bidirectional_attention"):
         raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
-    head_dim = known.get("head_dim") or hidden // n_heads
+    head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads
     window = known.get("sliding_window")
     if ("sliding_window" in config and config["sliding_window"] is None) or (
         "use_sliding_window" in family.asks and not known.get("use_sliding_window")
     ):
         window = None
-    architectures = config.get("architectures")
+    architectures = outer.get("architectures")
+    dtype = outer.get("dtype") or outer.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFacts(
         model_type=family.name,
         architecture=printable_name(str(architectures[0])[:80])
@@ -115,14 +149,29 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        tied=bool(known.get("tie_word_embeddings", False)),
+        tied=bool(known.get("tie_word_embeddings", False) if wrapper is None else outer.get("tie_word_embeddings", True)),
         linears=_linears(known, family, n_kv_heads=n_kv_heads, head_dim=head_dim),
         layer_types=_layer_types(known, family, n_layers, window, where),
         sliding_window=window,
-        recorded_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        recorded_dtype=str(dtype).removeprefix("torch."),
         quantised=quantised,
         max_positions=known.get("max_position_embeddings"),
+        layout=family.layout if wrapper is None else wrapper.layouts[0],
+        wrapper="" if wrapper is None else wrapper.name,
     )
+
+
+def _wrapper_of(config: dict[str, Any]) -> Wrapper | None:
+    name = config.get("model_type")
+    return WRAPPERS.get(name) if isinstance(name, str) else None
+
+
+def _text_config(config: dict[str, Any], wrapper: Wrapper, where: str) -> dict[str, Any]:
+    """The part of a multimodal model's config that says what its language model is. Raises InputError."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise InputError("text_config is not an object", where=where, fix="the model folder is incomplete")
+    return {"model_type": wrapper.text, **text}
 
 
 def _check_quantisation(config: dict[str, Any], where: str) -> bool:
@@ -188,8 +237,3 @@ def _layer_types(known: dict[str, Any], family: Family, n_layers: int, window: i
     if SLIDING in kinds and window is None:
         raise InputError("has sliding-window layers but no sliding_window", where=where)
     return kinds
-
-
-def packs(name: str) -> bool:
-    """Whether a tensor of a model folder is stored in 4 bits: the matrices inside the decoder layers."""
-    return ".layers." in name and name.endswith("_proj.weight")

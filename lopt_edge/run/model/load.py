@@ -171,7 +171,7 @@ def load_model(
     try:
         for index in model.here:
             layer = model.layers[index]
-            prefix, matrices = facts.family.layout.layer(index), []
+            prefix, matrices = facts.layout.layer(index), []
             for module_index, linear in enumerate(facts.linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
@@ -196,12 +196,20 @@ def import_model_code(folder: Path) -> Any:
 
     Raises InputError if transformers cannot build this model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        return AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, trust_remote_code=False))]
+        return _model_class(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config())
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
         raise _unusable(folder, error) from None
+
+
+def _model_class(config: Any) -> Any:
+    """transformers' class that has the layers: for causal language models, or the text model of a multimodal one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    is_whole = type(config) in AutoModelForCausalLM._model_mapping
+    return (AutoModelForCausalLM if is_whole else AutoModel)._model_mapping[type(config)]
 
 
 def _unusable(folder: Path, error: Exception) -> InputError:
@@ -224,19 +232,18 @@ def make_skeleton(
     mover: Mover | None = None,
 ) -> Model:
     """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    layout, attention = facts.family.layout, "sdpa"
+    layout, attention = facts.layout, "sdpa"
     if facts.family.attention == "query tiles":
         query_tiles.register()
         attention = query_tiles.NAME
     try:
-        config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        config._attn_implementation = attention
         with torch.device("meta"):
-            model_class = AutoModelForCausalLM._model_mapping[type(config)]
-            model = model_class(config)  # type: ignore[operator]  # one class, no pair: that is how tokenizers are mapped
-            skeleton = model.eval().get_submodule(layout.decoder)
-            del model
+            skeleton = _model_class(config)(config).eval()
+            skeleton = skeleton.get_submodule("model") if hasattr(skeleton, "model") else skeleton
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
         raise _unusable(folder, error) from None
     try:

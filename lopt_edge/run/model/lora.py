@@ -113,7 +113,7 @@ def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _peft_name(model: Model, layer: int, module: str, letter: str) -> str:
     """The name that peft gives a matrix: its path in transformers' class, which peft wraps twice."""
-    return f"base_model.model.{model.facts.family.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
+    return f"base_model.model.{model.facts.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:

@@ -111,6 +111,7 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
         inputs.source.name,
         inputs.source.commit,
         rslora,
+        facts.outside,
     )
     return executor, shape
 

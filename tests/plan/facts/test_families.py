@@ -61,7 +61,7 @@ def test_a_record_is_complete(family):
     assert len({one.name for one in family.projections}) == len(family.projections)
     for projection in family.projections:
         assert {*projection.reads.split("+"), *projection.writes.split("+")} <= {"hidden", "inner", "q", "kv"}
-        assert projection.bias in ("", ALWAYS, "attention_bias", "mlp_bias")
+        assert projection.bias in ("", ALWAYS, "attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
         assert projection.name.endswith("_proj"), "what is stored in 4 bits (plan/facts/model.py: packs)"
     kinds_of_layers = {family.layer_type(family.defaults, layer, window) for layer in range(9) for window in (None, 4)}
     assert kinds_of_layers <= {FULL, SLIDING}
@@ -75,7 +75,7 @@ def test_a_family_has_programs(family):
 
 def test_an_unknown_family_is_refused():
     for unknown in ("gpt2", None, ["llama"]):
-        with pytest.raises(InputError, match=r"(?s)here.*is not supported.*llama, mistral"):
+        with pytest.raises(InputError, match=r"(?s)here.*is not supported.*llama, ministral3, mistral"):
             family_of(unknown, where="here")
 
 

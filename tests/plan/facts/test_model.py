@@ -7,6 +7,7 @@ dropped, and set to null, in turn.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
 from lopt_edge.plan.facts.families import FAMILIES
-from lopt_edge.plan.facts.model import LinearFacts, ModelFacts, facts_from_config, packs
+from lopt_edge.plan.facts.model import LinearFacts, ModelFacts, facts_from_config
 from tools.tiny_models import FAMILIES as TINY
 from tools.tiny_models import make_folder, tiny_config
 
 OPTIONAL = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
             "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"]  # fmt: skip
-BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")  # families whose layers ask config.layer_types
+BY_LAYER = (
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "olmo3",
+    "exaone4",
+)  # families whose layers ask config.layer_types
 
 
 def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
@@ -39,7 +48,7 @@ def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
 def layer_types(config: Any) -> tuple[str, ...]:
     if config.model_type in BY_LAYER:
         return tuple(config.layer_types)
-    windowed = config.model_type in ("mistral", "phi3") and config.sliding_window is not None
+    windowed = config.model_type in ("mistral", "ministral3", "phi3") and config.sliding_window is not None
     return ("sliding_attention" if windowed else "full_attention",) * config.num_hidden_layers
 
 
@@ -95,7 +104,8 @@ def test_packed_names_are_the_linear_layers(family):
         for layer in range(config.num_hidden_layers)
         for linear in linears(model, layer)
     }
-    assert {name for name in model.state_dict() if packs(name)} == expected
+    facts = facts_from_config(config.to_dict() | {"model_type": family}, where="config.json")
+    assert {name for name in model.state_dict() if facts.packs(name)} == expected
 
 
 @pytest.mark.parametrize(("family", "key", "null"), list(itertools.product(FAMILIES, OPTIONAL, [False, True])))
@@ -228,7 +238,8 @@ def test_numbers_must_be_positive_integers(key, value):
         ({}, "not supported"),
         (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not supported"),
         (LLAMA | {"model_type": ["llama"]}, "not supported"),
-        (LLAMA | {"model_type": "gemma3"}, "gemma3_text"),  # the whole list is shown
+        (LLAMA | {"model_type": "gpt2"}, "gemma3_text.*multimodal models: gemma3, mistral3"),  # the whole list is shown
+        (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
         (LLAMA | {"num_key_value_heads": 5}, "multiple"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ.*'gptq'"),
@@ -267,3 +278,44 @@ def test_any_values_give_facts_or_an_input_error(name, changes):
     assert facts.sliding_window is None or type(facts.sliding_window) is int
     assert "sliding_attention" not in facts.layer_types or facts.sliding_window
     assert facts.max_positions is None or type(facts.max_positions) is int
+
+
+# --- a text model inside a multimodal one -----------------------------------------------------------------------------
+
+WRAPPED = {  # as published, without what does not shape the text model; Gemma leaves most to transformers' defaults
+    "gemma-3-4b": ("gemma3", {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                              "num_hidden_layers": 34, "sliding_window": 1024}),
+    "mistral-small-3.1": ("mistral3", {"hidden_size": 5120, "intermediate_size": 32768, "model_type": "mistral",
+                                       "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                       "head_dim": 128, "vocab_size": 131072, "sliding_window": None,
+                                       "max_position_embeddings": 131072}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_facts_of_a_wrapped_model_are_those_of_its_text(name):
+    wrapper, text = WRAPPED[name]
+    facts = facts_from_config({"model_type": wrapper, "text_config": text, "torch_dtype": "bfloat16"}, where="here")
+    config = AutoConfig.for_model(wrapper, text_config=text).get_text_config()
+    numbers = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    ours = (facts.vocab_size, facts.n_heads, facts.n_kv_heads, facts.head_dim, facts.max_positions)
+    assert ours == tuple(getattr(config, number) for number in numbers)
+    assert (facts.wrapper, facts.recorded_dtype, facts.model_type) == (wrapper, "bfloat16", text["model_type"])
+    alone = facts_from_config({**text, "torch_dtype": "bfloat16"}, where="here")
+    same = {"architecture": "", "wrapper": "", "layout": facts.layout, "tied": facts.tied}
+    assert replace(facts, **same) == replace(alone, **same)
+    assert facts.outside is not None and alone.outside is None
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
+def test_a_checkpoint_says_where_the_text_model_lies(prefix, head):
+    wrapper, text = WRAPPED["mistral-small-3.1"]
+    facts = facts_from_config({"model_type": wrapper, "text_config": text}, where="here")
+    names = {f"{prefix}embed_tokens.weight", "vision_tower.layers.0.q_proj.weight", "multi_modal_projector.linear_1.weight"}
+    found = facts.of_checkpoint(names | ({head} if head else set()))
+    assert found.layout.layer(3) == f"{prefix}layers.3." and found.layout.decoder == "model.language_model"
+    assert found.tied == (head is None)
+    assert found.layout.head(tied=found.tied) == (head or f"{prefix}embed_tokens.weight")
+    assert found.packs(f"{prefix}layers.0.mlp.up_proj.weight") and not found.packs("vision_tower.layers.0.q_proj.weight")
+    assert {"vision_tower", "model.vision_tower", "multi_modal_projector", "lm_head"} <= {*found.modules_beside(names)}

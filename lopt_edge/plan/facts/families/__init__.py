@@ -1,8 +1,9 @@
 """Families: what a `model_type` means, one record each (family.py), found by lying in a file of this folder.
 
-A file holds the families of one maker and declares `FAMILIES`; no list names the files. To add a family: its record here, a
-tiny model of it in tools/tiny_models.py, and the programs of its layers (tools/trace_bytes.py). tests/plan/facts hold the
-record against transformers' own config and modules, tests/laws/test_families.py the logits.
+A file holds the families of one maker and declares `FAMILIES`, and `WRAPPERS` where it has multimodal models around them;
+no list names the files. To add a family: its record here, a tiny model of it in tools/tiny_models.py, and the programs of
+its layers (tools/trace_bytes.py). tests/plan/facts hold the record against transformers' own config and modules,
+tests/laws/test_families.py the logits.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts.families.family import Family
+from lopt_edge.plan.facts.families.family import Family, Wrapper
 
 
-def _found() -> Iterator[Family]:
+def _found(kind: str) -> Iterator[Any]:
     for file in iter_modules(__path__):
-        yield from getattr(import_module(f"{__name__}.{file.name}"), "FAMILIES", ())
+        yield from getattr(import_module(f"{__name__}.{file.name}"), kind, ())
 
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in sorted(_found(), key=lambda family: family.name)}
+FAMILIES: Mapping[str, Family] = {one.name: one for one in sorted(_found("FAMILIES"), key=lambda one: one.name)}
+WRAPPERS: Mapping[str, Wrapper] = {one.name: one for one in sorted(_found("WRAPPERS"), key=lambda one: one.name)}
 
 
 def family_of(model_type: object, *, where: str = "config.json") -> Family:
@@ -29,6 +32,6 @@ def family_of(model_type: object, *, where: str = "config.json") -> Family:
         raise InputError(
             f"model_type {str(model_type)[:60]!r} is not supported",
             where=where,
-            fix="supported decoder-only families: " + ", ".join(FAMILIES),
+            fix=f"supported decoder-only families: {', '.join(FAMILIES)}; inside multimodal models: {', '.join(WRAPPERS)}",
         )
     return FAMILIES[model_type]

@@ -65,12 +65,17 @@ def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str
     return FULL if window is None else SLIDING
 
 
+def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None) -> str:
+    """The layer type where three layers that see a window are followed by one that sees all."""
+    return SLIDING if (layer + 1) % 4 else FULL
+
+
 @dataclass(frozen=True)
 class Layout:
     """The places of a model's parts: in a checkpoint by name, and in transformers' class.
 
-    `decoder` is the module of the class for causal language models that has `layers`, `norm` and `rotary_emb`; peft names
-    adapters by it. All else are names of tensors in the checkpoint, or what such names begin with.
+    `decoder` is the module of the published class that has `layers`, `norm` and `rotary_emb`; peft names adapters by it.
+    All else are names of tensors in the checkpoint, or what such names begin with.
     """
 
     decoder: str = "model"
@@ -78,6 +83,11 @@ class Layout:
     norm: str = "model.norm."
     embedding: str = "model.embed_tokens.weight"
     lm_head: str = "lm_head.weight"
+
+    @classmethod
+    def under(cls, prefix: str, *, lm_head: str, decoder: str) -> Layout:
+        """The layout of a model whose layers, norm and embedding lie under a prefix of names."""
+        return cls(decoder, f"{prefix}layers.", f"{prefix}norm.", f"{prefix}embed_tokens.weight", lm_head)
 
     def layer(self, index: int) -> str:
         """The prefix of the names of a layer's tensors."""
@@ -125,3 +135,26 @@ class Family:
     qk_norm: Literal["", "head", "projection"] = ""
     post_norm: bool = False
     layout: Layout = Layout()
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A multimodal `model_type` whose language model is one of the families: its text is trained, the rest is not read.
+
+    `text` names the family where the inner config does not. The names of the text model's tensors begin with one of
+    `prefixes`, each with the head's name beside it: first as transformers 5 has them in memory, then as hubs have them.
+    `decoder` is the module of the published class (for image and text, and by transformers 5 for causal language models).
+    """
+
+    name: str
+    text: str
+    decoder: str = "model.language_model"
+    prefixes: tuple[tuple[str, str], ...] = (
+        ("model.language_model.", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+    )
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts that a checkpoint may have."""
+        return tuple(Layout.under(prefix, lm_head=head, decoder=self.decoder) for prefix, head in self.prefixes)

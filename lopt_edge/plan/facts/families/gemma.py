@@ -1,13 +1,17 @@
-"""Gemma 2, and the text part of Gemma 3: norms on both sides of attention and MLP, and windows in most layers."""
+"""Gemma 2, and the text part of Gemma 3 (multimodal from 4B on): norms on both sides of attention and MLP, and windows in
+most layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_edge.plan.facts.families.family import FULL, ROOT_OF_HIDDEN, SLIDING, Family, attention, gated_mlp
+from lopt_edge.plan.facts.families.family import FULL, ROOT_OF_HIDDEN, SLIDING, Family, Wrapper, attention, gated_mlp
 
 _DEFAULTS = {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096}
+# Gemma 3's published multimodal configs leave out most of what is so.
+_DEFAULTS3 = {**_DEFAULTS, "sliding_window_pattern": 6, "vocab_size": 262208, "num_attention_heads": 8,
+              "max_position_embeddings": 131072}  # fmt: skip
 _PROJECTIONS = (*attention(bias="attention_bias", out_bias="attention_bias"), *gated_mlp())
 
 
@@ -33,7 +37,7 @@ _GEMMA2 = Family(
 )
 _GEMMA3_TEXT = Family(
     "gemma3_text",
-    defaults={**_DEFAULTS, "sliding_window_pattern": 6},
+    defaults=_DEFAULTS3,
     asks=("layer_types",),
     projections=_PROJECTIONS,
     layer_type=_but_those_of_the_pattern,
@@ -46,3 +50,4 @@ _GEMMA3_TEXT = Family(
 )
 
 FAMILIES = (_GEMMA2, _GEMMA3_TEXT)
+WRAPPERS = (Wrapper("gemma3", text="gemma3_text"),)

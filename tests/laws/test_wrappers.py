@@ -1,0 +1,144 @@
+"""A text model inside a multimodal one: the published class gives our logits, peft finds our adapter, and the vision
+part of
+an exported folder is that of the base, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from lopt_edge import export, finetune
+from lopt_edge.errors import InputError
+from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.plan.facts.families import FAMILIES as RECORDS
+from lopt_edge.plan.facts.families import WRAPPERS as WRAPPER_RECORDS
+from lopt_edge.run.model import load
+from lopt_edge.run.model.load import load_model
+from lopt_edge.run.model.lora import load_adapters
+from tests.laws.test_families import LONG, SHORT, our_logits
+from tools.tiny_models import WRAPPERS, make_folder
+from tools.tiny_runs import make_config, make_model
+
+AS_IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def renamed(folder: Path) -> Path:
+    """The folder with its tensors named as transformers 5 names them in memory."""
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        start = next(start for start in AS_IN_MEMORY if name.startswith(start))
+        tensors[AS_IN_MEMORY[start] + name.removeprefix(start)] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def their_logits(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """The published class' logits of texts; Gemma 3 wants to be told in training that no token is of an image."""
+    return model(ids_BT, token_type_ids=torch.zeros_like(ids_BT), use_cache=False).logits.float()
+
+
+def test_every_wrapper_has_a_tiny_model():
+    assert WRAPPERS.keys() == WRAPPER_RECORDS.keys()
+    assert all(record.text in RECORDS for record in WRAPPER_RECORDS.values())
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_logits_equal_the_published_class(tmp_path, name, dtype, in_memory):
+    source = make_folder(tmp_path / "source", name, dtype=dtype)
+    found = find_model(str(renamed(source) if in_memory else source))
+    folder, _ = four_bit_folder(found, cache_dir=str(tmp_path / "cache"))
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
+    seen = {type(part).__name__ for key, part in theirs.named_modules() if "vision" in key or "projector" in key}
+    assert "Linear" in seen and "Linear4bit" not in seen, "what is not trained stays as it is"
+    ours = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=dtype)
+    for ids_BT in (SHORT, LONG):
+        reference = their_logits(theirs, ids_BT)
+        assert reference.std() > 0.1
+        assert torch.equal(our_logits(ours, ids_BT), reference)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_vision_part_is_never_read(four_bit, name, monkeypatch):
+    read = []
+    monkeypatch.setattr(load, "read_tensor", lambda entry: read.append(entry.name) or READ(entry))
+    folder = four_bit(name)
+    load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    assert read and not [name for name in read if "vision" in name or "projector" in name]
+
+
+READ = load.read_tensor
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name -> the settings of a finished run on a tiny model of that wrapper."""
+    made = {}
+    for name in WRAPPERS:
+        root = tmp_path_factory.mktemp(name)
+        made[name] = make_config(make_model(root / "model", name), root, method="e2e", max_steps=3, eval_fraction=0.3)
+        finetune(made[name])
+    return made
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_peft_puts_the_adapter_on_the_published_class(runs, name):
+    output = Path(runs[name].output)
+    folder = Path(json.loads((output / "run.json").read_text())["quantised_folder"])
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    before = their_logits(base.train(), LONG)
+    theirs = PeftModel.from_pretrained(base, output).train()
+    after = their_logits(theirs, LONG)
+    ours = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    load_adapters(ours, output)
+    mine = our_logits(ours, LONG)
+    assert (mine - after).norm() <= 1e-4 * after.norm()
+    assert (mine - before).norm() > 1e-2 * before.norm()
+    names = {key for key, _ in theirs.named_parameters() if "lora_" in key}
+    assert len(names) == len(load_file(output / "adapter_model.safetensors")) == 2 * 7 * 4
+    assert not [key for key in names if "vision" in key]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_a_merged_folder_keeps_the_rest(runs, tmp_path, name, onto):
+    config = runs[name]
+    found = export(config.output, merged=tmp_path / "merged", onto=onto, dtype="float32", cache_dir=config.cache_dir)
+    base, merged = (load_file(Path(folder) / "model.safetensors") for folder in (config.model, tmp_path / "merged"))
+    assert base.keys() == merged.keys()
+    facts = find_model(config.model).facts
+    for key, tensor in base.items():
+        assert torch.equal(tensor, merged[key]) != facts.packs(key), key
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").train()
+    assert their_logits(theirs, LONG).isfinite().all()
+    assert found.divergence.reader.startswith("transformers") and not found.divergence.left_out
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"text_config": None}, "text_config is not an object"),
+        ({"text_config": {"model_type": "gpt2"}}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "llava"}, "model_type 'llava' is not supported"),
+    ],
+)
+def test_what_is_no_text_model_of_ours_is_refused(tmp_path, change, what):
+    folder = make_folder(tmp_path / "m", "gemma3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=what):
+        find_model(str(folder))
