@@ -175,7 +175,7 @@ def main() -> None:
     stored = [(name, "BF16", size) for name, size in layout(shape, layers)]
     stream = tensors(shape, layers, options.seed)
     if options.quantized:
-        packs = facts_from_config(config(shape, layers).to_dict(), where=arguments.shape).packs
+        packs = facts_from_config(config(shape, layers).to_dict(), where=options.shape).packs
         stored, stream = four_bit_layout(stored, packs), four_bit_tensors(stream, packs, dtype=torch.bfloat16)
     total = write_sharded(options.output, stored, stream, shard_bytes=options.shard_size)
     print(f"{options.output}: {options.shape}, {layers} layers, {total / 1e9:.2f} GB")
