@@ -1,7 +1,7 @@
-"""From a data file to micro-batches of token ids. In the order in which data meets them: `records` (file -> rows with
-their places), `formats` (rows -> conversations, prompts, texts), `template` (conversation -> text), `encode` and
-`long_text` (text -> ids and targets), `dataset` (all of it, counted), `order` (epochs, windows, micro-batches),
-`report` (data check).
+"""From a data file to micro-batches of token ids. In the order in which data meets them: `records` (file -> records with
+their places), `formats` and `messages` (records -> `rows`; which fields are known: `columns`), `rendered`, `turns` and
+`template` (row -> text and what of it is learned; `content`: is all of it there?), `encode`, `pieces` and `long_text` (text
+-> ids and targets), `dataset` (all of it, counted), `order` (epochs, windows, micro-batches), `report` (data check).
 
 Rule: nothing here imports torch, and every fault of the user's file is an `InputError` that says where.
 """
