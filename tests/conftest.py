@@ -20,6 +20,7 @@ from tools.tiny_models import make_folder
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine gives no seconds
 hypothesis.settings.load_profile("ours")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by the tests' children as well
 torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not depend on the number of cores
 
 
