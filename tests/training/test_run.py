@@ -157,7 +157,7 @@ def test_keep_best_keeps_the_best(model, tmp_path):
     evaluation = tmp_path / "eval.jsonl"
     rows = [{"prompt": f"What is {i}?", "completion": "ZQXZ QXZQ JKZX"} for i in range(6)]
     evaluation.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"n_rows": 6, "epochs": 6, "eval_data": str(evaluation), "eval_every": 1, "schedule": "constant", "lr": 0.01,
+    common = {"n_rows": 6, "epochs": 4, "eval_data": str(evaluation), "eval_every": 1, "schedule": "constant", "lr": 0.01,
               "method": "e2e", "warmup_ratio": 0.0}  # fmt: skip
     last = make_config(model, tmp_path, output="last", **common)
     best = make_config(model, tmp_path, output="best", keep_best=True, **common)
