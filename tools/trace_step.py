@@ -29,17 +29,9 @@ from lopt_edge.run.tiers.moves import Mover
 from quant.linear import DropoutClock
 from tools.tiny_models import FAMILIES, tiny_config
 
-WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "ministral3", "olmo3",
-            "exaone4")  # fmt: skip  # may have a window, in SDPA with a mask
-LAYER_TYPES = (
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "smollm3",
-    "olmo3",
-    "exaone4",
-)  # may have layers of both kinds of attention
+# Families that may have a window, in SDPA with a mask, and those that may have layers of both kinds of attention.
+WINDOWED = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text", "smollm3", "olmo3", "exaone4")
+LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
 PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
