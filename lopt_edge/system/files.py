@@ -124,7 +124,7 @@ def _whole_lines(file: FileIO, n_bytes: int) -> int:
                 break
             json.loads(line)
             whole += len(line)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON: the torn part begins here
         pass
     lines.detach()
     return whole
