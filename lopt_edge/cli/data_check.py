@@ -12,7 +12,8 @@ import typer
 
 from lopt_edge.cli.options import ModelOption, RevisionOption, TemplateOption
 from lopt_edge.cli.terminal import out, warn
-from lopt_edge.errors import InputError
+from lopt_edge.config.load import file_errors
+from lopt_edge.errors import InputError, raise_collected
 
 LONGEST = 2048  # tokens, where the user does not say
 
@@ -43,6 +44,7 @@ def data_check(
             raise InputError(f"{given!r} is unknown", where=flag, fix=f"choose from {', '.join(choices)}")
     if max_seq_len is not None and max_seq_len < 2:
         raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
+    raise_collected(file_errors({"chat_template": chat_template}))
     found = find_model(model, revision=revision)
     longest = longest_sequence(found.facts, max_seq_len or LONGEST, is_given=max_seq_len is not None)
     tokenizer = load_tokenizer(found.path, say=warn)

@@ -30,6 +30,7 @@ def write(tmp_path):
         ({"messages": CHAT}, ("--max-seq-len", 1_000_000), "beyond the model's"),
         ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}]}, (), "leaves out the thought of messages[1]"),
         ({"messages": CHAT}, ("--think", "some"), "'some'"),
+        ({"prompt": "a", "completion": "b"}, ("--chat-template", "/nowhere.jinja"), "/nowhere.jinja"),
     ],
 )
 def test_what_finetune_refuses_is_refused(command, write, tmp_path, row, flags, told):
