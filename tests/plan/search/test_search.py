@@ -57,7 +57,6 @@ def test_the_same_question_has_the_same_answer():
     assert [row[3] for row in first.rows] == [row[3] for row in again.rows]
 
 
-@settings(max_examples=20, deadline=None)
 def exhaustive(search: Search, budget: Budget) -> Candidate | None:
     """The same answer by looking at everything."""
     every = (search.fitting(knobs, budget) for *_, knobs in search.rows)
@@ -65,6 +64,7 @@ def exhaustive(search: Search, budget: Budget) -> Candidate | None:
     return min(fitting, key=lambda candidate: three_digits(candidate.seconds.seconds), default=None)
 
 
+@settings(max_examples=20, deadline=None)
 @given(METHODS, MACHINES, SHARE, SHARE, st.none() | SHARE, st.none() | SHARE)
 def test_more_device_memory_is_never_slower_and_less_never_takes_more(method, machine, share, other, host, disk):
     search = search_of(method, *machine)
