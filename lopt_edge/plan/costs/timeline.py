@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.schedule.effects import Kind, Thing
+from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName, Keep, Op, Plan
 
 Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
@@ -73,9 +73,10 @@ def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, bes
     replay.live["activations"] += beside_bytes
     replay.total = sum(replay.live.values())
     for op in plan.ops:
-        held, before, within = replay.held(), replay.total, replay.within(op)
-        replay.run(op)
-        within = max(within, replay.total + replay.within_end(op) - before)
+        row = op.effect
+        held, before, within = replay.held(), replay.total, replay.within(op, row)
+        replay.run(op, row)
+        within = max(within, replay.total + replay.within_end(op, row) - before)
         rows.append(OpBytes(op, held, within, before + within, replay.below["host"], replay.below["disk"]))
     return Timeline(tuple(rows))
 
@@ -174,10 +175,9 @@ class _Replay:
 
     # what an op takes ------------------------------------------------------------------------------------------------
 
-    def within(self, op: Op) -> int:
+    def within(self, op: Op, row: Effect) -> int:
         """The bytes that an op takes at its worst moment on top of what is alive when it begins."""
-        name = op.effect.workspace
-        return self.workspaces[name](op) if name else 0
+        return self.workspaces[row.workspace](op) if row.workspace else 0
 
     def within_loss(self, op: Op) -> int:
         segment, batch = self.plan.segments[op.target], self.batches[op.micro_batch]
@@ -198,9 +198,9 @@ class _Replay:
     def within_update(self, op: Op) -> int:
         return self.sizes.step_within(op.group) + self._block_bytes(op.group)
 
-    def within_end(self, op: Op) -> int:
+    def within_end(self, op: Op, row: Effect) -> int:
         """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
-        uses = op.effect.trains
+        uses = row.trains
         if uses == "layer" and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
         done = op.micro_batch == self.plan.n_micro_batches - 1
@@ -218,9 +218,8 @@ class _Replay:
 
     # what an op leaves -----------------------------------------------------------------------------------------------
 
-    def run(self, op: Op) -> None:
+    def run(self, op: Op, row: Effect) -> None:
         """Make, free and move what the op's row says."""
-        row = op.effect
         if row.uses == "layer":
             self._note_kept(op)
         for thing in row.makes:
