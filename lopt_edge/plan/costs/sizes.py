@@ -22,7 +22,7 @@ from lopt_edge.plan.costs.layer_bytes import (
 )
 from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
@@ -64,6 +64,13 @@ def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
+    """The bytes of a layer's buffer of packed weights, and of the codes among them."""
+    sizes = [packed_sizes((linear.out_features, linear.in_features)) for linear in kind.linears]
+    pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
+    return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
+
+
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
     """The most that so many bytes take of a page file in so many pieces: each is rounded up to a grain."""
     return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
@@ -92,26 +99,45 @@ class Sizes:
     # weights ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def layer_bytes(self) -> int:
+    def _packed(self) -> tuple[tuple[int, int], ...]:
+        """The bytes of a layer's buffer and of the codes in it, by kind of layer."""
+        return tuple(_packed_bytes(kind) for kind in self.shape.facts.kinds)
+
+    def layer_bytes(self, layer: int) -> int:
         """The bytes of a layer's buffer of packed weights (run/tiers/weights.py)."""
-        total = 0
-        for linear in self.shape.facts.linears:
-            sizes = packed_sizes((linear.out_features, linear.in_features))
-            total += _aligned(sizes.codes_bytes) + _aligned(sizes.absmax_bytes) + _aligned(sizes.nested_absmax_bytes)
-        return total
+        return self._packed[self.shape.facts.kind_of_layer[layer]][0]
+
+    @cached_property
+    def packed_bytes(self) -> tuple[int, int]:
+        """The bytes of packed weights on the device, those of resident layers and the ring's, and of the codes in them."""
+        kinds, own = self.shape.facts.kind_of_layer, self._with_weights
+        resident = [self._packed[kinds[layer]] for layer, place in own if place == "resident"]
+        buffers = resident + self._ring
+        return sum(n_bytes for n_bytes, _ in buffers), sum(codes for _, codes in buffers)
 
     @property
+    def ring_bytes(self) -> int:
+        """The bytes of the buffers that streamed layers share; each has room for the largest."""
+        return sum(n_bytes for n_bytes, _ in self._ring)
+
+    @cached_property
+    def _ring(self) -> list[tuple[int, int]]:
+        kinds = self.shape.facts.kind_of_layer
+        places = self._with_weights
+        streamed = [self._packed[kinds[layer]] for layer, place in places if place not in ("resident", ELSEWHERE)]
+        return [max(streamed)] * min(self.knobs.ring, len(streamed)) if streamed else []
+
+    @property
+    def _with_weights(self) -> list[tuple[int, str]]:
+        """Each layer that has weights of its own, and where they are."""
+        return [(layer, place) for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+
+    @cached_property
     def small_bytes(self) -> int:
-        """The bytes of norms and biases of all layers, which are always resident."""
-        facts, family = self.shape.facts, self.shape.facts.family
-        biases = sum(linear.out_features for linear in facts.linears if linear.bias)
-        norms = family.norms * facts.hidden_size
-        if family.qk_norm == "head":
-            norms += 2 * facts.head_dim
-        elif family.qk_norm == "projection":
-            norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
-        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
-        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+        """The bytes of norms, biases and the like of all layers, which are always resident."""
+        facts = self.shape.facts
+        here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
+        return (sum(layer.small_elements for layer in here) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -119,11 +145,10 @@ class Sizes:
         With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
         facts, shape = self.shape.facts, self.shape
-        found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        linears = {linear for kind in facts.kinds for linear in kind.linears}
+        found = [x.in_features * x.out_features for x in linears if not (shape.blocked and x.name.startswith("mlp."))]
         if self.replaced:
-            found += [2 * mixed_elements(linear) for linear in facts.linears]
-        if not shape.blocked:
-            found += [linear.in_features * linear.out_features for linear in facts.linears]
+            found += [2 * mixed_elements(linear) for linear in linears]
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
@@ -154,12 +179,14 @@ class Sizes:
     def group_elements(self, group: GroupName) -> int:
         """The number of elements of a parameter group."""
         if group[0] == "layer":
-            return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
+            layer = self.shape.facts.kind_of_layer[group[1]]
+            mixtures = 2 * len(self.shape.facts.kinds[layer].linears) if group[1] in self.replaced else 0
+            return self._elements_of_kind[layer] + mixtures
         return self._aux_elements
 
     @cached_property
-    def _layer_elements(self) -> int:
-        return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+    def _elements_of_kind(self) -> tuple[int, ...]:
+        return tuple(sum(self._linear_adapter(linear) for linear in kind.linears) for kind in self.shape.facts.kinds)
 
     @cached_property
     def _aux_elements(self) -> int:
@@ -198,10 +225,8 @@ class Sizes:
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        n_resident = sum(place == "resident" for place in places)
         found = {
-            "weights": n_resident * self.layer_bytes + self.ring_bytes + self.small_bytes,
+            "weights": self.packed_bytes[0] + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
             "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
@@ -213,12 +238,6 @@ class Sizes:
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
 
-    @property
-    def ring_bytes(self) -> int:
-        """The bytes of the buffers that streamed layers share."""
-        places = [place for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
-        return min(self.knobs.ring, sum(place not in ("resident", ELSEWHERE) for place in places)) * self.layer_bytes
-
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the fp32 averages of the adapters of tails' layers."""
         return sum(self.group_bytes(("layer", layer)) for layer in {layer for s in segments for layer in s.tail})
@@ -228,8 +247,8 @@ class Sizes:
         weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        found = {"host": sum(place == "host" for place in places) * self.layer_bytes, "disk": self.journal_bytes(segments)}
+        on_host = sum(self.layer_bytes(layer) for layer, place in self._with_weights if place == "host")
+        found = {"host": on_host, "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
         elif knobs.states == "host":
@@ -249,7 +268,7 @@ class Sizes:
     def intact_bytes(self) -> int:
         """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
         intact."""
-        return min(2, len(self.replaced)) * self.layer_bytes
+        return min(2, len(self.replaced)) * max((self.layer_bytes(layer) for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +349,8 @@ class Sizes:
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = self.shape.of_layer(layer)
+        shape = shape if segment.loss != "none" else replace(shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)

@@ -22,7 +22,6 @@ from lopt_edge.plan.search.limits import longest_context, nearest_that_fit, smal
 from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
-from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
 LEAST_SHOWN = 0.01  # of a step's seconds: what is faster or slower by less is not said to be so
@@ -161,17 +160,14 @@ def shown_knobs(knobs: Knobs) -> dict[str, Any]:
 def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
     """The bytes by category at the device's peak; they add up to it."""
     prediction = chosen.prediction
-    facts = workload.shape.facts
     held = dict(prediction.held_at_peak)
     weights = held.pop("weights", 0)
     sizes = workload.sizes(chosen.knobs)
-    packed = [packed_sizes((linear.out_features, linear.in_features)) for linear in facts.linears]
-    codes = sum(one.codes_bytes for one in packed)
-    n_layers = (weights - sizes.small_bytes) // sizes.layer_bytes  # resident ones and the ring's
+    packed, codes = sizes.packed_bytes  # resident ones and the ring's
     return {
-        "4-bit weights": n_layers * codes,
-        "scales": n_layers * (sizes.layer_bytes - codes),
-        "unquantised modules": weights - n_layers * sizes.layer_bytes,
+        "4-bit weights": codes,
+        "scales": packed - codes,
+        "unquantised modules": weights - packed,
         "embedding": 0,  # its rows are read from the file for each batch
         "head": held.pop("head", 0),
         "adapters": held.pop("adapters", 0),
