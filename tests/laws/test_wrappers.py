@@ -4,6 +4,7 @@ of an exported folder is that of the base, byte for byte."""
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -121,9 +122,9 @@ def test_peft_puts_the_adapter_on_the_published_class(runs, name):
     assert not [key for key in names if is_vision(key)]
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("onto", ["original", "dequantized"])
+@pytest.mark.parametrize(("name", "onto"), [*zip(WRAPPERS, cycle(["original", "dequantized"]), strict=False)])
 def test_a_merged_folder_keeps_the_rest(runs, tmp_path, name, onto):
+    """Each wrapper onto one base, in turn: where its tensors lie and what they are made of do not know of each other."""
     config = runs[name]
     found = export(config.output, merged=tmp_path / "merged", onto=onto, dtype="float32", cache_dir=config.cache_dir)
     base, merged = (load_file(Path(folder) / "model.safetensors") for folder in (config.model, tmp_path / "merged"))
