@@ -83,9 +83,25 @@ class PackedLayout:
     nested_block_elements: int
     quant_type: str
     offset: float | None
+    moved: tuple[str, ...] = ("", ".absmax", ".nested_absmax")
+
+    def shared(self, device: torch.device, known: dict[object, Tensor]) -> dict[str, Tensor]:
+        """The small parts that stay on the device; code maps, the same for all matrices, are shared."""
+        found = {}
+        for part in (".quant_map", ".nested_quant_map"):
+            if part in self.parts:
+                tensor = read_tensor(self.parts[part]).view(-1)
+                found[part] = known.setdefault(bytes(tensor.numpy()), tensor.to(device))
+        if self.offset is not None:
+            found[".offset"] = torch.tensor(self.offset, dtype=torch.float32, device=device)
+        return found
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """The matrix from its parts as flat tensors of one device, by the names of `parts`, and ".offset" (a scalar)."""
+        """The matrix from its parts as flat tensors of one device, by the names of `parts`, and ".offset" (a scalar).
+
+        Moved parts may come as bytes.
+        """
+        tensors = {part: self._in_its_dtype(part, tensor) for part, tensor in tensors.items()}
         return PackedWeight(
             codes=tensors[""],
             absmax=tensors[".absmax"],
@@ -99,6 +115,9 @@ class PackedLayout:
             nested_block_elements=self.nested_block_elements,
             quant_type=self.quant_type,
         )
+
+    def _in_its_dtype(self, part: str, tensor: Tensor) -> Tensor:
+        return tensor.view(TORCH_DTYPES[self.parts[part].dtype]) if part in self.parts else tensor
 
 
 def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayout:

@@ -165,7 +165,7 @@ def load_model(
     placement = placement or placement_of(knobs)
     model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
     buffer = UnpackBuffer()
-    shared: dict[bytes, Tensor] = {}
+    shared: dict[object, Tensor] = {}
     layouts, maps, places = {}, {}, dict(placement)
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
@@ -178,7 +178,7 @@ def load_model(
                 layer.set_submodule(linear.name, packed)
                 if on_disk is not None:
                     matrices.append((packed, on_disk))
-                    maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
+                    maps[id(on_disk)] = on_disk.shared(device, shared)
             layouts[index] = lay_out(matrices)
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
             _tile_norms(layer)
@@ -287,18 +287,6 @@ def _packed_linear(
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
     packed.clock = model.clock
     return packed, on_disk
-
-
-def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[bytes, Tensor]) -> dict[str, Tensor]:
-    """The small resident parts of a packed weight; code maps, the same for all matrices, are shared."""
-    found = {}
-    for part in (".quant_map", ".nested_quant_map"):
-        if part in on_disk.parts:
-            tensor = read_tensor(on_disk.parts[part]).view(-1)
-            found[part] = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
-    if on_disk.offset is not None:
-        found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
-    return found
 
 
 def _tile_norms(layer: nn.Module) -> None:
