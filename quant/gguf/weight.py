@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.gguf.types import BlockType, chunk_elements
+from quant.files import read_bytes, read_tensor, tensor_bytes
+from quant.gguf.types import TYPES, BlockType, chunk_elements
 from quant.gguf.unpack import Scratch, new_scratch, unpack_blocks
 from quant.headers import TensorEntry
 
@@ -92,6 +93,29 @@ class GgufWeight:
         target.copy_(values)
 
 
+def shared_scratch(device: torch.device, known: dict[object, Tensor]) -> Tensor:
+    """The scratch buffer among what matrices share; made if it is not there yet."""
+    if "scratch" not in known:
+        known["scratch"] = new_scratch(device)
+    return known["scratch"]
+
+
+def gguf_layout(entry: TensorEntry) -> GgufLayout:
+    """The layout of a matrix at its place in a GGUF file."""
+    return GgufLayout({"": entry}, (entry.shape[0], entry.shape[1]), TYPES[entry.dtype])
+
+
+def read_gguf(entry: TensorEntry) -> Tensor:
+    """One tensor of a GGUF file in fresh CPU memory: plain numbers as they are, blocks in fp32. Raises FolderError."""
+    if entry.dtype in PLAIN:
+        return read_tensor(entry)
+    blocks = torch.empty(entry.n_bytes, dtype=torch.uint8)
+    read_bytes(entry, tensor_bytes(blocks))
+    shape = (entry.n_bytes // TYPES[entry.dtype].n_bytes((entry.shape[-1],)), entry.shape[-1])
+    weight = GgufWeight(blocks, shape, TYPES[entry.dtype], Scratch(new_scratch(torch.device("cpu"))))
+    return weight.unpack_into(torch.empty(shape)).view(entry.shape)
+
+
 @dataclass(frozen=True)
 class GgufLayout:
     """The place of a matrix in a GGUF file."""
@@ -108,9 +132,7 @@ class GgufLayout:
 
     def shared(self, device: torch.device, known: dict[object, Tensor]) -> dict[str, Tensor]:
         """The scratch buffer, the same for all matrices of a model."""
-        if "scratch" not in known:
-            known["scratch"] = new_scratch(device)
-        return {"scratch": known["scratch"]}
+        return {"scratch": shared_scratch(device, known)}
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> GgufWeight:
         """The matrix from its blocks and the scratch buffer."""

@@ -141,7 +141,7 @@ class Costs:
 
     def embed(self, batch: MicroBatchSize) -> float:
         """The seconds of an EMBED."""
-        n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
+        n_bytes = batch.n_rows * self.sizes.head_bytes / self.sizes.shape.facts.vocab_size
         return n_bytes / self.profile.file_read + self.rates.overhead
 
     def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
@@ -155,8 +155,8 @@ class Costs:
         found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
         found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
         if sizes.knobs.head != "resident":
-            stored = sizes.vocabulary_itemsize
-            found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
+            found += n_tiles * sizes.head_bytes / self.profile.file_read
+            found += n_tiles * elements * 2 * sizes.shape.itemsize / rates.bandwidth
         return found + rates.overhead
 
     def align(self, batch: MicroBatchSize) -> float:
@@ -187,7 +187,7 @@ class Costs:
         """The bytes of a movement, by what its row says that it moves."""
         moves = op.effect.moves
         if moves == "weights":
-            return self.sizes.layer_bytes
+            return self.sizes.bytes_of_layers[op.target]
         if moves == "group":
             return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
         batch = self.batches[op.micro_batch]

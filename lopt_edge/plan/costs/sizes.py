@@ -28,6 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.gguf.types import TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -92,8 +93,29 @@ class Sizes:
     # weights ---------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def bytes_of_layers(self) -> tuple[int, ...]:
+        """The bytes of each layer's buffer of packed weights (run/tiers/weights.py); a GGUF file's layers differ."""
+        facts = self.shape.facts
+        if facts.forms is None:
+            return (self._nf4_layer_bytes,) * facts.n_layers
+        shapes = [(linear.out_features, linear.in_features) for linear in facts.linears]
+        return tuple(
+            sum(_aligned(TYPES[kind].n_bytes(shape)) for kind, shape in zip(kinds, shapes, strict=True))
+            for kinds in facts.forms.layers
+        )
+
+    @property
     def layer_bytes(self) -> int:
-        """The bytes of a layer's buffer of packed weights (run/tiers/weights.py)."""
+        """The bytes of the largest layer's buffer of packed weights."""
+        return max(self.bytes_of_layers)
+
+    def _bytes_at(self, *places: str) -> list[int]:
+        """The bytes of each layer with weights of its own that lies at one of these places."""
+        layers = enumerate(zip(self.knobs.weights, self.bytes_of_layers, strict=True))
+        return [n_bytes for layer, (place, n_bytes) in layers if layer not in self.replaced and place in places]
+
+    @cached_property
+    def _nf4_layer_bytes(self) -> int:
         total = 0
         for linear in self.shape.facts.linears:
             sizes = packed_sizes((linear.out_features, linear.in_features))
@@ -138,10 +160,14 @@ class Sizes:
         rows = min(self.shape.kind.vocabulary_chunk, facts.vocab_size)
         if self.knobs.head == ELSEWHERE:
             return 0
+        if row := self._stored_head.packed_row_bytes:
+            in_memory = facts.vocab_size if self.knobs.head == "resident" else rows
+            return in_memory * row + rows * facts.hidden_size * c
+        stored = self._stored_head.itemsize
         if self.knobs.head == "resident":
-            return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
-        cast = c if c != self.vocabulary_itemsize or self.shape.kind.host_is_below else 0
-        on_device = 0 if self.shape.kind.host_is_below else self.vocabulary_itemsize
+            return facts.vocab_size * facts.hidden_size * stored
+        cast = c if c != stored or self.shape.kind.host_is_below else 0
+        on_device = 0 if self.shape.kind.host_is_below else stored
         return rows * facts.hidden_size * (on_device + cast)
 
     # groups ----------------------------------------------------------------------------------------------------------
@@ -198,13 +224,13 @@ class Sizes:
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        n_resident = sum(place == "resident" for place in places)
         found = {
-            "weights": n_resident * self.layer_bytes + self.ring_bytes + self.small_bytes,
+            "weights": sum(self._bytes_at("resident")) + self.ring_bytes + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
-            "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
+            "workspace": self.unpack_buffer_bytes(segments)
+            + 4 * len(groups)
+            + self._scratch_bytes,  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
@@ -216,8 +242,8 @@ class Sizes:
     @property
     def ring_bytes(self) -> int:
         """The bytes of the buffers that streamed layers share."""
-        places = [place for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
-        return min(self.knobs.ring, sum(place not in ("resident", ELSEWHERE) for place in places)) * self.layer_bytes
+        streamed = self._bytes_at("host", "disk")
+        return min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
 
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the fp32 averages of the adapters of tails' layers."""
@@ -228,8 +254,7 @@ class Sizes:
         weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        found = {"host": sum(place == "host" for place in places) * self.layer_bytes, "disk": self.journal_bytes(segments)}
+        found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
         elif knobs.states == "host":
@@ -271,7 +296,7 @@ class Sizes:
         return self._embed(batch)[0]
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
-        return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
+        return embed_bytes(self.shape, self._stored_embedding, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
         """The most bytes while a boundary is read, or written and read back: one example as the cache holds it and in the
@@ -299,15 +324,39 @@ class Sizes:
         return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
 
     @property
-    def _stored(self) -> Vocabularies:
-        return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
+    def _scratch_bytes(self) -> int:
+        """The bytes of the buffer in which GGUF blocks are unpacked."""
+        forms = self.shape.facts.forms
+        return scratch_bytes(on_cpu=self.shape.kind.computes_on_cores) if forms is not None and forms.packed else 0
+
+    @property
+    def _stored_embedding(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.embedding, resident=False)
+
+    @property
+    def _stored_head(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.head, resident=self.knobs.head == "resident")
+
+    def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
+        if kind is None:
+            return Vocabularies(self.vocabulary_itemsize, resident)
+        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """The bytes of the lm_head as it is stored."""
+        facts, stored = self.shape.facts, self._stored_head
+        return facts.vocab_size * (stored.packed_row_bytes or facts.hidden_size * stored.itemsize)
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
         """The most bytes within a loss: the gradient of the output, and a tile's loss with its backward."""
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
             self.shape,
-            self._stored,
+            self._stored_head,
             batch.n_sequences,
             batch.n_tokens,
             task=task,

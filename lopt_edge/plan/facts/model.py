@@ -16,6 +16,7 @@ from typing import Any
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
 from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family, Layout, Wrapper
+from lopt_edge.plan.facts.forms import Forms
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
@@ -60,6 +61,7 @@ class ModelFacts:
     max_positions: int | None
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
+    forms: Forms | None = None  # of a GGUF file: the types of its matrices
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""

@@ -31,11 +31,13 @@ from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import Weights, lay_out
-from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
+from quant.files import is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.gguf.weight import gguf_layout
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
-from quant.nf4 import PackedWeight, pack
+from quant.nf4 import pack
+from quant.packed import Packed, PackedOnDisk
 
 
 @dataclass(eq=False)
@@ -80,6 +82,7 @@ class Model:
     weights: Weights | None = None
     here: tuple[int, ...] = ()  # the layers that this process has
     far: FarLayers | None = None  # where the others are
+    scratch: Tensor | None = None  # in which GGUF blocks are unpacked
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -163,9 +166,10 @@ def load_model(
     entries = tensor_entries(folder)
     knobs = default_knobs(facts, device.type)
     placement = placement or placement_of(knobs)
-    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
     buffer = UnpackBuffer()
     shared: dict[object, Tensor] = {}
+    head = dict(placement)["head"]
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
     layouts, maps, places = {}, {}, dict(placement)
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
@@ -184,6 +188,7 @@ def load_model(
             _tile_norms(layer)
             _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
+        model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
         model.weights.load()
     except FolderError as error:
@@ -230,8 +235,12 @@ def make_skeleton(
     dtype: torch.dtype,
     head: str = "disk",
     mover: Mover | None = None,
+    shared: dict[object, Tensor] | None = None,
 ) -> Model:
-    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError."""
+    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError.
+
+    `shared` holds what packed matrices share.
+    """
     from transformers import AutoConfig
 
     layout, attention = facts.layout, "sdpa"
@@ -250,14 +259,20 @@ def make_skeleton(
         fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+
+    known = {} if shared is None else shared
+
+    def vocabulary(name: str, *, resident: bool) -> Vocabulary:
+        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
+
     return Model(
         facts=facts,
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
-        embedding=Vocabulary(entries[layout.embedding], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[layout.head(tied=facts.tied)], device=device, dtype=dtype, resident=head == "resident"),
+        embedding=vocabulary(layout.embedding, resident=False),
+        lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
@@ -268,14 +283,16 @@ def make_skeleton(
 
 def _packed_linear(
     linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
-) -> tuple[PackedLinear, PackedLayout | None]:
+) -> tuple[PackedLinear, PackedOnDisk | None]:
     """The module of a linear layer, and where its weight lies on disk; None if the weight is in the module already."""
     packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    on_disk: PackedLayout | None = None
-    weight: PackedLayout | PackedWeight | Tensor
+    on_disk: PackedOnDisk | None = None
+    weight: PackedOnDisk | Packed | Tensor
     name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
     if is_packed(entries, name):
         weight = on_disk = packed_on_disk(entries, name)
+    elif model.facts.forms is not None:
+        weight = on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
         weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
@@ -306,7 +323,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
     for part in parts:
-        if isinstance(part.weight, PackedWeight):
+        if part.weight is not None and not isinstance(part.weight, Tensor):
             sizes[id(part)] = part.weight.block_elements
     if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
         gate, up, down = parts
