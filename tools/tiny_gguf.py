@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
 from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file
 
@@ -33,17 +34,36 @@ EXTRA = {  # keys of an architecture beside the common ones: the config's names 
 
 
 def write_gguf(
-    source: Path, target: Path, kinds: tuple[str, ...] = ("Q8_0",), *, embedding: str = "F16", seed: int = 0
+    source: Path,
+    target: Path,
+    kinds: tuple[str, ...] = ("Q8_0",),
+    *,
+    embedding: str = "F16",
+    vocabulary: bool = False,
+    metadata: dict | None = None,
+    frequencies: list[float] | None = None,
 ) -> Path:
-    """Write the model of a folder; matrices of the layers get the kinds in turn, norms and biases stay in fp32."""
+    """Write the model of a folder; matrices of the layers get the kinds in turn, norms and biases stay in fp32.
+
+    `vocabulary`: with the folder's tokenizer and template. `metadata` replaces or adds keys, also by wrong ones;
+    `frequencies` is Llama 3's table.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     family = config["model_type"]
     name = ARCHITECTURES.get(family, family)
     arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
     writer = gguf.GGUFWriter(target, name)
     _metadata(writer, config, name)
+    if vocabulary:
+        _vocabulary(writer, source)
+    for key, value in (metadata or {}).items():
+        del_key(writer, key)
+        kind = {str: Value.STRING, int: Value.UINT32, float: Value.FLOAT32}[type(value)]
+        writer.add_key_value(key, value, kind)
+    if frequencies is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(frequencies, dtype=np.float32))
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    random, turn = np.random.default_rng(seed), 0
+    random, turn = np.random.default_rng(0), 0
     for key, tensor in sorted(load_file(source / "model.safetensors").items(), key=lambda item: _order(item[0])):
         values = tensor.float().numpy()
         theirs = names.get_name(key, try_suffixes=(".weight", ".bias"))
@@ -101,6 +121,33 @@ def _packed(values: np.ndarray, kind: Kind, random: np.random.Generator) -> np.n
         scale = random.uniform(0.3, 1.0, len(blocks)) * values.shape[1] ** -0.5 / largest
         blocks[:, place : place + 2] = scale.astype(np.float16).reshape(-1, 1).view(np.uint8)
     return blocks.reshape(values.shape[0], -1)
+
+
+def del_key(writer: gguf.GGUFWriter, key: str) -> None:
+    """Take a key that was added back, so that a test can give it another value."""
+    for values in writer.kv_data:
+        values.pop(key, None)
+
+
+def _vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:
+    """The folder's byte-level BPE tokenizer, cut as GPT-2 does (examples/tiny-llama), and its template."""
+    values = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ids = dict(values["model"]["vocab"])
+    special = {one["content"]: one["id"] for one in values["added_tokens"]}
+    ids |= special
+    tokens = sorted(ids, key=lambda token: ids[token])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]])
+    for role, add in (("bos_token", writer.add_bos_token_id), ("eos_token", writer.add_eos_token_id),
+                      ("pad_token", writer.add_pad_token_id)):  # fmt: skip
+        if isinstance(config.get(role), str):
+            add(ids[config[role]])
+    if (source / "chat_template.jinja").exists():
+        writer.add_chat_template((source / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 def _metadata(writer: gguf.GGUFWriter, config: dict, name: str) -> None:

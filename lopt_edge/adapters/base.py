@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder, find_model, model_fingerprint
+from lopt_edge.models.folder import ModelFolder, find_model, model_fingerprint, names_a_gguf
 from lopt_edge.run.model.adapter_config import AdapterConfig, read_adapter_config
 from quant.headers import FolderError, read_json
 
@@ -53,8 +53,10 @@ def _named_base(config: AdapterConfig, revision: str | None, *, where: str) -> M
     fix = "give the base model with --model"
     if config.base is None:
         raise InputError("adapter_config.json names no base model", where=where, fix=fix)
+    # of a GGUF file the adapter's own tokenizer is the one that it was trained with
+    own = where if names_a_gguf(config.base) and (Path(where) / "tokenizer.json").is_file() else None
     try:
-        return find_model(config.base, revision=revision or config.revision)
+        return find_model(config.base, revision=revision or config.revision, tokenizer=own)
     except InputError as error:
         what = f"the base model that adapter_config.json names cannot be used ({error.what})"
         raise InputError(what, where=where, fix=f"{fix}, wherever it lies now") from None

@@ -36,10 +36,10 @@ class ModelFolder:
     commit: str | None = None
 
 
-def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
+def find_model(name: str, *, revision: str | None = None, tokenizer: str | None = None) -> ModelFolder:
     """The folder and facts of a local folder, a GGUF file or a hub id; `org/name:FILE.gguf` is a GGUF file of a hub id.
 
-    Raises InputError for what is missing or unsupported.
+    `tokenizer` is a folder with the tokenizer of a GGUF file. Raises InputError for what is missing or unsupported.
     """
     path, commit = Path(name).expanduser(), None
     try:
@@ -47,10 +47,13 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
     except OSError as error:
         raise InputError(f"{name[:80]!r} cannot be a path ({error.strerror})", where="model") from None
     if is_file and not is_folder and looks_like_gguf(path):
-        return _of_gguf(path, str(path.resolve()), None)
+        return _of_gguf(path, str(path.resolve()), None, tokenizer)
     if not is_file and names_gguf(name):
         path, commit = download_gguf(name, revision)
-        return _of_gguf(path, name, commit)
+        return _of_gguf(path, name, commit, tokenizer)
+    if tokenizer is not None:
+        what = "is for a GGUF file; this model has its tokenizer in its folder"
+        raise InputError(what, where="tokenizer", fix="leave it out, or put those files into a copy of the folder")
     if not is_folder:
         if is_file or name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise InputError(
@@ -70,8 +73,13 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
     return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
 
 
-def _of_gguf(path: Path, name: str, commit: str | None) -> ModelFolder:
-    folder = folder_of_gguf(path)
+def names_a_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file, here or on the hub."""
+    return names_gguf(name) or looks_like_gguf(Path(name).expanduser())
+
+
+def _of_gguf(path: Path, name: str, commit: str | None, tokenizer: str | None) -> ModelFolder:
+    folder = folder_of_gguf(path, tokenizer=None if tokenizer is None else Path(tokenizer).expanduser())
     facts = _of_its_weights(facts_from_config(read_config(folder / "config.json"), where=str(path)), folder)
     return ModelFolder(folder, name, facts, commit)
 

@@ -23,6 +23,8 @@ from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.system.files import write_json
 from quant.gguf.header import GgufHeader, is_gguf, read_gguf_header
 from quant.headers import FolderError, TensorEntry, read_json
+from quant.small_files import TEMPLATE_NAMES, TOKENIZER_NAMES, copy_small_files
+from quant.untrusted import check_folder
 
 POINTER_NAME = "gguf.json"
 VERSION = 1
@@ -33,8 +35,11 @@ def looks_like_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" or (path.is_file() and is_gguf(path))
 
 
-def folder_of_gguf(path: Path) -> Path:
-    """The model folder of a GGUF file, made if it is not there. Raises InputError."""
+def folder_of_gguf(path: Path, *, tokenizer: Path | None = None) -> Path:
+    """The model folder of a GGUF file, made if it is not there; `tokenizer` is a folder whose tokenizer is taken.
+
+    Raises InputError.
+    """
     path = path.resolve()
     try:
         header = _header(path)
@@ -50,12 +55,14 @@ def folder_of_gguf(path: Path) -> Path:
     }
     config = config_of(header)
     entries_of(header)  # a tensor without a name is refused here, before anything is written
-    text = json.dumps([pointer, config])
+    text = json.dumps([pointer, config, _digests(tokenizer)])
     folder = default_cache() / "gguf" / f"{path.stem[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not (folder / POINTER_NAME).exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", config)
+            if tokenizer is not None:
+                copy_small_files(tokenizer, folder, names=(*TOKENIZER_NAMES, *TEMPLATE_NAMES))
             write_json(folder / POINTER_NAME, pointer)  # last: a folder with a pointer is whole
         except OSError as error:
             raise InputError(
@@ -110,6 +117,20 @@ def facts_of_gguf(facts: ModelFacts, entries: dict[str, TensorEntry], *, where: 
     )
     forms = Forms(layers, kind(layout.embedding), kind(layout.head(tied=facts.tied)))
     return replace(facts, quantised=True, forms=forms)
+
+
+def _digests(tokenizer: Path | None) -> dict[str, str]:
+    """The hashes of a folder's tokenizer files. Raises InputError for a folder without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    try:
+        check_folder(tokenizer)
+        found = [name for name in (*TOKENIZER_NAMES, *TEMPLATE_NAMES) if (tokenizer / name).is_file()]
+        if not {"tokenizer.json", "tokenizer.model"} & {*found}:
+            raise FolderError(f"{tokenizer}: has neither tokenizer.json nor tokenizer.model")
+        return {name: hashlib.sha256((tokenizer / name).read_bytes()).hexdigest() for name in found}
+    except FolderError as error:
+        raise InputError(str(error), where="tokenizer", fix="name a folder with the model's tokenizer files") from None
 
 
 def _header(path: Path) -> GgufHeader:

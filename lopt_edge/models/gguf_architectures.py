@@ -118,7 +118,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     found: dict[str, Any] = {"architectures": [kind.published], "model_type": kind.model_type, "dtype": "float32"}
     found |= {config_key: _exact(own[key]) for key, config_key in named.items() if key in own}
     found |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": "output.weight" not in header.entries}
-    found |= _token_ids(header) | kind.fixed
+    found |= {**_token_ids(header), **kind.fixed}
     if any(key in header.entries for key in ("blk.0.attn_q.bias", "blk.0.attn_output.bias")):
         found["attention_bias"] = True
     if "blk.0.ffn_up.bias" in header.entries:

@@ -71,7 +71,7 @@ def _refusal(header: GgufHeader, what: str) -> InputError:
 def _byte_level(header: GgufHeader) -> tuple[dict[str, Any], list[str]]:
     """What tokenizer.json says, and the tokens."""
     pre = header.metadata.get("tokenizer.ggml.pre")
-    if pre not in CUTS:
+    if not isinstance(pre, str) or pre not in CUTS:
         raise _refusal(header, f"cuts texts in the way {printable_name(str(pre)[:40])!r}, which is not known here")
     cuts, own = CUTS[pre]
     missing = [key for key in (TOKENS, KINDS, MERGES) if not isinstance(header.metadata.get(key), LongArray | list)]

@@ -106,8 +106,8 @@ def gguf_layout(entry: TensorEntry) -> GgufLayout:
 
 
 def read_gguf(entry: TensorEntry) -> Tensor:
-    """One tensor of a GGUF file in fresh CPU memory: plain numbers as they are, blocks in fp32. Raises FolderError."""
-    if entry.dtype in PLAIN:
+    """One tensor in fresh CPU memory: plain numbers as they are stored, blocks in fp32. Raises FolderError."""
+    if entry.dtype not in TYPES or TYPES[entry.dtype].is_plain:
         return read_tensor(entry)
     blocks = torch.empty(entry.n_bytes, dtype=torch.uint8)
     read_bytes(entry, tensor_bytes(blocks))

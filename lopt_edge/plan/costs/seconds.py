@@ -122,13 +122,13 @@ class Costs:
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
-        itemsize = sizes.shape.itemsize
+        itemsize, forms = sizes.shape.itemsize, sizes.shape.facts.forms
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
         self.rates = _Rates(
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate,
+            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
             profile.op_overhead_seconds,
         )
 
