@@ -39,6 +39,11 @@ def base_of(
     return found
 
 
+def is_the_base(model: ModelFolder, adapter: Path) -> bool:
+    """Whether a model is the one that the adapter was trained on, as far as anything tells (by its hash)."""
+    return _is_base(model, read_adapter_config(adapter), adapter)
+
+
 def tell_if_another(model: ModelFolder, adapter: Path, say: Callable[[str], None]) -> None:
     """Say so if a model is not the one that the adapter was trained on. Raises InputError for a folder without one."""
     config = read_adapter_config(adapter)

@@ -113,11 +113,21 @@ def export(
 
 def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
     """All shards and their index; returns the bytes of the tensors."""
-    entries = tensor_entries(base)
-    names = [name for name in sorted(entries) if not _is_quantisation_part(name, entries)]
-    layout = [(name, DTYPES[dtype], _full_shape(name, entries, model)) for name in names]
-    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in _merged_tensors(names, entries, model))
+    layout = [(name, DTYPES[dtype], shape) for name, shape in tensor_shapes(model, base).items()]
+    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in merged_tensors(model, base))
     return write_sharded(target, layout, tensors)
+
+
+def tensor_shapes(model: Model, base: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of the merged model by name, in the order of `merged_tensors`. Raises InputError."""
+    entries = tensor_entries(base)
+    return {name: _full_shape(name, entries, model) for name in sorted(entries) if not _is_quantisation_part(name, entries)}
+
+
+def merged_tensors(model: Model, base: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the merged model, one in memory at a time; `base` is the weights' folder. Raises InputError."""
+    entries = tensor_entries(base)
+    return _merged_tensors([*tensor_shapes(model, base)], entries, model)
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:

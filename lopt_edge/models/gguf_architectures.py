@@ -234,10 +234,17 @@ def _llama3(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
             file.seek(entry.start)
             stored = struct.unpack(f"<{head_dim // 2}f", file.read(entry.n_bytes))
     for rope in LLAMA3_ROPES:
-        table = [_stretch(theta ** (2 * i / head_dim), **rope) for i in range(head_dim // 2)]
+        table = frequencies(rope, theta=theta, head_dim=head_dim)
         if len(stored) == len(table) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(stored, table, strict=True)):
             return rope
     raise _refusal(header, f"{FREQUENCIES} is not the table of a rule that is known", "use the model's safetensors folder")
+
+
+def frequencies(rope: Mapping[str, Any], *, theta: float, head_dim: int) -> list[float]:
+    """The table of a rule of Llama 3's kind: by what each frequency of a head is divided."""
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers = {key: float(rope[key]) for key in keys}
+    return [_stretch(theta ** (2 * i / head_dim), **numbers) for i in range(head_dim // 2)]
 
 
 def _stretch(
