@@ -27,6 +27,7 @@ from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
 from tests.laws.bench import Bench, make_bench, random_batch
+from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,6 +52,7 @@ class Setting:
     stored: torch.dtype = torch.float32  # of the vocabulary
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
+    gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
 
 
 def random_setting(number: int, *, dropout: bool = False) -> Setting:
@@ -215,9 +217,13 @@ def compare(setting: Setting, root: Path) -> Comparison:
         max_position_embeddings=4096,
         **setting.changes,
     )
-    quantise_model(find_model(str(source)), folder / "q")
+    if setting.gguf:
+        model = find_model(str(write_gguf(source, folder / "model.gguf", setting.gguf, embedding=setting.gguf[-1]))).path
+    else:
+        model = folder / "q"
+        quantise_model(find_model(str(source)), model)
     bench = make_bench(
-        folder / "q",
+        model,
         method=setting.method,
         num_segments=setting.num_segments,
         n_micro_batches=len(setting.lengths),

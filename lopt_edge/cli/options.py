@@ -18,8 +18,12 @@ from lopt_edge.errors import InputError
 from lopt_edge.plan.methods import owners_of
 
 # Options that several commands have.
-ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+ModelOption = Annotated[str, typer.Option("--model", help="model folder, GGUF file or hub id (org/name)")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="model folder, GGUF file or hub id (default: what the adapter's config names)")
+]
+CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
 
 MOST_BYTES = 4095  # of a path on Linux

@@ -35,9 +35,10 @@ class Config(MethodOptions):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = Field(min_length=1, description="model folder, or hub id (org/name)")
+    model: str = Field(min_length=1, description="model folder, GGUF file, or hub id (org/name, org/name:FILE.gguf)")
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
+    tokenizer: str | None = Field(None, description="folder with the tokenizer of a GGUF file, instead of the file's own")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"

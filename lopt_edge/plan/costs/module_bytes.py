@@ -82,6 +82,8 @@ def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) ->
 def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Unpack a matrix into the shared buffer: its scales go at the end."""
     n_elements, on_cpu = linear.in_features * linear.out_features, shape.kind.computes_on_cores
+    if shape.facts.forms is not None:  # in a scratch buffer that is always there
+        return
     with heap.call():
         unpack_scales(heap, n_elements, on_cpu=on_cpu)
         unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
@@ -143,7 +145,7 @@ def mixed_elements(linear: LinearFacts) -> int:
 
 def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Read blocks of rows: both matrices' scales stay; where no rows can be cut out they are made at each read instead."""
-    if linear.in_features % BLOCK_ELEMENTS == 0:
+    if linear.in_features % BLOCK_ELEMENTS == 0 and shape.facts.forms is None:
         for _ in range(2):
             unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.kind.computes_on_cores)
 
@@ -151,7 +153,7 @@ def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
 def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     if linear.in_features % BLOCK_ELEMENTS:
         unpack_matrix(heap, shape, linear)
-    else:
+    elif shape.facts.forms is None:
         unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
 
 
@@ -242,7 +244,7 @@ class _Pass:
         self.tile = min(token_tile(on_cpu=self.on_cpu), n_rows)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
-        for linear in self.linears:
+        for linear in self.linears if shape.facts.forms is None else ():
             unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=self.on_cpu)
         heap.take(self.adapter_elements * self.c if self.c != 4 else 0)
         heap.take(n_rows * (self.ranks[0] + self.ranks[1]) * self.c)
@@ -254,6 +256,8 @@ class _Pass:
     def weights(self) -> None:
         """Take a block's three matrices; columns of the last one are cut out as copies (unless they are all of them)."""
         n_elements = self.width * self.hidden
+        if self.shape.facts.forms is not None:
+            return
         unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
         with self.heap.call():
             if self.width < self.shape.facts.intermediate_size:
@@ -396,6 +400,12 @@ def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabulari
     facts, c = shape.facts, shape.itemsize
     with heap.call():
         cast = c * (c != stored.itemsize)
+        if row := stored.packed_row_bytes:
+            n_rows = n_ids if stored.head_resident else min(n_ids, facts.vocab_size)
+            heap.take(0 if stored.head_resident else 8 * n_rows + 8 * n_ids)
+            heap.take(n_rows * (row + facts.hidden_size * c))
+            heap.take(0 if stored.head_resident else n_ids * facts.hidden_size * c)
+            return
         if stored.head_resident:
             heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
             return

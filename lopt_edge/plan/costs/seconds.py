@@ -133,13 +133,13 @@ class Costs:
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
-        itemsize = sizes.shape.itemsize
+        itemsize, forms = sizes.shape.itemsize, sizes.shape.facts.forms
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
         self.rates = _Rates(
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate,
+            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
             profile.op_overhead_seconds,
         )
 
@@ -152,7 +152,7 @@ class Costs:
 
     def embed(self, batch: MicroBatchSize) -> float:
         """The seconds of an EMBED."""
-        n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
+        n_bytes = batch.n_rows * self.sizes.head_bytes / self.sizes.shape.facts.vocab_size
         return n_bytes / self.profile.file_read + self.rates.overhead
 
     def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
@@ -166,8 +166,8 @@ class Costs:
         found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
         found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
         if sizes.knobs.head != "resident":
-            stored = sizes.vocabulary_itemsize
-            found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
+            found += n_tiles * sizes.head_bytes / self.profile.file_read
+            found += n_tiles * elements * 2 * sizes.shape.itemsize / rates.bandwidth
         return found + rates.overhead
 
     def align(self, batch: MicroBatchSize) -> float:
@@ -198,7 +198,7 @@ class Costs:
         """The bytes of a movement, by what its row says that it moves."""
         moves = op.effect.moves
         if moves == "weights":
-            return self.sizes.layer_bytes(op.target)
+            return self.sizes.bytes_of_layers[op.target]
         if moves == "group":
             return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
         batch = self.batches[op.micro_batch]

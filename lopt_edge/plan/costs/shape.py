@@ -73,7 +73,8 @@ class LayerShape:
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
         names = {linear.short_name for linear in self.linears}
-        cut = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
+        in_blocks = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
+        cut = in_blocks or self.facts.forms is not None  # a row of a GGUF matrix is whole blocks
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
         return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped and not self.mixed
 
@@ -125,10 +126,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """The embedding and the lm_head as stored: bytes of a number, and whether the lm_head lies on the device."""
+    """The embedding or the lm_head as stored: bytes of a number, whether the lm_head lies on the device, and the bytes of a
+    row in blocks (0: plain numbers)."""
 
     itemsize: int
     head_resident: bool = False
+    packed_row_bytes: int = 0
 
 
 Dimensions = dict[str, int]  # by the programs' letters

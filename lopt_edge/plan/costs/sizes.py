@@ -28,6 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.gguf.types import TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -99,38 +100,34 @@ class Sizes:
     # weights ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _packed(self) -> tuple[tuple[int, int], ...]:
-        """The bytes of a layer's buffer and of the codes in it, by kind of layer."""
-        return tuple(_packed_bytes(kind) for kind in self.shape.facts.kinds)
+    def bytes_of_layers(self) -> tuple[int, ...]:
+        """The bytes of each layer's buffer of packed weights (run/tiers/weights.py); a GGUF file's layers differ."""
+        facts = self.shape.facts
+        if facts.forms is None:
+            by_kind = [_packed_bytes(kind)[0] for kind in facts.kinds]
+            return tuple(by_kind[kind] for kind in facts.kind_of_layer)
+        return tuple(
+            sum(
+                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+            )
+            for layer, blocks in enumerate(facts.forms.layers)
+        )
 
-    def layer_bytes(self, layer: int) -> int:
-        """The bytes of a layer's buffer of packed weights (run/tiers/weights.py)."""
-        return self._packed[self.shape.facts.kind_of_layer[layer]][0]
-
-    @cached_property
-    def packed_bytes(self) -> tuple[int, int]:
-        """The bytes of packed weights on the device, those of resident layers and the ring's, and of the codes in them."""
-        kinds, own = self.shape.facts.kind_of_layer, self._with_weights
-        resident = [self._packed[kinds[layer]] for layer, place in own if place == "resident"]
-        buffers = resident + self._ring
-        return sum(n_bytes for n_bytes, _ in buffers), sum(codes for _, codes in buffers)
-
-    @property
-    def ring_bytes(self) -> int:
-        """The bytes of the buffers that streamed layers share; each has room for the largest."""
-        return sum(n_bytes for n_bytes, _ in self._ring)
+    def _bytes_at(self, *places: str) -> list[int]:
+        """The bytes of each layer with weights of its own that lies at one of these places."""
+        layers = enumerate(zip(self.knobs.weights, self.bytes_of_layers, strict=True))
+        return [n_bytes for layer, (place, n_bytes) in layers if layer not in self.replaced and place in places]
 
     @cached_property
-    def _ring(self) -> list[tuple[int, int]]:
+    def code_bytes(self) -> int:
+        """The bytes of 4-bit codes on the device: of resident layers, and of the largest in each buffer of the ring."""
         kinds = self.shape.facts.kind_of_layer
-        places = self._with_weights
-        streamed = [self._packed[kinds[layer]] for layer, place in places if place not in ("resident", ELSEWHERE)]
-        return [max(streamed)] * min(self.knobs.ring, len(streamed)) if streamed else []
-
-    @property
-    def _with_weights(self) -> list[tuple[int, str]]:
-        """Each layer that has weights of its own, and where they are."""
-        return [(layer, place) for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+        codes = [_packed_bytes(kind)[1] for kind in self.shape.facts.kinds]
+        own = [(place, codes[kinds[layer]]) for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+        streamed = [n_bytes for place, n_bytes in own if place not in ("resident", ELSEWHERE)]
+        ring = min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
+        return sum(n_bytes for place, n_bytes in own if place == "resident") + ring
 
     @cached_property
     def small_bytes(self) -> int:
@@ -163,10 +160,14 @@ class Sizes:
         rows = min(self.shape.kind.vocabulary_chunk, facts.vocab_size)
         if self.knobs.head == ELSEWHERE:
             return 0
+        if row := self._stored_head.packed_row_bytes:
+            in_memory = facts.vocab_size if self.knobs.head == "resident" else rows
+            return in_memory * row + rows * facts.hidden_size * c
+        stored = self._stored_head.itemsize
         if self.knobs.head == "resident":
-            return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
-        cast = c if c != self.vocabulary_itemsize or self.shape.kind.host_is_below else 0
-        on_device = 0 if self.shape.kind.host_is_below else self.vocabulary_itemsize
+            return facts.vocab_size * facts.hidden_size * stored
+        cast = c if c != stored or self.shape.kind.host_is_below else 0
+        on_device = 0 if self.shape.kind.host_is_below else stored
         return rows * facts.hidden_size * (on_device + cast)
 
     # groups ----------------------------------------------------------------------------------------------------------
@@ -226,10 +227,12 @@ class Sizes:
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
         found = {
-            "weights": self.packed_bytes[0] + self.small_bytes,
+            "weights": sum(self._bytes_at("resident")) + self.ring_bytes + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
-            "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
+            "workspace": self.unpack_buffer_bytes(segments)
+            + 4 * len(groups)
+            + self._scratch_bytes,  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
@@ -237,6 +240,12 @@ class Sizes:
         if knobs.states == "device":
             found["optimizer"] = sum(self.states_bytes(group) for group in groups)
         return found
+
+    @property
+    def ring_bytes(self) -> int:
+        """The bytes of the buffers that streamed layers share."""
+        streamed = self._bytes_at("host", "disk")
+        return min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
 
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the fp32 averages of the adapters of tails' layers."""
@@ -247,8 +256,7 @@ class Sizes:
         weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
-        on_host = sum(self.layer_bytes(layer) for layer, place in self._with_weights if place == "host")
-        found = {"host": on_host, "disk": self.journal_bytes(segments)}
+        found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
         elif knobs.states == "host":
@@ -268,7 +276,7 @@ class Sizes:
     def intact_bytes(self) -> int:
         """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
         intact."""
-        return min(2, len(self.replaced)) * max((self.layer_bytes(layer) for layer in self.replaced), default=0)
+        return min(2, len(self.replaced)) * max((self.bytes_of_layers[layer] for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -290,7 +298,7 @@ class Sizes:
         return self._embed(batch)[0]
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
-        return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
+        return embed_bytes(self.shape, self._stored_embedding, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
         """The most bytes while a boundary is read, or written and read back: one example as the cache holds it and in the
@@ -318,15 +326,39 @@ class Sizes:
         return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
 
     @property
-    def _stored(self) -> Vocabularies:
-        return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
+    def _scratch_bytes(self) -> int:
+        """The bytes of the buffer in which GGUF blocks are unpacked."""
+        forms = self.shape.facts.forms
+        return scratch_bytes(on_cpu=self.shape.kind.computes_on_cores) if forms is not None and forms.packed else 0
+
+    @property
+    def _stored_embedding(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.embedding, resident=False)
+
+    @property
+    def _stored_head(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.head, resident=self.knobs.head == "resident")
+
+    def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
+        if kind is None:
+            return Vocabularies(self.vocabulary_itemsize, resident)
+        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """The bytes of the lm_head as it is stored."""
+        facts, stored = self.shape.facts, self._stored_head
+        return facts.vocab_size * (stored.packed_row_bytes or facts.hidden_size * stored.itemsize)
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
         """The most bytes within a loss: the gradient of the output, and a tile's loss with its backward."""
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
             self.shape,
-            self._stored,
+            self._stored_head,
             batch.n_sequences,
             batch.n_tokens,
             task=task,

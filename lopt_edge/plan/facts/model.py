@@ -17,6 +17,7 @@ from typing import Any
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
 from lopt_edge.plan.facts.families.family import LINEAR, SLIDING, Family, Layout, Wrapper
+from lopt_edge.plan.facts.forms import Forms
 from lopt_edge.plan.facts.layers import DELTA_KEYS, LayerFacts, layer_kind
 from quant.untrusted import printable_name
 
@@ -48,6 +49,7 @@ class ModelFacts:
     max_positions: int | None
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
+    forms: Forms | None = None  # of a GGUF file: the types of its matrices
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""

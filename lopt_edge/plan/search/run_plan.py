@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lopt_edge.plan.costs.predict import Prediction
+from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs
 from lopt_edge.plan.search.limits import longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.search.search import Candidate, Search, three_digits
@@ -157,17 +159,25 @@ def shown_knobs(knobs: Knobs) -> dict[str, Any]:
 # the bytes at the peak -------------------------------------------------------------------------------------------------
 
 
+def _weights(facts: ModelFacts, sizes: Sizes, weights: int) -> dict[str, int]:
+    """The bytes of all weights on the device in their parts. Blocks of GGUF have their scales in them."""
+    if facts.forms is not None:
+        return {f"weights ({facts.forms.text})": weights - sizes.small_bytes, "unquantised modules": sizes.small_bytes}
+    return {
+        "4-bit weights": sizes.code_bytes,
+        "scales": weights - sizes.small_bytes - sizes.code_bytes,
+        "unquantised modules": sizes.small_bytes,
+    }
+
+
 def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
     """The bytes by category at the device's peak; they add up to it."""
     prediction = chosen.prediction
     held = dict(prediction.held_at_peak)
     weights = held.pop("weights", 0)
     sizes = workload.sizes(chosen.knobs)
-    packed, codes = sizes.packed_bytes  # resident ones and the ring's
     return {
-        "4-bit weights": codes,
-        "scales": packed - codes,
-        "unquantised modules": weights - packed,
+        **_weights(workload.shape.facts, sizes, weights),
         "embedding": 0,  # its rows are read from the file for each batch
         "head": held.pop("head", 0),
         "adapters": held.pop("adapters", 0),

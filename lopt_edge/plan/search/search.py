@@ -326,7 +326,7 @@ class Bounds:
         up = down = 0.0
         for batch in self.workload.timed(knobs):
             fetches = [
-                sizes.layer_bytes(layer) / profile.up(knobs.weights[layer])
+                sizes.bytes_of_layers[layer] / profile.up(knobs.weights[layer])
                 for segment in segments
                 for layer in (*segment.window, *segment.turned)
                 if knobs.weights[layer] != "resident"

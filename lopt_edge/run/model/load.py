@@ -33,11 +33,13 @@ from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import Weights, lay_out
-from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
+from quant.files import is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.gguf.weight import gguf_layout
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
-from quant.nf4 import PackedWeight, pack
+from quant.nf4 import pack
+from quant.packed import Packed, PackedOnDisk
 
 
 @dataclass(eq=False)
@@ -82,6 +84,7 @@ class Model:
     weights: Weights | None = None
     here: tuple[int, ...] = ()  # the layers that this process has
     far: FarLayers | None = None  # where the others are
+    scratch: Tensor | None = None  # in which GGUF blocks are unpacked
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -166,9 +169,10 @@ def load_model(
     entries = tensor_entries(folder)
     knobs = default_knobs(facts, device.type)
     placement = placement or placement_of(knobs)
-    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
     buffer = UnpackBuffer()
-    shared: dict[bytes, Tensor] = {}
+    shared: dict[object, Tensor] = {}
+    head = dict(placement)["head"]
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
     layouts, maps, places = {}, {}, dict(placement)
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
@@ -181,7 +185,7 @@ def load_model(
                 layer.set_submodule(linear.name, packed)
                 if on_disk is not None:
                     matrices.append((packed, on_disk))
-                    maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
+                    maps[id(on_disk)] = on_disk.shared(device, shared)
             layouts[index] = lay_out(matrices)
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
             _tile_norms(layer)
@@ -189,6 +193,7 @@ def load_model(
                 put_delta_net(layer, facts.layer(index))
             _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
+        model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
         model.weights.load()
     except FolderError as error:
@@ -235,8 +240,12 @@ def make_skeleton(
     dtype: torch.dtype,
     head: str = "disk",
     mover: Mover | None = None,
+    shared: dict[object, Tensor] | None = None,
 ) -> Model:
-    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError."""
+    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError.
+
+    `shared` holds what packed matrices share.
+    """
     from transformers import AutoConfig
 
     layout, attention = facts.layout, "sdpa"
@@ -255,14 +264,20 @@ def make_skeleton(
         fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+
+    known = {} if shared is None else shared
+
+    def vocabulary(name: str, *, resident: bool) -> Vocabulary:
+        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
+
     return Model(
         facts=facts,
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
-        embedding=Vocabulary(entries[layout.embedding], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[layout.head(tied=facts.tied)], device=device, dtype=dtype, resident=head == "resident"),
+        embedding=vocabulary(layout.embedding, resident=False),
+        lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
@@ -273,14 +288,16 @@ def make_skeleton(
 
 def _packed_linear(
     linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
-) -> tuple[PackedLinear, PackedLayout | None]:
+) -> tuple[PackedLinear, PackedOnDisk | None]:
     """The module of a linear layer, and where its weight lies on disk; None if the weight is in the module already."""
     packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    on_disk: PackedLayout | None = None
-    weight: PackedLayout | PackedWeight | Tensor
+    on_disk: PackedOnDisk | None = None
+    weight: PackedOnDisk | Packed | Tensor
     name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
     if is_packed(entries, name):
         weight = on_disk = packed_on_disk(entries, name)
+    elif model.facts.forms is not None:
+        weight = on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
         weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
@@ -292,18 +309,6 @@ def _packed_linear(
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
     packed.clock = model.clock
     return packed, on_disk
-
-
-def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[bytes, Tensor]) -> dict[str, Tensor]:
-    """The small resident parts of a packed weight; code maps, the same for all matrices, are shared."""
-    found = {}
-    for part in (".quant_map", ".nested_quant_map"):
-        if part in on_disk.parts:
-            tensor = read_tensor(on_disk.parts[part]).view(-1)
-            found[part] = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
-    if on_disk.offset is not None:
-        found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
-    return found
 
 
 def _tile_norms(layer: nn.Module) -> None:
@@ -329,7 +334,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
     for part in parts:
-        if isinstance(part.weight, PackedWeight):
+        if part.weight is not None and not isinstance(part.weight, Tensor):
             sizes[id(part)] = part.weight.block_elements
     if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
         gate, up, down = parts
