@@ -8,6 +8,7 @@ The options of `finetune`, `plan` and `resume` come from options.py. Exit codes:
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -25,7 +26,9 @@ from lopt_edge.cli.options import (
     TemplateOption,
     check_words,
     config_parameters,
+    in_our_words,
     own_option,
+    settings_of,
     signature,
 )
 from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
@@ -36,12 +39,12 @@ from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 from lopt_edge.training.session.replacement import sentences
 
 DOES_NOT_FIT = 3  # exit code
+NO_FORM = "Each switch has a --no- form, which turns off what the file turns on. Lists are written with commas."
 
 app = typer.Typer(
     name="lopt-edge",
     help="Low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
@@ -63,6 +66,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]
 
 def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
     """Train a LoRA adapter on a data file. Settings come from CONFIG.yaml and flags; flags win."""
+    flags = settings_of(flags)
     config = load_config(config_file, flags, placeholder="(needed)" if print_config else None)
     if print_config:
         out.print(config.as_yaml(), end="", markup=False)
@@ -73,7 +77,7 @@ def finetune_command(config_file: str | None = None, print_config: bool = False,
 
 def resume_command(output: str, **flags: Any) -> None:
     """Go on with a run that was stopped, from its newest checkpoint. Flags change what may change (budgets, more steps)."""
-    settings = Path(output).expanduser() / "config.yaml"
+    settings, flags = Path(output).expanduser() / "config.yaml", settings_of(flags)
     if not settings.is_file():
         raise InputError("holds no run of finetune (it has no config.yaml)", where=output, fix="name a run's output folder")
     config = load_config(settings, {**flags, "output": output, "resume": "auto"})
@@ -114,6 +118,7 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
     from lopt_edge.planning.worst_case import NOT_GIVEN
 
     own = {name: flags.pop(name) for name in ("gpu", "as_json", "sweep", "picture", "timeline", "explain")}
+    flags = settings_of(flags)
     config = load_config(config_file, flags, placeholder=NOT_GIVEN)
     if config.model == NOT_GIVEN:
         raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")
@@ -126,7 +131,7 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
 finetune_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
     own_option("print_config", "--print-config", "print the resolved settings and stop")
 )
-app.command("finetune")(finetune_command)
+app.command("finetune", epilog=NO_FORM)(finetune_command)
 plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
     own_option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
     own_option("as_json", "--json", "print the answer as JSON"),
@@ -137,7 +142,7 @@ plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer r
     own_option("timeline", "--timeline", "draw bytes over the ops of a step", metavar="FILE.svg"),
     own_option("explain", "--explain", "print the plan's text, op by op"),
 )
-app.command("plan")(plan_command)
+app.command("plan", epilog=NO_FORM)(plan_command)
 folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
 resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
     [
@@ -145,7 +150,7 @@ resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined] 
         *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume")),
     ]
 )
-app.command("resume")(resume_command)
+app.command("resume", epilog=NO_FORM)(resume_command)
 
 
 def _print_result(result: Any) -> None:
@@ -361,6 +366,14 @@ def export_command(
         out.print(line, markup=False)
 
 
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of a settings file, for editors (examples/config.schema.json is this)."""
+    from lopt_edge.config.schema import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
@@ -403,4 +416,4 @@ def main() -> None:
 
 def _run() -> None:
     check_words(sys.argv[1:])
-    app()
+    app(args=in_our_words(sys.argv[1:]))

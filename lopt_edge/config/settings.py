@@ -38,6 +38,7 @@ class Config(MethodOptions):
     model: str = Field(min_length=1, description="model folder, or hub id (org/name)")
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
+    overwrite: bool = Field(False, description="replace an earlier run in the output folder; other files there stay")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"

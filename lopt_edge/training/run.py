@@ -35,6 +35,7 @@ from lopt_edge.training.checkpoint.output_folder import (
     SETTINGS_NAME,
     check_output,
     damaged_results,
+    remove_run,
 )
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
@@ -78,7 +79,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
             if not output.exists():
                 held.push(partial(_nothing_was_made, output))
             held.enter_context(output_lock(output, warn=progress.warn))
-            check_output(output, resuming=config.resume is not None)  # again: another run may have been quicker
+            # again: another run may have been quicker
+            check_output(output, resuming=config.resume is not None, overwrite=config.overwrite)
         _make_ready(config, output, start, progress)
         if probes:
             write_json(output / BOUNDARY_NAME, as_json(probes))
@@ -97,7 +99,7 @@ def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -
     if config.dry_run:
         progress.warn("boundary auto: a dry run probes nothing; the plan is that of the midpoint")
         return config.model_copy(update={"boundary": None}), []
-    check_output(Path(config.output))
+    check_output(Path(config.output), overwrite=config.overwrite)
 
     def run(short: Config) -> None:
         interrupts.check()
@@ -124,6 +126,8 @@ def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
 def _make_ready(config: Config, output: Path, start: Start | None, progress: Progress) -> None:
     """Make the output folder, with the settings for `lopt-edge resume`; what dead runs left half written is removed."""
     clean(output / CHECKPOINTS)
+    if config.overwrite and (output / SETTINGS_NAME).exists() and (kept := remove_run(output)):
+        progress.warn(f"overwrite removed the run in {output}; what is no run's stays: {', '.join(kept[:5])}")
     if start is not None:
         for name in set_aside(output / CHECKPOINTS, beyond=start.checkpoint.folder):
             progress.warn(f"a newer checkpoint than the one resumed from is kept as {name}")

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s)."""
-    check_output(Path(config.output), resuming=config.resume is not None)
+    check_output(Path(config.output), resuming=config.resume is not None, overwrite=config.overwrite)
     given = config
     config, start, resumed = find_start(config)
     found = _read_files(config)
