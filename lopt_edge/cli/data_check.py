@@ -54,7 +54,7 @@ def data_check(
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:
-        out.print(check_report(dataset, tokenizer))
+        out.print(check_report(dataset, tokenizer), soft_wrap=False)  # else it would be cut at the terminal's width
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lopt_edge.cli.data_check import data_check
 from lopt_edge.cli.options import (
@@ -36,7 +35,6 @@ from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
-from lopt_edge.training.session.replacement import sentences
 
 DOES_NOT_FIT = 3  # exit code
 NO_FORM = "Each switch has a --no- form, which turns off what the file turns on. Lists are written with commas."
@@ -64,7 +62,9 @@ TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]
 
 
-def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
+def finetune_command(
+    config_file: str | None = None, print_config: bool = False, verbose: bool = False, **flags: Any
+) -> None:
     """Train a LoRA adapter on a data file. Settings come from CONFIG.yaml and flags; flags win."""
     flags = settings_of(flags)
     config = load_config(config_file, flags, placeholder="(needed)" if print_config else None)
@@ -72,30 +72,24 @@ def finetune_command(config_file: str | None = None, print_config: bool = False,
         out.print(config.as_yaml(), end="", markup=False)
         return
     with placed(config_file, flags):
-        _finetune(config)
+        _finetune(config, verbose=verbose)
 
 
-def resume_command(output: str, **flags: Any) -> None:
+def resume_command(output: str, verbose: bool = False, **flags: Any) -> None:
     """Go on with a run that was stopped, from its newest checkpoint. Flags change what may change (budgets, more steps)."""
     settings, flags = Path(output).expanduser() / "config.yaml", settings_of(flags)
     if not settings.is_file():
         raise InputError("holds no run of finetune (it has no config.yaml)", where=output, fix="name a run's output folder")
     config = load_config(settings, {**flags, "output": output, "resume": "auto"})
     with placed(settings, flags):
-        _finetune(config)
+        _finetune(config, verbose=verbose)
 
 
-def _finetune(config: Config) -> None:
-    from lopt_edge.cli.progress import TerminalProgress
-    from lopt_edge.training.run import finetune
+def _finetune(config: Config, *, verbose: bool) -> None:
+    from lopt_edge.cli.run_page import run
 
     with _stoppable():
-        result = finetune(config, TerminalProgress(err))
-        if result is None:
-            if config.dry_run:
-                err.print("dry run: nothing was trained or written")
-            return
-        _print_result(result)
+        run(config, verbose=verbose)
 
 
 @contextmanager
@@ -128,8 +122,9 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
+VERBOSE = own_option("verbose", "--verbose", "say why things were chosen, and the plan's hash")
 finetune_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
-    own_option("print_config", "--print-config", "print the resolved settings and stop")
+    own_option("print_config", "--print-config", "print the resolved settings and stop"), VERBOSE
 )
 app.command("finetune", epilog=NO_FORM)(finetune_command)
 plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
@@ -148,38 +143,10 @@ resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined] 
     [
         inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
         *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume")),
+        VERBOSE,
     ]
 )
 app.command("resume", epilog=NO_FORM)(resume_command)
-
-
-def _print_result(result: Any) -> None:
-    table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
-    before, after = result.evaluation["before"], result.evaluation["after"]
-    for name, value in after.items():
-        scored = f"{labels[name]} ({result.scored_tokens[name]:,} tokens)"
-        table.add_row(scored, f"{before[name]:.4f}", f"{value:.4f}")
-    if not after:
-        table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
-    whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
-    table.add_row(f"peak memory ({whole})", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
-    if result.peak_device_bytes != result.peak_rss_bytes:
-        table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
-    out.print(table)
-    for sentence in sentences(result.replacement, after):
-        out.print(sentence, markup=False)
-    if result.replacement:
-        out.print(
-            f"peft alone would put this adapter on the intact model; lopt-edge export {result.output} --merged DIR "
-            "writes the model that was trained",
-            markup=False,
-        )
-    for when, text in result.samples.items():
-        out.print(f"sample {when}: {text}", markup=False)
-    out.print(f"adapter: {result.output}", markup=False)
 
 
 @app.command("compare")

@@ -44,6 +44,7 @@ from lopt_edge.training.pipeline.worker import is_worker
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
+from lopt_edge.training.prepare.told import six_facts
 from lopt_edge.training.recovery import MOST_PLANS, smaller_plan
 from lopt_edge.training.session.loaded import RunContext
 from lopt_edge.training.session.progress import Progress
@@ -60,7 +61,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
         return None
-    progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
+    progress = progress or Progress()
+    clock, output = PhaseClock(progress.phase), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:
         resumes = config.resume is not None and output.is_dir()
@@ -111,13 +113,14 @@ def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -
 def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
     for warning in inputs.warnings:
         progress.warn(warning)
+    progress.facts(six_facts(inputs))
     for reason in inputs.reasons:
-        progress.note(reason)
+        progress.detail(reason)
     n_micro = min(inputs.config.grad_accum, -(-len(inputs.train.examples) // inputs.config.batch_size))
     plans = [inputs.plan(n_micro, kind) for kind in inputs.course.kinds]
     named = ", ".join(f"{plan.hash()} ({f'{plan.kind}: ' if plan.kind else ''}{len(plan.ops)} ops)" for plan in plans)
     own = "" if inputs.part is None else " of process 0"
-    progress.note(f"plan{own} {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
+    progress.detail(f"plan{own} {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
     if start is not None:
         inside = f" and {start.state.sequences} sequences of the next" if start.state.sequences else ""
         progress.note(f"resumed after step {start.state.steps}{inside}: {start.checkpoint.folder}")

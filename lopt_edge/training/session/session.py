@@ -155,7 +155,8 @@ class Session:
                 if state.evaluated < 0:
                     state.before = self._evaluate(0)
                     self._sample("before")
-                self.progress.start(self.n_steps, done=(done := state.steps))
+                budget_bytes = self.inputs.run_plan.budget_bytes["device"]
+                self.progress.start(self.n_steps, done=(done := state.steps), budget_bytes=budget_bytes)
                 self._train()
                 self.progress.stop()
                 if loaded.caches is not None and loaded.caches.open is not None:
@@ -355,8 +356,9 @@ class Session:
             self.progress.warn(surprise)
         if len(first_steps.steps) == N_STEPS or step == self.n_steps:
             own = "" if self.loaded.coordinator is None else "process 0: "
-            self.progress.note(f"{own}{first_steps.correction(self.training_bytes)}")
             corrected = first_steps.corrected_bytes(self.training_bytes) or 0
+            tell = self.progress.note if corrected > self.training_bytes else self.progress.detail
+            tell(f"{own}{first_steps.correction(self.training_bytes)}")
             self.predicted["corrected_device_bytes"] = max(corrected, self.predicted["device_bytes"])
 
     def _report_memory(self, step: int, plan: Plan, prediction: Prediction, meter: MemoryMeter) -> None:
