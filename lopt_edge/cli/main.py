@@ -107,12 +107,15 @@ def _stoppable() -> Iterator[None]:
 
 
 def plan_command(config_file: str | None = None, **flags: Any) -> None:
-    """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; needs no data."""
+    """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; data that is named is
+    read, for hours."""
     from lopt_edge.cli.plan_page import plan
     from lopt_edge.planning.worst_case import NOT_GIVEN
 
     own = {name: flags.pop(name) for name in ("gpu", "as_json", "sweep", "picture", "timeline", "explain")}
     flags = settings_of(flags)
+    if own["gpu"] == "list":
+        flags["model"] = flags.get("model") or "none"
     config = load_config(config_file, flags, placeholder=NOT_GIVEN)
     if config.model == NOT_GIVEN:
         raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")
@@ -128,7 +131,12 @@ finetune_command.__signature__ = signature(  # type: ignore[attr-defined]  # typ
 )
 app.command("finetune", epilog=NO_FORM)(finetune_command)
 plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
-    own_option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
+    own_option(
+        "gpu",
+        "--gpu",
+        "plan for this card (rtx4090, ...); all: a table of cards; list: their names",
+        metavar="CARD",
+    ),
     own_option("as_json", "--json", "print the answer as JSON"),
     own_option(
         "sweep", "--sweep", "plan for many values: max-seq-len=1k..256k or device-memory=4GB..24GB", metavar="NAME=VALUES"

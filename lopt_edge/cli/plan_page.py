@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lopt_edge.cli.plan_cards import cards_page
+from lopt_edge.cli.plan_data import as_values, read_data
 from lopt_edge.cli.terminal import say
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
@@ -46,16 +48,22 @@ def plan(
     for flag, path in (("--timeline", timeline), ("--picture", picture)):
         if path is not None and (fault := path_fault(path)) is not None:
             raise InputError(fault, where=flag, fix="check the path")
+    if gpu in ("all", "list"):
+        return cards_page(config, out, only_names=gpu == "list", as_json=as_json, beside=(sweep, timeline, explain))
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
-    asked = question(config, gpu=gpu)
+    data = read_data(config)
+    asked = question(config, gpu=gpu, largest=data.largest)
     found = answer(asked)
+    expected = data.duration(asked, found)
     if timeline is not None:
         _write(Path(timeline), timeline_picture(asked, found))
     if as_json:
-        print(found.as_json())
+        print(json.dumps({**found.as_dict(), **as_values(expected)}, indent=2))
     else:
-        for line in summary(found):
+        verdict, *lines = summary(found)
+        out.print(verdict, markup=False, style="bold green" if found.fits else "bold red")
+        for line in (*lines, *data.words(expected)):
             out.print(line, markup=False)
         out.print(items_table(found))
         out.print(knobs_table(found))

@@ -13,13 +13,13 @@ seconds here, no choice, no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.schedule.effects import Kind, Thing
+from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName, Keep, Op, Plan
 
 Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
@@ -44,43 +44,60 @@ class OpBytes:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bytes of one step, op by op: `rows` has one entry an op."""
+    """The bytes of one step, op by op: `rows` has one entry an op.
 
-    rows: tuple[OpBytes, ...]
+    The search makes hundreds and asks for peaks alone, so rows with their categories are made when somebody wants them:
+    the replay keeps two numbers an op (`loads`: what lives when it begins, and what it takes on top), and the peak's row.
+    """
+
+    loads: tuple[tuple[int, int], ...]
+    peak_bytes: int  # of the tensors on the device
+    peak_op: Op  # where it falls; of equal ones the first
+    host_bytes: int  # the most at an op
+    disk_bytes: int
+    again: Callable[[], Iterator[OpBytes]] = field(repr=False, compare=False)
+
+    @cached_property
+    def rows(self) -> tuple[OpBytes, ...]:
+        """The bytes of each op, by category: the same replay once more."""
+        return tuple(self.again())
 
     @cached_property
     def peak_row(self) -> OpBytes:
-        """The row of the op at which the device's peak falls; of equal ones the first."""
-        return max(self.rows, key=lambda row: row.peak_bytes)
+        """The row of the op at which the device's peak falls."""
+        return next(row for row in self.again() if row.peak_bytes == self.peak_bytes)
+
+    def most_bytes(self, within_share: float) -> int:
+        """The peak of the tensors, each op's with a share of what it takes on top."""
+        return max(held + within + round(within_share * within) for held, within in self.loads)
 
     @property
-    def peak_bytes(self) -> int:
-        """The peak of the tensors on the device."""
-        return self.peak_row.peak_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """The most bytes on the host at an op."""
-        return max(row.host_bytes for row in self.rows)
-
-    @property
-    def disk_bytes(self) -> int:
-        """The most bytes on the disk at an op."""
-        return max(row.disk_bytes for row in self.rows)
+    def most_within(self) -> int:
+        """The most that an op takes on top of what lives when it begins."""
+        return max(within for _, within in self.loads)
 
 
 def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, beside_bytes: int = 0) -> Timeline:
     """The bytes of one step, by a replay of its plan; `batches` has one entry a micro-batch. `beside_bytes` of activations
     live through all of it."""
-    replay, rows = _Replay(plan, sizes, batches), []
-    replay.live["activations"] += beside_bytes
-    replay.total = sum(replay.live.values())
+    replay = _Replay(plan, sizes, batches, beside_bytes)
+    loads, most, peak_op, host, disk = [], -1, plan.ops[0], 0, 0
     for op in plan.ops:
-        held, before, within = replay.held(), replay.total, replay.within(op)
-        replay.run(op)
-        within = max(within, replay.total + replay.within_end(op) - before)
-        rows.append(OpBytes(op, held, within, replay.below["host"], replay.below["disk"]))
-    return Timeline(tuple(rows))
+        before, within = replay.run_whole(op)
+        loads.append((before, within))
+        if before + within > most:
+            most, peak_op = before + within, op
+        host, disk = max(host, replay.below["host"]), max(disk, replay.below["disk"])
+    return Timeline(tuple(loads), most, peak_op, host, disk, partial(_rows, plan, sizes, batches, beside_bytes))
+
+
+def _rows(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> Iterator[OpBytes]:
+    """The rows of a timeline."""
+    replay = _Replay(plan, sizes, batches, beside_bytes)
+    for op in plan.ops:
+        held = replay.held()
+        _, within = replay.run_whole(op)
+        yield OpBytes(op, held, within, replay.below["host"], replay.below["disk"])
 
 
 @dataclass(eq=False)
@@ -95,11 +112,11 @@ class _Replay:
     """The state of a replay: what is alive, by ("hidden" | "input" | "grad" | "layer context" | "graph" | "pages" | ...,
     micro-batch, target)."""
 
-    def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> None:
+    def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> None:
         self.plan, self.sizes, self.batches = plan, sizes, batches
         self.live = sizes.persistent(plan)  # bytes by category, now
-        self.live["activations"] = sum(sizes.batch_bytes(batch) for batch in batches)
-        self.total = 0  # of all categories, once the replay begins
+        self.live["activations"] = beside_bytes + sum(sizes.batch_bytes(batch) for batch in batches)
+        self.total = sum(self.live.values())  # of all categories
         self.below: Counter[str] = Counter(sizes.persistent_below(plan.own_segments))
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
@@ -169,12 +186,16 @@ class _Replay:
             tier, n_bytes = self.tiers.pop(key)
             self.below[tier] -= n_bytes
 
-    # what an op takes ------------------------------------------------------------------------------------------------
+    def run_whole(self, op: Op) -> tuple[int, int]:
+        """Run an op; returns the bytes that live when it begins, and the most that it takes on top of them."""
+        row = op.effect
+        before = self.total
+        within = self.workspaces[row.workspace](op) if row.workspace else 0
+        self.run(op, row)
+        at_end = self.total - before + (self.within_end(op, row) if row.trains else 0)
+        return before, at_end if at_end > within else within
 
-    def within(self, op: Op) -> int:
-        """The bytes that an op takes at its worst moment on top of what is alive when it begins."""
-        name = op.effect.workspace
-        return self.workspaces[name](op) if name else 0
+    # what an op takes ------------------------------------------------------------------------------------------------
 
     def within_loss(self, op: Op) -> int:
         segment, batch = self.plan.segments[op.target], self.batches[op.micro_batch]
@@ -196,9 +217,9 @@ class _Replay:
     def within_update(self, op: Op) -> int:
         return self.sizes.step_within(op.group) + self._block_bytes(op.group)
 
-    def within_end(self, op: Op) -> int:
+    def within_end(self, op: Op, row: Effect) -> int:
         """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
-        uses = op.effect.trains
+        uses = row.trains
         if uses == "layer" and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
         done = op.micro_batch == self.plan.n_micro_batches - 1
@@ -216,9 +237,8 @@ class _Replay:
 
     # what an op leaves -----------------------------------------------------------------------------------------------
 
-    def run(self, op: Op) -> None:
+    def run(self, op: Op, row: Effect) -> None:
         """Make, free and move what the op's row says."""
-        row = op.effect
         if row.uses == "layer":
             self._note_kept(op)
         for thing in row.makes:
@@ -231,7 +251,7 @@ class _Replay:
                     if row.role == "compute":  # the thing itself is gone, not its copy here alone
                         self.forget_below(key)
         if row.role == "down":
-            self._begin_down(op)
+            self._begin_down(op, row)
         elif row.role == "wait":
             for name in self.at_wait.pop((op.item, op.unit, op.micro_batch, op.target), ()):
                 self.drop((name, op.micro_batch, op.target))
@@ -277,9 +297,8 @@ class _Replay:
         graph = self._graph(op)
         return graph.rest + (self.sizes.hidden_bytes(self.batches[op.micro_batch]) if graph.holds_input else 0)
 
-    def _begin_down(self, op: Op) -> None:
+    def _begin_down(self, op: Op, row: Effect) -> None:
         """Begin a movement down: the copy below appears at once, the one on the device goes at the WAIT."""
-        row = op.effect
         item, place = (op.item, -1) if row.moves == "group" else (row.moves, op.micro_batch)
         key = (f"{item} {op.unit}" if row.moves == "group" else item, place, op.target)
         if row.moves == "input":

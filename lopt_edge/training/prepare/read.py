@@ -119,7 +119,7 @@ def _read_files(config: Config) -> _Files:
         check_plain_adapter(Path(config.init_adapter))
         tell_if_another(source, Path(config.init_adapter), notes.append)
     tokenizer = load_tokenizer(source.path, say=notes.append)
-    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    train, held_out, retention = read_datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
@@ -312,7 +312,7 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
         yield f"ignore_columns: no row has {', '.join(train.missing_columns)}"
 
 
-def _datasets(
+def read_datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
