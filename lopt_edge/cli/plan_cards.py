@@ -22,6 +22,7 @@ from lopt_edge.planning.worst_case import question
 from lopt_edge.units import format_bytes
 
 HOST_NOTE = "each with the host memory that such a machine usually has, where --host-memory states none"
+HOW = "weights, activations"
 PLANNED = ("laptop", "desktop")  # kinds of cards that `all` asks for
 
 
@@ -56,31 +57,8 @@ def _answer(config: Config, card: Card, data: PlannedData) -> tuple[RunPlan, Dur
 
 def _names(cards: Sequence[Card]) -> Table:
     table = Table(title="cards that --gpu knows", title_justify="left")
-    for heading in ("name", "kind", "memory"):
-        table.add_column(heading, justify="right" if heading == "memory" else "left")
-    for card in cards:
-        table.add_row(card.name, card.kind, format_bytes(card.memory_bytes))
-    return table
-
-
-def _table(rows: Sequence[tuple[Card, RunPlan, Duration | None]]) -> Table:
-    timed = any(expected is not None for _, _, expected in rows)
-    table = Table(title_justify="left")
-    for heading in (
-        "card",
-        "memory",
-        "fits",
-        "takes",
-        "host",
-        "tokens/s",
-        *(["run"] if timed else []),
-        "weights, activations",
-    ):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("card", "weights, activations") else "right",
-            no_wrap=not heading.startswith("weights"),
-        )
+    for heading in ("card", "memory", "fits", "takes", "host", "tokens/s", *(["run"] if timed else []), HOW):
+        table.add_column(heading, justify="left" if heading in ("card", HOW) else "right", no_wrap=heading != HOW)
     for card, found, expected in rows:
         speed = found.tokens_per_second if expected is None else expected.tokens_per_second
         cells = [card.name, format_bytes(card.memory_bytes), "[green]yes[/green]" if found.fits else "[red]NO[/red]"]

@@ -58,10 +58,11 @@ class PlannedData:
             return
         from lopt_edge.planning.duration import in_words
 
+        speed = f"{expected.n_tokens:,} tokens, {expected.tokens_per_second:,.0f} tokens/s"
         evaluations = f", {in_words(expected.eval_seconds)} of it evaluation" if expected.eval_seconds >= 1 else ""
         yield (
             f"your data: about {in_words(expected.seconds)} for {expected.n_steps:,} steps over "
-            f"{expected.n_examples:,} examples ({expected.n_tokens:,} tokens, {expected.tokens_per_second:,.0f} tokens/s){evaluations}"
+            f"{expected.n_examples:,} examples ({speed}){evaluations}"
         )
 
 
