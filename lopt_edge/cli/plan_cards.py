@@ -57,6 +57,16 @@ def _answer(config: Config, card: Card, data: PlannedData) -> tuple[RunPlan, Dur
 
 def _names(cards: Sequence[Card]) -> Table:
     table = Table(title="cards that --gpu knows", title_justify="left")
+    for heading in ("name", "kind", "memory"):
+        table.add_column(heading, justify="right" if heading == "memory" else "left")
+    for card in cards:
+        table.add_row(card.name, card.kind, format_bytes(card.memory_bytes))
+    return table
+
+
+def _table(rows: Sequence[tuple[Card, RunPlan, Duration | None]]) -> Table:
+    timed = any(expected is not None for _, _, expected in rows)
+    table = Table(title_justify="left")
     for heading in ("card", "memory", "fits", "takes", "host", "tokens/s", *(["run"] if timed else []), HOW):
         table.add_column(heading, justify="left" if heading in ("card", HOW) else "right", no_wrap=heading != HOW)
     for card, found, expected in rows:

@@ -20,8 +20,8 @@ from lopt_edge.cli.terminal import say
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.pictures.sweep import CurvePoint, draw_curve
+from lopt_edge.plan.search.pictured import predicted_picture
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.planning.worst_case import Question, answer, question, read_facts
 from lopt_edge.system.file_systems import path_fault
@@ -128,20 +128,8 @@ def timeline_picture(asked: Question, found: RunPlan) -> str:
     """The predicted timeline of a step as SVG."""
     assert found.chosen is not None
     prediction, workload = found.chosen.prediction, asked.search.workload
-    beside_tensors = prediction.library_bytes + prediction.kept_bytes
-    rows = [
-        OpRow(
-            row.op.text(),
-            {"library": beside_tensors, **row.held},
-            prediction.op_bytes(row),
-            None,
-            host_bytes=row.host_bytes,
-            disk_bytes=row.disk_bytes,
-        )
-        for row in prediction.timeline.rows
-    ]
     title = f"{workload.shape.facts.architecture}, {found.method}, {workload.batches[0].n_tokens} tokens: predicted"
-    return draw_timeline(rows, title=title, budget_bytes=asked.budget.device_bytes)
+    return predicted_picture(prediction, title=title, budget_bytes=asked.budget.device_bytes)
 
 
 # sweeps ----------------------------------------------------------------------------------------------------------------

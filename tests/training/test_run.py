@@ -61,6 +61,10 @@ def test_what_a_run_writes(model, tmp_path, method, segments, n_segments, local)
     names = {path.name for path in output.iterdir()}
     assert names >= {ADAPTER_NAME, "adapter_config.json", "metrics.jsonl", "run.json", "README.md", "tokenizer.json"}
     assert not [name for name in names if "partial" in name]
+    report = (output / "report.html").read_text()
+    assert "<script" not in report and "src=" not in report and "href=" not in report
+    before, after = (f"{result.evaluation[when]['eval_loss']:.4f}" for when in ("before", "after"))
+    assert f"held-out loss from {before} to {after}" in report and report.count("<svg") == 5
     steps, evaluations = metrics_of(config)
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
