@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError
 from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.planning.question import LargestStep
 from lopt_edge.planning.worst_case import NOT_GIVEN, Question
@@ -75,7 +76,11 @@ def read_data(config: Config) -> PlannedData:
             why_not=f"{config.data} was not read, which takes a model folder with its tokenizer: the plan is for the "
             "longest sequences"
         )
-    if not Path(config.data).expanduser().exists():
+    from lopt_edge.data.sources import sources_of
+
+    try:
+        sources_of(config.data)
+    except InputError:  # an example's file that is still to come
         return PlannedData(why_not=f"{config.data} is not there: the plan is for the longest sequences")
     from lopt_edge.models.folder import find_model
     from lopt_edge.models.tokenizer import load_tokenizer

@@ -134,6 +134,7 @@ def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
     return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
 
 
+DATA = ("data", "eval_data", "retention_data")  # files, folders, hub data sets
 KEPT_AS_GIVEN = ("output", "resume", "memory_report")  # of the paths
 
 
@@ -142,7 +143,11 @@ def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name in (name for name in PATHS if name not in KEPT_AS_GIVEN):
         value = found.get(name)
-        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
+        if name in DATA and isinstance(value, str) and not Path(value).expanduser().exists():
+            from lopt_edge.data.sources import absolute  # not above: most files are one path, and data loads templates
+
+            found[name] = absolute(value)
+        elif isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
             found[name] = str(path.resolve())
     return found
 

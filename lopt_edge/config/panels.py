@@ -18,8 +18,8 @@ PANELS = {
                  "clip_scope", "optimizer", "seed", "device", "compute_dtype", "on_nan", "max_skipped"),
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "init_adapter"),
     "Model, data and evaluation": (
-        "revision", "cache_dir", "data_format", "ignore_columns", "chat_template", "think", "escape_special_tokens",
-        "eval_data", "eval_every", "keep_best", "retention_data", "system"),
+        "revision", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
+        "escape_special_tokens", "eval_data", "eval_every", "keep_best", "retention_data", "system"),
     "Memory": ("host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs", "optimizer_states",
                "gradients", "apply", "prefetch", "token_tile", "page_dir", "force"),
     "Checkpoints and reports": ("save_every", "save_minutes", "keep", "resume", "memory_report"),

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lopt_edge.adapters.base import tell_if_another
-from lopt_edge.config.load import file_errors
+from lopt_edge.config.load import DATA, file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
 from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -267,8 +269,10 @@ def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFo
 
 
 def _check_files(config: Config) -> None:
-    names = ("data", "eval_data", "retention_data", "chat_template")
-    raise_collected(file_errors({name: getattr(config, name) for name in names}))
+    together(
+        *(partial(sources_of, value, where=name) for name in DATA if (value := getattr(config, name)) is not None),
+        lambda: raise_collected(file_errors({"chat_template": config.chat_template})),
+    )
 
 
 def _described_kind(kind: StepKind) -> str:
@@ -318,14 +322,14 @@ def read_datasets(
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
     settings: dict[str, Any] = {name: getattr(config, name) for name in READ_SETTINGS}
 
-    def read(path: str, data_format: DataFormat | None = None) -> Dataset:
+    def read(path: str, data_format: DataFormat | None = None, **others: Any) -> Dataset:
         return load_dataset(
             path,
             tokenizer,
             max_seq_len=max_seq_len,
             data_format=data_format,
             chat_template=config.chat_template,
-            **settings,
+            **{**settings, **others},
         )
 
     train = read(config.data, data_format=config.data_format)
@@ -335,7 +339,9 @@ def read_datasets(
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
-        retention = _end_not_scored(read(config.retention_data), tokenizer.eos_token_id, path=config.retention_data)
+        retention = _end_not_scored(
+            read(config.retention_data, columns=None), tokenizer.eos_token_id, path=config.retention_data
+        )
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:
