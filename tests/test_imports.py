@@ -46,7 +46,7 @@ def imported(path: Path) -> Iterator[str]:
 def room(module: str) -> str:
     """The folder of a module, or its own name where it lies in `lopt_edge/` itself."""
     path = FILES[module]
-    if "quant" in path.parts[-2:]:
+    if module.split(".")[0] == "quant":  # a leaf, with the folders in it
         return "quant"
     folder = path.parent.relative_to(PACKAGE).as_posix()
     return path.stem if folder == "." else folder

@@ -18,8 +18,10 @@ from functools import lru_cache
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.schedule.effects import Effect
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.sizes import DELTA_CHUNK
 
 FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidden) tensor outside the products
 # A product of few rows does not reach the rate: it takes as long as one of so many rows more. Fitted on a CPU, 0.5B shape,
@@ -46,11 +48,11 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     A mixture of two weights unpacks both, and multiplies twice in the backward.
     """
     facts, rows = shape.facts, batch.n_rows
-    outside = sum(x.in_features * x.out_features for x in facts.linears if not x.name.startswith("mlp."))
-    in_mlp = sum(x.in_features * x.out_features for x in facts.linears if x.name.startswith("mlp."))
-    adapters = sum((x.in_features + x.out_features) * shape.rank for x in facts.linears if x.short_name in shape.targets)
+    outside = sum(x.in_features * x.out_features for x in shape.linears if not x.name.startswith("mlp."))
+    in_mlp = sum(x.in_features * x.out_features for x in shape.linears if x.name.startswith("mlp."))
+    adapters = sum((x.in_features + x.out_features) * shape.rank for x in shape.linears if x.short_name in shape.targets)
     product = 2 * (rows + FEW_ROWS) / rates.product_flops
-    attention = 2 * batch.n_sequences * batch.n_tokens**2 * facts.n_heads * facts.head_dim / rates.attention_flops
+    attention = _mixing_flops(shape, batch) / rates.attention_flops
     hidden = rows * facts.hidden_size * shape.itemsize / rates.bandwidth
     unpack, overhead, mixed = 1 / rates.unpack_rate, rates.overhead, 2 if shape.mixed else 1
     again_mlp = 0.0 if shape.blocked else 2 / 3
@@ -64,6 +66,16 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
         backward + BACKWARD_PASSES * hidden + overhead,
         again + FORWARD_PASSES / 2 * hidden,
     )
+
+
+def _mixing_flops(shape: LayerShape, batch: MicroBatchSize) -> float:
+    """The operations of causal attention, once, or of the delta rule in its place: of each chunk's products and solves."""
+    layer = shape.layer
+    if (delta := layer.delta) is not None:
+        k, v = delta.key_dim, delta.value_dim
+        of_token = DELTA_CHUNK * (5 * k + 3 * v) + 6 * k * v
+        return batch.n_rows * delta.n_value_heads * of_token
+    return 2 * batch.n_sequences * batch.n_tokens**2 * layer.n_heads * layer.head_dim
 
 
 @dataclass(frozen=True)
@@ -122,26 +134,32 @@ class Costs:
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
-        itemsize = sizes.shape.itemsize
+        self._layers: dict[tuple[int, MicroBatchSize, bool, bool], LayerSeconds] = {}
+        self._groups = dict[tuple[str, str, int], int]()
+        itemsize, forms = sizes.shape.itemsize, sizes.shape.facts.forms
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
         self.rates = _Rates(
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate,
+            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
             profile.op_overhead_seconds,
         )
 
-    def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
-        """The seconds of one layer; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
-        shape = replace(self.sizes.shape, mixed=mixed)
-        if not trains:
-            shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
-        return _layer_seconds(shape, self.rates, batch)
+    def layer(self, index: int, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        """The seconds of layer `index`; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
+        kind = self.sizes.shape.facts.kind_of_layer[index]
+        key = (kind, batch, trains, mixed)
+        if key not in self._layers:  # shapes are slow to compare, and a plan asks for each of its ops
+            shape = replace(self.sizes.shape.of_kind(kind), mixed=mixed)
+            if not trains:
+                shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=kind)
+            self._layers[key] = _layer_seconds(shape, self.rates, batch)
+        return self._layers[key]
 
     def embed(self, batch: MicroBatchSize) -> float:
         """The seconds of an EMBED."""
-        n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
+        n_bytes = batch.n_rows * self.sizes.head_bytes / self.sizes.shape.facts.vocab_size
         return n_bytes / self.profile.file_read + self.rates.overhead
 
     def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
@@ -155,8 +173,8 @@ class Costs:
         found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
         found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
         if sizes.knobs.head != "resident":
-            stored = sizes.vocabulary_itemsize
-            found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
+            found += n_tiles * sizes.head_bytes / self.profile.file_read
+            found += n_tiles * elements * 2 * sizes.shape.itemsize / rates.bandwidth
         return found + rates.overhead
 
     def align(self, batch: MicroBatchSize) -> float:
@@ -187,9 +205,13 @@ class Costs:
         """The bytes of a movement, by what its row says that it moves."""
         moves = op.effect.moves
         if moves == "weights":
-            return self.sizes.layer_bytes
+            return self.sizes.bytes_of_layers[op.target]
         if moves == "group":
-            return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
+            key = (op.item, op.unit, op.target)
+            if key not in self._groups:
+                states = op.item == "states"
+                self._groups[key] = self.sizes.states_bytes(op.group) if states else self.sizes.group_bytes(op.group)
+            return self._groups[key]
         batch = self.batches[op.micro_batch]
         return self.sizes.hidden_bytes(batch) if moves == "input" else self.page_bytes(batch, op.target, plan.scope(op))
 
@@ -206,6 +228,7 @@ class _Clock:
         self.kept: dict[tuple[int, int], Keep] = {}
         self.arrivals: dict[int, float] = {}
         self.sent: dict[int, float] = {}
+        self._rates: dict[tuple[str, str], float] = {}
         costs, batch_of = self.costs, batches
         self.formulas: dict[str, Callable[[Op, Plan], float]] = {  # by the name that a row gives
             "embed": lambda op, _: costs.embed(batch_of[op.micro_batch]),
@@ -225,7 +248,7 @@ class _Clock:
             if row.role == "wait":
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
             elif row.role in ("up", "down"):
-                self.move(op, plan, row.role)
+                self.move(op, plan, row)
             elif row.seconds == "arrive":
                 self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
             elif row.seconds == "send":
@@ -237,18 +260,18 @@ class _Clock:
         end = max(self.now, *self.free.values())
         return StepSeconds(end, self.computed, self.moved["up"], self.moved["down"])
 
-    def move(self, op: Op, plan: Plan, way: str) -> None:
+    def move(self, op: Op, plan: Plan, row: Effect) -> None:
         n_bytes = self.costs.moved_bytes(op, plan)
+        way, moves = row.role, row.moves
         begin = max(self.now, self.free[way])
-        self.free[way] = begin + n_bytes / self.rate(op, way)
+        self.free[way] = begin + n_bytes / self.rate(op, way, moves)
         self.moved[way] += n_bytes
-        moves = op.effect.moves
         item = moves if moves in ("input", "pages") else op.item
         self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
 
-    def rate(self, op: Op, way: str) -> float:
+    def rate(self, op: Op, way: str, moves: str) -> float:
         """The bytes/s from or to the tier below."""
-        knobs, profile, moves = self.costs.sizes.knobs, self.costs.profile, op.effect.moves
+        knobs = self.costs.sizes.knobs
         if moves == "weights":
             tier = knobs.weights[op.target]
         elif moves == "pages":
@@ -257,7 +280,10 @@ class _Clock:
             tier = knobs.saved_inputs
         else:
             tier = knobs.states if op.item == "states" else knobs.gradients
-        return profile.up(tier) if way == "up" else profile.down(tier)
+        if (tier, way) not in self._rates:
+            profile = self.costs.profile
+            self._rates[tier, way] = profile.up(tier) if way == "up" else profile.down(tier)
+        return self._rates[tier, way]
 
     def loss(self, op: Op, plan: Plan) -> float:
         segment, batch = plan.segments[op.target], self.costs.batches[op.micro_batch]
@@ -274,4 +300,4 @@ class _Clock:
 
     def layer(self, op: Op, plan: Plan) -> LayerSeconds:
         segment, batch = plan.segment_of(op.target), self.costs.batches[op.micro_batch]
-        return self.costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
+        return self.costs.layer(op.target, batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)

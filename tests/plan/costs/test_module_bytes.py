@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.model import LinearFacts, facts_from_config
+from lopt_edge.plan.facts.layers import LinearFacts
+from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import Mover
