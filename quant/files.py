@@ -138,7 +138,8 @@ class PackedLayout:
         )
 
     def _in_its_dtype(self, part: str, tensor: Tensor) -> Tensor:
-        return tensor.view(TORCH_DTYPES[self.parts[part].dtype]) if part in self.parts else tensor
+        dtype = TORCH_DTYPES[self.parts[part].dtype] if part in self.parts else tensor.dtype
+        return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayout:

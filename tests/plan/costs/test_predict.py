@@ -34,9 +34,9 @@ BATCH = MicroBatchSize(1, 300, 250)
 def predicted(
     case: Case, batches: list[MicroBatchSize] | None = None, *, device_type: str = "cpu", rank: int = 4, **how: Any
 ) -> Prediction:
-    facts = replace(
-        make_facts(), n_layers=len(case.knobs.weights), layer_types=("full_attention",) * len(case.knobs.weights)
-    )
+    n_layers = len(case.knobs.weights)
+    types, kinds = ("full_attention",) * n_layers, (0,) * n_layers
+    facts = replace(make_facts(), n_layers=n_layers, layer_types=types, kind_of_layer=kinds)
     shape = LayerShape(facts, 4, rank, facts.linear_names, device_type)
     return predict(case.plan, Sizes(shape, case.knobs), batches or [BATCH] * case.n_micro_batches, **how)
 
