@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from lopt_edge.cli.data_check import data_check
+from lopt_edge.cli.eval_page import evaluate
 from lopt_edge.cli.options import (
     RevisionOption,
     TemplateOption,
@@ -30,6 +31,7 @@ from lopt_edge.cli.options import (
     settings_of,
     signature,
 )
+from lopt_edge.cli.start_pages import init, recipes_app
 from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
@@ -47,6 +49,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
 
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="model folder, or hub id (default: the one that the adapter's config names)")
@@ -221,6 +224,8 @@ def quantize(
 
 
 data_app.command("check")(data_check)
+app.command("init")(init)
+app.command("eval")(evaluate)
 
 
 @app.command("generate")

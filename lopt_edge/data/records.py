@@ -299,7 +299,7 @@ def _check_header(header: list[str], *, where: str) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa  # type: ignore[import-untyped]  # here, not above: only Parquet files pay for it
+    import pyarrow as pa  # here, not above: only Parquet files pay for it
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     number = unpacked = 0
