@@ -1,6 +1,6 @@
 """The loss of a model, with or without an adapter, on a data file: mean per learned token, and its perplexity.
 
-The rule: it is the loss of training and of a run's evaluation, over the same tokens (replies; of plain text every token), in
+The rule: it is the loss of training and of a run's evaluation, over the same tokens (replies; of plain text every one), in
 the same 4 bits, so that figures can be put side by side. Forward only, layer by layer, one row after the other.
 """
 

@@ -1,7 +1,7 @@
 """`lopt-edge eval`: a model or an adapter on a data file, as loss, perplexity and exact matches.
 
-The rule: what is printed stands in the JSON form, too; with an adapter the base is measured beside it, so that the figure means
-something. Nothing is written.
+The rule: what is printed stands in the JSON form, too; with an adapter the base is measured beside it, so that the figure
+means something. Nothing is written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def evaluate(
         raise InputError("must be 0 or more", where="--exact-match", fix="give a number of rows")
     loading: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "device": device, "say": warn}
     loading["compute_dtype"] = compute_dtype
-    how = {"data": data, "n_matches": exact_match, "max_seq_len": max_seq_len}
+    how: dict[str, Any] = {"data": data, "n_matches": exact_match, "max_seq_len": max_seq_len}
     rows = {"adapter" if adapter else "model": _scored(model, adapter, loading, **how)}
     if adapter is not None and with_base:
         from lopt_edge.adapters.base import base_of
