@@ -35,6 +35,7 @@ ALIASES = {
     "load_best_model_at_end": "keep_best",
     "use_rslora": "lora_rslora", "peft_use_rslora": "lora_rslora",
     "cosine_cycles": "cycles",
+    "report_to": "track",
     "early_stopping_patience": "patience",
 }  # fmt: skip
 
@@ -71,7 +72,6 @@ ADVICE = {
     "sample_packing": "there is none yet: each sequence is a row of its own",
     "packing": "there is none yet: each sequence is a row of its own",
     "train_on_inputs": "leave it out: only replies are learned; of rows in the text form every token is",
-    "report_to": "leave it out: metrics.jsonl and report.html are always written",
-    "wandb_project": "leave it out: metrics.jsonl and report.html are always written",
+    "wandb_project": "use track wandb; its environment variables name project and account",
     "logging_steps": "leave it out: every step is logged",
 }  # fmt: skip

@@ -131,6 +131,9 @@ class Config(MethodOptions):
         "skip", description="what to do with a batch whose loss or gradient is no number"
     )
     max_skipped: int = Field(3, ge=1, description="at most so many skipped batches in a row")
+    track: tuple[str, ...] | None = Field(
+        None, description="trackers: tensorboard, trackio, wandb, mlflow, ... (pip install 'lopt-edge[track]')"
+    )
     memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
     force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")

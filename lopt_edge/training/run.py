@@ -52,6 +52,7 @@ from lopt_edge.training.session.callbacks import Callbacks, OnEval, OnStep
 from lopt_edge.training.session.loaded import RunContext
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.session import Session
+from lopt_edge.training.session.tracking import trackers_of
 
 
 def finetune(
@@ -73,20 +74,26 @@ def finetune(
     anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
     KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
     """
+    progress = progress or Progress()
     if on_step is not None or on_eval is not None:
-        progress = Callbacks(progress or Progress(), on_step, on_eval)
-    with kept_rows(config, data) as config:
-        result = _finetune(config, progress)
+        progress = Callbacks(progress, on_step, on_eval)
+    if (trackers := trackers_of(config, progress.warn)) is not None:
+        progress = Callbacks(progress, trackers.step, trackers.evaluation)
+    try:
+        with kept_rows(config, data) as config:
+            result = _finetune(config, progress)
+    finally:
+        if trackers is not None:
+            trackers.finish()
     if result is not None and on_end is not None:
         on_end(result)
     return result
 
 
-def _finetune(config: Config, progress: Progress | None) -> RunResult | None:
+def _finetune(config: Config, progress: Progress) -> RunResult | None:
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
         return None
-    progress = progress or Progress()
     clock, output = PhaseClock(progress.phase), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:

@@ -84,6 +84,22 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path, cache, command):
     )
 
 
+def test_a_tracker_has_the_numbers_of_the_log(tmp_path, cache):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(TINY, tmp_path, max_steps=2, cache_dir=cache, track="tensorboard", eval_fraction=0.3)
+    finetune(config)
+    found = accumulator.EventAccumulator(str(Path(config.output) / "tensorboard"))
+    found.Reload()
+    steps, evaluations = metrics_of(config)
+    for name, lines in (("loss", steps), ("step_seconds", steps), ("eval_loss", evaluations)):
+        logged = [(event.step, event.value) for event in found.Scalars(name)]
+        assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    for name, told in (("tensorbord", "is unknown"), ("comet_ml", "pip install comet-ml")):
+        with pytest.raises(InputError, match=told):
+            finetune(make_config(TINY, tmp_path, output="other", cache_dir=cache, track=name))
+    assert not (tmp_path / "other").exists()
+
+
 def test_rows_that_are_refused_leave_nothing(tmp_path, cache):
     config = make_config(TINY, tmp_path, cache_dir=cache, data="(rows)")
     with pytest.raises(InputError):
