@@ -39,9 +39,14 @@ Layout = list[tuple[str, str, tuple[int, ...]]]
 
 
 def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
-    """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads. Raises FolderError."""
+    """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads. Raises FolderError.
+
+    Rows that lie pair by pair are put in order on the way; such a tensor is read whole.
+    """
     try:
         with entry.path.open("rb", buffering=0) as file:
+            if entry.rotary_heads:
+                return _read_pairs(file.fileno(), entry, out)
             position, done = entry.start + start, 0
             while done < len(out):
                 n_read = os.preadv(file.fileno(), [out[done:]], position + done)
@@ -50,6 +55,22 @@ def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
                 done += n_read
     except OSError as error:
         raise FolderError(f"{entry.path}: cannot read tensor {entry.name!r} ({error.strerror})") from None
+
+
+def _read_pairs(descriptor: int, entry: TensorEntry, out: memoryview) -> None:
+    """Read a tensor whose heads' rows are stored as 0, n/2, 1, n/2 + 1, ...: one call a head, each row to its place."""
+    assert len(out) == entry.n_bytes
+    n_rows = entry.shape[0] // entry.rotary_heads
+    row_bytes = entry.n_bytes // entry.shape[0]
+    most = os.sysconf("SC_IOV_MAX")
+    for head in range(entry.rotary_heads):
+        first = head * n_rows
+        rows = [first + pair + half * (n_rows // 2) for pair in range(n_rows // 2) for half in range(2)]
+        for start in range(0, n_rows, most):
+            some = [out[row * row_bytes : (row + 1) * row_bytes] for row in rows[start : start + most]]
+            position = entry.start + (first + start) * row_bytes
+            if os.preadv(descriptor, some, position) != len(some) * row_bytes:
+                raise FolderError(f"{entry.path}: ends inside tensor {entry.name!r} (truncated while reading?)")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -64,7 +85,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     out = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     if out.numel():
         read_bytes(entry, tensor_bytes(out))
-    return out
+    return out.sub_(entry.offset) if entry.offset else out
 
 
 def is_packed(entries: dict[str, TensorEntry], name: str) -> bool:
@@ -83,9 +104,25 @@ class PackedLayout:
     nested_block_elements: int
     quant_type: str
     offset: float | None
+    moved: tuple[str, ...] = ("", ".absmax", ".nested_absmax")
+
+    def shared(self, device: torch.device, known: dict[object, Tensor]) -> dict[str, Tensor]:
+        """The small parts that stay on the device; code maps, the same for all matrices, are shared."""
+        found = {}
+        for part in (".quant_map", ".nested_quant_map"):
+            if part in self.parts:
+                tensor = read_tensor(self.parts[part]).view(-1)
+                found[part] = known.setdefault(bytes(tensor.numpy()), tensor.to(device))
+        if self.offset is not None:
+            found[".offset"] = torch.tensor(self.offset, dtype=torch.float32, device=device)
+        return found
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """The matrix from its parts as flat tensors of one device, by the names of `parts`, and ".offset" (a scalar)."""
+        """The matrix from its parts as flat tensors of one device, by the names of `parts`, and ".offset" (a scalar).
+
+        Moved parts may come as bytes.
+        """
+        tensors = {part: self._in_its_dtype(part, tensor) for part, tensor in tensors.items()}
         return PackedWeight(
             codes=tensors[""],
             absmax=tensors[".absmax"],
@@ -99,6 +136,9 @@ class PackedLayout:
             nested_block_elements=self.nested_block_elements,
             quant_type=self.quant_type,
         )
+
+    def _in_its_dtype(self, part: str, tensor: Tensor) -> Tensor:
+        return tensor.view(TORCH_DTYPES[self.parts[part].dtype]) if part in self.parts else tensor
 
 
 def packed_on_disk(entries: Mapping[str, TensorEntry], name: str) -> PackedLayout:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.linear import PackedLinear
-from quant.nf4 import PackedWeight, unpack_part, unpack_scales
+from quant.packed import Packed
 from quant.sizes import BLOCK_FEATURES, token_tile
 
 Activation = Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ class _Pass:
         self.mlp, self.x_ND = mlp, x_ND
         self.linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         self.packed = [_resident(linear) for linear in self.linears]
-        self.scales = [unpack_scales(weight) for weight in self.packed]
+        self.scales = [weight.scales() for weight in self.packed]
         self.lora = [
             None if a is None or b is None else (a.to(x_ND.dtype), b.to(x_ND.dtype))
             for a, b in ((linear.lora_a, linear.lora_b) for linear in self.linears)
@@ -85,8 +85,8 @@ class _Pass:
         gate, up = (flat[i * width * hidden : (i + 1) * width * hidden].view(width, hidden) for i in (0, 1))
         down = flat[2 * width * hidden :].view(out, width)
         for target, packed, scales in zip((gate, up), self.packed, self.scales, strict=False):
-            unpack_part(packed, scales, target, rows=block)
-        unpack_part(self.packed[2], self.scales[2], down, columns=block)
+            packed.unpack_part(scales, target, rows=block)
+        self.packed[2].unpack_part(self.scales[2], down, columns=block)
         return gate, up, down
 
     def project(self, which: int, tile: slice, weight_JD: Tensor, block: slice) -> Tensor:
@@ -100,8 +100,8 @@ class _Pass:
         return y
 
 
-def _resident(linear: PackedLinear) -> PackedWeight:
-    if not isinstance(linear.weight, PackedWeight):
+def _resident(linear: PackedLinear) -> Packed:
+    if linear.weight is None or isinstance(linear.weight, Tensor):
         raise RuntimeError("the packed weight of this layer is not resident")
     return linear.weight
 

@@ -33,7 +33,10 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The place of one tensor in a safetensors file; `start` is its byte offset from the beginning of the file."""
+    """The place of one tensor in a file; `start` is its byte offset from the beginning of the file.
+
+    What readers undo: `rotary_heads` have their rows pair by pair, (0, n/2, 1, n/2 + 1, ...) of n; `offset` was added.
+    """
 
     name: str
     path: Path
@@ -41,6 +44,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     n_bytes: int
+    rotary_heads: int = 0
+    offset: float = 0.0
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

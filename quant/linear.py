@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant.nf4 import PackedWeight, unpack_into
+from quant.packed import Packed
 
 
 class UnpackBuffer:
@@ -85,7 +85,7 @@ class PackedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, buffer: UnpackBuffer) -> None:
         super().__init__()
         self.in_features, self.out_features, self.buffer = in_features, out_features, buffer
-        self.weight: PackedWeight | Tensor | None = None  # a plain matrix where a 4-bit folder left it unpacked
+        self.weight: Packed | Tensor | None = None  # a plain matrix where a 4-bit folder left it unpacked
         self.synthesis: Synthesis | None = None  # instead of a weight
         self.bias: Tensor | None = None
         self.register_parameter("lora_a", None)
@@ -122,7 +122,7 @@ class PackedLinear(nn.Module):
             raise RuntimeError("the weight of this layer is not resident")
         if isinstance(self.weight, Tensor):
             return self.weight.to(dtype)
-        return unpack_into(self.weight, self.buffer.view(self.weight.shape, dtype, self.weight.device))
+        return self.weight.unpack_into(self.buffer.view(self.weight.shape, dtype, self.weight.device))
 
 
 def add_lora(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.linear import PackedLinear, add_lora, lora_gradients
-from quant.nf4 import PackedWeight, unpack_into, unpack_part, unpack_scales
+from quant.packed import Packed
 from quant.sizes import rows_at_once
 
 SINGULAR = 1e-6  # of the larger eigenvalue: below it the two matrices count as one direction
@@ -53,12 +53,11 @@ class Rows:
         self.linears, self.dtype = linears, dtype
         self.weights = [_present(linear) for linear in linears]
         n_out, n_in = self.weights[0].shape
-        packed = [weight for weight in self.weights if isinstance(weight, PackedWeight)]
+        packed = [weight for weight in self.weights if not isinstance(weight, Tensor)]
         cut = all(n_in % weight.block_elements == 0 for weight in packed)  # else matrices are unpacked whole
         self.at_once = rows_at_once(n_out, n_in) if cut else n_out
-        self.scales = [
-            unpack_scales(weight) if cut and isinstance(weight, PackedWeight) else None for weight in self.weights
-        ]
+        self.cut = cut
+        self.scales = [None if not cut or isinstance(weight, Tensor) else weight.scales() for weight in self.weights]
 
     def blocks(self) -> Iterator[slice]:
         """Yield the rows of each block, in order."""
@@ -75,14 +74,14 @@ class Rows:
         for block, weight, scales in zip(blocks, self.weights, self.scales, strict=True):
             if isinstance(weight, Tensor):
                 block.copy_(weight[rows])
-            elif scales is None:
-                unpack_into(weight, block)
+            elif self.cut:
+                weight.unpack_part(scales, block, rows=rows)
             else:
-                unpack_part(weight, scales, block, rows=rows)
+                weight.unpack_into(block)
         return blocks
 
 
-def _present(linear: PackedLinear) -> PackedWeight | Tensor:
+def _present(linear: PackedLinear) -> Packed | Tensor:
     if linear.weight is None:
         raise RuntimeError("the weight that this layer's weight is made of is not resident")
     return linear.weight

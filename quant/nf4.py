@@ -5,7 +5,8 @@ Packing is bitsandbytes' `quantize_4bit` (NF4, blocks of 64, double quantisation
 ours: a 256-entry table maps a byte to its pair of fp32 codes (one 8-byte copy), in chunks that stay in the L2 cache, then
 one multiplication by the block's scale. Measured on 2 cores (AMD EPYC, AVX512), 4096 x 4096 to fp32: 11.3 ms against
 24.1 ms for bitsandbytes, the same bits. The rule: `unpack_into` equals `bitsandbytes.functional.dequantize_4bit` bit for
-bit; a test checks it. This file knows no files and no autograd.
+bit; a test checks it. It is one form of
+`Packed` (packed.py). This file knows no files and no autograd.
 """
 
 from __future__ import annotations
@@ -52,6 +53,21 @@ class PackedWeight:
         """The bytes of the codes and scales; the code maps are shared by all matrices and left out."""
         nested = 0 if self.nested_absmax is None else self.nested_absmax.nbytes
         return self.codes.nbytes + self.absmax.nbytes + nested
+
+    def scales(self) -> Tensor:
+        """The fp32 absolute maximum of each block, (n / block,)."""
+        return unpack_scales(self)
+
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """Dequantise into `out`, as the function of that name does."""
+        return unpack_into(self, out)
+
+    def unpack_part(
+        self, scales: Tensor | None, out: Tensor, *, rows: slice | None = None, columns: slice | None = None
+    ) -> Tensor:
+        """Dequantise some rows, or some columns, as the function of that name does."""
+        assert scales is not None  # those of `scales()`
+        return unpack_part(self, scales, out, rows=rows, columns=columns)
 
 
 def pack(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedWeight:

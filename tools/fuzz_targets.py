@@ -23,6 +23,7 @@ from typing import Any
 
 from fuzz_damage import TOKENS, damaged_bytes, damaged_json, damaged_lines
 from fuzz_folders import make_checkpoint, make_tokenizer, read_checkpoint, read_tokenizer
+from fuzz_gguf import make_gguf, read_gguf
 from fuzz_rows import CHAT, ROWS, SHARED, make_rows, read_rows
 
 Input = tuple[str, bytes]
@@ -372,7 +373,8 @@ TARGETS = {
     "data": Target(250_000, make_data, read_data),
     "rows": Target(60_000, make_rows, read_rows),
     "config": Target(150_000, make_config, read_config),
-    "headers": Target(200_000, make_header, read_header_file),
+    "gguf": Target(40_000, make_gguf, read_gguf),
+    "headers": Target(160_000, make_header, read_header_file),
     "index": Target(80_000, make_index, read_index),
     "quant-state": Target(80_000, make_state, read_state),
     "plan-text": Target(80_000, make_plan, read_plan),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.folder import ModelFolder, find_model, model_fingerprint
+from lopt_edge.models.folder import ModelFolder, find_model, model_fingerprint, names_a_gguf
 from lopt_edge.run.model.adapter_config import AdapterConfig, read_adapter_config
 from quant.headers import FolderError, read_json
 
@@ -39,6 +39,11 @@ def base_of(
     return found
 
 
+def is_the_base(model: ModelFolder, adapter: Path) -> bool:
+    """Whether a model is the one that the adapter was trained on, as far as anything tells (by its hash)."""
+    return _is_base(model, read_adapter_config(adapter), adapter)
+
+
 def tell_if_another(model: ModelFolder, adapter: Path, say: Callable[[str], None]) -> None:
     """Say so if a model is not the one that the adapter was trained on. Raises InputError for a folder without one."""
     config = read_adapter_config(adapter)
@@ -53,8 +58,10 @@ def _named_base(config: AdapterConfig, revision: str | None, *, where: str) -> M
     fix = "give the base model with --model"
     if config.base is None:
         raise InputError("adapter_config.json names no base model", where=where, fix=fix)
+    # of a GGUF file the adapter's own tokenizer is the one that it was trained with
+    own = where if names_a_gguf(config.base) and (Path(where) / "tokenizer.json").is_file() else None
     try:
-        return find_model(config.base, revision=revision or config.revision)
+        return find_model(config.base, revision=revision or config.revision, tokenizer=own)
     except InputError as error:
         what = f"the base model that adapter_config.json names cannot be used ({error.what})"
         raise InputError(what, where=where, fix=f"{fix}, wherever it lies now") from None

@@ -31,8 +31,9 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.system.files import write_json
-from quant.files import is_packed, read_packed, read_tensor
+from quant.files import is_packed, read_packed
 from quant.folders import new_folder
+from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import PackedLinear
 from quant.mixed import Mixture
@@ -88,7 +89,7 @@ def export(
     if target.exists():
         raise InputError("exists already", where=str(target), fix="choose a new folder for --merged")
     source = base_of(adapter, model=model, revision=revision, say=say)
-    if onto == "original" and source.facts.quantised:
+    if onto == "original" and source.facts.quantised and source.facts.forms is None:  # a GGUF file is its own original
         raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
     tokenizer = load_tokenizer(source.path, say=say)
     folder, _ = four_bit_folder(source, cache_dir=cache_dir)
@@ -112,11 +113,21 @@ def export(
 
 def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
     """All shards and their index; returns the bytes of the tensors."""
-    entries = tensor_entries(base)
-    names = [name for name in sorted(entries) if not _is_quantisation_part(name, entries)]
-    layout = [(name, DTYPES[dtype], _full_shape(name, entries, model)) for name in names]
-    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in _merged_tensors(names, entries, model))
+    layout = [(name, DTYPES[dtype], shape) for name, shape in tensor_shapes(model, base).items()]
+    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in merged_tensors(model, base))
     return write_sharded(target, layout, tensors)
+
+
+def tensor_shapes(model: Model, base: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of the merged model by name, in the order of `merged_tensors`. Raises InputError."""
+    entries = tensor_entries(base)
+    return {name: _full_shape(name, entries, model) for name in sorted(entries) if not _is_quantisation_part(name, entries)}
+
+
+def merged_tensors(model: Model, base: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the merged model, one in memory at a time; `base` is the weights' folder. Raises InputError."""
+    entries = tensor_entries(base)
+    return _merged_tensors([*tensor_shapes(model, base)], entries, model)
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
@@ -153,9 +164,9 @@ def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Mo
 
 
 def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
-    """A stored tensor as it is, or in fp32 out of 4 bits."""
+    """A stored tensor as it is, or in fp32 out of 4 bits or GGUF blocks."""
     if not is_packed(entries, name):
-        return read_tensor(entries[name])
+        return read_gguf(entries[name])
     weight = read_packed(entries, name)
     return unpack_into(weight, torch.empty(weight.shape))
 

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lopt_edge.adapters.gguf_export import Written
 from lopt_edge.adapters.merge import Merged
+
+
+def written(found: Written) -> str:
+    """The sentence about a file or folder for another program."""
+    return f"{found.path}: {found.n_bytes / 2**20:.0f} MiB, {found.what}"
 
 
 def lines(merged: Merged) -> Iterator[str]:

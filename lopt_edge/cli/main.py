@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +19,10 @@ import typer
 
 from lopt_edge.cli.data_check import data_check
 from lopt_edge.cli.eval_page import evaluate
+from lopt_edge.cli.export_command import export_command
 from lopt_edge.cli.options import (
+    BaseOption,
+    CacheOption,
     RevisionOption,
     TemplateOption,
     check_words,
@@ -32,10 +33,11 @@ from lopt_edge.cli.options import (
     signature,
 )
 from lopt_edge.cli.start_pages import init, recipes_app
+from lopt_edge.cli.stopping import stoppable
 from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
-from lopt_edge.errors import InputError, Interrupted
+from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 
 DOES_NOT_FIT = 3  # exit code
@@ -51,11 +53,7 @@ data_app = typer.Typer(help="Look at a data file as training will see it.", no_a
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-BaseOption = Annotated[
-    str | None, typer.Option("--model", help="model folder, or hub id (default: the one that the adapter's config names)")
-]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
-CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
 DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
 SystemOption = Annotated[str | None, typer.Option("--system", help="system message before the prompt")]
@@ -91,22 +89,8 @@ def resume_command(output: str, verbose: bool = False, **flags: Any) -> None:
 def _finetune(config: Config, *, verbose: bool) -> None:
     from lopt_edge.cli.run_page import run
 
-    with _stoppable():
+    with stoppable():
         run(config, verbose=verbose)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGHUP, SIGINT and SIGTERM end what is inside, which makes files, with a sentence and exit code 128 + number."""
-    from lopt_edge.system.signals import Interrupts
-
-    streams.result_is_on_disk = True
-    try:
-        with Interrupts().listening():
-            yield
-    except Interrupted as stop:
-        say(str(stop))
-        raise typer.Exit(stop.exit_code) from None
 
 
 def plan_command(config_file: str | None = None, **flags: Any) -> None:
@@ -177,7 +161,7 @@ def compare_command(
     """Compare methods on the same data, seeds and tokens: tables and plots. What is there already is not run again."""
     from lopt_edge.comparison.run import compare
 
-    with _stoppable():
+    with stoppable():
         found = compare(
             config_file,
             methods,
@@ -217,7 +201,7 @@ def quantize(
     if folder.exists():
         raise InputError("exists already", where=target, fix="choose a new folder")
     check_weights(model, tensor_entries(model.path))
-    with _stoppable():
+    with stoppable():
         quantise_model(model, folder, dtype=dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())
     out.print(f"{folder}: {n_bytes / 2**20:.0f} MiB", markup=False)
@@ -317,33 +301,15 @@ def chat(
         print()
 
 
-@app.command("export")
-def export_command(
-    adapter: Annotated[str, typer.Argument(help="output folder of a finetune run")],
-    merged: Annotated[str, typer.Option("--merged", help="new folder for the merged model")],
-    onto: Annotated[str, typer.Option("--onto", help="original or dequantized base weights")] = "original",
-    dtype: Annotated[str, typer.Option("--dtype", help="of the merged weights: bfloat16 or float32")] = "bfloat16",
-    model: BaseOption = None,
-    revision: RevisionOption = None,
-    cache_dir: CacheOption = None,
-) -> None:
-    """Merge an adapter into a plain model folder, replaced layers too, and say how far that changes the logits."""
-    from lopt_edge.adapters.merge import export
-    from lopt_edge.cli.export_page import lines
+app.command("export")(export_command)
 
-    with _stoppable():
-        result = export(
-            adapter,
-            merged=merged,
-            onto=onto,
-            dtype=dtype,
-            model=model,
-            revision=revision,
-            cache_dir=cache_dir,
-            say=warn,
-        )
-    for line in lines(result):
-        out.print(line, markup=False)
+
+@app.command("models")
+def models_command(as_json: Annotated[bool, typer.Option("--json", help="print the list as JSON")] = False) -> None:
+    """List the models that can be planned by name, and the families that can be trained."""
+    from lopt_edge.cli.models_page import models_page
+
+    models_page(out, as_json=as_json)
 
 
 @app.command("schema")

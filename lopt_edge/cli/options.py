@@ -19,8 +19,12 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, raise_collected
 
 # Options that several commands have.
-ModelOption = Annotated[str, typer.Option("--model", help="model folder, or hub id (org/name)")]
+ModelOption = Annotated[str, typer.Option("--model", help="model folder, GGUF file or hub id (org/name)")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="hub revision of the model")]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="model folder, GGUF file or hub id (default: what the adapter's config names)")
+]
+CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
 
 WIDEST_WORD = 20  # letters of choices beside a flag; more of them stand in its help text

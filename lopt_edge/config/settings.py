@@ -36,10 +36,11 @@ class Config(MethodOptions):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = Field(min_length=1, description="model folder, or hub id (org/name)")
+    model: str = Field(min_length=1, description="model folder, GGUF file, or hub id (org/name, org/name:FILE.gguf)")
     data: str = Field(min_length=1, description="training data: files, folders, hub data sets; a.jsonl:0.7,org/name:0.3")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     overwrite: bool = Field(False, description="replace an earlier run in the output folder; other files there stay")
+    tokenizer: str | None = Field(None, description="folder with the tokenizer of a GGUF file, instead of the file's own")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"

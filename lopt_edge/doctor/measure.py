@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from lopt_edge.doctor.check_machine import cpu_device
 from lopt_edge.errors import InputError
-from lopt_edge.models.four_bit import default_cache
+from lopt_edge.models.cache import default_cache
 from lopt_edge.plan.facts.device_kinds import DEVICE_TYPES, in_words, kind_of
 from lopt_edge.plan.facts.profile import DISK_READ, DISK_WRITE, DeviceProfile
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.hub import _download
+from lopt_edge.models.gguf import facts_of_gguf, folder_of_gguf, gguf_entries, looks_like_gguf
+from lopt_edge.models.hub import _download, download_gguf, names_gguf
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from quant.headers import FolderError, TensorEntry, read_headers
 from quant.sizes import DTYPE_BYTES
@@ -24,7 +25,10 @@ from quant.untrusted import check_folder, read_config
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on this machine: its folder, what it is called, its facts, and (for a hub id) the commit."""
+    """A model on this machine: its folder, what it is called, its facts, and (for a hub id) the commit.
+
+    A GGUF file is called by its path; its folder is in the cache (gguf.py).
+    """
 
     path: Path
     name: str
@@ -32,16 +36,29 @@ class ModelFolder:
     commit: str | None = None
 
 
-def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
-    """The folder and facts of a local folder or a hub id. Raises InputError for what is missing or unsupported."""
+def find_model(name: str, *, revision: str | None = None, tokenizer: str | None = None) -> ModelFolder:
+    """The folder and facts of a local folder, a GGUF file or a hub id; `org/name:FILE.gguf` is a GGUF file of a hub id.
+
+    `tokenizer` is a folder with the tokenizer of a GGUF file. Raises InputError for what is missing or unsupported.
+    """
     path, commit = Path(name).expanduser(), None
     try:
         is_folder, is_file = path.is_dir(), path.exists()
     except OSError as error:
         raise InputError(f"{name[:80]!r} cannot be a path ({error.strerror})", where="model") from None
+    if is_file and not is_folder and looks_like_gguf(path):
+        return _of_gguf(path, str(path.resolve()), None, tokenizer)
+    if not is_file and names_gguf(name):
+        path, commit = download_gguf(name, revision)
+        return _of_gguf(path, name, commit, tokenizer)
+    if tokenizer is not None:
+        what = "is for a GGUF file; this model has its tokenizer in its folder"
+        raise InputError(what, where="tokenizer", fix="leave it out, or put those files into a copy of the folder")
     if not is_folder:
         if is_file or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise InputError(f"no model folder at {name!r}", where="model", fix="give a folder or a hub id (org/name)")
+            raise InputError(
+                f"no model folder at {name!r}", where="model", fix="give a folder, a GGUF file or a hub id (org/name)"
+            )
         path, commit = _download(name, revision)
     try:
         check_folder(path)
@@ -56,8 +73,21 @@ def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
     return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
 
 
+def names_a_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file, here or on the hub."""
+    return names_gguf(name) or looks_like_gguf(Path(name).expanduser())
+
+
+def _of_gguf(path: Path, name: str, commit: str | None, tokenizer: str | None) -> ModelFolder:
+    folder = folder_of_gguf(path, tokenizer=None if tokenizer is None else Path(tokenizer).expanduser())
+    facts = _of_its_weights(facts_from_config(read_config(folder / "config.json"), where=str(path)), folder)
+    return ModelFolder(folder, name, facts, commit)
+
+
 def _of_its_weights(facts: ModelFacts, folder: Path) -> ModelFacts:
     """The facts, with what the weights' names decide. What cannot be read of them is reported where it is needed."""
+    if (entries := gguf_entries(folder)) is not None:
+        return facts_of_gguf(facts, entries, where=str(folder))
     if not facts.tied and not facts.wrapper:
         return facts
     try:
@@ -73,6 +103,8 @@ def told_untied(config: dict[str, Any], facts: ModelFacts) -> dict[str, Any]:
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     """The tensors of a model folder. Raises InputError for missing weights or a truncated shard."""
+    if (entries := gguf_entries(folder)) is not None:
+        return entries
     try:
         return read_headers(folder)
     except FolderError as error:
@@ -81,6 +113,8 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
 
 def vocabulary_itemsize(source: ModelFolder) -> int:
     """Bytes of a stored number of the head (if tied, the token embedding). Raises InputError as `tensor_entries` does."""
+    if source.facts.forms is not None:
+        return 4  # asked for by nobody: the facts say how many bytes a row has
     name = source.facts.layout.head(tied=source.facts.tied)
     entry = tensor_entries(source.path).get(name)
     if entry is None:
@@ -97,7 +131,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
     expected: dict[str, tuple[int, ...]] = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
     expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):
-        for linear in facts.linears:
+        for linear in facts.layer(layer).linears:
             name = f"{layout.layer(layer)}{linear.name}.weight"
             if not facts.quantised or f"{name}.absmax" not in entries:
                 expected[name] = (linear.out_features, linear.in_features)
@@ -108,7 +142,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
         if entry is None or entry.shape != shape:
             found = "is missing" if entry is None else f"has shape {entry.shape}, config.json says {shape}"
             raise InputError(f"{name} {found}", where=str(model.path), fix="weights and config.json do not belong together")
-        if entry.dtype not in ("F32", "BF16", "F16"):
+        if entry.dtype not in ("F32", "BF16", "F16") and facts.forms is None:
             raise InputError(
                 f"{name} has dtype {entry.dtype}, which is not supported",
                 where=str(entry.path),

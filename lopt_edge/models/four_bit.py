@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.cache import default_cache
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries, told_untied
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale, wait_for
@@ -22,11 +23,6 @@ from quant.headers import FolderError, TensorEntry, read_json
 from quant.sizes import DTYPE_BYTES
 
 CACHE_VERSION = 1
-
-
-def default_cache() -> Path:
-    """The folder of 4-bit copies where the settings name none."""
-    return Path.home() / ".cache" / "lopt-edge"
 
 
 def four_bit_folder(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from quant.gguf.header import SHARD
 from quant.headers import FolderError
 from quant.sizes import DTYPE_BYTES
 from quant.small_files import SMALL_NAMES
@@ -28,6 +29,30 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _not_from_hub(name, error) from None
     return path, path.name  # a snapshot's folder is named by its commit
+
+
+def names_gguf(name: str) -> bool:
+    """Whether this is the name of a GGUF file of a hub id, as org/name:FILE.gguf."""
+    repository, mark, file = name.partition(":")
+    return (
+        bool(mark) and repository.count("/") == 1 and file.endswith(".gguf") and not repository.startswith((".", "/", "~"))
+    )
+
+
+def download_gguf(name: str, revision: str | None) -> tuple[Path, str]:
+    """The path of a hub id's GGUF file, and the commit; its further shards come with it. Raises InputError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, file = name.partition(":")
+    shards = SHARD.sub(r"-*-of-\2.gguf", file)
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[shards]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_from_hub(name, error) from None
+    if not (folder / file).is_file():
+        raise InputError(f"{repository} has no file {file!r}", where="model", fix="check the file's name on the hub")
+    return folder / file, folder.name
 
 
 def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, int]:

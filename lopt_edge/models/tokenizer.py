@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.tokenizer_faults import tokenizer_faults
 from lopt_edge.errors import InputError
+from lopt_edge.models.gguf_tokenizer import make_tokenizer
 from lopt_edge.models.tokenizer_sizes import check_tokenizer_sizes
 from quant.headers import FolderError, read_json
 from quant.untrusted import check_folder
@@ -66,10 +67,12 @@ PROBES = (
 def load_tokenizer(folder: Path, *, say: Callable[[str], None] = warnings.warn) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; a broken or missing one is an InputError. Never runs code of the folder.
 
+    Where the folder stands for a GGUF file, its tokenizer is made first.
     `say` hears it if transformers' class for this folder gives other tokens than its tokenizer.json.
     """
     from transformers import AutoTokenizer
 
+    make_tokenizer(folder)
     _check_tokenizer_files(folder)
     fix = "the model folder needs tokenizer.json"
     with tokenizer_faults("the tokenizer cannot be loaded", where=str(folder), fix=fix):

@@ -136,21 +136,24 @@ def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
 
 
 def read_facts(model: str, revision: str | None) -> tuple[ModelFacts, int]:
-    """The facts of a preset, folder or hub id, and the bytes of a number of its stored vocabulary. Raises InputError."""
-    from lopt_edge.models.folder import find_model, vocabulary_itemsize
+    """The facts of a preset, folder, GGUF file or hub id, and the bytes of a number of its stored vocabulary.
+
+    Raises InputError.
+    """
+    from lopt_edge.models.folder import find_model, names_a_gguf, vocabulary_itemsize
     from lopt_edge.models.hub import hub_facts
 
     preset = find_preset(model)
     if preset is not None and not Path(model).is_dir():
         return facts_from_config(preset.config, where=f"preset {preset.name}"), preset.itemsize
-    if Path(model).expanduser().is_dir():
-        source = find_model(model)
+    if Path(model).expanduser().is_dir() or names_a_gguf(model):
+        source = find_model(model, revision=revision)
         return source.facts, vocabulary_itemsize(source)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return hub_facts(model, revision=revision)
     near = near_presets(model)
-    fix = f"did you mean {', '.join(near)}?" if near else "give a folder, a hub id (org/name) or a preset"
-    raise InputError(f"no preset and no folder {model[:80]!r}", where="model", fix=fix)
+    fix = f"did you mean {', '.join(near)}?" if near else "give a folder, a GGUF file, a hub id (org/name) or a preset"
+    raise InputError(f"no preset, folder or file {model[:80]!r}", where="model", fix=fix)
 
 
 # the machine -----------------------------------------------------------------------------------------------------------

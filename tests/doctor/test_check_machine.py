@@ -108,7 +108,7 @@ def test_kernel_that_raises(monkeypatch, report):
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_kernel_that_is_wrong(monkeypatch, report, factor):
-    monkeypatch.setattr("quant.linear.unpack_into", lambda weight, out: unpack_into(weight, out).mul_(factor))
+    monkeypatch.setattr("quant.nf4.PackedWeight.unpack_into", lambda weight, out: unpack_into(weight, out).mul_(factor))
     check = check_layer("cpu", dtype="float32")
     assert check.fault is None and not check.passed
     worse = replace(report, checks=(check,))

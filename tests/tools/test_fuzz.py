@@ -21,6 +21,7 @@ SHORT = {
     "data": 600,
     "config": 600,
     "headers": 1000,
+    "gguf": 300,
     "index": 500,
     "quant-state": 500,
     "plan-text": 600,
@@ -30,7 +31,7 @@ SHORT = {
     "tokenizer": 100,
 }
 NAMES = {"data": ("d.jsonl", "d.json", "d.csv", "d.txt"), "config": ("run.yaml", "config.json", "adapter_config.json"),
-         "headers": ("model.safetensors",), "index": ("model.safetensors.index.json",),
+         "headers": ("model.safetensors",), "gguf": ("model.gguf",), "index": ("model.safetensors.index.json",),
          "quant-state": ("model.safetensors",), "plan-text": ("plan.txt",), "template": ("t.jinja",),
          "rows": ("d-0.jsonl", "d-2.jsonl"), "checkpoint": ("state.json",),
          "tokenizer": ("tokenizer.json", "tokenizer_config.json")}  # fmt: skip

@@ -1,10 +1,10 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
 Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
-quant/gated_mlp.py, run/model/query_tiles.py, run/model/vocabulary.py), on a `Heap` that remembers the most; whoever changes
-one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model/test_query_tiles.py compare them). What a
-call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
-(layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
+quant/gated_mlp.py; query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers the most;
+whoever changes one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model compare them). What a call
+leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it (layer_bytes.py).
+On CUDA bitsandbytes' kernel unpacks, without an index.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.costs.tiles import _tile, _tile_queries
-from lopt_edge.plan.facts.model import LinearFacts
-from quant.sizes import BLOCK_ELEMENTS, BLOCK_FEATURES, UNPACK_CHUNK, rows_at_once, token_tile
+from lopt_edge.plan.facts.layers import LinearFacts
+from quant.sizes import (
+    BLOCK_ELEMENTS,
+    BLOCK_FEATURES,
+    DELTA_CHUNK,
+    DELTA_STATES_APART,
+    UNPACK_CHUNK,
+    rows_at_once,
+    token_tile,
+)
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
@@ -74,6 +82,8 @@ def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) ->
 def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Unpack a matrix into the shared buffer: its scales go at the end."""
     n_elements, on_cpu = linear.in_features * linear.out_features, shape.kind.computes_on_cores
+    if shape.facts.forms is not None:  # in a scratch buffer that is always there
+        return
     with heap.call():
         unpack_scales(heap, n_elements, on_cpu=on_cpu)
         unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
@@ -135,7 +145,7 @@ def mixed_elements(linear: LinearFacts) -> int:
 
 def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Read blocks of rows: both matrices' scales stay; where no rows can be cut out they are made at each read instead."""
-    if linear.in_features % BLOCK_ELEMENTS == 0:
+    if linear.in_features % BLOCK_ELEMENTS == 0 and shape.facts.forms is None:
         for _ in range(2):
             unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.kind.computes_on_cores)
 
@@ -143,7 +153,7 @@ def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
 def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     if linear.in_features % BLOCK_ELEMENTS:
         unpack_matrix(heap, shape, linear)
-    else:
+    elif shape.facts.forms is None:
         unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
 
 
@@ -169,7 +179,7 @@ def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterato
 
     No earlier tile takes more: of whole tiles the last one sees the most keys. There may be a million of them.
     """
-    group = shape.facts.n_heads // shape.facts.n_kv_heads
+    group = shape.layer.n_heads // shape.layer.n_kv_heads
     n_tile = _tile_queries(n_tokens, group=group, device_type=shape.device_type)
     for start in range(0, n_tokens, n_tile)[-2:]:
         n, m = (part.stop - part.start for part in _tile(start, n_tile, n_tokens, n_tokens, window))
@@ -179,7 +189,7 @@ def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterato
 def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
     """Take what attention in tiles of queries needs in the forward; a tile's masks are never the most: a byte a score of
     one head."""
-    c, head_dim = shape.itemsize, shape.facts.head_dim
+    c, head_dim = shape.itemsize, shape.layer.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
         heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
@@ -188,7 +198,7 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
 
 def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
     """Take what attention in tiles of queries needs in the backward."""
-    c, head_dim = shape.itemsize, shape.facts.head_dim
+    c, head_dim = shape.itemsize, shape.layer.head_dim
     cast = c != 4
     with heap.call():
         heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
@@ -198,6 +208,26 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
             heap.touch(scores * c + max(product, group * n * head_dim * c))
+
+
+# run/model/delta_net.py ------------------------------------------------------------------------------------------------
+
+
+def delta_states(shape: LayerShape, n_sequences: int, n_tokens: int, *, backward: bool) -> int:
+    """The bytes of a delta rule's states that live while a chunk runs, that chunk's result left out.
+
+    A backward keeps the state at the beginning of each group of chunks, those within the group at hand, and the gradient of
+    one.
+    """
+    delta = shape.layer.delta
+    assert delta is not None
+    state = 4 * n_sequences * delta.n_value_heads * delta.key_dim * delta.value_dim
+    if not backward:
+        return state
+    n_chunks = ceil(n_tokens / DELTA_CHUNK)
+    n_groups = ceil(n_chunks / DELTA_STATES_APART)
+    n_last = n_chunks - (n_groups - 1) * DELTA_STATES_APART
+    return state * (n_groups + max(n_last, DELTA_STATES_APART - 1 if n_groups > 1 else 0))
 
 
 # quant/gated_mlp.py ----------------------------------------------------------------------------------------------------
@@ -214,7 +244,7 @@ class _Pass:
         self.tile = min(token_tile(on_cpu=self.on_cpu), n_rows)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
-        for linear in self.linears:
+        for linear in self.linears if shape.facts.forms is None else ():
             unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=self.on_cpu)
         heap.take(self.adapter_elements * self.c if self.c != 4 else 0)
         heap.take(n_rows * (self.ranks[0] + self.ranks[1]) * self.c)
@@ -226,6 +256,8 @@ class _Pass:
     def weights(self) -> None:
         """Take a block's three matrices; columns of the last one are cut out as copies (unless they are all of them)."""
         n_elements = self.width * self.hidden
+        if self.shape.facts.forms is not None:
+            return
         unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
         with self.heap.call():
             if self.width < self.shape.facts.intermediate_size:
@@ -235,7 +267,7 @@ class _Pass:
 
 def mlp_linears(shape: LayerShape) -> list[LinearFacts]:
     """The linear layers of the MLP: gate, up and down."""
-    by_name = {linear.short_name: linear for linear in shape.facts.linears}
+    by_name = {linear.short_name: linear for linear in shape.linears}
     return [by_name[name] for name in ("gate_proj", "up_proj", "down_proj")]
 
 
@@ -368,6 +400,12 @@ def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabulari
     facts, c = shape.facts, shape.itemsize
     with heap.call():
         cast = c * (c != stored.itemsize)
+        if row := stored.packed_row_bytes:
+            n_rows = n_ids if stored.head_resident else min(n_ids, facts.vocab_size)
+            heap.take(0 if stored.head_resident else 8 * n_rows + 8 * n_ids)
+            heap.take(n_rows * (row + facts.hidden_size * c))
+            heap.take(0 if stored.head_resident else n_ids * facts.hidden_size * c)
+            return
         if stored.head_resident:
             heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
             return

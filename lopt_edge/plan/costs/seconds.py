@@ -21,6 +21,7 @@ from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.schedule.effects import Effect
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.sizes import DELTA_CHUNK
 
 FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidden) tensor outside the products
 # A product of few rows does not reach the rate: it takes as long as one of so many rows more. Fitted on a CPU, 0.5B shape,
@@ -47,11 +48,11 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     A mixture of two weights unpacks both, and multiplies twice in the backward.
     """
     facts, rows = shape.facts, batch.n_rows
-    outside = sum(x.in_features * x.out_features for x in facts.linears if not x.name.startswith("mlp."))
-    in_mlp = sum(x.in_features * x.out_features for x in facts.linears if x.name.startswith("mlp."))
-    adapters = sum((x.in_features + x.out_features) * shape.rank for x in facts.linears if x.short_name in shape.targets)
+    outside = sum(x.in_features * x.out_features for x in shape.linears if not x.name.startswith("mlp."))
+    in_mlp = sum(x.in_features * x.out_features for x in shape.linears if x.name.startswith("mlp."))
+    adapters = sum((x.in_features + x.out_features) * shape.rank for x in shape.linears if x.short_name in shape.targets)
     product = 2 * (rows + FEW_ROWS) / rates.product_flops
-    attention = 2 * batch.n_sequences * batch.n_tokens**2 * facts.n_heads * facts.head_dim / rates.attention_flops
+    attention = _mixing_flops(shape, batch) / rates.attention_flops
     hidden = rows * facts.hidden_size * shape.itemsize / rates.bandwidth
     unpack, overhead, mixed = 1 / rates.unpack_rate, rates.overhead, 2 if shape.mixed else 1
     again_mlp = 0.0 if shape.blocked else 2 / 3
@@ -65,6 +66,16 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
         backward + BACKWARD_PASSES * hidden + overhead,
         again + FORWARD_PASSES / 2 * hidden,
     )
+
+
+def _mixing_flops(shape: LayerShape, batch: MicroBatchSize) -> float:
+    """The operations of causal attention, once, or of the delta rule in its place: of each chunk's products and solves."""
+    layer = shape.layer
+    if (delta := layer.delta) is not None:
+        k, v = delta.key_dim, delta.value_dim
+        of_token = DELTA_CHUNK * (5 * k + 3 * v) + 6 * k * v
+        return batch.n_rows * delta.n_value_heads * of_token
+    return 2 * batch.n_sequences * batch.n_tokens**2 * layer.n_heads * layer.head_dim
 
 
 @dataclass(frozen=True)
@@ -123,31 +134,32 @@ class Costs:
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
-        self._layers: dict[tuple[MicroBatchSize, bool, bool], LayerSeconds] = {}
-        self._layer_bytes, self._groups = sizes.layer_bytes, dict[tuple[str, str, int], int]()
-        itemsize = sizes.shape.itemsize
+        self._layers: dict[tuple[int, MicroBatchSize, bool, bool], LayerSeconds] = {}
+        self._groups = dict[tuple[str, str, int], int]()
+        itemsize, forms = sizes.shape.itemsize, sizes.shape.facts.forms
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
         self.rates = _Rates(
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate,
+            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
             profile.op_overhead_seconds,
         )
 
-    def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
-        """The seconds of one layer; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
-        key = (batch, trains, mixed)
+    def layer(self, index: int, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        """The seconds of layer `index`; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
+        kind = self.sizes.shape.facts.kind_of_layer[index]
+        key = (kind, batch, trains, mixed)
         if key not in self._layers:  # shapes are slow to compare, and a plan asks for each of its ops
-            shape = replace(self.sizes.shape, mixed=mixed)
+            shape = replace(self.sizes.shape.of_kind(kind), mixed=mixed)
             if not trains:
-                shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
+                shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=kind)
             self._layers[key] = _layer_seconds(shape, self.rates, batch)
         return self._layers[key]
 
     def embed(self, batch: MicroBatchSize) -> float:
         """The seconds of an EMBED."""
-        n_bytes = batch.n_rows * self.sizes.shape.facts.hidden_size * self.sizes.vocabulary_itemsize
+        n_bytes = batch.n_rows * self.sizes.head_bytes / self.sizes.shape.facts.vocab_size
         return n_bytes / self.profile.file_read + self.rates.overhead
 
     def loss(self, batch: MicroBatchSize, *, task: bool) -> float:
@@ -161,8 +173,8 @@ class Costs:
         found = 4 * (batch.n_supervised + n_tiles * FEW_ROWS) * elements / rates.product_flops
         found += 6 * batch.n_supervised * facts.vocab_size * 4 / rates.bandwidth
         if sizes.knobs.head != "resident":
-            stored = sizes.vocabulary_itemsize
-            found += n_tiles * elements * (stored / self.profile.file_read + 2 * sizes.shape.itemsize / rates.bandwidth)
+            found += n_tiles * sizes.head_bytes / self.profile.file_read
+            found += n_tiles * elements * 2 * sizes.shape.itemsize / rates.bandwidth
         return found + rates.overhead
 
     def align(self, batch: MicroBatchSize) -> float:
@@ -193,7 +205,7 @@ class Costs:
         """The bytes of a movement, by what its row says that it moves."""
         moves = op.effect.moves
         if moves == "weights":
-            return self._layer_bytes
+            return self.sizes.bytes_of_layers[op.target]
         if moves == "group":
             key = (op.item, op.unit, op.target)
             if key not in self._groups:
@@ -288,4 +300,4 @@ class _Clock:
 
     def layer(self, op: Op, plan: Plan) -> LayerSeconds:
         segment, batch = plan.segment_of(op.target), self.costs.batches[op.micro_batch]
-        return self.costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
+        return self.costs.layer(op.target, batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)

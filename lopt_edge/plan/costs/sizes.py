@@ -22,12 +22,13 @@ from lopt_edge.plan.costs.layer_bytes import (
 )
 from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.gguf.types import TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -64,6 +65,13 @@ def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
+    """The bytes of a layer's buffer of packed weights, and of the codes among them."""
+    sizes = [packed_sizes((linear.out_features, linear.in_features)) for linear in kind.linears]
+    pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
+    return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
+
+
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
     """The most that so many bytes take of a page file in so many pieces: each is rounded up to a grain."""
     return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
@@ -92,26 +100,41 @@ class Sizes:
     # weights ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def layer_bytes(self) -> int:
-        """The bytes of a layer's buffer of packed weights (run/tiers/weights.py)."""
-        total = 0
-        for linear in self.shape.facts.linears:
-            sizes = packed_sizes((linear.out_features, linear.in_features))
-            total += _aligned(sizes.codes_bytes) + _aligned(sizes.absmax_bytes) + _aligned(sizes.nested_absmax_bytes)
-        return total
+    def bytes_of_layers(self) -> tuple[int, ...]:
+        """The bytes of each layer's buffer of packed weights (run/tiers/weights.py); a GGUF file's layers differ."""
+        facts = self.shape.facts
+        if facts.forms is None:
+            by_kind = [_packed_bytes(kind)[0] for kind in facts.kinds]
+            return tuple(by_kind[kind] for kind in facts.kind_of_layer)
+        return tuple(
+            sum(
+                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+            )
+            for layer, blocks in enumerate(facts.forms.layers)
+        )
 
-    @property
+    def _bytes_at(self, *places: str) -> list[int]:
+        """The bytes of each layer with weights of its own that lies at one of these places."""
+        layers = enumerate(zip(self.knobs.weights, self.bytes_of_layers, strict=True))
+        return [n_bytes for layer, (place, n_bytes) in layers if layer not in self.replaced and place in places]
+
+    @cached_property
+    def code_bytes(self) -> int:
+        """The bytes of 4-bit codes on the device: of resident layers, and of the largest in each buffer of the ring."""
+        kinds = self.shape.facts.kind_of_layer
+        codes = [_packed_bytes(kind)[1] for kind in self.shape.facts.kinds]
+        own = [(place, codes[kinds[layer]]) for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+        streamed = [n_bytes for place, n_bytes in own if place not in ("resident", ELSEWHERE)]
+        ring = min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
+        return sum(n_bytes for place, n_bytes in own if place == "resident") + ring
+
+    @cached_property
     def small_bytes(self) -> int:
-        """The bytes of norms and biases of all layers, which are always resident."""
-        facts, family = self.shape.facts, self.shape.facts.family
-        biases = sum(linear.out_features for linear in facts.linears if linear.bias)
-        norms = family.norms * facts.hidden_size
-        if family.qk_norm == "head":
-            norms += 2 * facts.head_dim
-        elif family.qk_norm == "projection":
-            norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
-        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
-        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+        """The bytes of norms, biases and the like of all layers, which are always resident."""
+        facts = self.shape.facts
+        here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
+        return (sum(layer.small_elements for layer in here) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -119,11 +142,10 @@ class Sizes:
         With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
         facts, shape = self.shape.facts, self.shape
-        found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        linears = {linear for kind in facts.kinds for linear in kind.linears}
+        found = [x.in_features * x.out_features for x in linears if not (shape.blocked and x.name.startswith("mlp."))]
         if self.replaced:
-            found += [2 * mixed_elements(linear) for linear in facts.linears]
-        if not shape.blocked:
-            found += [linear.in_features * linear.out_features for linear in facts.linears]
+            found += [2 * mixed_elements(linear) for linear in linears]
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
@@ -138,10 +160,14 @@ class Sizes:
         rows = min(self.shape.kind.vocabulary_chunk, facts.vocab_size)
         if self.knobs.head == ELSEWHERE:
             return 0
+        if row := self._stored_head.packed_row_bytes:
+            in_memory = facts.vocab_size if self.knobs.head == "resident" else rows
+            return in_memory * row + rows * facts.hidden_size * c
+        stored = self._stored_head.itemsize
         if self.knobs.head == "resident":
-            return facts.vocab_size * facts.hidden_size * self.vocabulary_itemsize
-        cast = c if c != self.vocabulary_itemsize or self.shape.kind.host_is_below else 0
-        on_device = 0 if self.shape.kind.host_is_below else self.vocabulary_itemsize
+            return facts.vocab_size * facts.hidden_size * stored
+        cast = c if c != stored or self.shape.kind.host_is_below else 0
+        on_device = 0 if self.shape.kind.host_is_below else stored
         return rows * facts.hidden_size * (on_device + cast)
 
     # groups ----------------------------------------------------------------------------------------------------------
@@ -154,12 +180,14 @@ class Sizes:
     def group_elements(self, group: GroupName) -> int:
         """The number of elements of a parameter group."""
         if group[0] == "layer":
-            return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
+            layer = self.shape.facts.kind_of_layer[group[1]]
+            mixtures = 2 * len(self.shape.facts.kinds[layer].linears) if group[1] in self.replaced else 0
+            return self._elements_of_kind[layer] + mixtures
         return self._aux_elements
 
     @cached_property
-    def _layer_elements(self) -> int:
-        return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+    def _elements_of_kind(self) -> tuple[int, ...]:
+        return tuple(sum(self._linear_adapter(linear) for linear in kind.linears) for kind in self.shape.facts.kinds)
 
     @cached_property
     def _aux_elements(self) -> int:
@@ -198,13 +226,13 @@ class Sizes:
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        n_resident = sum(place == "resident" for place in places)
         found = {
-            "weights": n_resident * self.layer_bytes + self.ring_bytes + self.small_bytes,
+            "weights": sum(self._bytes_at("resident")) + self.ring_bytes + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
-            "workspace": self.unpack_buffer_bytes(segments) + 4 * len(groups),  # a norm for each group
+            "workspace": self.unpack_buffer_bytes(segments)
+            + 4 * len(groups)
+            + self._scratch_bytes,  # a norm for each group
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
@@ -216,8 +244,8 @@ class Sizes:
     @property
     def ring_bytes(self) -> int:
         """The bytes of the buffers that streamed layers share."""
-        places = [place for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
-        return min(self.knobs.ring, sum(place not in ("resident", ELSEWHERE) for place in places)) * self.layer_bytes
+        streamed = self._bytes_at("host", "disk")
+        return min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
 
     def averages_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the fp32 averages of the adapters of tails' layers."""
@@ -228,8 +256,7 @@ class Sizes:
         weights."""
         knobs = self.knobs
         groups = self.groups_of(segments)
-        places = [place for layer, place in enumerate(knobs.weights) if layer not in self.replaced]
-        found = {"host": sum(place == "host" for place in places) * self.layer_bytes, "disk": self.journal_bytes(segments)}
+        found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
         elif knobs.states == "host":
@@ -249,7 +276,7 @@ class Sizes:
     def intact_bytes(self) -> int:
         """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
         intact."""
-        return min(2, len(self.replaced)) * self.layer_bytes
+        return min(2, len(self.replaced)) * max((self.bytes_of_layers[layer] for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +298,7 @@ class Sizes:
         return self._embed(batch)[0]
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
-        return embed_bytes(self.shape, self._stored, batch.n_sequences, batch.n_tokens)
+        return embed_bytes(self.shape, self._stored_embedding, batch.n_sequences, batch.n_tokens)
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
         """The most bytes while a boundary is read, or written and read back: one example as the cache holds it and in the
@@ -299,15 +326,39 @@ class Sizes:
         return CACHE_ITEMSIZE * n_tokens * self.shape.facts.hidden_size
 
     @property
-    def _stored(self) -> Vocabularies:
-        return Vocabularies(self.vocabulary_itemsize, self.knobs.head == "resident")
+    def _scratch_bytes(self) -> int:
+        """The bytes of the buffer in which GGUF blocks are unpacked."""
+        forms = self.shape.facts.forms
+        return scratch_bytes(on_cpu=self.shape.kind.computes_on_cores) if forms is not None and forms.packed else 0
+
+    @property
+    def _stored_embedding(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.embedding, resident=False)
+
+    @property
+    def _stored_head(self) -> Vocabularies:
+        forms = self.shape.facts.forms
+        return self._stored(None if forms is None else forms.head, resident=self.knobs.head == "resident")
+
+    def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
+        if kind is None:
+            return Vocabularies(self.vocabulary_itemsize, resident)
+        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """The bytes of the lm_head as it is stored."""
+        facts, stored = self.shape.facts, self._stored_head
+        return facts.vocab_size * (stored.packed_row_bytes or facts.hidden_size * stored.itemsize)
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
         """The most bytes within a loss: the gradient of the output, and a tile's loss with its backward."""
         arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
         return arange + loss_within(
             self.shape,
-            self._stored,
+            self._stored_head,
             batch.n_sequences,
             batch.n_tokens,
             task=task,
@@ -330,7 +381,8 @@ class Sizes:
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = self.shape.of_layer(layer)
+        shape = shape if segment.loss != "none" else replace(shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)

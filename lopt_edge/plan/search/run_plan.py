@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lopt_edge.plan.costs.predict import Prediction
+from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs
 from lopt_edge.plan.search.limits import longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
-from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
 LEAST_SHOWN = 0.01  # of a step's seconds: what is faster or slower by less is not said to be so
@@ -163,20 +164,25 @@ def shown_knobs(knobs: Knobs) -> dict[str, Any]:
 # the bytes at the peak -------------------------------------------------------------------------------------------------
 
 
+def _weights(facts: ModelFacts, sizes: Sizes, weights: int) -> dict[str, int]:
+    """The bytes of all weights on the device in their parts. Blocks of GGUF have their scales in them."""
+    if facts.forms is not None:
+        return {f"weights ({facts.forms.text})": weights - sizes.small_bytes, "unquantised modules": sizes.small_bytes}
+    return {
+        "4-bit weights": sizes.code_bytes,
+        "scales": weights - sizes.small_bytes - sizes.code_bytes,
+        "unquantised modules": sizes.small_bytes,
+    }
+
+
 def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
     """The bytes by category at the device's peak; they add up to it."""
     prediction = chosen.prediction
-    facts = workload.shape.facts
     held = dict(prediction.held_at_peak)
     weights = held.pop("weights", 0)
     sizes = workload.sizes(chosen.knobs)
-    packed = [packed_sizes((linear.out_features, linear.in_features)) for linear in facts.linears]
-    codes = sum(one.codes_bytes for one in packed)
-    n_layers = (weights - sizes.small_bytes) // sizes.layer_bytes  # resident ones and the ring's
     return {
-        "4-bit weights": n_layers * codes,
-        "scales": n_layers * (sizes.layer_bytes - codes),
-        "unquantised modules": weights - n_layers * sizes.layer_bytes,
+        **_weights(workload.shape.facts, sizes, weights),
         "embedding": 0,  # its rows are read from the file for each batch
         "head": held.pop("head", 0),
         "adapters": held.pop("adapters", 0),

@@ -168,7 +168,7 @@ class Workload:
         return (*few, *(_mean(others),) * len(others)) if others else few
 
 
-@lru_cache(maxsize=2)  # a combination is timed and replayed one after the other; two plans take a MiB at most
+@lru_cache(maxsize=16)  # a combination's bytes are asked for right after its seconds
 def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
     """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
 

@@ -24,18 +24,22 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
-from lopt_edge.plan.facts.model import LinearFacts, ModelFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import Weights, lay_out
-from quant.files import PackedLayout, is_packed, packed_on_disk, read_tensor
+from quant.files import is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.gguf.weight import gguf_layout
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
-from quant.nf4 import PackedWeight, pack
+from quant.nf4 import pack
+from quant.packed import Packed, PackedOnDisk
 
 
 @dataclass(eq=False)
@@ -80,6 +84,7 @@ class Model:
     weights: Weights | None = None
     here: tuple[int, ...] = ()  # the layers that this process has
     far: FarLayers | None = None  # where the others are
+    scratch: Tensor | None = None  # in which GGUF blocks are unpacked
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -106,7 +111,7 @@ class Model:
             "position_ids": positions,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        kinds = sorted(set(self.facts.layer_types))
+        kinds = self.facts.attention_types
         by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
         masks = {kind: make[kind](**arguments) for kind in kinds}
@@ -117,8 +122,8 @@ class Model:
         kind = self.facts.layer_types[layer]
         output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden_BTD,
-            attention_mask=frame.masks[kind],
-            position_embeddings=frame.rotary[kind],
+            attention_mask=frame.masks.get(kind),
+            position_embeddings=frame.rotary.get(kind),
             position_ids=frame.position_ids_1T,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -139,7 +144,8 @@ class Model:
 
         torch's non-reentrant checkpointing stops early to the same effect.
         """
-        last = cast(PackedLinear, self.layers[layer].get_submodule(self.facts.linears[-1].name))  # or a tracer's stand-in
+        name = self.facts.layer(layer).linears[-1].name
+        last = cast(PackedLinear, self.layers[layer].get_submodule(name))  # or a tracer's stand-in
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
@@ -163,27 +169,31 @@ def load_model(
     entries = tensor_entries(folder)
     knobs = default_knobs(facts, device.type)
     placement = placement or placement_of(knobs)
-    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=dict(placement)["head"], mover=mover)
     buffer = UnpackBuffer()
-    shared: dict[bytes, Tensor] = {}
+    shared: dict[object, Tensor] = {}
+    head = dict(placement)["head"]
+    model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
     layouts, maps, places = {}, {}, dict(placement)
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
         for index in model.here:
             layer = model.layers[index]
             prefix, matrices = facts.layout.layer(index), []
-            for module_index, linear in enumerate(facts.linears):
+            for module_index, linear in enumerate(facts.layer(index).linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
                 layer.set_submodule(linear.name, packed)
                 if on_disk is not None:
                     matrices.append((packed, on_disk))
-                    maps[id(on_disk)] = _code_maps(on_disk, device=device, shared=shared)
+                    maps[id(on_disk)] = on_disk.shared(device, shared)
             layouts[index] = lay_out(matrices)
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
             _tile_norms(layer)
+            if facts.layer(index).delta is not None:
+                put_delta_net(layer, facts.layer(index))
             _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
+        model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
         model.weights.load()
     except FolderError as error:
@@ -230,8 +240,12 @@ def make_skeleton(
     dtype: torch.dtype,
     head: str = "disk",
     mover: Mover | None = None,
+    shared: dict[object, Tensor] | None = None,
 ) -> Model:
-    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError."""
+    """The model with its layers still without weights (on the meta device); the rest is ready. Raises InputError.
+
+    `shared` holds what packed matrices share.
+    """
     from transformers import AutoConfig
 
     layout, attention = facts.layout, "sdpa"
@@ -250,14 +264,20 @@ def make_skeleton(
         fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+
+    known = {} if shared is None else shared
+
+    def vocabulary(name: str, *, resident: bool) -> Vocabulary:
+        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
+
     return Model(
         facts=facts,
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
         rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
-        embedding=Vocabulary(entries[layout.embedding], device=device, dtype=dtype, resident=False),
-        lm_head=Vocabulary(entries[layout.head(tied=facts.tied)], device=device, dtype=dtype, resident=head == "resident"),
+        embedding=vocabulary(layout.embedding, resident=False),
+        lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
@@ -268,14 +288,16 @@ def make_skeleton(
 
 def _packed_linear(
     linear: LinearFacts, prefix: str, entries: dict[str, TensorEntry], *, model: Model, buffer: UnpackBuffer
-) -> tuple[PackedLinear, PackedLayout | None]:
+) -> tuple[PackedLinear, PackedOnDisk | None]:
     """The module of a linear layer, and where its weight lies on disk; None if the weight is in the module already."""
     packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    on_disk: PackedLayout | None = None
-    weight: PackedLayout | PackedWeight | Tensor
+    on_disk: PackedOnDisk | None = None
+    weight: PackedOnDisk | Packed | Tensor
     name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
     if is_packed(entries, name):
         weight = on_disk = packed_on_disk(entries, name)
+    elif model.facts.forms is not None:
+        weight = on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
         weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
@@ -289,23 +311,17 @@ def _packed_linear(
     return packed, on_disk
 
 
-def _code_maps(on_disk: PackedLayout, *, device: torch.device, shared: dict[bytes, Tensor]) -> dict[str, Tensor]:
-    """The small resident parts of a packed weight; code maps, the same for all matrices, are shared."""
-    found = {}
-    for part in (".quant_map", ".nested_quant_map"):
-        if part in on_disk.parts:
-            tensor = read_tensor(on_disk.parts[part]).view(-1)
-            found[part] = shared.setdefault(bytes(tensor.numpy()), tensor.to(device))
-    if on_disk.offset is not None:
-        found[".offset"] = torch.tensor(on_disk.offset, dtype=torch.float32, device=device)
-    return found
-
-
 def _tile_norms(layer: nn.Module) -> None:
     """Put every norm of a layer into a `TokenTiled`."""
     for name, module in list(layer.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             layer.set_submodule(name, TokenTiled(module))
+
+
+def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
+    """Put a `DeltaNet` in the place of the family's gated delta rule."""
+    name = facts.linears[0].name.rpartition(".")[0]
+    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
 
 
 def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
@@ -318,7 +334,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
     for part in parts:
-        if isinstance(part.weight, PackedWeight):
+        if part.weight is not None and not isinstance(part.weight, Tensor):
             sizes[id(part)] = part.weight.block_elements
     if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
         gate, up, down = parts
@@ -328,14 +344,16 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 def fill_parameters(
     module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace every meta parameter of `module` by the folder's tensor, frozen, in the compute dtype.
+    """Replace every meta tensor of `module` that is stored by the folder's, frozen, in the compute dtype.
 
     Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
     """
-    for name, parameter in list(module.named_parameters()):
-        value = read_tensor(_entry(entries, prefix + name, tuple(parameter.shape))).to(device=device, dtype=dtype)
+    parameters = dict(module.named_parameters())
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        value = read_tensor(_entry(entries, prefix + name, tuple(tensor.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        stored = nn.Parameter(value, requires_grad=False) if name in parameters else value
+        setattr(module.get_submodule(owner), leaf, stored)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")

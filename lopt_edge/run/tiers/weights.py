@@ -1,7 +1,7 @@
 """The decoder layers' packed weights: resident, or streamed through a small ring of buffers.
 
-A layer's packed parts lie in one flat buffer of bytes (7 linear layers x codes, block scales, scales of scales; 64-byte
-aligned), and each linear layer's `PackedWeight` is a set of views into it. `fetch` begins to fill a free buffer, and
+A layer's packed parts lie in one flat buffer of bytes (of NF4: 7 linear layers x codes, block scales, scales of scales;
+64-byte aligned), and each linear layer's packed matrix is a set of views into it. `fetch` begins to fill a free buffer, and
 `wait` ends that and binds the views, `evict` unbinds them, so that a layer that computes without its weights fails loudly.
 A buffer is overwritten only after the computing stream has passed the point of its eviction. On the CPU bytes come by
 positioned reads from the 4-bit files; on CUDA from pinned host copies, or from disk through a pinned staging buffer.
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lopt_edge.run.tiers.moves import Mover, result_of
-from quant.files import PackedLayout, read_bytes, tensor_bytes
+from quant.files import read_bytes, tensor_bytes
 from quant.headers import TensorEntry
 from quant.linear import PackedLinear
+from quant.packed import PackedOnDisk
 
 ALIGNMENT = 64
-STREAMED_PARTS = ("", ".absmax", ".nested_absmax")
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Piece:
 class LayerLayout:
     """The places of a layer's weights in its buffer; `matrices` are (module, its layout on disk, its pieces)."""
 
-    matrices: tuple[tuple[PackedLinear, PackedLayout, tuple[Piece, ...]], ...]
+    matrices: tuple[tuple[PackedLinear, PackedOnDisk, tuple[Piece, ...]], ...]
     n_bytes: int
 
 
-def lay_out(matrices: Iterable[tuple[PackedLinear, PackedLayout]]) -> LayerLayout:
+def lay_out(matrices: Iterable[tuple[PackedLinear, PackedOnDisk]]) -> LayerLayout:
     """Lay the streamed parts of a layer's matrices one behind the other, each at a multiple of ALIGNMENT bytes."""
     position, found = 0, []
     for module, on_disk in matrices:
         pieces = []
-        for part in STREAMED_PARTS:
+        for part in on_disk.moved:
             if part in on_disk.parts:
                 pieces.append(Piece(part, on_disk.parts[part], position))
                 position += -(-on_disk.parts[part].n_bytes // ALIGNMENT) * ALIGNMENT
@@ -195,8 +195,7 @@ class Weights:
         for module, on_disk, pieces in self.layouts[layer].matrices:
             tensors = dict(self.maps[id(on_disk)])
             for piece in pieces:
-                flat = buffer[piece.start : piece.start + piece.entry.n_bytes]
-                tensors[piece.part] = flat if piece.entry.dtype == "U8" else flat.view(torch.float32)
+                tensors[piece.part] = buffer[piece.start : piece.start + piece.entry.n_bytes]
             module.weight = on_disk.assemble(tensors)
 
 

@@ -89,7 +89,7 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
     if model.weights is not None:
         yield from (("weights", tensor) for tensor in model.weights.tensors())
     for layer in [*model.layers, model.norm]:
-        for parameter in layer.parameters():
+        for parameter in (*layer.parameters(), *layer.buffers()):
             if not parameter.requires_grad:
                 yield "weights", parameter
         for module in layer.modules():
@@ -98,6 +98,8 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
                     yield "weights", tensor
             if (buffer := getattr(module, "buffer", None)) is not None:
                 yield from (("workspace", tensor) for tensor in buffer.flat.values())
+    if model.scratch is not None:
+        yield "workspace", model.scratch
     for vocabulary in (model.embedding, model.lm_head):
         yield from (("head", tensor) for tensor in vocabulary.tensors())
     yield from optimizer.tensors()

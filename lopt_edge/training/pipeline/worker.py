@@ -84,7 +84,7 @@ class Task:
 def read_task(setup: dict[str, Any], rank: int) -> Task:
     """The task of process `rank` from the text that process 0 left. Raises InputError(s)."""
     config = Config(**setup["config"])
-    source = find_model(config.model, revision=config.revision)
+    source = find_model(config.model, revision=config.revision, tokenizer=config.tokenizer)
     course, targets, _ = against_facts(config, source.facts)
     parts = parts_of(course.kinds[0].segments, config.pipeline)
     knobs: dict[str, Any] = {

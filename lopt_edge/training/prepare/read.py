@@ -259,7 +259,7 @@ def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFo
     cheap = (lambda: choose_device(config.device), lambda: _check_files(config))
 
     def find() -> ModelFolder:
-        return find_model(config.model, revision=config.revision)
+        return find_model(config.model, revision=config.revision, tokenizer=config.tokenizer)
 
     if Path(config.model).expanduser().exists() or config.model.count("/") != 1:
         device, _, source = together(*cheap, find)
