@@ -19,7 +19,7 @@ PANELS = {
                  "max_skipped"),
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora", "lora_targets", "init_adapter"),
     "Model, data and evaluation": (
-        "revision", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
+        "revision", "tokenizer", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
         "escape_special_tokens", "eval_data", "eval_every", "keep_best", "patience", "retention_data", "system"),
     "Memory": ("host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs", "optimizer_states",
                "gradients", "apply", "prefetch", "token_tile", "page_dir", "force"),

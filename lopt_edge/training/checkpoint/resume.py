@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset({
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
-    "teacher", "ignore_columns", "columns", "think", "escape_special_tokens",
+    "teacher", "ignore_columns", "columns", "tokenizer", "think", "escape_special_tokens",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
 MOST_SEGMENTS, MOST_TOKENS = 10_000, 2**31  # of any model; of a tile
