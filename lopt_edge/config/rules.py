@@ -15,8 +15,8 @@ from lopt_edge.plan.methods import METHODS, owners_of
 from lopt_edge.plan.methods.method import Problem
 from lopt_edge.system.file_systems import path_fault
 
-PATHS = ("model", "tokenizer", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir",
-         "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
+PATHS = ("model", "tokenizer", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter",
+         "cache_dir", "page_dir", "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
 
 READ_PATHS = ("model", "tokenizer", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "teacher")
 
