@@ -1,9 +1,9 @@
-"""Every key of peft's LoraConfig with its default, as one version of peft writes them.
+"""Every key of peft's LoraConfig with its default, as one version of peft writes them: what an adapter folder names.
 
-An adapter folder names all keys of the installed peft. To ask peft for them is to import it, and with it bitsandbytes and
-torch's compiler: 3 s of a core and 50 MiB at the end of each run, for a table that changes once a release. So the table of
-the version that the tests run with is here, and a test compares it with that peft; any other version is asked itself
-(lopt_edge/adapters/save.py).
+To ask the installed peft for its keys is to import it, and with it bitsandbytes and torch's compiler: 3 s of a core and 43
+MiB at the end of each run (a small model's peak, on a CPU), for a table that changes once a release. So the table is here,
+and a test compares it with the peft that the tests run with. Another peft reads it as any folder that a different version
+wrote: what it lacks has its default, what it does not know it says and leaves out.
 
 Not here: what the keys mean when an adapter is read (lopt_edge/run/model/adapter_config.py).
 """

@@ -1,6 +1,6 @@
 """The output folder of a run: adapter, tokenizer, logs (JSON lines), run.json, model card.
 
-The adapter is peft's form (`adapter_model.safetensors`, and `adapter_config.json` with all keys of the installed peft, in
+The adapter is peft's form (`adapter_model.safetensors`, and `adapter_config.json` with all keys that peft writes, in
 checkpoints those that matter), so that plain peft loads it. The same run writes the same bytes: peft's own writer puts sets
 down in hash order. Rules: the output folder must be new, empty, or hold nothing but the
 logs of a run that saved nothing, so no run is overwritten (resuming is another matter); a file is written beside and
@@ -10,11 +10,10 @@ renamed, a log line is written whole or not at all; an adapter that holds a numb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lopt_edge.adapters.peft_keys import KEYS, PEFT_VERSION
+from lopt_edge.adapters.peft_keys import KEYS
 from lopt_edge.errors import RunError
 from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME
 from lopt_edge.run.model.load import Model
@@ -78,13 +77,6 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
 
 
 def _all_keys(shape: AdapterShape) -> dict[str, Any]:
-    """The config with every key of the installed peft, in its order of writing: sorted, sets too."""
-    values = KEYS | shape.config() if version("peft") == PEFT_VERSION else _of_installed_peft(shape)
+    """The config with every key of peft's, in its order of writing: sorted, sets too."""
+    values = KEYS | shape.config()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
-
-
-def _of_installed_peft(shape: AdapterShape) -> dict[str, Any]:
-    from peft import LoraConfig
-
-    found: dict[str, Any] = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
-    return found
