@@ -1,7 +1,7 @@
 """lopt-edge: low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.
 
-Public names: `Config`, `load_config`, `plan_run`, `finetune`, `compare`, `generate`, `export`, `InputError`, `RunError`.
-They resolve on first use, so that importing the package (or planning) never loads torch.
+Public names: `Config`, `load_config`, `plan_run`, `finetune`, `compare`, `generate`, `load`, `export`, `InputError`,
+`RunError`. They resolve on first use, so that importing the package (or planning) never loads torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopt_edge.adapters.generation import generate
+    from lopt_edge.adapters.generation import generate, load
     from lopt_edge.adapters.merge import export
     from lopt_edge.comparison.run import compare
     from lopt_edge.config.load import load_config
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from lopt_edge.planning.worst_case import plan_run
     from lopt_edge.training.run import finetune
 
-__all__ = ["Config", "InputError", "RunError", "compare", "export", "finetune", "generate", "load_config", "plan_run"]
+__all__ = [
+    "Config",
+    "InputError",
+    "RunError",
+    "compare",
+    "export",
+    "finetune",
+    "generate",
+    "load",
+    "load_config",
+    "plan_run",
+]
 
 _HOMES = {
     "Config": "config.settings",
@@ -29,6 +40,7 @@ _HOMES = {
     "export": "adapters.merge",
     "finetune": "training.run",
     "generate": "adapters.generation",
+    "load": "adapters.generation",
     "load_config": "config.load",
     "plan_run": "planning.worst_case",
 }

@@ -167,3 +167,16 @@ def test_a_cell_of_the_fit_table_is_what_the_planner_says():
 def test_the_embedded_model_is_small():
     total = sum(path.stat().st_size for path in (ROOT / "examples" / "tiny-llama").iterdir())
     assert total <= 8_000_000
+
+
+def test_troubleshooting_names_messages_that_the_program_has():
+    """What stands between a message's variable parts (...) is in the code, so that whoever searches for it finds it."""
+    code = "\n".join(path.read_text() for room in ("lopt_edge", "quant") for path in (ROOT / room).rglob("*.py"))
+    code = re.sub(r"[\"']\s*\n\s*f?[\"']", "", code)  # literals over several lines
+    code = re.sub(r"\{[^{}]*\}", "...", code)
+    cells = re.findall(r"^\| (`.*?) \| [^|]*\|$", TEXTS["docs/troubleshooting.md"], flags=re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    parts = [part.strip(" ;,") for message in messages for part in re.split(r"\.\.\.|->|\bN\b|NAME", message)]
+    long = [part for part in parts if len(part) >= 12]
+    assert len(long) >= 60
+    assert [part for part in long if part not in code] == []

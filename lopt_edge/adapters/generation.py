@@ -56,6 +56,19 @@ class TextGenerator:
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
+    def __call__(
+        self, prompt: str, *, system: str | None = None, on_text: Callable[[str], None] | None = None, **how: Any
+    ) -> str:
+        """The completion of one user prompt; `how`: max_new_tokens, temperature, top_p, seed."""
+        sampling = Sampling(**how)
+        if self.template is None:
+            return self.continue_text(prompt, sampling, on_text=on_text)
+        return self.reply(asked(prompt, system), sampling, on_text=on_text)
+
+    def __repr__(self) -> str:
+        facts = self.model.facts
+        return f"TextGenerator({facts.architecture}, {facts.n_layers} layers, on {self.model.device})"
+
     def reply(
         self,
         messages: Sequence[AnyMessage],
@@ -158,6 +171,14 @@ def load_generator(
         apply_replaced(loaded, Path(adapter))
         load_adapters(loaded, Path(adapter))
     return TextGenerator(loaded, tokenizer, load_template(tokenizer, chat_template)[0])
+
+
+def load(model: str | None = None, adapter: str | None = None, **loading: Any) -> TextGenerator:
+    """A generator that keeps the model: call it with a prompt as often as you like.
+
+    `loading`: revision, cache_dir, device, compute_dtype, chat_template. The model may be left out beside an adapter.
+    """
+    return load_generator(model, adapter, **loading)
 
 
 def generate(

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from lopt_edge.cli.data_check import data_check
+from lopt_edge.cli.eval_page import evaluate
 from lopt_edge.cli.export_command import export_command
 from lopt_edge.cli.options import (
     BaseOption,
@@ -31,6 +32,7 @@ from lopt_edge.cli.options import (
     settings_of,
     signature,
 )
+from lopt_edge.cli.start_pages import init, recipes_app
 from lopt_edge.cli.stopping import stoppable
 from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams, warn
 from lopt_edge.config.load import load_config, placed
@@ -49,6 +51,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
 
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
 DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
@@ -205,6 +208,8 @@ def quantize(
 
 
 data_app.command("check")(data_check)
+app.command("init")(init)
+app.command("eval")(evaluate)
 
 
 @app.command("generate")

@@ -71,9 +71,9 @@ def read_data(config: Config) -> PlannedData:
     """The data of these settings, read as `finetune` reads it. Raises InputError(s) for what is wrong in it."""
     if config.data == NOT_GIVEN:
         return PlannedData()
-    if not Path(config.model).expanduser().is_dir():
+    if not Path(config.model).expanduser().exists():
         return PlannedData(
-            why_not=f"{config.data} was not read, which takes a model folder with its tokenizer: the plan is for the "
+            why_not=f"{config.data} was not read, which takes a model with its tokenizer: the plan is for the "
             "longest sequences"
         )
     from lopt_edge.data.sources import sources_of
@@ -87,7 +87,7 @@ def read_data(config: Config) -> PlannedData:
     from lopt_edge.planning.settings import longest_sequence
     from lopt_edge.training.prepare.read import read_datasets
 
-    source = find_model(config.model)
+    source = find_model(config.model, tokenizer=config.tokenizer)
     longest = longest_sequence(source.facts, config.max_seq_len, is_given="max_seq_len" in config.model_fields_set)
     tokenizer = load_tokenizer(source.path, say=lambda text: None)
     train, *others = read_datasets(config, tokenizer, vocab_size=source.facts.vocab_size, max_seq_len=longest)

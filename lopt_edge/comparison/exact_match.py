@@ -17,18 +17,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lopt_edge.config.load import load_config
-from lopt_edge.data import Conversation, PromptCompletion, detect_format, read_records, to_rows
+from lopt_edge.data import Conversation, PromptCompletion, detect_format, to_rows
 from lopt_edge.data.formats import DataFormat
+from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from lopt_edge.adapters.generation import TextGenerator
 
 Question = tuple[str | Conversation, str]  # a text to continue or a conversation to answer, the reference
 
 
 def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
     """The prompts and references of a data file's first rows. Raises InputError where rows have no reference."""
-    records = read_records(path)[:n_rows]
+    records = [record for source in sources_of(path) for record in source.records()][:n_rows]
     found: list[Question] = []
     for row in to_rows(records, data_format=data_format or detect_format(records)[0]):
         if isinstance(row, PromptCompletion):
@@ -45,7 +50,7 @@ def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Qu
 
 def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
     """The count of completions that are the reference, by the adapter of a run's output folder."""
-    from lopt_edge.adapters.generation import Sampling, load_generator
+    from lopt_edge.adapters.generation import load_generator
 
     config = load_config(folder / "config.yaml")
     asked = questions(path, n_rows, config.data_format)
@@ -58,6 +63,13 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
         compute_dtype=config.compute_dtype,
         chat_template=config.chat_template,
     )
+    return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches_of(generator, asked)}
+
+
+def matches_of(generator: TextGenerator, asked: Sequence[Question]) -> int:
+    """How many greedy completions are the reference."""
+    from lopt_edge.adapters.generation import Sampling
+
     matches = 0
     for prompt, reference in asked:
         n_tokens = len(generator.tokenizer(reference, add_special_tokens=False)["input_ids"])
@@ -68,7 +80,7 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
             else generator.reply(prompt.messages, sampling, tools=prompt.tools)
         )
         matches += reply.strip() == reference.strip()
-    return {"data": path, "asked": n_rows, "rows": len(asked), "matches": matches}
+    return matches
 
 
 def main(words: Sequence[str]) -> None:

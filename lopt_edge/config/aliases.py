@@ -33,6 +33,10 @@ ALIASES = {
     "random_seed": "seed",
     "resume_from_checkpoint": "resume",
     "load_best_model_at_end": "keep_best",
+    "use_rslora": "lora_rslora", "peft_use_rslora": "lora_rslora",
+    "cosine_cycles": "cycles",
+    "report_to": "track",
+    "early_stopping_patience": "patience",
 }  # fmt: skip
 
 ALWAYS_QLORA = "leave it out: the base is always in 4 bits, and a LoRA adapter is what is trained"
@@ -68,8 +72,6 @@ ADVICE = {
     "sample_packing": "there is none yet: each sequence is a row of its own",
     "packing": "there is none yet: each sequence is a row of its own",
     "train_on_inputs": "leave it out: only replies are learned; of rows in the text form every token is",
-    "report_to": "use track", "wandb_project": "use track wandb",
+    "wandb_project": "use track wandb; its environment variables name project and account",
     "logging_steps": "leave it out: every step is logged",
-    "use_rslora": "use lora_rslora", "peft_use_rslora": "use lora_rslora",
-    "early_stopping_patience": "use patience",
 }  # fmt: skip

@@ -7,16 +7,15 @@ contradicts what is rules.py's.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from lopt_edge.config.aliases import ADVICE, ALIASES
+from lopt_edge.config.aliases import ALIASES
+from lopt_edge.config.faults import SettingsError, errors_of, unknown
 from lopt_edge.config.rules import PATHS, method_errors
 from lopt_edge.config.settings import Config
 from lopt_edge.config.yaml_file import read_yaml
@@ -43,8 +42,12 @@ def load_config(
     """
     values, lines, errors = ({}, {}, []) if path is None else _in_our_words(path, *read_yaml(Path(path)))
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
-    errors += [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
-    errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
+    errors += [
+        unknown(key, Config.model_fields, _place(key, path, lines)) for key in values if key not in Config.model_fields
+    ]
+    errors += [
+        unknown(key, Config.model_fields, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields
+    ]
     known = {key: value for key, value in {**values, **flags}.items() if key in Config.model_fields}
     if placeholder is not None:
         needed = [name for name, field in Config.model_fields.items() if field.is_required()]
@@ -55,10 +58,9 @@ def load_config(
 
     try:
         config = Config(**known)
-    except ValidationError as error:
-        faults = {str(fault["loc"][0]): dict(fault) for fault in error.errors()}
-        errors += [_as_input_error(fault, where(key)) for key, fault in faults.items()]
-        config = _healed(known, faults)
+    except SettingsError as error:
+        errors += errors_of(error.faults, Config.model_fields, where)
+        config = _healed(known, error.faults)
     for found in method_errors(config):
         errors.append(InputError(found.what, where=where(found.setting), fix=found.fix))
     raise_collected(errors)
@@ -118,20 +120,6 @@ def _placed(error: InputError, path: str | Path | None, flags: Mapping[str, Any]
 
 def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
     return f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
-
-
-def _unknown_key(key: str, where: str) -> InputError:
-    if key in ADVICE:
-        return InputError("is another tool's setting", where=where, fix=ADVICE[key])
-    near = [ALIASES.get(name, name) for name in difflib.get_close_matches(key, [*Config.model_fields, *ALIASES], n=1)]
-    return InputError("unknown setting", where=where, fix=f"did you mean {near[0]!r}?" if near else "see --help")
-
-
-def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
-    message = str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    if fault["type"] == "missing":
-        return InputError("is needed", where=where, fix=Config.model_fields[str(fault["loc"][0])].description or "")
-    return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
 
 
 DATA = ("data", "eval_data", "retention_data")  # files, folders, hub data sets

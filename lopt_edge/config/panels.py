@@ -14,15 +14,16 @@ BASICS, METHODS_PANEL, OTHERS = "Basics", "Methods: how far the gradient reaches
 PANELS = {
     BASICS: ("model", "data", "output", "overwrite", "epochs", "max_steps", "max_seq_len", "lr", "eval_fraction",
              "sample_prompt", "device_memory", "dry_run"),
-    "Training": ("batch_size", "grad_accum", "choose_micro_batch", "schedule", "warmup_ratio", "weight_decay", "clip",
-                 "clip_scope", "optimizer", "seed", "device", "compute_dtype", "on_nan", "max_skipped"),
-    "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "init_adapter"),
+    "Training": ("batch_size", "grad_accum", "choose_micro_batch", "schedule", "cycles", "min_lr", "warmup_ratio",
+                 "weight_decay", "clip", "clip_scope", "optimizer", "seed", "device", "compute_dtype", "on_nan",
+                 "max_skipped"),
+    "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora", "lora_targets", "init_adapter"),
     "Model, data and evaluation": (
-        "revision", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
-        "escape_special_tokens", "eval_data", "eval_every", "keep_best", "retention_data", "system"),
+        "revision", "tokenizer", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
+        "escape_special_tokens", "eval_data", "eval_every", "keep_best", "patience", "retention_data", "system"),
     "Memory": ("host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs", "optimizer_states",
                "gradients", "apply", "prefetch", "token_tile", "page_dir", "force"),
-    "Checkpoints and reports": ("save_every", "save_minutes", "keep", "resume", "memory_report"),
+    "Checkpoints and reports": ("save_every", "save_minutes", "keep", "resume", "track", "memory_report"),
     METHODS_PANEL: ("method", "num_segments", "boundary_layers", "choose_segments", "lr_local", "local_weight",
                     "boundary_cache", "pipeline", "pipeline_minutes"),
 }  # fmt: skip

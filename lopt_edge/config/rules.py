@@ -15,10 +15,10 @@ from lopt_edge.plan.methods import METHODS, owners_of
 from lopt_edge.plan.methods.method import Problem
 from lopt_edge.system.file_systems import path_fault
 
-PATHS = ("model", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir",
-         "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
+PATHS = ("model", "tokenizer", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter",
+         "cache_dir", "page_dir", "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
 
-READ_PATHS = ("model", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "teacher")
+READ_PATHS = ("model", "tokenizer", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "teacher")
 
 
 def check_methods(config: Config) -> None:
@@ -43,6 +43,8 @@ def method_errors(config: Config) -> Iterator[Problem]:
     elif config.boundary_cache and config.lora_dropout and config.init_adapter:
         what = "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time"
         yield Problem("boundary_cache", what, "add --lora-dropout 0")
+    if config.min_lr > min(config.lr, config.local_lr if method.local else config.lr):
+        yield Problem("min_lr", "is above the peak learning rate", "lower it, or raise lr (and lr_local)")
     if config.overwrite:
         yield from _overwrite_errors(config)
     if config.pipeline > 1:
@@ -114,6 +116,10 @@ def no_effect_warnings(config: Config) -> list[str]:
         if name in given and name not in method.local:
             found.append(f"{name} has no effect: method {config.method} has no local loss")
     found += method.warnings(config, config)
+    if config.cycles > 1 and config.schedule != "cosine":
+        found.append(f"cycles has no effect: the schedule is {config.schedule}")
+    if config.min_lr and config.schedule == "constant":
+        found.append("min_lr has no effect: the schedule is constant")
     if "clip_scope" in given and config.clip == 0:
         found.append("clip_scope has no effect: clip is 0")
     if "epochs" in given and config.max_steps is not None:
@@ -121,11 +127,13 @@ def no_effect_warnings(config: Config) -> list[str]:
     if not config.eval_data and not config.eval_fraction:
         found += [
             f"{name} has no effect: there is no eval_data and no eval_fraction"
-            for name in ("eval_every", "keep_best")
+            for name in ("eval_every", "keep_best", "patience")
             if getattr(config, name)
         ]
     if config.system is not None and config.sample_prompt is None:
         found.append("system has no effect: there is no sample_prompt")
+    if config.patience and not config.eval_every and (config.eval_data or config.eval_fraction):
+        found.append("patience has no effect: without eval_every there is one evaluation, at the end")
     if "max_skipped" in given and config.on_nan == "stop":
         found.append("max_skipped has no effect: on_nan is stop")
     if config.eval_data and config.eval_fraction:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
+from lopt_edge.config.faults import SettingsError, faults_of
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES
 from lopt_edge.plan.methods import METHODS, option_classes
 from lopt_edge.plan.methods.method import Options
@@ -67,12 +68,15 @@ class Config(MethodOptions):
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
+    cycles: int = Field(1, ge=1, le=1000, description="cosine: how often it begins again at the peak (warm restarts)")
+    min_lr: float = Field(0.0, ge=0, description="lowest learning rate that the schedule falls to")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
     clip: float = Field(1.0, ge=0, description="gradient clipping norm; 0 turns it off")
     clip_scope: Literal["segment", "global"] = Field("segment", description="norm per segment, or over all parameters")
     lora_r: int = Field(16, ge=1, le=4096, description="LoRA rank")
     lora_alpha: float = Field(32.0, gt=0, description="LoRA alpha; the branch is scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA branch's input")
+    lora_rslora: bool = Field(False, description="scale the branch by alpha / sqrt(r) (rank-stabilised LoRA)")
     lora_targets: tuple[str, ...] = Field(("all-linear",), description="all-linear, or e.g. q_proj,v_proj")
     data_format: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
         None, description="form of the data rows (default: detected)"
@@ -92,6 +96,9 @@ class Config(MethodOptions):
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the data held out for evaluation")
     eval_every: int | None = Field(None, ge=1, description="evaluate every N steps (default: before and after)")
     keep_best: bool = Field(False, description="save the adapter of the lowest evaluation loss, not the last one")
+    patience: int | None = Field(
+        None, ge=1, description="end the run after N evaluations in a row without a lower held-out loss"
+    )
     retention_data: str | None = Field(None, description="other held-out text, to see what the run forgets")
     sample_prompt: str | None = Field(None, description="prompt to complete before and after the run")
     system: str | None = Field(None, description="system message before the sample prompt")
@@ -125,9 +132,25 @@ class Config(MethodOptions):
         "skip", description="what to do with a batch whose loss or gradient is no number"
     )
     max_skipped: int = Field(3, ge=1, description="at most so many skipped batches in a row")
+    track: tuple[str, ...] | None = Field(
+        None, description="trackers: tensorboard, trackio, wandb, mlflow, ... (pip install 'lopt-edge[track]')"
+    )
     memory_report: str | None = Field(None, description="write predicted and measured bytes per op: FILE.json, FILE.svg")
     force: bool = Field(False, description="start although nothing fits the budgets, which are then not held")
     dry_run: bool = Field(False, description="stop after the checks and the plan; train nothing")
+
+    def __init__(self, **values: Any) -> None:
+        """Check the settings. Raises InputErrors that name every mistake, a typo's setting among them."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(faults_of(error), type(self).model_fields) from None
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={getattr(self, name)!r}" for name in field_names() if name in self.model_fields_set)
+        return f"Config({given})"
+
+    __str__ = __repr__
 
     @model_validator(mode="before")
     @classmethod

@@ -20,8 +20,8 @@ from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.versions import versions
 from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
 from lopt_edge.training.prepare.teacher import remove_features
+from lopt_edge.training.session.finished import Finished
 from lopt_edge.training.session.replacement import replacement
-from lopt_edge.training.session.session import Finished
 from quant.folders import sync_files
 
 
@@ -41,6 +41,10 @@ class RunResult:
     replacement: dict[str, Any] = field(default_factory=dict)  # method repl: training/session/replacement.py
     n_processes: int = 1  # the peaks are their sums
 
+    def __repr__(self) -> str:
+        losses = "".join(f", {name} {loss:.4f}" for name, loss in self.evaluation["after"].items())
+        return f"RunResult({str(self.output)!r}: {self.steps} steps, final_loss {self.final_loss:.4f}{losses})"
+
 
 def report(finished: Finished) -> RunResult:
     """Write the files of a session that came to its end, run.json last; returns the result for the caller."""
@@ -51,7 +55,7 @@ def report(finished: Finished) -> RunResult:
     peak_device = peak_rss if in_process else max(state.peak_device_bytes, peak_device_bytes(device))
     result = RunResult(
         output=output,
-        steps=inputs.n_steps,
+        steps=state.steps,
         final_loss=float("nan") if state.final_loss is None else state.final_loss,
         evaluation={"before": state.before, "after": state.after or state.before},
         samples=state.samples,
@@ -98,7 +102,7 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
         "device": str(inputs.device),
         "compute_dtype": str(inputs.dtype).removeprefix("torch."),
         "reasons": list(inputs.reasons),
-        "totals": {"steps": inputs.n_steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
+        "totals": {"steps": state.steps, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
                    "skipped_steps": state.skipped},
         "evaluation": result.evaluation,
         "scored_tokens": result.scored_tokens,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lopt_edge.config.load import load_config, settings_text
 from lopt_edge.config.rules import check_methods
@@ -41,27 +42,58 @@ from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.finish import RunResult, report
 from lopt_edge.training.pipeline.worker import is_worker
+from lopt_edge.training.prepare.given_rows import kept_rows
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.prepare.told import six_facts
 from lopt_edge.training.recovery import MOST_PLANS, smaller_plan
+from lopt_edge.training.session.callbacks import Callbacks, OnEval, OnStep
 from lopt_edge.training.session.loaded import RunContext
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.session import Session
+from lopt_edge.training.session.tracking import trackers_of
 
 
-def finetune(config: Config, progress: Progress | None = None) -> RunResult | None:
+def finetune(
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    data: Sequence[Mapping[str, Any]] | None = None,
+    on_step: OnStep | None = None,
+    on_eval: OnEval | None = None,
+    on_end: Callable[[RunResult], object] | None = None,
+) -> RunResult | None:
     """Train an adapter as `config` says and write the output folder.
+
+    `data`: rows instead of those that `config.data` names; they are kept beside the output (OUTPUT.data.jsonl), so that the
+    run can be taken up again. `on_step` and `on_eval` hear of each step and evaluation as records, and end the run early by
+    returning "stop"; `on_end` hears of the result.
 
     Returns None for a dry run, and in the later processes of a pipeline that torchrun started. Raises InputError for
     anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
     KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
     """
+    progress = progress or Progress()
+    if on_step is not None or on_eval is not None:
+        progress = Callbacks(progress, on_step, on_eval)
+    if (trackers := trackers_of(config, progress.warn)) is not None:
+        progress = Callbacks(progress, trackers.step, trackers.evaluation)
+    try:
+        with kept_rows(config, data) as config:
+            result = _finetune(config, progress)
+    finally:
+        if trackers is not None:
+            trackers.finish()
+    if result is not None and on_end is not None:
+        on_end(result)
+    return result
+
+
+def _finetune(config: Config, progress: Progress) -> RunResult | None:
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
         return None
-    progress = progress or Progress()
     clock, output = PhaseClock(progress.phase), Path(config.output)
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:

@@ -74,6 +74,11 @@ class RunPlan:
     notes: tuple[str, ...] = ()
     chosen: Candidate | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        device = format_bytes(self.peak_bytes["device"])
+        return f"RunPlan({verdict}: {device} of device memory, {self.step_seconds:g} s a step, {self.method})"
+
     def as_dict(self) -> dict[str, Any]:
         """The answer as plain JSON values."""
         found = asdict(replace(self, chosen=None))

@@ -39,10 +39,13 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 ALIGNMENT = 16  # elements: each group begins at 64 bytes, so that vector loops cut it alike wherever it lies
 
 
-def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
+def learning_rate(
+    step: int, *, n_steps: int, peak: float, schedule: str, warmup_ratio: float, cycles: int = 1, lowest: float = 0.0
+) -> float:
     """The learning rate of step `step` (from 1): linear warm-up over ceil(ratio x steps), then `schedule`.
 
-    The schedule is "constant", "linear" (to 0) or cosine (to 0).
+    The schedule is "constant", "linear" or cosine, which fall to `lowest`; a cosine begins again at the peak in each of its
+    `cycles` (SGDR, arXiv 1608.03983, without its shrinking peaks).
     """
     n_warmup = math.ceil(warmup_ratio * n_steps)
     if step <= n_warmup:
@@ -50,7 +53,11 @@ def learning_rate(step: int, *, n_steps: int, peak: float, schedule: str, warmup
     if schedule == "constant":
         return peak
     progress = (step - 1 - n_warmup) / max(1, n_steps - n_warmup)
-    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * (progress * cycles % 1.0 if cycles > 1 else progress)))
+    return lowest + (peak - lowest) * share if lowest else peak * share  # the same bits as ever without a lowest rate
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from quant.small_files import TEMPLATE_NAMES, TOKENIZER_NAMES
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
 REPORT_NAME = "report.html"
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
-LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, REPORT_NAME, SETTINGS_NAME, LOCK_NAME}
+LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, REPORT_NAME, SETTINGS_NAME, LOCK_NAME, "tensorboard"}
 
 
 # What a run writes, beside what LOGS and the patterns below name; `--overwrite` removes these and nothing else.

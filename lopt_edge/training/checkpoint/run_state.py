@@ -21,7 +21,7 @@ LEVEL_SHARE = 0.05  # of a new loss in its running level: about the last 20 step
 LEVEL_STEPS = 20  # before a rise is called one
 FAR_DEVIATIONS, FAR_SHARE = 6.0, 0.5  # a loss is far above its level if it is beyond both
 
-LATER = ("intact", "unexplained")  # fields that checkpoints of earlier versions lack
+LATER = ("intact", "unexplained", "lowest", "waits")  # fields that checkpoints of earlier versions lack
 
 
 @dataclass
@@ -68,6 +68,8 @@ class RunState:
     stage: int = 0  # of which the next two are: its lowest held-out loss, and for how many evaluations that stands
     stage_loss: float | None = None
     stage_waits: int = 0
+    lowest: float | None = None  # with patience: held-out loss so far, and evaluations since it was reached
+    waits: int = 0
     skip: list[int] = field(default_factory=list)  # steps known to end in numbers that are not finite
     intact: dict[str, float] = field(default_factory=dict)  # method repl: evaluation before layers were replaced
     unexplained: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer and linear layer: shares of a norm
@@ -91,8 +93,9 @@ class RunState:
             _types().validate_json(json.dumps(known, allow_nan=False), strict=True)  # types only: floats stay exact
             state = cls(**{**known, "level": LossLevel(**known["level"])})
             counts = (state.steps, state.sequences, state.log_bytes, state.tokens, state.supervised_tokens, state.skipped,
-                      state.skipped_in_row, state.stage, state.stage_waits, state.peak_rss_bytes, state.peak_device_bytes,
-                      state.level.n_steps, state.evaluated + 1, *state.skip, *state.stage_ends)  # fmt: skip
+                      state.skipped_in_row, state.stage, state.stage_waits, state.waits, state.peak_rss_bytes,
+                      state.peak_device_bytes, state.level.n_steps, state.evaluated + 1, *state.skip,
+                      *state.stage_ends)  # fmt: skip
             seconds = (*state.seconds.values(), state.level.variance)
             sound = min(counts) >= 0 and min(seconds) >= 0 and state.loss_scale > 0
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError):

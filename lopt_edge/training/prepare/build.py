@@ -54,7 +54,7 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
     model.clock.seed = config.seed  # of the dropout masks
     trained = inputs.course.adapted
     carried: list[int] = []
-    rslora = adapter is not None and read_adapter_config(Path(adapter)).rslora  # goes on as it is: no setting makes one
+    rslora = _rslora(config, adapter)
     if adapter is not None:
         carried = load_adapters(model, Path(adapter))
         setting = "init_adapter" if adapter == config.init_adapter else "adapter"
@@ -114,6 +114,17 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
         facts.outside,
     )
     return executor, shape
+
+
+def _rslora(config: Config, adapter: str | None) -> bool:
+    """Whether the branch is scaled by alpha / sqrt(r): as the settings say, or as an adapter that goes on has it."""
+    if adapter is None:
+        return config.lora_rslora
+    carried = read_adapter_config(Path(adapter)).rslora
+    if config.lora_rslora and not carried:
+        fix = "leave lora_rslora out, or begin with a fresh adapter"
+        raise InputError("the adapter that goes on is scaled by alpha / r", where="lora_rslora", fix=fix)
+    return carried
 
 
 def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *, rslora: bool, where: str) -> None:

@@ -13,6 +13,11 @@ from typing import Any
 class Progress:
     """A listener to notes, warnings, steps and evaluations that shows nothing."""
 
+    @property
+    def asks_to_stop(self) -> bool:
+        """Whether the run shall end after this step."""
+        return False
+
     def facts(self, rows: Sequence[tuple[str, str]]) -> None:
         """Hear what the run is, before it begins: names and short texts."""
 

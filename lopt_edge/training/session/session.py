@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.step_state import Cut, StepResult
-from lopt_edge.run.watch.first_steps import N_STEPS, FirstSteps
+from lopt_edge.run.watch.first_steps import N_STEPS
 from lopt_edge.run.watch.memory_report import MemoryMeter
 from lopt_edge.run.watch.memory_report import write_report as write_memory_report
 from lopt_edge.system.allocator import HeapWatch, release_free_memory
@@ -41,27 +41,15 @@ from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, unfinish
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.prepare.inputs import Inputs
-from lopt_edge.training.prepare.tiers import PeakBytes, hold_budget, peaks_below
+from lopt_edge.training.prepare.tiers import hold_budget, peaks_below
+from lopt_edge.training.session.early_end import ends_early, standing
 from lopt_edge.training.session.evaluate import evaluate, sample
+from lopt_edge.training.session.finished import Finished
 from lopt_edge.training.session.loaded import Loaded, RunContext, loading
 from lopt_edge.training.session.not_finite import dump_not_finite
 from lopt_edge.training.session.report_page import write_report
 
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """The facts about an attempt that came to its end which the final report needs."""
-
-    inputs: Inputs
-    state: RunState
-    seconds: Mapping[str, float]
-    predicted: Mapping[str, Any]
-    folder: Path
-    cache_bytes: int
-    first_steps: FirstSteps
-    peaks_below: PeakBytes
 
 
 class Session:
@@ -195,6 +183,7 @@ class Session:
             if found.stage.over:
                 state.stage_ends.append(step)
         state.evaluated, state.best = step, found.losses if found.is_best else state.best
+        state.lowest, state.waits = standing(state, found.losses)
         write_report(self.inputs, state, self.progress)
         return found.losses
 
@@ -241,7 +230,7 @@ class Session:
         if state.steps and self._evaluation_due():
             state.after = self._evaluate(state.steps)
         windows = self.inputs.windows(first=state.steps)
-        while state.steps < self.n_steps:
+        while state.steps < self.n_steps and not self._ends_early():
             step = state.steps + 1
             self._step(step, next(windows))
             if self.loaded.saver.due(last=step == self.n_steps):
@@ -249,6 +238,17 @@ class Session:
             self.interrupts.check()
             if self._evaluation_due():
                 state.after = self._evaluate(step)
+
+    def _ends_early(self) -> bool:
+        """Whether the run ends here, before its last step; then this one is saved and evaluated as that would be."""
+        step = self.state.steps
+        if not ends_early(self.config, self.state, self.context, n_steps=self.n_steps):
+            return False
+        if step and not self.loaded.saver.is_saved:
+            self._save_or_warn(last=True)
+        if self.state.evaluated < step:
+            self.state.after = self._evaluate(step)
+        return True
 
     def _evaluation_due(self) -> bool:
         state, every = self.state, self.config.eval_every

@@ -66,6 +66,8 @@ class StepKinds:
                     peak=config.local_lr if segment.is_local else config.lr,
                     schedule="linear" if fades else config.schedule,
                     warmup_ratio=config.warmup_ratio,
+                    cycles=1 if fades else config.cycles,
+                    lowest=0.0 if fades else config.min_lr,
                 )
         return rates
 

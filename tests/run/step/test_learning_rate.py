@@ -33,6 +33,17 @@ def test_values(schedule, ratio, expected):
     assert rates(5, schedule, ratio) == pytest.approx(expected)
 
 
+def test_cycles_begin_at_the_peak_and_nothing_falls_below_the_lowest():
+    def values(**how) -> list[float]:
+        return [learning_rate(n, n_steps=8, peak=2.0, warmup_ratio=0.0, **how) for n in range(1, 9)]
+
+    found = values(schedule="cosine", cycles=2, lowest=0.5)
+    assert found[:4] == pytest.approx(found[4:]) and found[0] == found[4] == 2.0
+    assert found[1:4] == pytest.approx([0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3)])
+    assert values(schedule="linear", lowest=1.0) == pytest.approx([2 - i / 8 for i in range(8)])
+    assert values(schedule="cosine") == values(schedule="cosine", cycles=1, lowest=0.0)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.99])
 def test_a_single_step_runs_at_the_peak(schedule, ratio):

@@ -55,7 +55,8 @@ OTHERS: dict[str, Any] = {
     "boundary_update": "fresh", "local_loss": "next-token", "local_every": 2, "open_every": 2, "train_layers": 1,
     "selection": "uniform", "select_ratio": 0.25, "unselected": "rest", "boundary_cache": "x", "replace_layers": (1,),
     "align_until": 0.25, "align_weight": 0.5, "align_layer": 1, "stages": 2, "tail_layers": 1,
-    "stage_patience": 1, "leap_layers": 2, "ema_momentum": 0.5, "cascade_weight": 0.5,
+    "cycles": 2, "min_lr": 0.1, "lora_rslora": True, "stage_patience": 1, "leap_layers": 2, "ema_momentum": 0.5,
+    "cascade_weight": 0.5,
 }  # fmt: skip
 
 

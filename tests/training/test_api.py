@@ -1,0 +1,109 @@
+"""The Python API: rows instead of a file, callbacks that hear and may stop, patience, a generator that stays loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lopt_edge
+from lopt_edge import Config, InputError, finetune, load, plan_run
+from lopt_edge.adapters.generation import generate
+from lopt_edge.training.session.callbacks import EvalRecord, StepRecord
+from tools.tiny_runs import make_config, metrics_of, write_rows
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def events_of(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.output) / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_typo_is_an_input_error_and_reprs_are_lines():
+    with pytest.raises(InputError) as error:
+        Config(model="m", data="d", output="o", learning_rat=1, lr="x")
+    assert "did you mean 'lr'?" in str(error.value) and "lr: must be a valid number" in str(error.value)
+    assert repr(Config(model="m", data="d", output="o", lr=1e-3)) == "Config(model='m', data='d', output='o', lr=0.001)"
+    plan = plan_run("qwen3-0.6b", gpu="rtx4090", max_seq_len=64, grad_accum=1)
+    assert repr(plan).startswith("RunPlan(fits: ") and "\n" not in repr(plan)
+    assert set(lopt_edge.__all__) >= {"load", "finetune"}
+
+
+def test_rows_and_callbacks_and_a_stop(tmp_path, cache):
+    steps: list[StepRecord] = []
+    evaluations: list[EvalRecord] = []
+    ends = []
+    evaluation = write_rows(tmp_path / "eval.jsonl", 3, first=50)
+    config = make_config(TINY, tmp_path, max_steps=9, eval_data=str(evaluation), cache_dir=cache, data="(rows)")
+    rows = [{"prompt": f"f{n}(x)", "completion": "Return x."} for n in range(8)]
+
+    def on_step(record: StepRecord) -> str | None:
+        steps.append(record)
+        return "stop" if record.step == 2 else None
+
+    result = finetune(config, data=rows, on_step=on_step, on_eval=evaluations.append, on_end=ends.append)
+    assert [record.step for record in steps] == [1, 2] and result.steps == 2 and ends == [result]
+    logged, _ = metrics_of(config)
+    assert [(line["loss"], line["tokens"]) for line in logged] == [(one.loss, one.tokens) for one in steps]
+    assert [record.step for record in evaluations] == [0, 2] and steps[0].n_steps == 9
+    assert evaluations[-1].held_out == result.evaluation["after"]["eval_loss"] and evaluations[0].retention is None
+    assert [event["event"] for event in events_of(config)] == ["ended early"]
+    assert (tmp_path / "out.data.jsonl").read_text().count("\n") == 8
+    assert repr(result).startswith("RunResult(") and "\n" not in repr(result)
+    assert (Path(config.output) / "run.json").exists()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path, cache, command):
+    evaluation = write_rows(tmp_path / "eval.jsonl", 3, first=50)
+    config = make_config(
+        TINY, tmp_path, max_steps=20, lr=3.0, eval_data=str(evaluation), eval_every=1, patience=2, cache_dir=cache,
+        lora_rslora=True,
+    )  # fmt: skip
+    result = finetune(config)
+    losses = [line["eval_loss"] for line in metrics_of(config)[1]]
+    lowest = losses.index(min(losses))
+    assert result.steps == lowest + 2 < 20 and len(losses) == result.steps + 1
+    assert json.loads((Path(config.output) / "adapter_config.json").read_text())["use_rslora"] is True
+    code, out, _ = command("eval", config.output, "--data", evaluation, "--cache-dir", cache, "--exact-match", 1, "--json")
+    scored = json.loads(out)
+    assert code == 0 and scored["base"]["loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert scored["adapter"]["loss"] == pytest.approx(losses[-1], rel=1e-5) and scored["adapter"]["asked"] == 1
+    generator = load(None, config.output, cache_dir=cache)
+    assert "LlamaForCausalLM" in repr(generator)
+    said = generator("f(x)", max_new_tokens=4)
+    assert (
+        said
+        == generator("f(x)", max_new_tokens=4)
+        == generate(None, "f(x)", adapter=config.output, max_new_tokens=4, cache_dir=cache)
+    )
+
+
+def test_a_tracker_has_the_numbers_of_the_log(tmp_path, cache):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(TINY, tmp_path, max_steps=2, cache_dir=cache, track="tensorboard", eval_fraction=0.3)
+    finetune(config)
+    found = accumulator.EventAccumulator(str(Path(config.output) / "tensorboard"))
+    found.Reload()
+    steps, evaluations = metrics_of(config)
+    for name, lines in (("loss", steps), ("step_seconds", steps), ("eval_loss", evaluations)):
+        logged = [(event.step, event.value) for event in found.Scalars(name)]
+        assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    for name, told in (("tensorbord", "is unknown"), ("comet_ml", "pip install comet-ml")):
+        with pytest.raises(InputError, match=told):
+            finetune(make_config(TINY, tmp_path, output="other", cache_dir=cache, track=name))
+    assert not (tmp_path / "other").exists()
+
+
+def test_rows_that_are_refused_leave_nothing(tmp_path, cache):
+    config = make_config(TINY, tmp_path, cache_dir=cache, data="(rows)")
+    with pytest.raises(InputError):
+        finetune(config, data=[{"what": "x"}])
+    with pytest.raises(InputError, match="no JSON object"):
+        finetune(config, data=[{"text": {1, 2}}])
+    assert not (tmp_path / "out.data.jsonl").exists() and not (tmp_path / "out").exists()
