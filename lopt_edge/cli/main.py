@@ -18,7 +18,8 @@ import typer
 from rich.table import Table
 
 from lopt_edge.cli.data_check import data_check
-from lopt_edge.cli.export_command import export_command
+from lopt_edge.cli.export_command import export_command, push_command
+from lopt_edge.cli.next_commands import next_commands
 from lopt_edge.cli.options import (
     BaseOption,
     CacheOption,
@@ -159,6 +160,8 @@ def _print_result(result: Any) -> None:
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)
+    for command in next_commands(result):
+        out.print(command, markup=False)
 
 
 @app.command("compare")
@@ -317,6 +320,7 @@ def chat(
 
 
 app.command("export")(export_command)
+app.command("push")(push_command)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from lopt_edge.plan.methods.method import Problem
 from lopt_edge.system.file_systems import path_fault
 
 PATHS = ("model", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir",
-         "boundary_cache", "teacher", "resume", "memory_report")  # fmt: skip
+         "boundary_cache", "teacher", "resume", "memory_report", "tokenizer")  # fmt: skip
 
 
 def check_methods(config: Config) -> None:

@@ -39,6 +39,7 @@ class Config(MethodOptions):
     data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     tokenizer: str | None = Field(None, description="folder with the tokenizer of a GGUF file, instead of the file's own")
+    push_to_hub: str | None = Field(None, description="org/name on the hub that gets the adapter at the end")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"
