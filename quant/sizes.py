@@ -19,6 +19,8 @@ NESTED_MAP_BYTES = 256 * 4
 MIXED_ELEMENTS = 1 << 20  # of each matrix, unpacked at a time where matrices are mixed
 UNPACK_CHUNK = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
 BLOCK_FEATURES = 1024  # of the intermediate ones, computed at a time (quant/gated_mlp.py)
+DELTA_CHUNK = 64  # tokens of a delta rule at a time (run/model/delta_net.py), as many as transformers takes
+DELTA_STATES_APART = 8  # chunks from one kept state to the next
 
 # Bytes per element of the dtypes that occur in safetensors files, by their safetensors names.
 DTYPE_BYTES = {

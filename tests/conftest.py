@@ -1,4 +1,7 @@
-"""Fixtures: tiny model folders (made once a session) and a way to put a model, batches and an executor together."""
+"""Fixtures: tiny model folders (made once a session), the command line in this process, and a stop in the middle of a step.
+
+Torch is imported where it is needed: pytest-xdist's main process reads this file too, and runs no test.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side (pytest-xdist) and must not depend on the number of cores
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import hypothesis
 import pytest
-import torch
-
-from tools.tiny_models import make_folder
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine gives no seconds
 hypothesis.settings.load_profile("ours")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by the tests' children as well
-torch.set_num_threads(1)  # tests run side by side (pytest-xdist) and must not depend on the number of cores
 
 
 @pytest.fixture(scope="session")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(family, dtype, **config changes) -> a 4-bit folder of a tiny random model, made once."""
+    import torch
+
     from lopt_edge.models.folder import find_model
     from lopt_edge.models.four_bit import four_bit_folder
+    from tools.tiny_models import make_folder
 
     made: dict[str, Path] = {}
 

@@ -6,6 +6,7 @@ An import under TYPE_CHECKING or inside a function is an import. `quant` is a le
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -79,3 +80,18 @@ def test_the_planner_knows_neither_torch_nor_the_settings() -> None:
             for name in names:
                 assert name.split(".")[0] not in ("torch", "transformers", "bitsandbytes", "peft"), f"{path}: {name}"
                 assert not name.startswith("lopt_edge.config"), f"{path}: {name}"
+
+
+def test_the_type_checker_follows_every_module_that_is_imported() -> None:
+    """The types of what it skips, to be quick, would be Any. Of several patterns that fit the longest counts, as there."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["overrides"]
+    actions = {pattern: entry["follow_imports"] for entry in settings for pattern in entry["module"]}
+    assert {"skip", "silent"} == {*actions.values()}
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                fitting = [each for each in actions if f"{name}.".startswith(f"{each.removesuffix('.*')}.")
+                           and (name == each or each.endswith(".*"))]  # fmt: skip
+                assert not fitting or actions[max(fitting, key=len)] != "skip", f"{path}: {name}"

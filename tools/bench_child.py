@@ -69,13 +69,16 @@ def loading(clock: Any) -> Row:
 
 def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
     """Make our 4-bit copy in the cache; its seconds count as loading. Empty if it is there already."""
-    import bitsandbytes  # noqa: F401  the import is not part of quantising
+    from lopt_edge.models.folder import check_weights, find_model, tensor_entries
+    from lopt_edge.models.four_bit import four_bit_folder, four_bit_path
 
-    from lopt_edge.models.folder import find_model
-    from lopt_edge.models.four_bit import four_bit_folder
+    model, cache_dir = find_model(str(options.model)), str(options.cache_dir)
+    check_weights(model, tensor_entries(model.path))
+    if not (four_bit_path(model, cache_dir=cache_dir) / "config.json").exists():
+        import bitsandbytes  # noqa: F401  its import takes seconds, and is no part of quantising
 
     with clock.phase("load"):
-        _, was_there = four_bit_folder(find_model(str(options.model)), cache_dir=str(options.cache_dir))
+        _, was_there = four_bit_folder(model, cache_dir=cache_dir)
     measured = loading(clock)
     return {} if was_there else {**measured, "peak_rss_bytes": measured["load_peak_rss_bytes"]}
 

@@ -96,17 +96,26 @@ def _words(lengths: str, tokens: int) -> Iterator[dict[str, str]]:
 
 def _code(tokens: int) -> Iterator[dict[str, str]]:
     """Functions of Python's library with at least a line of body; one is longer than `tokens`, so it sets the peak."""
-    drawn, found = random.Random(tokens), []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::3]:
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and (source := ast.get_source_segment(text, node)) and "\n" in source:
-                head, _, body = source.partition("\n")
-                found.append({"prompt": f"{head}\n", "completion": body})
-    rows = drawn.sample(found, N_ROWS)
+    rows = random.Random(tokens).sample(_functions(), N_ROWS)
     yield from rows
     if max(len(row["completion"]) for row in rows) < 4 * tokens:
         yield {"prompt": "def all():\n", "completion": "\n".join(row["completion"] for row in rows)[: 8 * tokens]}
+
+
+@lru_cache
+def _functions() -> list[dict[str, str]]:
+    """The functions of more than one line in every third file. Each file's lines are split once:
+    `ast.get_source_segment` would split all of them again for each function, 20 s in all."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::3]:
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        lines = [line.encode() for line in text.split("\n")]  # columns are counted in bytes
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno > node.lineno:
+                first, *middle, last = lines[node.lineno - 1 : node.end_lineno]
+                body = b"\n".join([*middle, last[: node.end_col_offset]]).decode()
+                found.append({"prompt": f"{first[node.col_offset :].decode()}\n", "completion": body})
+    return found
 
 
 # one process -------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,14 @@ FAMILIES: dict[str, dict] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                     "linear_value_head_dim": 32, "tie_word_embeddings": True},
     "gemma2": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32,
                     "sliding_window_pattern": 2},
+    "gemma4_text": {"sliding_window": 8, "tie_word_embeddings": True, "hidden_size_per_layer_input": 0,
+                    "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
@@ -41,8 +46,14 @@ SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
           "patch_size": 14, "vision_use_head": False}  # fmt: skip
 PIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
            "patch_size": 14, "head_dim": 16, "num_key_value_heads": 2}  # fmt: skip
+GEMMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+         "num_key_value_heads": 2, "patch_size": 14, "position_embedding_size": 16}  # fmt: skip
+QWEN = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64,
+        "num_position_embeddings": 4}  # fmt: skip
 WRAPPERS: dict[str, tuple[str, dict, dict]] = {  # text family, vision config, own values
     "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **SIGLIP}, {"mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **GEMMA}, {"audio_config": None}),
+    "qwen3_5": ("qwen3_5_text", {"model_type": "qwen3_5_vision", **QWEN}, {}),
     "mistral3": ("mistral", {"model_type": "pixtral", **PIXTRAL}, {"tie_word_embeddings": False}),
 }
 

@@ -41,7 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_log import EventLog
-from trace_step import Case, Trace, cases, make_model, make_segments, run, sizes_of, variants
+from trace_step import Case, Trace, cases, delta_cases, make_model, make_segments, run, sizes_of, traced_chunk, variants
 
 from lopt_edge.plan.costs.shape import more_general
 from lopt_edge.run.model import tiled
@@ -49,26 +49,41 @@ from tools.tiny_models import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "costs" / "layer_bytes.json"
 LETTERS = {"s": "sequences", "t": "tokens", "d": "hidden", "h": "heads", "k": "kv_heads", "e": "head_dim",
-           "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1", "n": "rows of a tile",
-           "v": "rows of a vocabulary chunk"}  # fmt: skip
-# Two sets of sizes; each dimension has a prime of its own. `group` is heads / kv_heads (and group + 2 is prime, too).
+           "f": "that of layers without a window", "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1",
+           "n": "rows of a tile", "v": "rows of a vocabulary chunk", "l": "a delta rule's key heads",
+           "j": "its value heads", "m": "its key_dim", "o": "its value_dim", "c": "its 2 l m + j o",
+           "x": "tokens of a chunk, and those before"}  # fmt: skip
+# Two sets of sizes; each dimension has a prime of its own. `group` is heads / kv_heads (and group + 2 is prime, too), `r`
+# is j / l (and c / l is prime; for that `o` differs where r is 1).
 PRIMES = (
-    {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "i": 58, "n": 31, "v": 41, "group": 5},
-    {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "i": 46, "n": 29, "v": 37, "group": 11},
+    {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "f": 2 * 71, "i": 58, "n": 31, "v": 41, "group": 5,
+     "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67},
+    {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "f": 2 * 59, "i": 46, "n": 29, "v": 37, "group": 11,
+     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71},
+)  # fmt: skip
+# Smaller ones for a chunk of a delta rule, which is computed.
+NOT_IN_A_CHUNK = dict.fromkeys("tudkefinv", 1) | {"group": 1}
+CHUNK_PRIMES = (
+    {**NOT_IN_A_CHUNK, "s": 3, "l": 5, "r": 7, "m": 11, "o": 13, "o of 1": 19, "x": 67},
+    {**NOT_IN_A_CHUNK, "s": 5, "l": 7, "r": 3, "m": 13, "o": 11, "o of 1": 11, "x": 71},
 )
-ORDER = "nstudhkqeiv"
+ORDER = "nstuxdhkqefivlcjmo"
 
 
 def product(n_bytes: int, sizes: dict[str, int]) -> str:
     """The product that `n_bytes` is: a coefficient and letters, the dimensions whose primes divide it."""
     letters, rest, group = "", n_bytes, sizes["h"] // sizes["k"]
     factors = {"h": (group, sizes["k"]), "q": (group + 2, sizes["k"])} if group > 1 else {}
-    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdeinvuk"}
+    if sizes["r"] > 1:
+        factors["j"] = (sizes["r"], sizes["l"])
+    factors["c"] = (sizes["c"] // sizes["l"], sizes["l"])
+    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdefinvuklmox"}
     for letter, (prime, with_it) in factors.items():
         while prime > 1 and rest % (prime * with_it) == 0:
             rest //= prime * with_it
             letters += letter
     letters = letters if group > 1 else letters.replace("k", "h")
+    letters = letters if sizes["r"] > 1 else letters.replace("l", "j")
     coefficient = n_bytes / math.prod(sizes[letter] for letter in letters)
     return f"{coefficient:g}" + "".join(sorted(letters, key=ORDER.index))
 
@@ -157,7 +172,7 @@ def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]
     made = {"embed": merged({"": log_of(trace, "EMBED mb=0", sizes, numbers={})}, before=False)}
     if case.both:
         return made
-    wanted = variants(case.family)
+    wanted = variants(case)
     segments = make_segments([*(variant.n_layers for variant in wanted.values()), 1, 1])
     by_op: dict[str, dict[str, Log]] = {}
     for (kind, held), segment in zip(wanted, segments, strict=False):
@@ -184,8 +199,9 @@ def special(text: str, case: Case) -> str:
 
     def one(found: re.Match[str]) -> str:
         number, letters = float(found[1]), found[2].replace("s", "" if case.one else "s")
-        if case.heads == "equal":
+        if case.heads.endswith("equal"):
             number, letters = number * 3 ** letters.count("q"), letters.replace("k", "h").replace("q", "h")
+            letters = letters.replace("l", "j")
         elif case.heads == "single":
             letters = letters.replace("k", "")
         return f"{number:g}{''.join(sorted(letters, key=ORDER.index))}"
@@ -226,6 +242,17 @@ def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
     return found[0]
 
 
+def delta_programs(case: Case) -> dict[str, str]:
+    """The programs of a chunk of a delta rule: its values and the state after it, and its gradients."""
+    found = []
+    for sizes in (sizes_of(case, primes) for primes in CHUNK_PRIMES):
+        trace = traced_chunk(case, sizes)
+        found.append({op: merged({"": log_of(trace, op, sizes, numbers={})}, before=False) for op in trace.spans})
+    if found[0] != found[1]:
+        raise SystemExit(f"{case.key}: a chunk is not made of products of dimensions: {found}")
+    return found[0]
+
+
 def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
     """The table {"programs": texts, each once; "cases": case -> op -> index of its program}; none follows from another."""
     by_case: dict[str, dict[str, str]] = {}
@@ -233,6 +260,7 @@ def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
         found = without_special({case: programs(case) for case in cases(family)})
         for dtype in (torch.float32, torch.bfloat16):
             found[f"{family} {dtype.itemsize}"] = norm_programs(family, dtype)
+        found |= without_special({case: delta_programs(case) for case in delta_cases(family)})
         by_case |= found
         if progress:
             print(f"{family}: {len(found)} cases", flush=True)

@@ -177,6 +177,33 @@ class _Norm(torch.autograd.Function):
         return dx.view(x.shape), None
 
 
+class OpaqueDelta(nn.Module):
+    """A stand-in for the core of a delta rule (run/model/delta_net.py)."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        return _Delta.apply(mixed, z, b, a, self.log)
+
+
+class _Delta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, log: EventLog) -> Tensor:
+        ctx.log = log
+        ctx.save_for_backward(mixed, z, b, a)
+        y = torch.zeros_like(z)
+        log.mark("delta_forward")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = [torch.zeros_like(tensor) for tensor in ctx.saved_tensors]
+        ctx.log.mark("delta_backward")
+        return (*found, None)
+
+
 def put_attention(log: EventLog) -> str:
     """Register attention in tiles of queries, and return the name under which transformers finds it until the next call."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -12,37 +12,44 @@ from typing import Any
 
 import torch
 from torch import nn
-from trace_log import Event, EventLog, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
+from trace_log import Event, EventLog, OpaqueDelta, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
 
+from lopt_edge.plan.costs.layer_bytes import READS_INPUT
 from lopt_edge.plan.costs.shape import HEADS, case_key
 from lopt_edge.plan.facts.families import family_of
+from lopt_edge.plan.facts.families.family import FULL, LINEAR, SLIDING
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
+from lopt_edge.run.model.load import Model, put_delta_net
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.tiers.moves import Mover
 from quant.linear import DropoutClock
+from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import FAMILIES, tiny_config
 
 # Families that may have a window, in SDPA with a mask, and those that may have layers of both kinds of attention.
-WINDOWED = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text", "smollm3", "olmo3", "exaone4")
+WINDOWED = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "smollm3", "olmo3",
+            "exaone4")  # fmt: skip
+VALUES_ARE_KEYS = ("gemma4_text",)  # in the layers without a window
 LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
-READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
 PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+DELTA_PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "mlp")
 
 
 @dataclass(frozen=True)
 class Case:
     """A case: what a program is a function of, beside the sizes and which linear layers have LoRA.
 
-    `heads`: fewer heads of keys and values than of queries (grouped), one of them (single), or as many (equal). Views of
-    dimensions of size 1 save copies, so that one sequence is a case of its own.
+    `heads`: fewer heads of keys and values than of queries (grouped), one of them (single), or as many (equal), with k=v
+    where the values are the keys; or a layer with a delta rule in the place of attention (delta), or a chunk of such a rule
+    (chunk, with its heads). Views of dimensions of size 1 save copies, so that one sequence is a case of its own.
     """
 
     family: str
@@ -61,12 +68,33 @@ class Case:
 
 
 def cases(family: str) -> Iterator[Case]:
+    """The cases of a family's layers."""
+    yield from _attention_cases(family)
+    if family in VALUES_ARE_KEYS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for one in (False, True):
+                yield Case(family, dtype, "grouped k=v", one=one)
+    if LINEAR in family_of(family).layer_types:
+        for dtype in (torch.float32, torch.bfloat16):
+            for one in (False, True):
+                yield Case(family, dtype, "delta", one=one)
+
+
+def delta_cases(family: str) -> Iterator[Case]:
+    """The cases of a chunk of a family's delta rule."""
+    for dtype in (torch.float32, torch.bfloat16) if LINEAR in family_of(family).layer_types else ():
+        for heads in ("grouped", "equal"):
+            for one in (False, True):
+                yield Case(family, dtype, f"chunk {heads}", one=one)
+
+
+def _attention_cases(family: str) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for masked in (False, True) if family in WINDOWED else (False,):
             for one in (False, True):
                 for heads in HEADS if masked else ("grouped",):  # without a mask attention takes them as they are
                     yield Case(family, dtype, heads, masked, one)
-                if family in LAYER_TYPES:
+                if family in LAYER_TYPES and family in WINDOWED:
                     yield Case(family, dtype, masked=masked, one=one, both=True)
 
 
@@ -79,16 +107,17 @@ class Variant:
     holds: frozenset[str]
 
 
-EVERYWHERE = Variant(1, frozenset(name for names in PARTS.values() for name in names), frozenset())
+EVERYWHERE = Variant(1, frozenset(name for names in (*PARTS.values(), DELTA_PARTS) for name in names), frozenset())
 
 
-def variants(family: str) -> dict[tuple[str, str], Variant]:
+def variants(case: Case) -> dict[tuple[str, str], Variant]:
     """The variants by (what is traced, the one linear layer that saves its input, or "").
 
     `rest`: a layer whose input needs a gradient (the last of three). `first`: a segment's first layer, LoRA everywhere.
     `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input).
     """
-    names = PARTS[family]
+    names = DELTA_PARTS if case.heads == "delta" else PARTS[case.family]
+    names = tuple(name for name in names if not (name == "v_proj" and case.heads.endswith("k=v")))
     every, found = frozenset(names), {}
     for name in ("", *(name for name in names if name != "mlp")):
         held = frozenset({name} if name else ())
@@ -125,8 +154,15 @@ def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
     """The value of each letter."""
     group = 1 if case.heads == "equal" else primes["group"]
     kv_heads = 1 if case.heads == "single" else primes["k"]
+    r, o = (1, primes["o of 1"]) if case.heads == "chunk equal" else (primes["r"], primes["o"])
     return {
         **primes,
+        "f": primes["f"],
+        "e": primes["e"] * (4 if LINEAR in family_of(case.family).layer_types else 1),  # a quarter is rotated
+        "r": r,
+        "o": o,
+        "j": primes["l"] * r,
+        "c": primes["l"] * (2 * primes["m"] + r * o),
         "s": 1 if case.one else primes["s"],
         "k": kv_heads,
         "h": kv_heads * group,
@@ -139,10 +175,13 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     from transformers import AutoModelForCausalLM
 
     window = 5 if case.masked else 1000
-    kinds = ["sliding_attention", "full_attention"] if case.both else ["sliding_attention"]
+    kinds = ["sliding_attention", "full_attention"] if case.both else [_layer_type(case)]
     changes: dict[str, Any] = {"num_hidden_layers": n_layers, "vocab_size": 64, "sliding_window": window}
     if case.family in LAYER_TYPES:
         changes |= {"layer_types": (kinds * n_layers)[:n_layers], "use_sliding_window": True}
+    if case.family in VALUES_ARE_KEYS:
+        wider = sizes["f" if case.both else "e"]
+        changes |= {"global_head_dim": wider, "num_global_key_value_heads": sizes["k"]}
     if case.family == "smollm3":
         changes["no_rope_layers"] = [1] * n_layers  # a layer without rotation takes less
     config = tiny_config(case.family, **changes)
@@ -152,6 +191,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         ("num_key_value_heads", "k"),
         ("head_dim", "e"),
         ("intermediate_size", "i"),
+        *DELTA_SIZES,
     ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
     tiled = family_of(case.family).attention == "query tiles"
@@ -160,8 +200,11 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
     layers = list(skeleton.layers)
-    for layer in layers:
-        _put_stand_ins(layer, facts, log)
+    for index, layer in enumerate(layers):
+        _put_stand_ins(layer, facts, index, log)
+        for name, buffer in layer.named_buffers():
+            if buffer.is_meta:  # numbers of a layer that a checkpoint has
+                layer.register_buffer(name, torch.ones(buffer.shape, dtype=case.dtype))
     skeleton.norm.weight = nn.Parameter(torch.ones(sizes["d"], dtype=case.dtype), requires_grad=False)
     vocabulary: Any = OpaqueVocabulary(sizes["v"], sizes["d"], case.dtype, log)
     return Model(
@@ -179,12 +222,59 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     )
 
 
-def _put_stand_ins(layer: nn.Module, facts: ModelFacts, log: EventLog) -> None:
-    recomputed_whole = facts.family.post_norm
-    for linear in facts.linears:
+DELTA_OPS = ("delta_forward", "delta_backward")
+# Sizes of a delta rule in a config, and their letters; the other families ignore them.
+DELTA_SIZES = (("linear_num_key_heads", "l"), ("linear_num_value_heads", "j"), ("linear_key_head_dim", "m"),
+               ("linear_value_head_dim", "o"))  # fmt: skip
+
+
+def _layer_type(case: Case) -> str:
+    if case.heads == "delta":
+        return LINEAR
+    if case.heads.endswith("k=v"):
+        return FULL
+    return FULL if LINEAR in family_of(case.family).layer_types else SLIDING
+
+
+def traced_chunk(case: Case, sizes: dict[str, int]) -> Trace:
+    """The trace of one whole chunk of a family's delta rule, and of its gradients."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(case.family, num_hidden_layers=1, layer_types=[LINEAR])
+    config.linear_conv_kernel_dim = sizes["x"] - CHUNK + 1
+    for name, letter in DELTA_SIZES:
+        setattr(config, name, sizes[letter])
+    layer = AutoModelForCausalLM._model_mapping[type(config)](config).to(case.dtype).eval().model.layers[0]
+    net = next(module for module in layer.modules() if hasattr(module, "A_log")).requires_grad_(False)
+    core, s, log = DeltaCore(net), sizes["s"], EventLog()
+    widths = sizes["c"], sizes["j"] * sizes["o"], sizes["j"], sizes["j"]
+    tensors = tuple(torch.zeros(s, CHUNK, width, dtype=case.dtype) for width in widths)
+    found, values = [torch.zeros_like(tensor) for tensor in tensors], torch.zeros_like(tensors[1])
+    states = [core.first_state(s, torch.device("cpu")) for _ in range(2)]
+    trace = Trace(given={name: {} for name in DELTA_OPS}, result=dict.fromkeys(DELTA_OPS, -1))
+    with log:
+        log.watch([*tensors, *found, values, *states, *core.parameters()])
+        for name in DELTA_OPS:
+            log.events.clear()
+            if name == "delta_forward":
+                run_chunk(core, tensors, 0, states[0], values)
+            else:
+                chunk_gradient(core, tensors, 0, states[0], (values, states[1]), found)
+            trace.spans[name] = list(log.events)
+    return trace
+
+
+def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLog) -> None:
+    recomputed_whole, kind = facts.family.post_norm, facts.layer(index)
+    linears = kind.linears
+    for linear in linears:
         opaque = OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log)
-        opaque.last = linear is facts.linears[-1] and not recomputed_whole
+        opaque.last = linear is linears[-1] and not recomputed_whole
         layer.set_submodule(linear.name, opaque)
+    if kind.delta is not None:
+        put_delta_net(layer, kind)
+        core = next(name for name, module in layer.named_modules() if isinstance(module, DeltaCore))
+        layer.set_submodule(core, OpaqueDelta(log))
     if hasattr(layer.mlp, "gate_proj"):
         layer.mlp = OpaqueMLP(layer.mlp.down_proj, log)
     for name, module in list(layer.named_modules()):
@@ -204,7 +294,7 @@ class Trace:
 
 def run(case: Case, sizes: dict[str, int]) -> Trace:
     """The trace of one step over all variants, each a segment, and a segment with a local loss."""
-    wanted = [] if case.both else list(variants(case.family).values())
+    wanted = [] if case.both else list(variants(case).values())
     segments = make_segments([*(variant.n_layers for variant in wanted), 1, 1])
     log = EventLog()
     model = make_model(case, sizes, segments[-1].last + 1, log)
@@ -257,6 +347,7 @@ def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> 
 
     constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
     with log, executor.observed(observe):
-        log.watch([*constants, *head.parameters(), *(p.grad for p in head.parameters())])
+        numbers = [buffer for layer in model.layers for buffer in layer.buffers()]
+        log.watch([*constants, *numbers, *head.parameters(), *(p.grad for p in head.parameters())])
         executor.run(plan, [batch], step=1, learning_rates={})
     return trace

@@ -10,9 +10,11 @@ renamed, a log line is written whole or not at all; an adapter that holds a numb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lopt_edge.adapters.peft_keys import KEYS, PEFT_VERSION
 from lopt_edge.errors import RunError
 from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, REPLACED_NAME
 from lopt_edge.run.model.load import Model
@@ -58,8 +60,8 @@ class AdapterShape:
 def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool = False) -> None:
     """Write adapter_model.safetensors, adapter_config.json, and replaced_layers.json where layers are replaced.
 
-    With `plain` peft is not imported, which takes some 50 MiB; a test checks that peft reads the same config. Raises
-    NotFinite, RunError.
+    With `plain` its config names only what is not peft's default: a test checks that peft reads the same. Raises NotFinite,
+    RunError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,12 @@ def save_adapter(folder: Path, model: Model, shape: AdapterShape, *, plain: bool
 
 def _all_keys(shape: AdapterShape) -> dict[str, Any]:
     """The config with every key of the installed peft, in its order of writing: sorted, sets too."""
+    values = KEYS | shape.config() if version("peft") == PEFT_VERSION else _of_installed_peft(shape)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
+
+
+def _of_installed_peft(shape: AdapterShape) -> dict[str, Any]:
     from peft import LoraConfig
 
-    values = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
+    found: dict[str, Any] = LoraConfig(**shape.config()).to_dict()  # type: ignore[no-untyped-call]
+    return found

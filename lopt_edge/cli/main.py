@@ -323,6 +323,14 @@ app.command("export")(export_command)
 app.command("push")(push_command)
 
 
+@app.command("models")
+def models_command(as_json: Annotated[bool, typer.Option("--json", help="print the list as JSON")] = False) -> None:
+    """List the models that can be planned by name, and the families that can be trained."""
+    from lopt_edge.cli.models_page import models_page
+
+    models_page(out, as_json=as_json)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,

@@ -131,7 +131,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
     expected: dict[str, tuple[int, ...]] = {layout.embedding: (facts.vocab_size, facts.hidden_size)}
     expected |= {} if facts.tied else {layout.lm_head: (facts.vocab_size, facts.hidden_size)}
     for layer in range(facts.n_layers):
-        for linear in facts.linears:
+        for linear in facts.layer(layer).linears:
             name = f"{layout.layer(layer)}{linear.name}.weight"
             if not facts.quantised or f"{name}.absmax" not in entries:
                 expected[name] = (linear.out_features, linear.in_features)

@@ -112,7 +112,7 @@ def facts_of_gguf(facts: ModelFacts, entries: dict[str, TensorEntry], *, where: 
         return entries[name].dtype
 
     layers = tuple(
-        tuple(kind(f"{layout.layer(layer)}{linear.name}.weight") for linear in facts.linears)
+        tuple(kind(f"{layout.layer(layer)}{linear.name}.weight") for linear in facts.layer(layer).linears)
         for layer in range(facts.n_layers)
     )
     forms = Forms(layers, kind(layout.embedding), kind(layout.head(tied=facts.tied)))

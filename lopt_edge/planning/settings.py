@@ -82,6 +82,7 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
     targets: tuple[str, ...] = ()
     try:
         course = course_of(config, facts.n_layers)
+        _check_replaced(course, facts)
     except InputError as error:
         errors.append(error)
     try:
@@ -117,7 +118,29 @@ def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]
             where="lora_targets",
             fix=f"choose all-linear or from {', '.join(facts.linear_names)}",
         )
-    return facts.linear_names if "all-linear" in wanted else tuple(name for name in facts.linear_names if name in wanted)
+    if "all-linear" in wanted:
+        return facts.linear_names
+    for kind in facts.kinds:
+        names = [linear.short_name for linear in kind.linears]
+        if not wanted & set(names):
+            raise InputError(
+                f"{', '.join(sorted(wanted))}: some layers of this model have none of these",
+                where="lora_targets",
+                fix=f"choose all-linear, or name one of {', '.join(names)} as well",
+            )
+    return tuple(name for name in facts.linear_names if name in wanted)
+
+
+def _check_replaced(course: Course, facts: ModelFacts) -> None:
+    """Refuse to make a layer from others that have other matrices. Raises InputError."""
+    odd = [i for i in course.replaced if not facts.kinds_equal(i - 1, i, i + 1)]
+    if odd:
+        fine = [i for i in range(1, facts.n_layers - 1) if facts.kinds_equal(i - 1, i, i + 1)]
+        raise InputError(
+            f"layers {', '.join(map(str, odd))} have other matrices than those beside them",
+            where="replace_layers",
+            fix=f"choose from {', '.join(map(str, fine))}" if fine else "use another method",
+        )
 
 
 def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:

@@ -7,8 +7,8 @@ model, data and settings, and not of what else the machine does (the measured se
 not fit the budget are left out. The table is printed, and kept in `boundary.json`; the run then is one with those
 boundaries, as if they had been given, so a resumed run probes nothing.
 
-The short runs are made in this process, which grows with the first one (on a CPU by some 90 MiB, peft's import among it):
-so the libraries' bytes are those before any of them, for all candidates.
+The short runs are made in this process, which grows with the first one: so the libraries' bytes are those before any of
+them, for all candidates.
 
 It is a short look: a few steps at the beginning of the schedule, and one seed. It does not look at lr_local or the local
 loss.

@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lopt_edge.cli.terminal import SafeConsole
+from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, latest
 from tools.tiny_runs import log_of, make_config, make_model
@@ -31,7 +33,10 @@ PLAN = ("plan", "--model", "llama-3.1-8b", "--gpu", "rtx4090")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+    """With its 4-bit copy where `make_config` has it, so that no child makes it."""
+    model = make_model(tmp_path_factory.mktemp("model") / "tiny")
+    four_bit_folder(find_model(str(model)), cache_dir=str(model.parent / "cache"))
+    return model
 
 
 def settings(model: Path, root: Path, **changes: Any):

@@ -124,8 +124,9 @@ def make_bench(
     trained = [layer for layer in course.adapted if layer in model.here]
     attach_adapters(model, trained, targets=targets or facts.linear_names, r=rank, alpha=8, dropout=dropout, seed=3)
     generator = torch.Generator().manual_seed(5)
-    widths = [linear.out_features for linear in facts.linears if linear.short_name in (targets or facts.linear_names)]
+    wanted = targets or facts.linear_names
     for layer in course.adapted:  # those of other processes are drawn, too
+        widths = [linear.out_features for linear in facts.layer(layer).linears if linear.short_name in wanted]
         drawn = [torch.empty(rank, width).normal_(0, 0.1, generator=generator) for width in widths]
         for values, b in zip(drawn, layer_parameters(model, layer)[1::2] if layer in trained else (), strict=False):
             b.data.copy_(values)

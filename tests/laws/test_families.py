@@ -1,7 +1,9 @@
 """Law 4: for every supported family our layer-by-layer logits equal AutoModelForCausalLM's, on the same 4-bit folder.
 
-The same attention kernel, the same order of operations: bitwise. One exception: transformers caps Gemma 2's logits in
-bfloat16, we cap them in fp32 (1.5e-3 relative); with its cap they are bitwise equal too.
+The same attention kernel, the same order of operations: bitwise. Two exceptions. transformers caps Gemma 2's logits in
+bfloat16, we cap them in fp32 (1.5e-3 relative); with its cap they are bitwise equal too. A delta rule's last chunk, where
+it is not whole, has its convolution computed at another width, so fp32 differs in the last bits
+(tests/run/model/test_delta_net.py: whole chunks are bitwise).
 
 Sequences shorter and longer than the sliding window (8 tokens) of the families that have one. transformers runs in training
 mode: in evaluation mode bitsandbytes repacks the weights for another kernel on some CPUs. No model here has dropout.
@@ -25,7 +27,7 @@ from quant.headers import INDEX_NAME, SINGLE_NAME
 from tools.tiny_models import FAMILIES, make_folder
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
-WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text", "olmo3", "exaone4")
+WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4")
 
 
 def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
@@ -68,6 +70,8 @@ def test_logits_equal_transformers(four_bit, family, dtype):
         if (family, dtype) == ("gemma2", torch.bfloat16):
             assert (ours - reference).norm() <= 3e-3 * reference.norm()
             assert torch.equal(capped_in_bfloat16(model, ids_BT), reference)
+        elif any(kind.delta for kind in model.facts.kinds):
+            assert (ours - reference).norm() <= 2e-6 * reference.norm()
         else:
             assert torch.equal(ours, reference)
 

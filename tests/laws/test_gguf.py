@@ -113,7 +113,7 @@ def test_streaming_and_gradients_are_those_of_autograd(tmp_path):
     plain = theirs(path)
     batch = batches[0]
     for index, layer in enumerate(resident.model.layers):
-        for linear in found.facts.linears:
+        for linear in found.facts.layer(index).linears:
             ours = layer.get_submodule(linear.name)
             a, b = (one.detach().clone().requires_grad_() for one in (ours.lora_a, ours.lora_b))
             module = plain.model.layers[index].get_submodule(linear.name)
@@ -122,7 +122,7 @@ def test_streaming_and_gradients_are_those_of_autograd(tmp_path):
     output = plain(batch.ids_BT).logits.flatten(0, 1)[batch.supervised_N]
     torch.nn.functional.cross_entropy(output, batch.targets_N, reduction="mean").backward()
     for index in range(5):
-        modules = [plain.model.layers[index].get_submodule(linear.name) for linear in found.facts.linears]
+        modules = [plain.model.layers[index].get_submodule(linear.name) for linear in found.facts.layer(index).linears]
         expected = [one.grad for module in modules for one in module.lora]
         for number, gradient in enumerate(expected):
             assert torch.allclose(first[f"layer {index} {number}"], gradient, rtol=1e-3, atol=1e-6)

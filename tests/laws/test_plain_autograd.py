@@ -59,17 +59,19 @@ def test_end_to_end_gradients_equal_plain_autograd(four_bit, family, batch):
     folder = four_bit(family)
     bench = make_bench(folder, method="e2e")
     ours = bench.gradients([batch])
+    # tiny delta rules at random are sensitive: 6e-8 of the embedding moves transformers' own gradients by 5e-5 to 9e-5
+    bound = 2e-4 if any(kind.delta for kind in bench.model.facts.kinds) else 2e-5
     loss, theirs = reference(peft_model(folder, bench), batch)
     assert abs(bench.result.loss - loss) <= 1e-5 * loss
     matched = 0
     for layer in range(bench.model.facts.n_layers):
-        for index, linear in enumerate(bench.model.facts.linears):
+        for index, linear in enumerate(bench.model.facts.layer(layer).linears):
             for offset, letter in enumerate("AB"):
                 mine = ours[f"layer {layer} {2 * index + offset}"]
                 name = f"base_model.model.model.layers.{layer}.{linear.name}.lora_{letter}.default.weight"
                 expected = theirs.pop(name).t()
                 assert expected.norm() > 0
-                assert (mine - expected).norm() <= 2e-5 * expected.norm(), name
+                assert (mine - expected).norm() <= bound * expected.norm(), name
                 matched += 1
     assert not theirs, "every gradient of the reference has its counterpart"
     assert matched == len(ours)

@@ -82,7 +82,7 @@ def dense_gradients(bench: Bench, names: dict[str, nn.Parameter]) -> dict[str, T
 def test_gradients_are_those_of_dense_weights_in_one_graph(four_bit, family, options):
     bench = make_bench(four_bit(family, num_hidden_layers=6), method="repl", replace_layers=(2, 4), **options)
     names = bench.names()
-    n_linears = len(bench.model.facts.linears)
+    n_linears = len(bench.model.facts.kinds[0].linears)
     mixes = {name for name, parameter in names.items() if parameter.shape == (2,)}
     assert len(mixes) == 2 * n_linears
     ours = bench.gradients([BATCH])

@@ -22,7 +22,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
 from tools.tiny_models import FAMILIES
 
-PLAIN = (0, 1, 2, 12, 16, 23, 34, 35, 58, 188, 221, 222, 232, 244, 251, 258, 281, 283, 357, 388)
+PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 257, 276, 281)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
 CATEGORIES = {

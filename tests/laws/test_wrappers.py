@@ -1,10 +1,10 @@
-"""A text model inside a multimodal one: the published class gives our logits, peft finds our adapter, and the vision
-part of
-an exported folder is that of the base, byte for byte."""
+"""A text model inside a multimodal one: the published class gives our logits, peft finds our adapter, and the vision part
+of an exported folder is that of the base, byte for byte."""
 
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from tests.laws.test_families import LONG, SHORT, our_logits
 from tools.tiny_models import WRAPPERS, make_folder
 from tools.tiny_runs import make_config, make_model
 
+RENAMED = ("gemma3", "mistral3")  # whose checkpoints have other names than transformers 5 has in memory
 AS_IN_MEMORY = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -47,7 +48,12 @@ def renamed(folder: Path) -> Path:
 @torch.no_grad()
 def their_logits(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     """The published class' logits of texts; Gemma 3 wants to be told in training that no token is of an image."""
-    return model(ids_BT, token_type_ids=torch.zeros_like(ids_BT), use_cache=False).logits.float()
+    told = {"token_type_ids": torch.zeros_like(ids_BT)} if model.config.model_type == "gemma3" else {}
+    return model(ids_BT, **told, use_cache=False).logits.float()
+
+
+def is_vision(name: str) -> bool:
+    return any(word in name for word in ("vision", "visual", "projector"))
 
 
 def test_every_wrapper_has_a_tiny_model():
@@ -60,16 +66,18 @@ def test_every_wrapper_has_a_tiny_model():
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_logits_equal_the_published_class(tmp_path, name, dtype, in_memory):
     source = make_folder(tmp_path / "source", name, dtype=dtype)
-    found = find_model(str(renamed(source) if in_memory else source))
+    found = find_model(str(renamed(source) if in_memory and name in RENAMED else source))
     folder, _ = four_bit_folder(found, cache_dir=str(tmp_path / "cache"))
     theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
-    seen = {type(part).__name__ for key, part in theirs.named_modules() if "vision" in key or "projector" in key}
+    seen = {type(part).__name__ for key, part in theirs.named_modules() if is_vision(key)}
     assert "Linear" in seen and "Linear4bit" not in seen, "what is not trained stays as it is"
     ours = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=dtype)
     for ids_BT in (SHORT, LONG):
         reference = their_logits(theirs, ids_BT)
         assert reference.std() > 0.1
-        assert torch.equal(our_logits(ours, ids_BT), reference)
+        mine = our_logits(ours, ids_BT)
+        bound = 2e-6 if any(kind.delta for kind in ours.facts.kinds) else 0  # as in test_families.py
+        assert (mine - reference).norm() <= bound * reference.norm()
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -78,7 +86,7 @@ def test_the_vision_part_is_never_read(four_bit, name, monkeypatch):
     monkeypatch.setattr(load, "read_tensor", lambda entry: read.append(entry.name) or READ(entry))
     folder = four_bit(name)
     load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
-    assert read and not [name for name in read if "vision" in name or "projector" in name]
+    assert read and not [name for name in read if is_vision(name)]
 
 
 READ = load.read_tensor
@@ -109,13 +117,14 @@ def test_peft_puts_the_adapter_on_the_published_class(runs, name):
     assert (mine - after).norm() <= 1e-4 * after.norm()
     assert (mine - before).norm() > 1e-2 * before.norm()
     names = {key for key, _ in theirs.named_parameters() if "lora_" in key}
-    assert len(names) == len(load_file(output / "adapter_model.safetensors")) == 2 * 7 * 4
-    assert not [key for key in names if "vision" in key]
+    n_linears = sum(len(ours.facts.layer(layer).linears) for layer in range(ours.facts.n_layers))
+    assert len(names) == len(load_file(output / "adapter_model.safetensors")) == 2 * n_linears
+    assert not [key for key in names if is_vision(key)]
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("onto", ["original", "dequantized"])
+@pytest.mark.parametrize(("name", "onto"), [*zip(WRAPPERS, cycle(["original", "dequantized"]), strict=False)])
 def test_a_merged_folder_keeps_the_rest(runs, tmp_path, name, onto):
+    """Each wrapper onto one base, in turn: where its tensors lie and what they are made of do not know of each other."""
     config = runs[name]
     found = export(config.output, merged=tmp_path / "merged", onto=onto, dtype="float32", cache_dir=config.cache_dir)
     base, merged = (load_file(Path(folder) / "model.safetensors") for folder in (config.model, tmp_path / "merged"))

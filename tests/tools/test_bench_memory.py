@@ -1,12 +1,11 @@
-"""The memory benchmark, run as a developer runs it, and its figures where no process is needed."""
+"""The memory benchmark: real runs in processes of their own become rows; its figures where no process is needed."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,35 +28,30 @@ def tool() -> ModuleType:
         sys.path.pop(0)
 
 
-def bench(path: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
-    command = [
-        sys.executable,
-        ROOT / "tools" / "bench_memory.py",
-        "--csv",
-        path,
-        "--threads",
-        1,
-        "--lora-r",
-        4,
-        *arguments,
-    ]
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if not path.exists():
-        return done, []
-    with path.open(newline="") as file:
-        return done, list(csv.DictReader(file))
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the 4-bit copy lies: it is made once, by whichever test is first."""
+    return tmp_path_factory.mktemp("cache")
 
 
-def test_a_whole_run_becomes_a_row(tmp_path):
+@pytest.fixture
+def bench(run_tool, cache) -> Callable[..., tuple[int, str, list[dict[str, str]]]]:
+    """(exit code, stdout, rows) of the tool with these arguments."""
+
+    def call(path: Path, *words: object) -> tuple[int, str, list[dict[str, str]]]:
+        shared = ("--csv", path, "--threads", 1, "--lora-r", 4, "--cache-dir", cache)
+        code, out, _ = run_tool("bench_memory", *shared, *words)
+        with path.open(newline="") as file:
+            return code, out, list(csv.DictReader(file))
+
+    return call
+
+
+def test_a_whole_run_becomes_a_row(bench, tmp_path):
     path = tmp_path / "results" / "memory.csv"
-    done, rows = bench(path, "--model", TINY, "--seq-len", 24, "--methods", "lopt", "--no-baseline", "--flag=--seed 7")
-    assert done.returncode == 0, done.stderr
+    arguments = ("--model", TINY, "--seq-len", 24, "--methods", "lopt", "--no-baseline", "--flag=--seed 7")
+    code, out, rows = bench(path, *arguments)
+    assert code == 0
     (row,) = rows
     assert row["error"] == "" and row["method"] == "lopt" and row["settings"] == "resident" and row["repeat"] == "1"
     assert row["model"] == "tiny-llama" and int(row["n_layers"]) > 1 and row["seq_len"] == "24" and row["steps"] == "2"
@@ -70,28 +64,28 @@ def test_a_whole_run_becomes_a_row(tmp_path):
     assert 0 < float(row["step_seconds"]) < float(row["wall_seconds"]) and float(row["tokens_per_second"]) > 0
     assert 1 < float(row["first_loss"]) < 20 and row["losses_equal"] == "yes"
     assert row["step_ratio"] == row["rss_ratio"] == ""
-    assert "tiny-llama" in done.stdout and "1 rows appended" in done.stdout
+    assert "tiny-llama" in out and "1 rows appended" in out
 
 
 @pytest.mark.long
-def test_settings_lengths_and_the_baseline_side_by_side(tmp_path):
+def test_settings_lengths_and_the_baseline_side_by_side(bench, tmp_path):
     arguments = ("--model", TINY, "--methods", "e2e", "--sweep-seq", "32,64", "--repeats", 2, "--steps", 3)
-    done, rows = bench(tmp_path / "memory.csv", *arguments)
-    assert done.returncode == 0, done.stderr
+    code, out, rows = bench(tmp_path / "memory.csv", *arguments)
+    assert code == 0
     assert [row["method"] for row in rows] == ["peers", "e2e"] * 4
     assert [row["losses_equal"] for row in rows] == ["", "yes"] * 4
     for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
         ratio = int(ours["peak_rss_bytes"]) / int(theirs["peak_rss_bytes"])
         assert float(ours["rss_ratio"]) == pytest.approx(ratio, abs=1e-4)
-    assert done.stdout.count("MiB per 1,000 tokens") == 2
+    assert out.count("MiB per 1,000 tokens") == 2
 
 
-def test_a_failed_run_is_a_row_with_its_message(tmp_path):
+def test_a_failed_run_is_a_row_with_its_message(bench, tmp_path):
     arguments = ("--model", TINY, "--seq-len", 24, "--methods", "e2e", "--no-baseline", "--flag=--no-such-flag")
-    done, rows = bench(tmp_path / "memory.csv", *arguments)
-    assert done.returncode == 1
+    code, out, rows = bench(tmp_path / "memory.csv", *arguments)
+    assert code == 1
     assert "exit code 2: No such option" in rows[0]["error"] and rows[0]["peak_rss_bytes"] == ""
-    assert "failed" in done.stdout
+    assert "failed" in out
 
 
 @pytest.mark.parametrize(

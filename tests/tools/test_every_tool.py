@@ -1,12 +1,10 @@
-"""The tools, run as a developer runs them: each in a process of its own, on models small enough for a test."""
+"""The tools, with the words that a developer gives them, on models small enough for a test; what they start is real."""
 
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,27 +13,24 @@ import torch
 from lopt_edge.models.folder import check_weights, find_model, tensor_entries
 from tools.tiny_models import make_folder
 
-TOOLS = Path(__file__).parents[2] / "tools"
+
+@pytest.fixture
+def bench(run_tool) -> Callable[..., tuple[int, str, str, list[dict[str, str]]]]:
+    """bench_peers for two steps of 12 tokens: exit code, stdout, stderr, and the rows it wrote."""
+
+    def call(model: Path, path: Path, *words: object) -> tuple[int, str, str, list[dict[str, str]]]:
+        shared = ("--model", model, "--csv", path, "--seq-len", 12, "--steps", 2, "--threads", 1, "--lora-r", 4)
+        found = run_tool("bench_peers", *shared, *words)
+        if not path.exists():
+            return *found, []
+        with path.open(newline="") as file:
+            return *found, list(csv.DictReader(file))
+
+    return call
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
-
-
-def bench(model: Path, path: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
-    """bench_peers for two steps of 12 tokens, and the rows it wrote."""
-    shared = ("--model", model, "--csv", path, "--seq-len", 12, "--steps", 2, "--threads", 1, "--lora-r", 4)
-    done = run_tool("bench_peers.py", *shared, *arguments)
-    if not path.exists():
-        return done, []
-    with path.open(newline="") as file:
-        return done, list(csv.DictReader(file))
-
-
-def test_the_laptop_table_is_what_the_planner_says():
-    done = run_tool("laptop_table.py", "--check")
-    assert done.returncode == 0, done.stderr
+def test_the_laptop_table_is_what_the_planner_says(run_tool):
+    assert run_tool("laptop_table", "--check") == (0, "", "")
 
 
 def losses(row: dict[str, str]) -> list[float]:
@@ -47,9 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("bench") / "tiny", "qwen2", dtype=torch.bfloat16)
 
 
-def test_bench_peers_compares_e2e_with_the_baseline(tiny, tmp_path):
-    done, rows = bench(tiny, tmp_path / "results" / "peers.csv", "--methods", "e2e,peers")
-    assert done.returncode == 0, done.stderr
+def test_bench_peers_compares_e2e_with_the_baseline(bench, tiny, tmp_path):
+    code, out, err, rows = bench(tiny, tmp_path / "results" / "peers.csv", "--methods", "e2e,peers")
+    assert code == 0, err
     assert [row["method"] for row in rows] == ["quantise", "e2e", "peers"]
     _, ours, theirs = rows
     assert losses(ours)[0] == pytest.approx(losses(theirs)[0], abs=1e-3)
@@ -62,57 +57,58 @@ def test_bench_peers_compares_e2e_with_the_baseline(tiny, tmp_path):
     ratio = int(ours["peak_rss_bytes"]) / int(theirs["peak_rss_bytes"])
     assert float(ours["rss_ratio"]) == pytest.approx(ratio, abs=1e-4)
     assert float(theirs["step_ratio"]) == float(theirs["rss_ratio"]) == 1
-    assert "first loss" in done.stdout
+    assert "first loss" in out
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bench_peers_runs_every_method_in_turn(tiny, tmp_path, dtype):
+def test_bench_peers_runs_every_method_in_turn(bench, tiny, tmp_path, dtype):
     path = tmp_path / "peers.csv"
     arguments = ("--repeats", 2, "--dtype", dtype, "--cache-dir", tmp_path / "cache")
-    done, rows = bench(tiny, path, *arguments)
-    assert done.returncode == 0, done.stderr
+    code, _, err, rows = bench(tiny, path, *arguments)
+    assert code == 0, err
     methods = ["e2e", "lopt", "frozen", "peers"]
     assert [row["method"] for row in rows] == ["quantise", *methods, *methods]
     assert [row["repeat"] for row in rows] == ["", *"11112222"]
     bound = 1e-3 if dtype == "float32" else 2e-2
     assert all(losses(row)[0] == pytest.approx(losses(rows[-1])[0], abs=bound) for row in rows[1:])
-    done, more = bench(tiny, path, *arguments, "--repeats", 1, "--methods", "frozen")
-    assert done.returncode == 0, done.stderr
+    code, _, err, more = bench(tiny, path, *arguments, "--repeats", 1, "--methods", "frozen")
+    assert code == 0, err
     assert [row["method"] for row in more[len(rows) :]] == ["frozen"]  # the 4-bit copy was there already
     assert more[-1]["step_ratio"] == ""  # no baseline in this run
 
 
-def test_bench_peers_tells_what_failed(tiny, tmp_path):
+def test_bench_peers_tells_what_failed(bench, tiny, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-100])
-    done, rows = bench(broken, tmp_path / "peers.csv", "--methods", "e2e")
-    assert done.returncode == 1
+    code, _, _, rows = bench(broken, tmp_path / "peers.csv", "--methods", "e2e")
+    assert code == 1
     assert [row["method"] for row in rows] == ["quantise"]
     assert "truncated" in rows[0]["error"]
 
 
-def test_bench_peers_refuses(tiny, tmp_path):
-    done, _ = bench(tmp_path / "none", tmp_path / "peers.csv")
-    assert done.returncode == 1 and "no model folder" in done.stderr and "Traceback" not in done.stderr
+def test_bench_peers_refuses(bench, tiny, tmp_path):
+    code, _, err, _ = bench(tmp_path / "none", tmp_path / "peers.csv")
+    assert code == 1 and "no model folder" in err and "Traceback" not in err
     (tmp_path / "other.csv").write_text("step,loss\n1,2\n")
-    done, _ = bench(tiny, tmp_path / "other.csv")
-    assert done.returncode == 1 and "other columns" in done.stderr
+    code, _, err, _ = bench(tiny, tmp_path / "other.csv")
+    assert code == 1 and "other columns" in err
     assert (tmp_path / "other.csv").read_text() == "step,loss\n1,2\n"
 
 
-def test_make_model_writes_a_folder_in_the_real_shape(tmp_path):
+def test_make_model_writes_a_folder_in_the_real_shape(run_tool, tmp_path):
     folder = tmp_path / "model"
     try:
-        done = run_tool("make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
-        assert done.returncode == 0, done.stderr
+        words = ("--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
+        code, _, err = run_tool("make_model", *words)
+        assert code == 0, err
         model = find_model(str(folder))
         check_weights(model, tensor_entries(folder))
         facts = model.facts
         assert (facts.n_layers, facts.hidden_size, facts.vocab_size, facts.tied) == (1, 896, 151936, True)
         assert (folder / "tokenizer.json").exists()
-        again = run_tool("make_model.py", "--shape", "qwen2.5-0.5b", "--layers", 1, "--output", folder)
-        assert again.returncode == 1 and "already holds a model" in again.stderr
+        code, _, err = run_tool("make_model", *words)
+        assert code == 1 and "already holds a model" in err
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # 0.3 GB

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from lopt_edge import finetune
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import RunError
+from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
@@ -193,6 +195,14 @@ def test_after_three_plans_it_stops(model, tmp_path, happen):
     assert [path.name for path in (Path(config.output) / CHECKPOINTS).iterdir()] == ["step-000001"]
 
 
+@pytest.fixture(scope="module")
+def tiny_cache(tmp_path_factory) -> Path:
+    """Where the 4-bit copy of the example model lies, so that no child makes it."""
+    cache = tmp_path_factory.mktemp("cache")
+    four_bit_folder(find_model(str(ROOT / "examples" / "tiny-llama")), cache_dir=str(cache))
+    return cache
+
+
 CAPPED = """
 import sys
 from lopt_edge.training.session import session
@@ -207,13 +217,13 @@ main()
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit needs Linux")
 @pytest.mark.parametrize(("mib", "code"), [(20, 0), (4, 1)])
-def test_memory_that_the_kernel_refuses(tmp_path, mib, code):
+def test_memory_that_the_kernel_refuses(tmp_path, tiny_cache, mib, code):
     """A limit that the plan knows nothing of, in a child: it ends well with smaller plans, or says why not."""
     program = CAPPED.replace("MIB", str(mib))
     rows = (ROOT / "examples" / "data" / "docstrings-train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:24]))
     words = ["finetune", "--model", str(ROOT / "examples" / "tiny-llama"), "--data", str(tmp_path / "train.jsonl"),
-             "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), "--max-steps", "2", "--batch-size",
+             "--output", str(tmp_path / "out"), "--cache-dir", str(tiny_cache), "--max-steps", "1", "--batch-size",
              "8", "--grad-accum", "1", "--max-seq-len", "256", "--device", "cpu", "--compute-dtype", "float32",
              "--method", "lopt"]  # fmt: skip
     done = subprocess.run(

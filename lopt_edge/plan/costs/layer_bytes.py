@@ -13,8 +13,10 @@ from functools import lru_cache
 
 from lopt_edge.plan.costs.programs import Replay
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+from lopt_edge.plan.facts.families.family import FULL, SLIDING
 
-READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
+READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}
+BEFORE_MLP = ("o_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ class LayerRun:
         LoRA."""
         if not (self.first and self.shape.targets):
             return "backward"
-        names = [linear.short_name for linear in self.shape.facts.linears if linear.short_name in self.shape.targets]
+        linears = self.shape.linears
+        names = [linear.short_name for linear in linears if linear.short_name in self.shape.targets]
         if READS_INPUT & set(names):
             return "backward first"
-        in_mlp = "mlp" if "gate_proj" in self.shape.facts.linear_names else names[0]
-        return f"backward from {names[0] if names[0] == 'o_proj' else in_mlp}"
+        in_mlp = "mlp" if any(linear.short_name == "gate_proj" for linear in linears) else names[0]
+        return f"backward from {names[0] if names[0] in BEFORE_MLP else in_mlp}"
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,11 @@ def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
 @lru_cache(maxsize=256)
 def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int) -> tuple[int, int]:
     """The bytes of EMBED: (the most within it, what stays beside the hidden states: positions, rotary tables, masks)."""
-    kinds = sorted(set(shape.facts.layer_types))
+    shape, kinds = shape.with_attention, shape.facts.attention_types
     masked = any(shape.masked(kind, n_tokens) for kind in kinds)
     dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens)
+    if len(kinds) > 1:  # a table of positions for each, as wide as a head
+        dimensions |= {"e": shape.facts.head_dim_of(SLIDING), "f": shape.facts.head_dim_of(FULL)}
     replay = Replay(shape, dimensions, stored=replace(stored, head_resident=False))
     replay.run(shape.case(n_sequences, masked=masked, two_kinds=len(kinds) > 1), "embed")
     replay.drop(replay.result)

@@ -1,10 +1,10 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
 Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
-quant/gated_mlp.py, run/model/query_tiles.py, run/model/vocabulary.py), on a `Heap` that remembers the most; whoever changes
-one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model/test_query_tiles.py compare them). What a
-call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
-(layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
+quant/gated_mlp.py; query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers the most;
+whoever changes one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model compare them). What a call
+leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it (layer_bytes.py).
+On CUDA bitsandbytes' kernel unpacks, without an index.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.costs.tiles import _tile, _tile_queries
-from lopt_edge.plan.facts.model import LinearFacts
-from quant.sizes import BLOCK_ELEMENTS, BLOCK_FEATURES, UNPACK_CHUNK, rows_at_once, token_tile
+from lopt_edge.plan.facts.layers import LinearFacts
+from quant.sizes import (
+    BLOCK_ELEMENTS,
+    BLOCK_FEATURES,
+    DELTA_CHUNK,
+    DELTA_STATES_APART,
+    UNPACK_CHUNK,
+    rows_at_once,
+    token_tile,
+)
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
@@ -171,7 +179,7 @@ def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterato
 
     No earlier tile takes more: of whole tiles the last one sees the most keys. There may be a million of them.
     """
-    group = shape.facts.n_heads // shape.facts.n_kv_heads
+    group = shape.layer.n_heads // shape.layer.n_kv_heads
     n_tile = _tile_queries(n_tokens, group=group, device_type=shape.device_type)
     for start in range(0, n_tokens, n_tile)[-2:]:
         n, m = (part.stop - part.start for part in _tile(start, n_tile, n_tokens, n_tokens, window))
@@ -181,7 +189,7 @@ def _tile_sizes(shape: LayerShape, n_tokens: int, window: int | None) -> Iterato
 def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
     """Take what attention in tiles of queries needs in the forward; a tile's masks are never the most: a byte a score of
     one head."""
-    c, head_dim = shape.itemsize, shape.facts.head_dim
+    c, head_dim = shape.itemsize, shape.layer.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
         heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
@@ -190,7 +198,7 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
 
 def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
     """Take what attention in tiles of queries needs in the backward."""
-    c, head_dim = shape.itemsize, shape.facts.head_dim
+    c, head_dim = shape.itemsize, shape.layer.head_dim
     cast = c != 4
     with heap.call():
         heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
@@ -200,6 +208,26 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
             heap.touch(scores * c + max(product, group * n * head_dim * c))
+
+
+# run/model/delta_net.py ------------------------------------------------------------------------------------------------
+
+
+def delta_states(shape: LayerShape, n_sequences: int, n_tokens: int, *, backward: bool) -> int:
+    """The bytes of a delta rule's states that live while a chunk runs, that chunk's result left out.
+
+    A backward keeps the state at the beginning of each group of chunks, those within the group at hand, and the gradient of
+    one.
+    """
+    delta = shape.layer.delta
+    assert delta is not None
+    state = 4 * n_sequences * delta.n_value_heads * delta.key_dim * delta.value_dim
+    if not backward:
+        return state
+    n_chunks = ceil(n_tokens / DELTA_CHUNK)
+    n_groups = ceil(n_chunks / DELTA_STATES_APART)
+    n_last = n_chunks - (n_groups - 1) * DELTA_STATES_APART
+    return state * (n_groups + max(n_last, DELTA_STATES_APART - 1 if n_groups > 1 else 0))
 
 
 # quant/gated_mlp.py ----------------------------------------------------------------------------------------------------
@@ -239,7 +267,7 @@ class _Pass:
 
 def mlp_linears(shape: LayerShape) -> list[LinearFacts]:
     """The linear layers of the MLP: gate, up and down."""
-    by_name = {linear.short_name: linear for linear in shape.facts.linears}
+    by_name = {linear.short_name: linear for linear in shape.linears}
     return [by_name[name] for name in ("gate_proj", "up_proj", "down_proj")]
 
 

@@ -98,7 +98,7 @@ class Prediction:
     @cached_property
     def device_bytes(self) -> int:
         """The device's peak: tensors, libraries or context, and the allocator's slack."""
-        step = max(map(self.op_bytes, self.timeline.rows)) - self.library_bytes - self.kept_bytes
+        step = max(row.peak_bytes + round(self.within_share * row.within) for row in self.timeline.rows)
         evaluation = self.evaluation_bytes and self.evaluation_bytes + round(self.within_share * self.evaluating_bytes)
         return self.library_bytes + self.kept_bytes + max(step, evaluation, self.teaching_bytes, self.saving_bytes)
 

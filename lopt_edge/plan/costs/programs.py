@@ -87,8 +87,8 @@ class Replay:
     ) -> None:
         self.shape, self.dimensions, self.stored, self.from_mlp, self.heap = shape, dimensions, stored, from_mlp, Heap()
         self.window = window
-        in_mlp = {linear.short_name for linear in shape.facts.linears if linear.name.startswith("mlp.")}
-        self.lora = frozenset(linear.short_name for linear in shape.facts.linears if shape.saves(linear.short_name))
+        in_mlp = {linear.short_name for linear in shape.linears if linear.name.startswith("mlp.")}
+        self.lora = frozenset(linear.short_name for linear in shape.linears if shape.saves(linear.short_name))
         self.lora |= {"mlp"} if in_mlp & self.lora else set()
         self.is_backward = False
         self.alive: dict[str, int] = {}
@@ -144,6 +144,8 @@ class Replay:
             module_bytes.attention_forward(self.heap, self.shape, self.dimensions["t"], self.window)
         elif name == "attention_backward":
             module_bytes.attention_backward(self.heap, self.shape, self.dimensions["t"], self.window)
+        elif name.startswith("delta"):
+            self._delta(name)
         elif name == "gather" and self.stored:
             module_bytes.gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
         elif self.shape.blocked:
@@ -156,7 +158,7 @@ class Replay:
         return self.dimensions["s"] * self.dimensions["t"]
 
     def _linear(self, name: str, of: str) -> None:
-        linear = next(linear for linear in self.shape.facts.linears if linear.short_name == of)
+        linear = next(linear for linear in self.shape.linears if linear.short_name == of)
         if name == "unpack":
             unpack = module_bytes.unpack_for_backward if self.is_backward else module_bytes.unpack_for_forward
             unpack(self.heap, self.shape, linear, self._rows)
@@ -174,6 +176,14 @@ class Replay:
         inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
         inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize), name)
         self.heap.touch(inside.heap.peak)
+
+    def _delta(self, name: str) -> None:
+        """Take what a delta rule needs: it works on a chunk of tokens at a time (run/model/delta_net.py)."""
+        n_sequences, n_tokens = self.dimensions["s"], self.dimensions["t"]
+        inside = Replay(self.shape, self.shape.delta_dimensions(n_sequences))
+        inside.run(self.shape.delta_case(n_sequences), name)
+        states = module_bytes.delta_states(self.shape, n_sequences, n_tokens, backward=name == "delta_backward")
+        self.heap.touch(states + inside.heap.peak)
 
     def _blocked_mlp(self, name: str, *, value: bool) -> None:
         if name != "mlp_forward":

@@ -20,6 +20,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from quant.sizes import DELTA_CHUNK
 
 FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidden) tensor outside the products
 # A product of few rows does not reach the rate: it takes as long as one of so many rows more. Fitted on a CPU, 0.5B shape,
@@ -46,11 +47,11 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     A mixture of two weights unpacks both, and multiplies twice in the backward.
     """
     facts, rows = shape.facts, batch.n_rows
-    outside = sum(x.in_features * x.out_features for x in facts.linears if not x.name.startswith("mlp."))
-    in_mlp = sum(x.in_features * x.out_features for x in facts.linears if x.name.startswith("mlp."))
-    adapters = sum((x.in_features + x.out_features) * shape.rank for x in facts.linears if x.short_name in shape.targets)
+    outside = sum(x.in_features * x.out_features for x in shape.linears if not x.name.startswith("mlp."))
+    in_mlp = sum(x.in_features * x.out_features for x in shape.linears if x.name.startswith("mlp."))
+    adapters = sum((x.in_features + x.out_features) * shape.rank for x in shape.linears if x.short_name in shape.targets)
     product = 2 * (rows + FEW_ROWS) / rates.product_flops
-    attention = 2 * batch.n_sequences * batch.n_tokens**2 * facts.n_heads * facts.head_dim / rates.attention_flops
+    attention = _mixing_flops(shape, batch) / rates.attention_flops
     hidden = rows * facts.hidden_size * shape.itemsize / rates.bandwidth
     unpack, overhead, mixed = 1 / rates.unpack_rate, rates.overhead, 2 if shape.mixed else 1
     again_mlp = 0.0 if shape.blocked else 2 / 3
@@ -64,6 +65,16 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
         backward + BACKWARD_PASSES * hidden + overhead,
         again + FORWARD_PASSES / 2 * hidden,
     )
+
+
+def _mixing_flops(shape: LayerShape, batch: MicroBatchSize) -> float:
+    """The operations of causal attention, once, or of the delta rule in its place: of each chunk's products and solves."""
+    layer = shape.layer
+    if (delta := layer.delta) is not None:
+        k, v = delta.key_dim, delta.value_dim
+        of_token = DELTA_CHUNK * (5 * k + 3 * v) + 6 * k * v
+        return batch.n_rows * delta.n_value_heads * of_token
+    return 2 * batch.n_sequences * batch.n_tokens**2 * layer.n_heads * layer.head_dim
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,11 @@ class Costs:
             profile.op_overhead_seconds,
         )
 
-    def layer(self, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
-        """The seconds of one layer; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
-        shape = replace(self.sizes.shape, mixed=mixed)
+    def layer(self, index: int, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
+        """The seconds of layer `index`; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
+        shape = replace(self.sizes.shape.of_layer(index), mixed=mixed)
         if not trains:
-            shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type)
+            shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=shape.layer_kind)
         return _layer_seconds(shape, self.rates, batch)
 
     def embed(self, batch: MicroBatchSize) -> float:
@@ -274,4 +285,4 @@ class _Clock:
 
     def layer(self, op: Op, plan: Plan) -> LayerSeconds:
         segment, batch = plan.segment_of(op.target), self.costs.batches[op.micro_batch]
-        return self.costs.layer(batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)
+        return self.costs.layer(op.target, batch, trains=segment.loss != "none", mixed=op.target in segment.replaced)

@@ -6,10 +6,12 @@ bytes. It knows no op and no method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
+from quant.sizes import DELTA_CHUNK
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class LayerShape:
     """The shape of a layer, of which the programs are functions. `itemsize` is the compute dtype's, `targets` are the
     linear layers with LoRA.
 
-    `mixed`: its weights are mixtures of others' (quant/mixed.py).
+    `mixed`: its weights are mixtures of others' (quant/mixed.py). `layer_kind` says which of the model's kinds of layers.
     """
 
     facts: ModelFacts
@@ -27,6 +29,31 @@ class LayerShape:
     device_type: str = "cpu"
     dropout: bool = False
     mixed: bool = False
+    layer_kind: int = 0
+
+    @property
+    def layer(self) -> LayerFacts:
+        """What layers of this kind have."""
+        return self.facts.kinds[self.layer_kind]
+
+    @property
+    def linears(self) -> tuple[LinearFacts, ...]:
+        """The linear layers, in the order in which they run."""
+        return self.layer.linears
+
+    def of_layer(self, index: int) -> LayerShape:
+        """The shape of decoder layer `index` of the same model."""
+        return self.of_kind(self.facts.kind_of_layer[index])
+
+    def of_kind(self, layer_kind: int) -> LayerShape:
+        """The shape of a layer of another kind of the same model."""
+        return self if layer_kind == self.layer_kind else replace(self, layer_kind=layer_kind)
+
+    @property
+    def with_attention(self) -> LayerShape:
+        """The shape of the first kind of layer that has attention: positions and masks are made for it."""
+        found = (kind for kind, layer in enumerate(self.facts.kinds) if layer.delta is None)
+        return self.of_kind(next(found, self.layer_kind))
 
     @property
     def kind(self) -> DeviceKind:
@@ -45,7 +72,7 @@ class LayerShape:
     @property
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
-        names = {linear.short_name for linear in self.facts.linears}
+        names = {linear.short_name for linear in self.linears}
         in_blocks = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
         cut = in_blocks or self.facts.forms is not None  # a row of a GGUF matrix is whole blocks
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
@@ -53,11 +80,28 @@ class LayerShape:
 
     def dimensions(self, *, n_sequences: int, n_tokens: int, n_tile: int = 0) -> Dimensions:
         """The sizes that the programs' letters stand for."""
-        facts = self.facts
-        return {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": facts.n_heads,
-                "k": facts.n_kv_heads, "q": facts.n_heads + 2 * facts.n_kv_heads, "e": facts.head_dim,
-                "i": facts.intermediate_size, "n": n_tile,
-                "v": min(self.kind.vocabulary_chunk, facts.vocab_size)}  # fmt: skip
+        facts, layer = self.facts, self.layer
+        found = {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": layer.n_heads,
+                 "k": layer.n_kv_heads, "q": layer.n_heads + 2 * layer.n_kv_heads, "e": layer.head_dim, "f": layer.head_dim,
+                 "i": facts.intermediate_size, "n": n_tile,
+                 "v": min(self.kind.vocabulary_chunk, facts.vocab_size)}  # fmt: skip
+        if (delta := layer.delta) is not None:
+            found |= {"c": delta.conv_features, "j": delta.n_value_heads, "o": delta.value_dim}
+        return found
+
+    def delta_dimensions(self, n_sequences: int) -> Dimensions:
+        """The sizes that the letters of a delta rule's own programs stand for (one chunk of tokens)."""
+        delta = self.layer.delta
+        assert delta is not None
+        return {"s": n_sequences, "x": DELTA_CHUNK + delta.kernel - 1, "l": delta.n_key_heads, "j": delta.n_value_heads,
+                "m": delta.key_dim, "o": delta.value_dim, "c": delta.conv_features}  # fmt: skip
+
+    def delta_case(self, n_sequences: int) -> str:
+        """The key of the programs of one chunk of a delta rule."""
+        delta = self.layer.delta
+        assert delta is not None
+        heads = "equal" if delta.n_key_heads == delta.n_value_heads else "grouped"
+        return case_key(self.facts.family.name, self.itemsize, f"chunk {heads}", one=n_sequences == 1)
 
     def masked(self, layer_type: str, n_tokens: int) -> bool:
         """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""
@@ -73,11 +117,11 @@ class LayerShape:
 
     def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
         """The key of this shape's programs in the traced table."""
-        facts = self.facts
-        heads = "equal" if facts.n_kv_heads == facts.n_heads else "single" if facts.n_kv_heads == 1 else "grouped"
-        return case_key(
-            facts.family.name, self.itemsize, "two kinds" if two_kinds else heads, masked=masked, one=n_sequences == 1
-        )
+        layer = self.layer
+        heads = "equal" if layer.n_kv_heads == layer.n_heads else "single" if layer.n_kv_heads == 1 else "grouped"
+        heads = f"{heads} k=v" if layer.values_are_keys else heads
+        heads = "two kinds" if two_kinds else heads if layer.delta is None else "delta"
+        return case_key(self.facts.family.name, self.itemsize, heads, masked=masked, one=n_sequences == 1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +139,9 @@ HEADS = ("grouped", "single", "equal")
 
 
 def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:
-    """The key of a case in the table. `heads` is one of HEADS, or "two kinds" (of attention, for EMBED), or "" (a norm)."""
+    """The key of a case in the table. `heads` is one of HEADS (with "k=v" where values are keys), or "two kinds" (of
+    attention, for EMBED), or "delta" (a rule in the place of attention), or "chunk" with one of HEADS (a chunk of such a
+    rule), or "" (a norm)."""
     words = [family, "4" if itemsize == 4 else "2", heads, "masked" * masked, "one" * one]
     return " ".join(word for word in words if word)
 

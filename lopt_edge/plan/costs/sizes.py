@@ -22,7 +22,7 @@ from lopt_edge.plan.costs.layer_bytes import (
 )
 from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
@@ -65,6 +65,13 @@ def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
+    """The bytes of a layer's buffer of packed weights, and of the codes among them."""
+    sizes = [packed_sizes((linear.out_features, linear.in_features)) for linear in kind.linears]
+    pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
+    return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
+
+
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
     """The most that so many bytes take of a page file in so many pieces: each is rounded up to a grain."""
     return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
@@ -97,17 +104,15 @@ class Sizes:
         """The bytes of each layer's buffer of packed weights (run/tiers/weights.py); a GGUF file's layers differ."""
         facts = self.shape.facts
         if facts.forms is None:
-            return (self._nf4_layer_bytes,) * facts.n_layers
-        shapes = [(linear.out_features, linear.in_features) for linear in facts.linears]
+            by_kind = [_packed_bytes(kind)[0] for kind in facts.kinds]
+            return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
-            sum(_aligned(TYPES[kind].n_bytes(shape)) for kind, shape in zip(kinds, shapes, strict=True))
-            for kinds in facts.forms.layers
+            sum(
+                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+            )
+            for layer, blocks in enumerate(facts.forms.layers)
         )
-
-    @property
-    def layer_bytes(self) -> int:
-        """The bytes of the largest layer's buffer of packed weights."""
-        return max(self.bytes_of_layers)
 
     def _bytes_at(self, *places: str) -> list[int]:
         """The bytes of each layer with weights of its own that lies at one of these places."""
@@ -115,25 +120,21 @@ class Sizes:
         return [n_bytes for layer, (place, n_bytes) in layers if layer not in self.replaced and place in places]
 
     @cached_property
-    def _nf4_layer_bytes(self) -> int:
-        total = 0
-        for linear in self.shape.facts.linears:
-            sizes = packed_sizes((linear.out_features, linear.in_features))
-            total += _aligned(sizes.codes_bytes) + _aligned(sizes.absmax_bytes) + _aligned(sizes.nested_absmax_bytes)
-        return total
+    def code_bytes(self) -> int:
+        """The bytes of 4-bit codes on the device: of resident layers, and of the largest in each buffer of the ring."""
+        kinds = self.shape.facts.kind_of_layer
+        codes = [_packed_bytes(kind)[1] for kind in self.shape.facts.kinds]
+        own = [(place, codes[kinds[layer]]) for layer, place in enumerate(self.knobs.weights) if layer not in self.replaced]
+        streamed = [n_bytes for place, n_bytes in own if place not in ("resident", ELSEWHERE)]
+        ring = min(self.knobs.ring, len(streamed)) * max(streamed, default=0)
+        return sum(n_bytes for place, n_bytes in own if place == "resident") + ring
 
-    @property
+    @cached_property
     def small_bytes(self) -> int:
-        """The bytes of norms and biases of all layers, which are always resident."""
-        facts, family = self.shape.facts, self.shape.facts.family
-        biases = sum(linear.out_features for linear in facts.linears if linear.bias)
-        norms = family.norms * facts.hidden_size
-        if family.qk_norm == "head":
-            norms += 2 * facts.head_dim
-        elif family.qk_norm == "projection":
-            norms += (facts.n_heads + facts.n_kv_heads) * facts.head_dim
-        n_layers = sum(place != ELSEWHERE for place in self.knobs.weights)
-        return (n_layers * (norms + biases) + facts.hidden_size) * self.shape.itemsize
+        """The bytes of norms, biases and the like of all layers, which are always resident."""
+        facts = self.shape.facts
+        here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
+        return (sum(layer.small_elements for layer in here) + facts.hidden_size) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -141,11 +142,10 @@ class Sizes:
         With dropout the MLP is plain in training, in blocks without LoRA, in a tail and in evaluation.
         """
         facts, shape = self.shape.facts, self.shape
-        found = [linear.in_features * linear.out_features for linear in facts.linears if not linear.name.startswith("mlp.")]
+        linears = {linear for kind in facts.kinds for linear in kind.linears}
+        found = [x.in_features * x.out_features for x in linears if not (shape.blocked and x.name.startswith("mlp."))]
         if self.replaced:
-            found += [2 * mixed_elements(linear) for linear in facts.linears]
-        if not shape.blocked:
-            found += [linear.in_features * linear.out_features for linear in facts.linears]
+            found += [2 * mixed_elements(linear) for linear in linears]
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
@@ -180,12 +180,14 @@ class Sizes:
     def group_elements(self, group: GroupName) -> int:
         """The number of elements of a parameter group."""
         if group[0] == "layer":
-            return self._layer_elements + 2 * len(self.shape.facts.linears) * (group[1] in self.replaced)
+            layer = self.shape.facts.kind_of_layer[group[1]]
+            mixtures = 2 * len(self.shape.facts.kinds[layer].linears) if group[1] in self.replaced else 0
+            return self._elements_of_kind[layer] + mixtures
         return self._aux_elements
 
     @cached_property
-    def _layer_elements(self) -> int:
-        return sum(self._linear_adapter(linear) for linear in self.shape.facts.linears)
+    def _elements_of_kind(self) -> tuple[int, ...]:
+        return tuple(sum(self._linear_adapter(linear) for linear in kind.linears) for kind in self.shape.facts.kinds)
 
     @cached_property
     def _aux_elements(self) -> int:
@@ -274,7 +276,7 @@ class Sizes:
     def intact_bytes(self) -> int:
         """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
         intact."""
-        return min(2, len(self.replaced)) * self.layer_bytes
+        return min(2, len(self.replaced)) * max((self.bytes_of_layers[layer] for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
 
@@ -379,7 +381,8 @@ class Sizes:
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.shape if segment.loss != "none" else replace(self.shape, targets=())
+        shape = self.shape.of_layer(layer)
+        shape = shape if segment.loss != "none" else replace(shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)

@@ -16,30 +16,27 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.schedule.effects import Kind, Thing
+from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName, Keep, Op, Plan
 
 Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
 
 
-@dataclass(frozen=True)
-class OpBytes:
-    """The bytes of one op: by category what is on the device when it begins, what it takes on top, and the tiers below."""
+class OpBytes(NamedTuple):
+    """The bytes of one op: by category what is on the device when it begins, what it takes on top, the sum of all that, and
+    the tiers below."""
 
     op: Op
     held: dict[str, int]
     within: int
+    peak_bytes: int
     host_bytes: int
     disk_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes on the device while the op runs."""
-        return sum(self.held.values()) + self.within
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,11 @@ def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, bes
     replay.live["activations"] += beside_bytes
     replay.total = sum(replay.live.values())
     for op in plan.ops:
-        held, before, within = replay.held(), replay.total, replay.within(op)
-        replay.run(op)
-        within = max(within, replay.total + replay.within_end(op) - before)
-        rows.append(OpBytes(op, held, within, replay.below["host"], replay.below["disk"]))
+        row = op.effect
+        held, before, within = replay.held(), replay.total, replay.within(op, row)
+        replay.run(op, row)
+        within = max(within, replay.total + replay.within_end(op, row) - before)
+        rows.append(OpBytes(op, held, within, before + within, replay.below["host"], replay.below["disk"]))
     return Timeline(tuple(rows))
 
 
@@ -104,6 +102,7 @@ class _Replay:
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
+        self.graphs: dict[tuple[int, int, int], GraphBytes] = {}  # by (micro-batch, layer, pass)
         self.own_blocks = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
         self.tiers: dict[Key, tuple[str, int]] = {}  # thing -> (tier below, bytes there)
         batch_of = batches
@@ -129,7 +128,9 @@ class _Replay:
     # bookkeeping -----------------------------------------------------------------------------------------------------
 
     def held(self) -> dict[str, int]:
-        return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
+        if 0 in self.live.values():
+            return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
+        return dict(self.live)
 
     def hold(self, key: tuple[str, int, int], storage: _Storage | int, category: str) -> None:
         self.drop(key)
@@ -150,10 +151,13 @@ class _Replay:
         self._count(storage, 1)
 
     def _count(self, storage: _Storage, sign: int) -> None:
-        if storage.holders:
-            category = next((name for name in _PRIORITY if name in storage.holders), storage.holders[0])
-            self.live[category] = self.live.get(category, 0) + sign * storage.n_bytes
-            self.total += sign * storage.n_bytes
+        holders, n_bytes = storage.holders, sign * storage.n_bytes
+        if holders:
+            category = holders[0]
+            if len(holders) > 1:
+                category = next((name for name in _PRIORITY if name in holders), category)
+            self.live[category] = self.live.get(category, 0) + n_bytes
+            self.total += n_bytes
 
     def storage(self, key: tuple[str, int, int]) -> _Storage:
         return self.held_by[key][0]
@@ -171,10 +175,9 @@ class _Replay:
 
     # what an op takes ------------------------------------------------------------------------------------------------
 
-    def within(self, op: Op) -> int:
+    def within(self, op: Op, row: Effect) -> int:
         """The bytes that an op takes at its worst moment on top of what is alive when it begins."""
-        name = op.effect.workspace
-        return self.workspaces[name](op) if name else 0
+        return self.workspaces[row.workspace](op) if row.workspace else 0
 
     def within_loss(self, op: Op) -> int:
         segment, batch = self.plan.segments[op.target], self.batches[op.micro_batch]
@@ -183,10 +186,9 @@ class _Replay:
         return self.sizes.loss_within(batch, task=segment.reads_out) + self.fresh_gradients(op)
 
     def within_forward(self, op: Op) -> int:
-        segment, batch = self.plan.scope(op), self.batches[op.micro_batch]
         if self.plan.keeps_graph(op):
-            return self.sizes.graph(batch, op.target, segment).within
-        return self.sizes.forward_within(batch, op.target, segment)
+            return self._graph(op).within
+        return self.sizes.forward_within(self.batches[op.micro_batch], op.target, self.plan.scope(op))
 
     def within_backward(self, op: Op) -> int:
         kept, batch = self.kept[op.micro_batch, op.target], self.batches[op.micro_batch]
@@ -196,9 +198,9 @@ class _Replay:
     def within_update(self, op: Op) -> int:
         return self.sizes.step_within(op.group) + self._block_bytes(op.group)
 
-    def within_end(self, op: Op) -> int:
+    def within_end(self, op: Op, row: Effect) -> int:
         """What an op takes on top of what it leaves: the square of a group's complete gradients, for their norm."""
-        uses = op.effect.trains
+        uses = row.trains
         if uses == "layer" and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
         done = op.micro_batch == self.plan.n_micro_batches - 1
@@ -216,9 +218,8 @@ class _Replay:
 
     # what an op leaves -----------------------------------------------------------------------------------------------
 
-    def run(self, op: Op) -> None:
+    def run(self, op: Op, row: Effect) -> None:
         """Make, free and move what the op's row says."""
-        row = op.effect
         if row.uses == "layer":
             self._note_kept(op)
         for thing in row.makes:
@@ -267,7 +268,10 @@ class _Replay:
             self.hold(key, self.made[thing.takes](op), thing.counts_as)
 
     def _graph(self, op: Op) -> GraphBytes:
-        return self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
+        key = (op.micro_batch, op.target, op.pass_index)
+        if key not in self.graphs:
+            self.graphs[key] = self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
+        return self.graphs[key]
 
     def _graph_bytes(self, op: Op) -> int:
         """The bytes that a FORWARD's graph keeps beside its input; what comes back from below is all of it."""

@@ -11,32 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
-from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family, Layout, Wrapper
+from lopt_edge.plan.facts.families.family import LINEAR, SLIDING, Family, Layout, Wrapper
 from lopt_edge.plan.facts.forms import Forms
+from lopt_edge.plan.facts.layers import DELTA_KEYS, LayerFacts, layer_kind
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
-             "no_rope_layer_interval", "max_window_layers")  # fmt: skip
+             "no_rope_layer_interval", "max_window_layers", "full_attention_interval")  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-
-@dataclass(frozen=True)
-class LinearFacts:
-    """One linear layer of a decoder layer; `name` is its path inside the layer, e.g. self_attn.q_proj."""
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-
-    @property
-    def short_name(self) -> str:
-        """The last word of its path, e.g. q_proj: what `lora_targets` name."""
-        return self.name.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,8 @@ class ModelFacts:
     n_kv_heads: int
     head_dim: int
     tied: bool
-    linears: tuple[LinearFacts, ...]
+    kinds: tuple[LayerFacts, ...]  # of layers, each once
+    kind_of_layer: tuple[int, ...]  # index into `kinds`
     layer_types: tuple[str, ...]
     sliding_window: int | None
     recorded_dtype: str
@@ -72,10 +60,45 @@ class ModelFacts:
         """The model's family: all in which it differs from others."""
         return family_of(self.model_type)
 
-    @property
+    @cached_property
     def linear_names(self) -> tuple[str, ...]:
-        """The short names of the linear layers of a decoder layer, in the order in which they run."""
-        return tuple(linear.short_name for linear in self.linears)
+        """The short names of the linear layers of all decoder layers, each once, in the order in which they run."""
+        return tuple(dict.fromkeys(linear.short_name for kind in self.kinds for linear in kind.linears))
+
+    @property
+    def attention_types(self) -> tuple[str, ...]:
+        """The types of its layers that have attention, sorted."""
+        return tuple(sorted(set(self.layer_types) - {LINEAR}))
+
+    def head_dim_of(self, layer_type: str) -> int:
+        """The size of a head in layers of a type; the model's own where it has none of that type."""
+        found = (self.layer(index).head_dim for index, each in enumerate(self.layer_types) if each == layer_type)
+        return next(found, self.head_dim)
+
+    def layer(self, index: int) -> LayerFacts:
+        """What decoder layer `index` has."""
+        return self.kinds[self.kind_of_layer[index]]
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of parameters of the language model."""
+        layers = [self.layer(index) for index in range(self.n_layers)]
+        return sum(layer.n_packed + layer.small_elements for layer in layers) + self._n_around
+
+    def folder_bytes(self, itemsize: int) -> int:
+        """The bytes of its 4-bit folder, where the rest is stored in `itemsize` bytes a number."""
+        layers = [self.layer(index) for index in range(self.n_layers)]
+        packed = sum(layer.packed_bytes for layer in layers)
+        return packed + itemsize * (sum(layer.small_elements for layer in layers) + self._n_around)
+
+    @property
+    def _n_around(self) -> int:
+        """The parameters of embedding, lm_head and last norm."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+
+    def kinds_equal(self, *layers: int) -> bool:
+        """Whether these decoder layers are all of one kind."""
+        return len({self.kind_of_layer[layer] for layer in layers}) == 1
 
     def of_checkpoint(self, tensors: Container[str]) -> ModelFacts:
         """The facts where the checkpoint has tensors of these names: with an lm_head among them nothing is tied.
@@ -89,6 +112,10 @@ class ModelFacts:
         if head is None:
             return replace(self, layout=layout)
         return replace(self, layout=replace(layout, lm_head=head), tied=False)
+
+    @cached_property
+    def _packed_names(self) -> frozenset[str]:
+        return frozenset(linear.name for kind in self.kinds for linear in kind.linears)
 
     @property
     def outside(self) -> str | None:
@@ -110,7 +137,8 @@ class ModelFacts:
 
     def packs(self, name: str) -> bool:
         """Whether a tensor of the model's folder is stored in 4 bits: the matrices inside the decoder layers."""
-        return name.startswith(self.layout.layers) and name.endswith("_proj.weight")
+        inside = name.removeprefix(self.layout.layers).partition(".")[2].removesuffix(".weight")
+        return name.startswith(self.layout.layers) and name.endswith(".weight") and inside in self._packed_names
 
 
 def facts_from_config(config: object, *, where: str) -> ModelFacts:
@@ -123,13 +151,14 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         config = _text_config(config, wrapper, where)
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    _check_numbers(known, where)
+    _check_numbers(known, where, DELTA_KEYS if LINEAR in family.layer_types else ())
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
-    if n_heads % n_kv_heads:
-        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
-    if known.get("use_bidirectional_attention"):
+    for key, meaning in family.refuses.items():
+        if known.get(key):
+            raise InputError(f"{meaning} ({key}) not supported yet", where=where, fix="use another model of the family")
+    if known.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4: of the tokens of an image
         raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
     head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads
     window = known.get("sliding_window")
@@ -137,6 +166,10 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         "use_sliding_window" in family.asks and not known.get("use_sliding_window")
     ):
         window = None
+    layer_types = _layer_types(known, family, n_layers, window, where)
+    known |= {"num_key_value_heads": n_kv_heads, "head_dim": head_dim}
+    layers = [layer_kind(known, family, layer, each, where=where) for layer, each in enumerate(layer_types)]
+    kinds = tuple(dict.fromkeys(layers))
     architectures = outer.get("architectures")
     dtype = outer.get("dtype") or outer.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFacts(
@@ -152,8 +185,9 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         tied=bool(known.get("tie_word_embeddings", False) if wrapper is None else outer.get("tie_word_embeddings", True)),
-        linears=_linears(known, family, n_kv_heads=n_kv_heads, head_dim=head_dim),
-        layer_types=_layer_types(known, family, n_layers, window, where),
+        kinds=kinds,
+        kind_of_layer=tuple(kinds.index(layer) for layer in layers),
+        layer_types=layer_types,
         sliding_window=window,
         recorded_dtype=str(dtype).removeprefix("torch."),
         quantised=quantised,
@@ -197,9 +231,9 @@ def _check_quantisation(config: dict[str, Any], where: str) -> bool:
     )
 
 
-def _check_numbers(known: dict[str, Any], where: str) -> None:
+def _check_numbers(known: dict[str, Any], where: str, more: tuple[str, ...]) -> None:
     errors = []
-    for key in (*_REQUIRED, *_OPTIONAL):
+    for key in (*_REQUIRED, *_OPTIONAL, *more):
         value, least = known.get(key), 0 if key == "max_window_layers" else 1
         if value is None and key in _REQUIRED:
             errors.append(InputError(f"lacks {key!r}", where=where, fix="the model folder is incomplete"))
@@ -210,32 +244,16 @@ def _check_numbers(known: dict[str, Any], where: str) -> None:
         raise InputError(f"num_hidden_layers {known['num_hidden_layers']} is out of reason", where=where)
 
 
-def _linears(known: dict[str, Any], family: Family, *, n_kv_heads: int, head_dim: int) -> tuple[LinearFacts, ...]:
-    sizes = {
-        "hidden": known["hidden_size"],
-        "inner": known["intermediate_size"],
-        "q": known["num_attention_heads"] * head_dim,
-        "kv": n_kv_heads * head_dim,
-    }
-
-    def size(words: str) -> int:
-        return sum(sizes[word] for word in words.split("+"))
-
-    return tuple(
-        LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
-        for name, reads, writes, bias in family.projections
-    )
-
-
 def _layer_types(known: dict[str, Any], family: Family, n_layers: int, window: int | None, where: str) -> tuple[str, ...]:
-    """The type of each layer, `full_attention` or `sliding_attention`, as transformers 5 derives it for the family."""
+    """The type of each layer, one of those that the family's record knows, as transformers 5 derives it."""
     given = known.get("layer_types") if "layer_types" in family.asks else None
     if given is None:
         kinds = tuple(family.layer_type(known, i, window) for i in range(n_layers))
     else:
         kinds = tuple(given) if isinstance(given, list) else ()
-    if len(kinds) != n_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise InputError(f"layer_types must name {FULL} or {SLIDING} for each of {n_layers} layers", where=where)
+    if len(kinds) != n_layers or any(kind not in family.layer_types for kind in kinds):
+        words = " or ".join(family.layer_types)
+        raise InputError(f"layer_types must name {words} for each of {n_layers} layers", where=where)
     if SLIDING in kinds and window is None:
         raise InputError("has sliding-window layers but no sliding_window", where=where)
     return kinds

@@ -75,6 +75,22 @@ def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     return _preset(name, hub_id, "llama", (128256, d, f, n, h, kv), tied=tied, positions=131072, head_dim=d // h)
 
 
+def _qwen3_5(name: str, hub_id: str, *shape: int, n_value_heads: int, tied: bool, source: str) -> Preset:
+    d, f, n, h, kv = shape
+    return _preset(
+        name,
+        hub_id,
+        "qwen3_5_text",
+        (248320, d, f, n, h, kv),
+        tied=tied,
+        positions=262144,
+        source=source,
+        head_dim=256,
+        linear_num_value_heads=n_value_heads,
+    )
+
+
+_SLIME = "scripts/models in THUDM/slime"
 # The model cards of 3.1 give the same sizes.
 _GRANITE_2B = "config.json, as copied in huggingface.co/unsloth/granite-3.2-2b-instruct at 918d2374"
 _GRANITE_8B = "config.json, as copied in huggingface.co/huihui-ai/granite-3.2-8b-instruct-abliterated"
@@ -91,6 +107,13 @@ _ALL = (
     _qwen3("qwen3-8b", "Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, tied=False),
     _qwen3("qwen3-14b", "Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, tied=False),
     _qwen3("qwen3-32b", "Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, tied=False),
+    _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,
+             source=f"{_SLIME} at f8879db2; value heads from its published size"),
+    _qwen3_5("qwen3.5-9b", "Qwen/Qwen3.5-9B", 4096, 12288, 32, 16, 4, n_value_heads=32, tied=False,
+             source="the defaults of transformers' Qwen3_5TextConfig; positions from "
+                    "lzwjava.github.io/qwen3-5-9b-hybrid-review-en"),
+    _qwen3_5("qwen3.5-27b", "Qwen/Qwen3.5-27B", 5120, 17408, 64, 24, 4, n_value_heads=48, tied=False,
+             source=f"{_SLIME}; value heads from its published size"),
     _llama("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 2048, 8192, 16, 32, 8, tied=True),
     _llama("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3072, 8192, 28, 24, 8, tied=True),
     _llama("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 4096, 14336, 32, 32, 8, tied=False),
@@ -105,6 +128,10 @@ _ALL = (
     _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3_text", (262144, 1152, 6912, 26, 4, 1), tied=True, positions=32768,
             head_dim=256, sliding_window=512, sliding_window_pattern=6,  # every sixth layer sees everything
             source=f"{_LITGPT}; positions from the copy in huggingface.co/Perditio/unsloth"),
+    _preset("gemma-4-31b", "google/gemma-4-31B-it", "gemma4_text", (262144, 5376, 21504, 60, 32, 16), tied=True,
+            positions=262144, head_dim=256, sliding_window=1024, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+            num_global_key_value_heads=4,
+            source=f"{_SLIME} at 91f85261; key-value heads of layers without a window from its published size"),
     # litgpt counts the token itself in its window (2048, 262145); config.json does not
     _preset("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct", "phi3", (32064, 3072, 8192, 32, 32, 32), tied=False,
             positions=4096, sliding_window=2047),

@@ -134,7 +134,12 @@ class Plan:
 
     def segment_of(self, layer: int) -> Segment:
         """The segment that has this layer."""
-        return next(segment for segment in self.segments if segment.first <= layer <= segment.last)
+        return self._segments_by_layer[layer]
+
+    @cached_property
+    def _segments_by_layer(self) -> dict[int, Segment]:
+        """The segment of each layer: the first that has it."""
+        return {layer: segment for segment in reversed(self.segments) for layer in range(segment.first, segment.last + 1)}
 
     def reads(self, layer: int) -> tuple[int, ...]:
         """The layers whose weights this one computes with."""

@@ -24,7 +24,6 @@ from lopt_edge.plan.search.limits import longest_context, nearest_that_fit, smal
 from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
-from quant.sizes import packed_sizes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
 LEAST_SHOWN = 0.01  # of a step's seconds: what is faster or slower by less is not said to be so
@@ -164,24 +163,21 @@ def _weights(facts: ModelFacts, sizes: Sizes, weights: int) -> dict[str, int]:
     """The bytes of all weights on the device in their parts. Blocks of GGUF have their scales in them."""
     if facts.forms is not None:
         return {f"weights ({facts.forms.text})": weights - sizes.small_bytes, "unquantised modules": sizes.small_bytes}
-    codes = sum(packed_sizes((linear.out_features, linear.in_features)).codes_bytes for linear in facts.linears)
-    n_layers = (weights - sizes.small_bytes) // sizes.layer_bytes  # resident ones and the ring's
     return {
-        "4-bit weights": n_layers * codes,
-        "scales": n_layers * (sizes.layer_bytes - codes),
-        "unquantised modules": weights - n_layers * sizes.layer_bytes,
+        "4-bit weights": sizes.code_bytes,
+        "scales": weights - sizes.small_bytes - sizes.code_bytes,
+        "unquantised modules": sizes.small_bytes,
     }
 
 
 def items(workload: Workload, chosen: Candidate) -> dict[str, int]:
     """The bytes by category at the device's peak; they add up to it."""
     prediction = chosen.prediction
-    facts = workload.shape.facts
     held = dict(prediction.held_at_peak)
     weights = held.pop("weights", 0)
     sizes = workload.sizes(chosen.knobs)
     return {
-        **_weights(facts, sizes, weights),
+        **_weights(workload.shape.facts, sizes, weights),
         "embedding": 0,  # its rows are read from the file for each batch
         "head": held.pop("head", 0),
         "adapters": held.pop("adapters", 0),

@@ -299,15 +299,16 @@ class Bounds:
 
     def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
         """The seconds of one kind of step's arithmetic; the passes that a fresh boundary adds are left out."""
-        total = 0.0
+        total, kinds = 0.0, self.workload.shape.facts.kind_of_layer
         for batch in self.workload.timed(knobs):
             total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
             for segment in _run(kind):
-                layer = costs.layer(batch, trains=segment.loss != "none")
-                total += len(segment.window) * layer.forward
+                firsts = [kinds.index(each) for each in range(len(self.workload.shape.facts.kinds))]
+                by_kind = [costs.layer(first, batch, trains=segment.loss != "none") for first in firsts]
+                total += sum(by_kind[kinds[layer]].forward for layer in segment.window)
                 if segment.has_loss:
-                    again = sum(knobs.activations[i] == "recompute" for i in segment.turned[:-1])
-                    total += len(segment.turned) * layer.backward + again * layer.again
+                    again = (by_kind[kinds[i]].again for i in segment.turned[:-1] if knobs.activations[i] == "recompute")
+                    total += sum(by_kind[kinds[layer]].backward for layer in segment.turned) + sum(again)
                     aligns = segment.loss == "align"
                     total += costs.align(batch) if aligns else costs.loss(batch, task=segment.reads_out)
         groups = (group for segment in kind.segments for group in groups_of(segment))

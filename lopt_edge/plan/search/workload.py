@@ -12,6 +12,7 @@ bytes are those of the largest, seconds the mean over their shares. It chooses n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from lopt_edge.plan.costs.predict import Prediction, largest, predict
 from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
@@ -167,6 +168,7 @@ class Workload:
         return (*few, *(_mean(others),) * len(others)) if others else few
 
 
+@lru_cache(maxsize=16)  # a combination's bytes are asked for right after its seconds
 def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
     """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
 

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
-from lopt_edge.plan.facts.model import LinearFacts, ModelFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
@@ -109,7 +111,7 @@ class Model:
             "position_ids": positions,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        kinds = sorted(set(self.facts.layer_types))
+        kinds = self.facts.attention_types
         by_type = self.facts.family.rotary_by_type
         rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
         masks = {kind: make[kind](**arguments) for kind in kinds}
@@ -120,8 +122,8 @@ class Model:
         kind = self.facts.layer_types[layer]
         output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden_BTD,
-            attention_mask=frame.masks[kind],
-            position_embeddings=frame.rotary[kind],
+            attention_mask=frame.masks.get(kind),
+            position_embeddings=frame.rotary.get(kind),
             position_ids=frame.position_ids_1T,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -142,7 +144,8 @@ class Model:
 
         torch's non-reentrant checkpointing stops early to the same effect.
         """
-        last = cast(PackedLinear, self.layers[layer].get_submodule(self.facts.linears[-1].name))  # or a tracer's stand-in
+        name = self.facts.layer(layer).linears[-1].name
+        last = cast(PackedLinear, self.layers[layer].get_submodule(name))  # or a tracer's stand-in
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
@@ -176,7 +179,7 @@ def load_model(
         for index in model.here:
             layer = model.layers[index]
             prefix, matrices = facts.layout.layer(index), []
-            for module_index, linear in enumerate(facts.linears):
+            for module_index, linear in enumerate(facts.layer(index).linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
                 layer.set_submodule(linear.name, packed)
@@ -186,6 +189,8 @@ def load_model(
             layouts[index] = lay_out(matrices)
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
             _tile_norms(layer)
+            if facts.layer(index).delta is not None:
+                put_delta_net(layer, facts.layer(index))
             _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
@@ -313,6 +318,12 @@ def _tile_norms(layer: nn.Module) -> None:
             layer.set_submodule(name, TokenTiled(module))
 
 
+def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
+    """Put a `DeltaNet` in the place of the family's gated delta rule."""
+    name = facts.linears[0].name.rpartition(".")[0]
+    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
+
+
 def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
     """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
 
@@ -333,14 +344,16 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 def fill_parameters(
     module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace every meta parameter of `module` by the folder's tensor, frozen, in the compute dtype.
+    """Replace every meta tensor of `module` that is stored by the folder's, frozen, in the compute dtype.
 
     Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
     """
-    for name, parameter in list(module.named_parameters()):
-        value = read_tensor(_entry(entries, prefix + name, tuple(parameter.shape))).to(device=device, dtype=dtype)
+    parameters = dict(module.named_parameters())
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        value = read_tensor(_entry(entries, prefix + name, tuple(tensor.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        stored = nn.Parameter(value, requires_grad=False) if name in parameters else value
+        setattr(module.get_submodule(owner), leaf, stored)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lopt_edge.errors import InputError, NotFinite
-from lopt_edge.plan.facts.model import LinearFacts
+from lopt_edge.plan.facts.layers import LinearFacts
 from lopt_edge.run.model.adapter_config import ADAPTER_ADVICE, ADAPTER_NAME, AdapterConfig, lora_scale, read_adapter_config
 from lopt_edge.run.model.load import Model
 from quant.files import read_tensor, tensor_bytes
@@ -25,7 +25,7 @@ from quant.linear import DropoutClock, PackedLinear
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:
     """Yield the path inside the layer and the module of each linear layer of `layer` that carries an adapter."""
-    for linear in model.facts.linears:
+    for linear in model.facts.layer(layer).linears:
         module = model.layers[layer].get_submodule(linear.name)
         if isinstance(module, PackedLinear) and module.lora_a is not None:
             yield linear.name, module
@@ -53,7 +53,7 @@ def attach_adapters(
     A is uniform, B zero, both fp32; the scale is `lora_scale`.
     """
     for layer in layers:
-        for index, linear in enumerate(model.facts.linears):
+        for index, linear in enumerate(model.facts.layer(layer).linears):
             if linear.short_name not in targets:
                 continue
             key = DropoutClock(seed=seed, step=-1).key(layer, index)  # no training step is -1
@@ -147,7 +147,7 @@ def load_adapters(model: Model, folder: Path) -> list[int]:
         layers = set()
         left = set(entries)
         for layer in range(model.facts.n_layers):
-            for linear in model.facts.linears:
+            for linear in model.facts.layer(layer).linears:
                 names = [_peft_name(model, layer, linear.name, letter) for letter in "AB"]
                 if not left >= set(names):
                     continue

@@ -47,10 +47,10 @@ def fit_layers(model: Model, layers: Iterable[int]) -> dict[int, dict[str, float
     left: dict[int, dict[str, float]] = {}
     for layer in _present(model, layers):
         coefficients[layer], left[layer] = {}, {}
-        for linear in model.facts.linears:
+        for linear in model.facts.layer(layer).linears:
             a, b, unexplained = fit(*(_linear(model, each, linear.name) for each in (layer, layer - 1, layer + 1)))
             coefficients[layer][linear.name], left[layer][linear.name] = (a, b), unexplained
-        _linear(model, layer, model.facts.linears[0].name).buffer.flat.clear()  # it grew for three matrices
+        _linear(model, layer, model.facts.layer(layer).linears[0].name).buffer.flat.clear()  # it grew for three matrices
     replace_layers(model, coefficients)
     return left
 
@@ -62,7 +62,7 @@ def _present(model: Model, layers: Iterable[int]) -> Iterator[int]:
 def replace_layers(model: Model, coefficients: Coefficients) -> None:
     """Let the weights of these layers go, and compute with mixtures of the neighbours' from now on."""
     for layer, by_linear in coefficients.items():
-        for linear in model.facts.linears:
+        for linear in model.facts.layer(layer).linears:
             module = _linear(model, layer, linear.name)
             mix = nn.Parameter(torch.tensor(by_linear[linear.name], dtype=torch.float32, device=model.device))
             before, after = (_linear(model, each, linear.name) for each in (layer - 1, layer + 1))
@@ -79,7 +79,7 @@ def _linear(model: Model, layer: int, name: str) -> PackedLinear:
 
 def mixtures(model: Model, layer: int) -> Iterator[tuple[str, Mixture]]:
     """Yield the name and the mixture of each linear layer of `layer` that is one, in the model's order."""
-    for linear in model.facts.linears if layer in model.here else ():
+    for linear in model.facts.layer(layer).linears if layer in model.here else ():
         found = _linear(model, layer, linear.name).synthesis
         if isinstance(found, Mixture):
             yield linear.name, found
@@ -135,12 +135,19 @@ def apply_replaced(model: Model, folder: Path) -> tuple[int, ...]:
 
 
 def _parsed(values: Any, model: Model, where: str) -> dict[int, dict[str, tuple[float, float]]]:
-    names, last = [linear.name for linear in model.facts.linears], model.facts.n_layers - 1
+    last = model.facts.n_layers - 1
+
+    def names(layer: int) -> list[str]:
+        if not 0 <= layer <= last:
+            raise ValueError("no such layer")
+        return [linear.name for linear in model.facts.layer(layer).linears]
+
     try:
         if values["format"] != FORMAT:
             raise InputError(f"has format {str(values['format'])[:20]!r}, this program reads {FORMAT}", where=where)
         found = {
-            int(layer): {name: _pair(by_linear[name]) for name in names} for layer, by_linear in values["layers"].items()
+            int(layer): {name: _pair(by_linear[name]) for name in names(int(layer))}
+            for layer, by_linear in values["layers"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise InputError("does not fit this model", where=where, fix="use the model that it was trained on") from None

@@ -89,7 +89,7 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
     if model.weights is not None:
         yield from (("weights", tensor) for tensor in model.weights.tensors())
     for layer in [*model.layers, model.norm]:
-        for parameter in layer.parameters():
+        for parameter in (*layer.parameters(), *layer.buffers()):
             if not parameter.requires_grad:
                 yield "weights", parameter
         for module in layer.modules():

@@ -121,7 +121,7 @@ def _check_same_shape(inputs: ExecutorInputs, model: Model, layers: list[int], *
     config = inputs.config
     shape = config.lora_r, lora_scale(config.lora_alpha, config.lora_r, rslora=rslora)
     for layer in layers:
-        for linear in inputs.source.facts.linears:
+        for linear in inputs.source.facts.layer(layer).linears:
             module = model.layers[layer].get_submodule(linear.name)
             assert isinstance(module, PackedLinear)
             wanted = linear.short_name in inputs.targets

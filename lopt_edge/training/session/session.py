@@ -122,7 +122,7 @@ class Session:
             finally:
                 wall.lift()
             with context.clock.phase("save"):
-                loaded.executor.release()  # saving imports peft (some 50 MiB); it must not come on top of a step's memory
+                loaded.executor.release()  # what saving takes must not come on top of a step's memory
                 release_free_memory()
                 self._save_adapter_and_tokenizer()
             below = peaks_below(loaded.mover)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.model import LinearFacts, facts_from_config
+from lopt_edge.plan.facts.layers import LinearFacts
+from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import Mover
@@ -199,7 +200,7 @@ def test_the_blocked_mlp(targets, hidden, inner, n_rows, dtype):
     module_bytes.mlp_forward(heap, shape, n_rows)
     assert measured(lambda: mlp(x), x, *tensors(mlp)) == (heap.peak, x.nbytes)
     assert heap.live == 0
-    for need_x in [False, True] if targets else [True]:
+    for need_x in [False, True] if targets and n_rows < 1025 else [True]:  # more rows: the same once more, slowly
         heap = Heap()
         module_bytes.mlp_backward(heap, shape, n_rows, need_x=need_x)
         gradients = sum(4 * parameter.numel() for parameter in mlp.parameters())

@@ -19,6 +19,8 @@ from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.programs import Replay, Token, program
 from lopt_edge.plan.costs.shape import HEADS, LayerShape, Vocabularies, case_key, more_general
 from lopt_edge.plan.facts.device_kinds import CPU
+from lopt_edge.plan.facts.families import FAMILIES as RECORDS
+from lopt_edge.plan.facts.families.family import LINEAR
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.watch.tracker import MemoryTracker
@@ -135,9 +137,18 @@ def test_every_case_has_sound_programs(family):
     masks = {"masked" in key for key in found if len(key.split()) > 2}
     assert masks
     for itemsize, heads, masked, one in product((4, 2), HEADS, masks, (False, True)):
-        shape = make_shape(family, itemsize=itemsize, targets=())
+        shape = make_shape(family, itemsize=itemsize, targets=()).with_attention
         for op in [*EVERY_OP, "backward from o_proj", *(["backward from mlp"] if family != "phi3" else [])]:
             check_program(shape, case_key(family, itemsize, heads, masked=masked, one=one), op)
+
+
+@pytest.mark.parametrize("family", [name for name, record in RECORDS.items() if LINEAR in record.layer_types])
+def test_a_delta_rule_has_sound_programs(family):
+    for itemsize, one in product((4, 2), (False, True)):
+        shape = make_shape(family, itemsize=itemsize, targets=())
+        assert shape.layer.delta is not None
+        for op in [*EVERY_OP, "backward from out_proj", "backward from mlp"]:
+            check_program(shape, case_key(family, itemsize, "delta", one=one), op)
 
 
 def check_program(shape: LayerShape, case: str, op: str) -> None:
@@ -147,7 +158,7 @@ def check_program(shape: LayerShape, case: str, op: str) -> None:
     released = [token.name for token in tokens if token.kind == "-" and not token.unless]
     assert len(released) == len(set(released)), (case, op)
     assert all(int(name) < n_allocated for name in released if name.isdigit())
-    replay = Replay(shape, SIZES, stored=Vocabularies(4))
+    replay = Replay(shape, shape.dimensions(n_sequences=2, n_tokens=50) | SIZES, stored=Vocabularies(4))
     for name in {token.name for token in tokens if token.kind == "-" and not token.name.isdigit()}:
         replay.alive[name] = replay.heap.take(1)
     replay.run(case, op)

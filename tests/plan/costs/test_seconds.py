@@ -59,7 +59,7 @@ def test_every_op_costs_its_overhead_and_an_update_a_quarter():
 
 
 def layer_bytes() -> int:
-    return Sizes(LayerShape(FACTS, 4, 1, ("q_proj",)), make_knobs(2)).layer_bytes
+    return Sizes(LayerShape(FACTS, 4, 1, ("q_proj",)), make_knobs(2)).bytes_of_layers[0]
 
 
 @pytest.mark.parametrize(("prefetch", "waits"), [(0, 2.0), (1, 1.0)])

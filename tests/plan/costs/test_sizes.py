@@ -54,7 +54,7 @@ def steady(sizes: Sizes, segments: tuple[Segment, ...] = TWO, *, move: bool = Fa
 )  # fmt: skip
 def test_streamed_layers_share_the_buffers_of_a_ring(weights, prefetch, n_held):
     sizes = make_sizes(weights=weights, prefetch=prefetch)
-    assert steady(sizes)["weights"] == n_held * sizes.layer_bytes + sizes.small_bytes
+    assert steady(sizes)["weights"] == n_held * sizes.bytes_of_layers[0] + sizes.small_bytes
 
 
 def test_the_lm_head_whole_or_in_chunks():
@@ -127,7 +127,7 @@ def test_bytes_below_the_device():
     )
     assert plain.persistent_below(TWO) == {"host": 0, "disk": 0}
     weights = ("host", "disk", "host", "resident")
-    assert make_sizes(weights=weights).persistent_below(TWO) == {"host": 2 * plain.layer_bytes, "disk": 0}
+    assert make_sizes(weights=weights).persistent_below(TWO) == {"host": 2 * plain.bytes_of_layers[0], "disk": 0}
     on_host = make_sizes(states="host").persistent_below(TWO)
     assert on_host == {"host": states + values, "disk": 0}, "the values before the update go with them"
     paged = make_sizes(states="disk")

@@ -23,7 +23,7 @@ from lopt_edge.plan.costs.programs import program
 from lopt_edge.plan.costs.shape import case_key
 from lopt_edge.plan.facts import families
 from lopt_edge.plan.facts.families import FAMILIES, family_of
-from lopt_edge.plan.facts.families.family import ALWAYS, FULL, ROOT_OF_HIDDEN, SLIDING, Family
+from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, ROOT_OF_HIDDEN, Family
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from tools.tiny_models import tiny_config
 
@@ -58,13 +58,15 @@ def test_a_record_is_complete(family):
     kinds = get_type_hints(Family)
     assert family.attention in get_args(kinds["attention"]) and family.qk_norm in get_args(kinds["qk_norm"])
     assert set(family.asks) <= {"use_sliding_window", "layer_types"}
-    assert len({one.name for one in family.projections}) == len(family.projections)
-    for projection in family.projections:
-        assert {*projection.reads.split("+"), *projection.writes.split("+")} <= {"hidden", "inner", "q", "kv"}
-        assert projection.bias in ("", ALWAYS, "attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
-        assert projection.name.endswith("_proj"), "what is stored in 4 bits (plan/facts/model.py: packs)"
+    for layer_type in family.layer_types:
+        projections = family.projections_of(layer_type)
+        words = {"hidden", "inner", *(("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv"))}
+        assert len({one.name for one in projections}) == len(projections)
+        for projection in projections:
+            assert {*projection.reads.split("+"), *projection.writes.split("+")} <= words
+            assert projection.bias in ("", ALWAYS, "attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
     kinds_of_layers = {family.layer_type(family.defaults, layer, window) for layer in range(9) for window in (None, 4)}
-    assert kinds_of_layers <= {FULL, SLIDING}
+    assert kinds_of_layers <= set(family.layer_types)
     layout = family.layout
     assert layout.layer(3).startswith(layout.layers) and layout.head(tied=True) == layout.embedding != layout.lm_head
 
@@ -98,7 +100,7 @@ def test_the_parts_lie_where_the_layout_says(family, theirs):
     facts, _, model = theirs
     layout, tensors = family.layout, dict(model.state_dict())
     for layer in range(facts.n_layers):
-        for linear in facts.linears:
+        for linear in facts.layer(layer).linears:
             weight = tensors[f"{layout.layer(layer)}{linear.name}.weight"]
             assert weight.shape == (linear.out_features, linear.in_features)
     assert tensors[layout.embedding].shape == tensors[layout.lm_head].shape == (facts.vocab_size, facts.hidden_size)
@@ -111,14 +113,23 @@ def test_the_parts_lie_where_the_layout_says(family, theirs):
 
 def test_norms(family, theirs):
     facts, _, model = theirs
-    layer = model.get_submodule(family.layout.decoder).layers[0]
+    index = facts.layer_types.index(facts.attention_types[0])
+    layer, kind = model.get_submodule(family.layout.decoder).layers[index], facts.layer(index)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters() if name.endswith("norm.weight")}
-    of_heads = {name: shapes.pop(name) for name in list(shapes) if name.startswith("self_attn.")}
+    of_heads = {name: shapes.pop(name) for name in list(shapes) if "_attn." in name}
     assert list(shapes.values()) == [(facts.hidden_size,)] * family.norms
-    q_size, kv_size = facts.n_heads * facts.head_dim, facts.n_kv_heads * facts.head_dim
-    expected = {"": [], "head": [(facts.head_dim,)] * 2, "projection": [(q_size,), (kv_size,)]}
+    q_size, kv_size = kind.n_heads * kind.head_dim, kind.n_kv_heads * kind.head_dim
+    expected = {"": [], "head": [(kind.head_dim,)] * 2, "projection": [(q_size,), (kv_size,)]}
     assert list(of_heads.values()) == expected[family.qk_norm]
     assert ("post_feedforward_layernorm.weight" in shapes) == family.post_norm
+
+
+def test_what_is_not_packed_is_counted(theirs):
+    facts, _, model = theirs
+    for index, layer in enumerate(model.get_submodule(facts.layout.decoder).layers):
+        packed = {f"{linear.name}.weight" for linear in facts.layer(index).linears}
+        small = sum(tensor.numel() for name, tensor in layer.state_dict().items() if name not in packed)
+        assert small == facts.layer(index).small_elements
 
 
 def test_rotary_tables(family, theirs):

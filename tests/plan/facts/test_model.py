@@ -20,14 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
 from lopt_edge.plan.facts.families import FAMILIES
-from lopt_edge.plan.facts.model import LinearFacts, ModelFacts, facts_from_config
+from lopt_edge.plan.facts.layers import DELTA_KEYS, LinearFacts
+from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from tools.tiny_models import FAMILIES as TINY
 from tools.tiny_models import make_folder, tiny_config
 
 OPTIONAL = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
             "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"]  # fmt: skip
 # Families whose layers ask config.layer_types, written down for themselves: the records' word for it is what is tested.
-BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo3", "exaone4")
+BY_LAYER = ("qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "olmo3", "exaone4")
 
 
 def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
@@ -60,14 +61,18 @@ def check(values: dict[str, Any]) -> ModelFacts:
     config, model = build(values)
     assert facts.n_layers == len(model.model.layers) == config.num_hidden_layers
     for layer in range(facts.n_layers):
-        assert set(facts.linears) == linears(model, layer), layer
+        assert set(facts.layer(layer).linears) == linears(model, layer), layer
     assert facts.layer_types == layer_types(config)
     if "sliding_attention" in facts.layer_types:
         assert facts.sliding_window == config.sliding_window
     assert (facts.vocab_size, facts.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert facts.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
-    assert (facts.n_heads, facts.n_kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
-    assert facts.head_dim == model.model.layers[0].self_attn.head_dim
+    assert facts.n_heads == config.num_attention_heads
+    for layer, kind in enumerate(facts.layer_types):
+        if kind in facts.attention_types:
+            attention, ours = model.model.layers[layer].self_attn, facts.layer(layer)
+            assert facts.head_dim_of(kind) == ours.head_dim == attention.head_dim
+            assert ours.n_kv_heads * attention.num_key_value_groups == ours.n_heads == facts.n_heads
     assert facts.intermediate_size == config.intermediate_size
     return facts
 
@@ -81,7 +86,7 @@ def test_facts_of_a_saved_folder(tmp_path, family):
     folder = make_folder(tmp_path / "model", family, dtype=torch.bfloat16)
     found = find_model(str(folder))
     facts = check(tiny_config(family).to_dict() | {"model_type": family})
-    assert found.facts.linears == facts.linears
+    assert found.facts.kinds == facts.kinds
     assert found.facts.layer_types == facts.layer_types
     assert found.facts.architecture == AutoConfig.from_pretrained(folder).architectures[0]
     assert (found.facts.recorded_dtype, found.facts.quantised, found.facts.max_positions) == ("bfloat16", False, 256)
@@ -142,6 +147,11 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(family, key,
         ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [0, 1, 1, 0]}),
         ("olmo2", {"attention_bias": True, "mlp_bias": True}),
         ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False}),
+        ("gemma4_text", {"num_global_key_value_heads": None, "num_attention_heads": 8}),
+        ("gemma4_text", {"use_bidirectional_attention": "vision", "layer_types": ["full_attention"] * 4}),
+        ("qwen3_5_text", {"attention_bias": True, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 2}),
+        ("qwen3_5_text", {"num_hidden_layers": 8, "layer_types": ["full_attention", "linear_attention"] * 4}),
     ],
 )
 @pytest.mark.parametrize("derive_layer_types", [False, True])
@@ -149,6 +159,7 @@ def test_variants(family, changes, derive_layer_types):
     values = tiny_config(family, **changes).to_dict() | changes | {"model_type": family}
     if derive_layer_types and "layer_types" not in changes:
         values.pop("layer_types", None)
+        values.pop("per_layer_config", None)  # which was made for other types of layers
     check(values)
 
 
@@ -182,6 +193,10 @@ HUB = {  # what stands in config.json on the hub, without what does not shape th
     "OLMo-2-7B": {"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2,
                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100352,
                   "tie_word_embeddings": False},
+    "Qwen3.5-9B": {"model_type": "qwen3_5_text", "num_hidden_layers": 8},  # whose values are transformers' defaults
+    "gemma-4-31b": {"model_type": "gemma4_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 12,
+                    "num_attention_heads": 32, "num_key_value_heads": 16, "attention_k_eq_v": True,
+                    "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0, "sliding_window": 1024},
     "granite-3.1-2b": {"model_type": "granite", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2,
                        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49155,
                        "tie_word_embeddings": True},
@@ -193,7 +208,7 @@ def test_configs_of_the_hub(name):
     check(HUB[name])
 
 
-LLAMA = HUB["Llama-3.2-1B"]
+LLAMA, GEMMA4 = HUB["Llama-3.2-1B"], HUB["gemma-4-31b"]
 
 
 def test_all_missing_numbers_are_told_together():
@@ -229,9 +244,25 @@ def test_numbers_must_be_positive_integers(key, value):
         ([], "not a JSON object"),
         (None, "not a JSON object"),
         ({}, "not supported"),
+        (
+            {"model_type": "gemma4_text"},
+            "each layer, as in E2B and E4B, are .hidden_size_per_layer_input. not",
+        ),
+        (GEMMA4 | {"num_kv_shared_layers": 4}, "share keys and values"),
+        (GEMMA4 | {"enable_moe_block": True}, "a mixture of experts"),
+        (GEMMA4 | {"use_bidirectional_attention": "all"}, "bidirectional"),
+        (GEMMA4 | {"per_layer_config": {"1": {"intermediate_size": 64}}}, "per_layer_config sets 'intermediate_size'"),
+        (GEMMA4 | {"per_layer_config": {"1": {"head_dim": "64"}}}, "head_dim of a layer must be a positive integer"),
+        (GEMMA4 | {"per_layer_config": [1]}, "per_layer_config"),
+        (GEMMA4 | {"global_head_dim": 0}, "head_dim of a layer must be a positive integer"),
+        ({"model_type": "qwen3_5_text", "linear_num_value_heads": 24}, "linear_num_value_heads is not a multiple"),
+        ({"model_type": "qwen3_5_text", "linear_key_head_dim": 0}, "linear_key_head_dim must be a positive integer"),
         (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not supported"),
         (LLAMA | {"model_type": ["llama"]}, "not supported"),
-        (LLAMA | {"model_type": "gpt2"}, "gemma3_text.*multimodal models: gemma3, mistral3"),  # the whole list is shown
+        (
+            LLAMA | {"model_type": "gpt2"},
+            "gemma3_text.*multimodal models: gemma3, gemma4, mistral3, qwen3_5",
+        ),  # the whole list is shown
         (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
         (LLAMA | {"num_key_value_heads": 5}, "multiple"),
@@ -254,7 +285,8 @@ def test_a_4_bit_folder_is_recognised():
     assert not facts_from_config(LLAMA | {"quantization_config": None}, where="").quantised
 
 
-KEYS = [*LLAMA, *OPTIONAL, "architectures", "dtype", "quantization_config", "no_rope_layers", "no_rope_layer_interval"]
+KEYS = [*LLAMA, *OPTIONAL, *DELTA_KEYS, *GEMMA4, "per_layer_config", "global_head_dim", "full_attention_interval",
+        "architectures", "dtype", "quantization_config", "no_rope_layers", "no_rope_layer_interval"]  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
 
@@ -267,7 +299,7 @@ def test_any_values_give_facts_or_an_input_error(name, changes):
     except InputError:
         return
     assert len(facts.layer_types) == facts.n_layers
-    assert set(facts.layer_types) <= {"full_attention", "sliding_attention"}
+    assert set(facts.layer_types) <= set(facts.family.layer_types)
     assert facts.sliding_window is None or type(facts.sliding_window) is int
     assert "sliding_attention" not in facts.layer_types or facts.sliding_window
     assert facts.max_positions is None or type(facts.max_positions) is int
@@ -282,6 +314,8 @@ WRAPPED = {  # as published, without what does not shape the text model; Gemma l
                                        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
                                        "head_dim": 128, "vocab_size": 131072, "sliding_window": None,
                                        "max_position_embeddings": 131072}),
+    "qwen3.5-4b": ("qwen3_5", {"hidden_size": 2560, "intermediate_size": 9216, "model_type": "qwen3_5_text",
+                               "max_position_embeddings": 262144}),
 }  # fmt: skip
 
 

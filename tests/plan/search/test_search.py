@@ -57,7 +57,6 @@ def test_the_same_question_has_the_same_answer():
     assert [row[3] for row in first.rows] == [row[3] for row in again.rows]
 
 
-@settings(max_examples=20, deadline=None)
 def exhaustive(search: Search, budget: Budget) -> Candidate | None:
     """The same answer by looking at everything."""
     every = (search.fitting(knobs, budget) for *_, knobs in search.rows)
@@ -65,6 +64,7 @@ def exhaustive(search: Search, budget: Budget) -> Candidate | None:
     return min(fitting, key=lambda candidate: three_digits(candidate.seconds.seconds), default=None)
 
 
+@settings(max_examples=20, deadline=None)
 @given(METHODS, MACHINES, SHARE, SHARE, st.none() | SHARE, st.none() | SHARE)
 def test_more_device_memory_is_never_slower_and_less_never_takes_more(method, machine, share, other, host, disk):
     search = search_of(method, *machine)
@@ -272,12 +272,15 @@ def test_the_search_is_within_six_percent_of_all_choices_layer_by_layer(method, 
     The search's plan takes at worst 5% longer than the best choice of all, where a step is nothing but movements (256
     tokens over a link of 3 GB/s: a ring of three buffers for four layers, where the best choice leaves one in the middle
     resident); 1.3% beside a slow disk, 0.6% where there is arithmetic to hide behind; at most 0.4% in the
-    mean over budgets. It takes no more memory than any choice needs. `measured` is the worst of each case.
+    mean over budgets. It takes no more memory than any choice needs. `measured` is the worst of each case. By the
+    bounds that are held above few choices are timed and replayed.
     """
     search = search_of(method, machine, 4, (n_tokens,))
     workload, bounds = search.workload, search.bounds
+    seconds = cache(lambda knobs: workload.seconds(knobs).seconds)
     peak = cache(lambda knobs: workload.predict(knobs).device_bytes)
-    every = sorted(((workload.seconds(knobs).seconds, knobs) for knobs in every_choice(search)), key=lambda pair: pair[0])
+    least_bytes = cache(bounds.device_bytes)
+    every = [(bounds.seconds(knobs), knobs) for knobs in every_choice(search)]
     assert len(every) > 2000
     least, most = search.smallest.prediction.device_bytes, search.within(Budget()).best.prediction.device_bytes
     assert most > 1.05 * least
@@ -285,10 +288,11 @@ def test_the_search_is_within_six_percent_of_all_choices_layer_by_layer(method, 
     for step in range(13):
         limit = round(least + (most - least) * step / 12)
         found = search.within(Budget(device_bytes=limit)).best.seconds.seconds
-        faster = (pair for pair in every if pair[0] < found and bounds.device_bytes(pair[1]) <= limit)
-        optimum = next((seconds for seconds, knobs in faster if peak(knobs) <= limit), found)
+        maybe = (knobs for least_seconds, knobs in every if least_seconds < ROUNDED * found and least_bytes(knobs) <= limit)
+        faster = sorted((knobs for knobs in maybe if seconds(knobs) < found), key=seconds)
+        optimum = next((seconds(knobs) for knobs in faster if peak(knobs) <= limit), found)
         gaps.append(found / optimum - 1)
     assert max(gaps) <= measured
     assert sum(gaps) / len(gaps) < 0.004
-    by_bound = sorted((knobs for _, knobs in every), key=bounds.device_bytes)[:20]
+    by_bound = sorted((knobs for _, knobs in every), key=least_bytes)[:20]
     assert min(peak(knobs) for knobs in by_bound) >= least

@@ -15,22 +15,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers, as transformers names them
+# Types of layers, as transformers names them; LINEAR is a gated delta rule in the place of attention.
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 ALWAYS = "always"  # a projection's bias, whatever the config says
 ROOT_OF_HIDDEN = "root of hidden_size"  # an embedding factor
 
 
 class Projection(NamedTuple):
-    """One linear layer of a decoder layer: its path there, what it reads and writes, and when it has a bias.
+    """One linear layer of a decoder layer: its path there, what it reads and writes, and when it has a bias, or is missing.
 
-    `reads` and `writes` are words for sizes: hidden, inner (of the MLP), q and kv (all heads'), or a sum such as q+kv+kv.
-    `bias`: a key of the config that says so, ALWAYS, or nothing for never.
+    `reads` and `writes` are words for sizes: hidden, inner (of the MLP), q and kv (all heads'), or a sum such as q+kv+kv;
+    of a delta rule conv (queries, keys and values), value (of all heads) and `value heads` (how many).
+    `bias`: a key of the config that says so, ALWAYS, or nothing for never. `unless`: a key that says that there is none.
     """
 
     name: str
     reads: str
     writes: str
     bias: str = ""
+    unless: str = ""
 
 
 def attention(*, bias: str = "", out_bias: str = "") -> tuple[Projection, ...]:
@@ -63,6 +66,14 @@ def full(_config: Mapping[str, Any], _layer: int, _window: int | None) -> str:
 def windowed(_config: Mapping[str, Any], _layer: int, window: int | None) -> str:
     """The layer type where every layer sees a window of earlier tokens, if the model has one."""
     return FULL if window is None else SLIDING
+
+
+Overrides = Callable[[Mapping[str, Any], int, str], Mapping[str, Any]]  # (config, layer, its type) -> other values
+
+
+def none(_config: Mapping[str, Any], _layer: int, _layer_type: str) -> Mapping[str, Any]:
+    """The overrides of a family whose layers all have the config's own heads."""
+    return {}
 
 
 def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None) -> str:
@@ -106,7 +117,10 @@ class Family:
     `defaults`: what a config may leave out, as transformers fills it in.
     `asks`: keys that only some families ask, the others ignore them: `use_sliding_window` (false by default, and then there
     is no window) and `layer_types` (which replaces the function of that kind, `layer_type`).
-    `projections`: the linear layers of a decoder layer, in the order in which they run.
+    `overrides`: the numbers of heads that one layer has instead of the config's. `refuses`: keys that may not be set, and
+    what they would mean.
+    `projections`: the linear layers of a decoder layer, in the order in which they run; `projections_by_type`: those of
+    layers of the types in which they are others.
 
     What lies around the layers:
     `embedding_factor`: ROOT_OF_HIDDEN (rounded to the compute dtype), a key of the config, or nothing.
@@ -118,14 +132,17 @@ class Family:
     torch has no fused kernel on the CPU (transformers' own is its eager attention).
     `norms`: of the hidden size, in a layer. `qk_norm`: those of queries and keys have the size of a head, of the whole
     projection, or there are none. `post_norm`: the layer reads its last projection's output once more, so whoever runs it
-    again for its graph needs that value.
+    again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
     """
 
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     asks: tuple[str, ...] = ()
     projections: tuple[Projection, ...] = (*attention(), *gated_mlp())
+    projections_by_type: Mapping[str, tuple[Projection, ...]] = field(default_factory=dict)
     layer_type: LayerType = full
+    overrides: Overrides = none
+    refuses: Mapping[str, str] = field(default_factory=dict)
     embedding_factor: str = ""
     logit_divisor: str = ""
     logit_cap: str = ""
@@ -134,7 +151,17 @@ class Family:
     norms: int = 2
     qk_norm: Literal["", "head", "projection"] = ""
     post_norm: bool = False
+    scalars: int = 0
     layout: Layout = Layout()
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The types that its layers may be of."""
+        return (FULL, SLIDING, *(name for name in self.projections_by_type if name not in (FULL, SLIDING)))
+
+    def projections_of(self, layer_type: str) -> tuple[Projection, ...]:
+        """The linear layers of a decoder layer of a type, in the order in which they run."""
+        return self.projections_by_type.get(layer_type, self.projections)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,21 @@
-"""Gemma 2, and the text part of Gemma 3 (multimodal from 4B on): norms on both sides of attention and MLP, and windows in
-most layers."""
+"""Gemma 2, and the text parts of Gemma 3 (multimodal from 4B on) and Gemma 4: norms on both sides of attention and MLP, and
+windows in most layers. Gemma 4's other layers have wider heads, of whose keys the larger models make their values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_edge.plan.facts.families.family import FULL, ROOT_OF_HIDDEN, SLIDING, Family, Wrapper, attention, gated_mlp
+from lopt_edge.plan.facts.families.family import (
+    FULL,
+    ROOT_OF_HIDDEN,
+    SLIDING,
+    Family,
+    Projection,
+    Wrapper,
+    attention,
+    gated_mlp,
+)
 
 _DEFAULTS = {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096}
 # Gemma 3's published multimodal configs leave out most of what is so.
@@ -49,5 +58,56 @@ _GEMMA3_TEXT = Family(
     post_norm=True,
 )
 
-FAMILIES = (_GEMMA2, _GEMMA3_TEXT)
-WRAPPERS = (Wrapper("gemma3", text="gemma3_text"),)
+
+def _but_every_sixth_and_the_last(config: Mapping[str, Any], layer: int, _window: int | None) -> str:
+    return SLIDING if (layer + 1) % 6 and layer + 1 < config["num_hidden_layers"] else FULL
+
+
+def _wider_heads(config: Mapping[str, Any], layer: int, layer_type: str) -> Mapping[str, Any]:
+    """As hubs have it (`global_head_dim`), or as transformers 5 saves it again (`per_layer_config`)."""
+    by_layer = config.get("per_layer_config")
+    if by_layer is not None:
+        own = by_layer.get(str(layer), {}) if isinstance(by_layer, dict) else None
+        return own if isinstance(own, dict) else {"per_layer_config": by_layer}
+    if layer_type != FULL:
+        return {}
+    n_kv_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+    return {"head_dim": config["global_head_dim"], **({"num_key_value_heads": n_kv_heads} if n_kv_heads else {})}
+
+
+_A = "attention_bias"
+_GEMMA4_TEXT = Family(
+    "gemma4_text",
+    defaults={
+        **_DEFAULTS, "vocab_size": 262144, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512, "global_head_dim": 512,
+        "hidden_size_per_layer_input": 256,
+    },
+    asks=("layer_types",),
+    projections=_PROJECTIONS,
+    projections_by_type={
+        FULL: (
+            *attention(bias=_A)[:2],
+            Projection("self_attn.v_proj", "hidden", "kv", _A, unless="attention_k_eq_v"),
+            *attention(out_bias=_A)[3:],
+            *gated_mlp(),
+        )
+    },
+    layer_type=_but_every_sixth_and_the_last,
+    overrides=_wider_heads,
+    refuses={
+        "hidden_size_per_layer_input": "embeddings for each layer, as in E2B and E4B, are",
+        "num_kv_shared_layers": "layers that share keys and values, as in E2B and E4B, are",
+        "enable_moe_block": "a mixture of experts, as in 26B-A4B, is",
+    },
+    embedding_factor=ROOT_OF_HIDDEN,
+    logit_cap="final_logit_softcapping",
+    rotary_by_type=True,
+    norms=4,
+    qk_norm="head",
+    post_norm=True,
+    scalars=1,
+)  # fmt: skip
+
+FAMILIES = (_GEMMA2, _GEMMA3_TEXT, _GEMMA4_TEXT)
+WRAPPERS = (Wrapper("gemma3", text="gemma3_text"), Wrapper("gemma4", text="gemma4_text"))

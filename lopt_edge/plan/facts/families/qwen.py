@@ -1,17 +1,32 @@
-"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone."""
+"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone. Qwen 3.5: gated attention in
+every fourth layer, and a gated delta rule in the others; it is published with a vision tower around it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_edge.plan.facts.families.family import ALWAYS, FULL, SLIDING, Family, attention, gated_mlp
+from lopt_edge.plan.facts.families.family import (
+    ALWAYS,
+    FULL,
+    LINEAR,
+    SLIDING,
+    Family,
+    Projection,
+    Wrapper,
+    attention,
+    gated_mlp,
+)
 
 _ASKS = ("use_sliding_window", "layer_types")
 
 
 def _upper_layers(config: Mapping[str, Any], layer: int, window: int | None) -> str:
     return SLIDING if window is not None and layer >= config["max_window_layers"] else FULL
+
+
+def _but_every_fourth(config: Mapping[str, Any], layer: int, _window: int | None) -> str:
+    return LINEAR if (layer + 1) % config["full_attention_interval"] else FULL
 
 
 _QWEN2 = Family(
@@ -29,5 +44,34 @@ _QWEN3 = Family(
     layer_type=_upper_layers,
     qk_norm="head",
 )
+_BIAS = "attention_bias"
+_QWEN3_5 = Family(
+    "qwen3_5_text",
+    defaults={
+        "num_key_value_heads": 4, "num_attention_heads": 16, "head_dim": 256, "hidden_size": 4096, "num_hidden_layers": 32,
+        "intermediate_size": 12288, "vocab_size": 248320, "max_position_embeddings": 32768, "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+    asks=("layer_types",),
+    projections=(
+        Projection("self_attn.q_proj", "hidden", "q+q", _BIAS),  # queries, and a gate for each output
+        *attention(bias=_BIAS, out_bias=_BIAS)[1:],
+        *gated_mlp(),
+    ),
+    projections_by_type={
+        LINEAR: (
+            Projection("linear_attn.in_proj_qkv", "hidden", "conv"),
+            Projection("linear_attn.in_proj_z", "hidden", "value"),
+            Projection("linear_attn.in_proj_b", "hidden", "value heads"),
+            Projection("linear_attn.in_proj_a", "hidden", "value heads"),
+            Projection("linear_attn.out_proj", "value", "hidden"),
+            *gated_mlp(),
+        )
+    },
+    layer_type=_but_every_fourth,
+    qk_norm="head",
+)  # fmt: skip
 
-FAMILIES = (_QWEN2, _QWEN3)
+FAMILIES = (_QWEN2, _QWEN3, _QWEN3_5)
+WRAPPERS = (Wrapper("qwen3_5", text="qwen3_5_text"),)

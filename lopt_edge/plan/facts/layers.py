@@ -1,0 +1,147 @@
+"""What the decoder layers of a model have, kind by kind, as far as bytes and seconds depend on it.
+
+Layers of one model may differ: attention with a window or without one, or none at all, in whose place a recurrence over
+the tokens stands. Layers that have the same matrices, heads and small parameters are of one *kind*. The rule: every number
+comes from the config through the family's record; nothing here compares a `model_type`. No torch, no transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, Family
+from quant.sizes import packed_sizes
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """One linear layer of a decoder layer; `name` is its path inside the layer, e.g. self_attn.q_proj."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def short_name(self) -> str:
+        """The last word of its path, e.g. q_proj: what `lora_targets` name."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class DeltaFacts:
+    """The sizes of a gated delta rule (arXiv 2412.06464), which stands in the place of attention.
+
+    Its state has a matrix of `key_dim` x `value_dim` for each value head. `kernel`: tokens that its convolution sees.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def conv_features(self) -> int:
+        """The features of queries, keys and values together, which pass through the convolution."""
+        return 2 * self.n_key_heads * self.key_dim + self.value_features
+
+    @property
+    def value_features(self) -> int:
+        """The features of all value heads."""
+        return self.n_value_heads * self.value_dim
+
+    @property
+    def small_elements(self) -> int:
+        """The numbers of its convolution, its decay (two a head) and its norm."""
+        return self.conv_features * self.kernel + 2 * self.n_value_heads + self.value_dim
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the decoder layers of one kind have. `delta`: in the place of attention, whose heads then mean nothing.
+
+    `small_elements` counts the numbers of norms, biases and whatever else of a layer is not packed.
+    """
+
+    linears: tuple[LinearFacts, ...]
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    small_elements: int
+    delta: DeltaFacts | None = None
+
+    @property
+    def values_are_keys(self) -> bool:
+        """Whether its attention has no projection of its own for values."""
+        return self.delta is None and not {"v_proj", "qkv_proj"} & {linear.short_name for linear in self.linears}
+
+    @property
+    def n_packed(self) -> int:
+        """The number of parameters that are stored in 4 bits."""
+        return sum(linear.in_features * linear.out_features for linear in self.linears)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes of its matrices in 4 bits."""
+        return sum(packed_sizes((linear.out_features, linear.in_features)).total_bytes for linear in self.linears)
+
+
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+DELTA_KEYS = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+              "linear_conv_kernel_dim")  # fmt: skip
+
+
+def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type: str, *, where: str) -> LayerFacts:
+    """What a layer has, of a config in which heads are said. Raises InputError for numbers that do not go together."""
+    own = _checked(family.overrides(known, layer, layer_type), where)
+    delta = _delta(known, where) if layer_type == LINEAR else None
+    n_heads, n_kv_heads, head_dim = ({**known, **own}[key] for key in HEAD_KEYS)
+    if n_heads % n_kv_heads:
+        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
+    sizes = {
+        "hidden": known["hidden_size"],
+        "inner": known["intermediate_size"],
+        "q": n_heads * head_dim,
+        "kv": n_kv_heads * head_dim,
+    }
+    if delta is not None:
+        sizes |= {"conv": delta.conv_features, "value": delta.value_features, "value heads": delta.n_value_heads}
+
+    def size(words: str) -> int:
+        return sum(sizes[word] for word in words.split("+"))
+
+    linears = tuple(
+        LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
+        for name, reads, writes, bias, unless in family.projections_of(layer_type)
+        if not (unless and known.get(unless))
+    )
+    small = (
+        family.scalars + family.norms * known["hidden_size"] + sum(linear.out_features for linear in linears if linear.bias)
+    )
+    if delta is not None:
+        small += delta.small_elements
+    elif family.qk_norm == "head":
+        small += 2 * head_dim
+    elif family.qk_norm == "projection":
+        small += sizes["q"] + sizes["kv"]
+    return LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, delta)
+
+
+def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    for key, value in own.items():
+        if key not in HEAD_KEYS[1:]:
+            raise InputError(f"per_layer_config sets {str(key)[:40]!r}, which is not supported", where=where)
+        if type(value) is not int or not 1 <= value < 2**16:
+            raise InputError(f"{key} of a layer must be a positive integer, not {str(value)[:40]!r}", where=where)
+    return own
+
+
+def _delta(known: Mapping[str, Any], where: str) -> DeltaFacts:
+    found = DeltaFacts(*(known[key] for key in DELTA_KEYS))
+    if found.n_value_heads % found.n_key_heads:
+        raise InputError("linear_num_value_heads is not a multiple of linear_num_key_heads", where=where)
+    return found
