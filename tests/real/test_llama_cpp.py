@@ -94,6 +94,9 @@ def apart(model: Path, expected: list[Tensor], asked: list[list[int]], *, adapte
 
     values: Any = xllamacpp.CommonParams()
     values.model.path, values.n_ctx, values.n_parallel, values.warmup, values.verbosity = str(model), 512, 1, False, 0
+    values.cpuparams.n_threads = values.cpuparams_batch.n_threads = (
+        1  # several spin where a core is busy with something else
+    )
     values.cache_type_k = values.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     values.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
