@@ -1,67 +1,40 @@
 """Writes the tables of docs/settings.md: every setting of `finetune`, from the fields of `Config`.
 
-    python tools/settings_table.py            write them into docs/settings.md
+    python tools/settings_table.py            write them into docs/settings.md, and examples/config.schema.json
     python tools/settings_table.py --print    print them, write nothing
     python tools/settings_table.py --check    exit with 1 if the document shows others
 
-A method's own options are found by their owners, so a new method needs nothing here. Every other setting stands in GROUPS,
-in the order in which it is shown; one that stands in none comes last under "Others", so that none is forgotten.
+Groups and order are those of lopt_edge/config/panels.py, as in `finetune --help`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lopt_edge.config.panels import in_panels
+from lopt_edge.config.schema import schema
 from lopt_edge.config.settings import Config, field_names
 from lopt_edge.plan.methods import METHODS, owners_of
 from tools.document_block import ROOT, run
 
-GROUPS = {
-    "The run": ("model", "revision", "data", "output", "method", "max_steps", "epochs", "seed", "device", "compute_dtype",
-                "cache_dir", "sample_prompt", "dry_run"),
-    "Where the depth is cut, and what early segments learn by": (
-        "num_segments", "boundary_layers", "choose_segments", "lr_local", "local_weight", "boundary_cache", "pipeline",
-        "pipeline_minutes"),
-    "Training": ("batch_size", "grad_accum", "choose_micro_batch", "lr", "schedule", "warmup_ratio", "weight_decay", "clip",
-                 "clip_scope", "optimizer", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "init_adapter"),
-    "Data and evaluation": ("max_seq_len", "data_format", "chat_template", "eval_data", "eval_fraction", "eval_every",
-                            "keep_best", "retention_data"),
-    "Memory": ("device_memory", "host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs",
-               "optimizer_states", "gradients", "apply", "prefetch", "token_tile", "page_dir", "memory_report", "force"),
-    "Checkpoints and faults": ("save_every", "save_minutes", "keep", "resume", "on_nan", "max_skipped"),
-}  # fmt: skip
-METHODS_HEADING, OTHERS = "Options of single methods", "Others"
-AFTER = "Where the depth is cut, and what early segments learn by"  # the methods' options come next
 MOST_SHOWN = 2**31  # a bound beyond it tells nobody anything
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 HEAD = "| setting | flag | values | default | what it is |\n|---|---|---|---|---|"
 
 
 def sections() -> str:
-    """The tables, each under its heading."""
-    owned = [name for name in field_names() if owners_of(name)]
-    grouped = [name for names in GROUPS.values() for name in names]
-    others = tuple(name for name in field_names() if name not in owned and name not in grouped)
+    """The tables, each under its heading, in the order of `finetune --help`."""
+    own = {f"Method {', '.join(owners)}": owners for owners in map(owners_of, field_names()) if owners}
     parts = []
-    for heading, names in {**GROUPS, **({OTHERS: others} if others else {})}.items():
-        parts.append(f"## {heading}\n\n{table(names)}")
-        if heading == AFTER:
-            parts.append(f"## {METHODS_HEADING}\n\n" + "\n\n".join(method_sections(owned)))
+    for panel, names in in_panels():
+        heading = f"### {', '.join(f'`{name}`' for name in own[panel])}" if panel in own else f"## {panel}"
+        parts.append(f"{heading}\n\n{table(names)}")
     return "\n\n".join(parts)
-
-
-def method_sections(owned: list[str]) -> Iterator[str]:
-    """The tables of methods' options, one for each set of methods that share them."""
-    by_owners: dict[tuple[str, ...], list[str]] = {}
-    for name in owned:
-        by_owners.setdefault(owners_of(name), []).append(name)
-    for owners, names in sorted(by_owners.items()):
-        yield f"### {', '.join(f'`{owner}`' for owner in owners)}\n\n{table(names)}"
 
 
 def table(names: list[str] | tuple[str, ...]) -> str:
@@ -106,4 +79,6 @@ def _word(kind: Any) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        (ROOT / "examples" / "config.schema.json").write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
     run(sections, ROOT / "docs" / "settings.md", tool="settings_table", description=__doc__)

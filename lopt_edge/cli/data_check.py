@@ -19,11 +19,12 @@ LONGEST = 2048  # tokens, where the user does not say
 
 
 def data_check(
-    file: Annotated[str, typer.Argument(help="data file")],
+    file: Annotated[str, typer.Argument(help="data file, folder, or hub data set (org/name); several with commas")],
     model: ModelOption,
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="longest sequence in tokens")] = None,
     data_format: Annotated[str | None, typer.Option("--data-format", help="form of the rows (default: detected)")] = None,
     ignore_columns: Annotated[str, typer.Option("--ignore-columns", help="fields to leave out, e.g. chosen,notes")] = "",
+    columns: Annotated[str, typer.Option("--columns", help="our field names, e.g. prompt=question,completion=answer")] = "",
     chat_template: TemplateOption = None,
     think: Annotated[str | None, typer.Option("--think", help="thoughts: keep, strip or last")] = None,
     escape_special_tokens: Annotated[
@@ -49,12 +50,13 @@ def data_check(
     longest = longest_sequence(found.facts, max_seq_len or LONGEST, is_given=max_seq_len is not None)
     tokenizer = load_tokenizer(found.path, say=warn)
     how: dict[str, Any] = {"data_format": data_format, "chat_template": chat_template, "think": think}
+    how["columns"] = _names(columns)
     how |= {"escape_special_tokens": escape_special_tokens, "ignore_columns": _names(ignore_columns)}
     dataset = load_dataset(file, tokenizer, max_seq_len=longest, **how)
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:
-        out.print(check_report(dataset, tokenizer))
+        out.print(check_report(dataset, tokenizer), soft_wrap=False)  # else it would be cut at the terminal's width
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ The options of `finetune`, `plan` and `resume` come from options.py. Exit codes:
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -15,11 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lopt_edge.cli.data_check import data_check
 from lopt_edge.cli.export_command import export_command, push_command
-from lopt_edge.cli.next_commands import next_commands
 from lopt_edge.cli.options import (
     BaseOption,
     CacheOption,
@@ -27,7 +26,9 @@ from lopt_edge.cli.options import (
     TemplateOption,
     check_words,
     config_parameters,
+    in_our_words,
     own_option,
+    settings_of,
     signature,
 )
 from lopt_edge.cli.stopping import stoppable
@@ -36,15 +37,14 @@ from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
-from lopt_edge.training.session.replacement import sentences
 
 DOES_NOT_FIT = 3  # exit code
+NO_FORM = "Each switch has a --no- form, which turns off what the file turns on. Lists are written with commas."
 
 app = typer.Typer(
     name="lopt-edge",
     help="Low-memory fine-tuning of large language models on one consumer GPU or a CPU laptop.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at a data file as training will see it.", no_args_is_help=True)
@@ -60,45 +60,46 @@ TopPOption = Annotated[float, typer.Option("--top-p", help="keep the most likely
 SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]
 
 
-def finetune_command(config_file: str | None = None, print_config: bool = False, **flags: Any) -> None:
+def finetune_command(
+    config_file: str | None = None, print_config: bool = False, verbose: bool = False, **flags: Any
+) -> None:
     """Train a LoRA adapter on a data file. Settings come from CONFIG.yaml and flags; flags win."""
+    flags = settings_of(flags)
     config = load_config(config_file, flags, placeholder="(needed)" if print_config else None)
     if print_config:
         out.print(config.as_yaml(), end="", markup=False)
         return
     with placed(config_file, flags):
-        _finetune(config)
+        _finetune(config, verbose=verbose)
 
 
-def resume_command(output: str, **flags: Any) -> None:
+def resume_command(output: str, verbose: bool = False, **flags: Any) -> None:
     """Go on with a run that was stopped, from its newest checkpoint. Flags change what may change (budgets, more steps)."""
-    settings = Path(output).expanduser() / "config.yaml"
+    settings, flags = Path(output).expanduser() / "config.yaml", settings_of(flags)
     if not settings.is_file():
         raise InputError("holds no run of finetune (it has no config.yaml)", where=output, fix="name a run's output folder")
     config = load_config(settings, {**flags, "output": output, "resume": "auto"})
     with placed(settings, flags):
-        _finetune(config)
+        _finetune(config, verbose=verbose)
 
 
-def _finetune(config: Config) -> None:
-    from lopt_edge.cli.progress import TerminalProgress
-    from lopt_edge.training.run import finetune
+def _finetune(config: Config, *, verbose: bool) -> None:
+    from lopt_edge.cli.run_page import run
 
     with stoppable():
-        result = finetune(config, TerminalProgress(err))
-        if result is None:
-            if config.dry_run:
-                err.print("dry run: nothing was trained or written")
-            return
-        _print_result(result)
+        run(config, verbose=verbose)
 
 
 def plan_command(config_file: str | None = None, **flags: Any) -> None:
-    """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; needs no data."""
+    """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; data that is named is
+    read, for hours."""
     from lopt_edge.cli.plan_page import plan
     from lopt_edge.planning.worst_case import NOT_GIVEN
 
     own = {name: flags.pop(name) for name in ("gpu", "as_json", "sweep", "picture", "timeline", "explain")}
+    flags = settings_of(flags)
+    if own["gpu"] == "list":
+        flags["model"] = flags.get("model") or "none"
     config = load_config(config_file, flags, placeholder=NOT_GIVEN)
     if config.model == NOT_GIVEN:
         raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")
@@ -108,12 +109,18 @@ def plan_command(config_file: str | None = None, **flags: Any) -> None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
+VERBOSE = own_option("verbose", "--verbose", "say why things were chosen, and the plan's hash")
 finetune_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
-    own_option("print_config", "--print-config", "print the resolved settings and stop")
+    own_option("print_config", "--print-config", "print the resolved settings and stop"), VERBOSE
 )
-app.command("finetune")(finetune_command)
+app.command("finetune", epilog=NO_FORM)(finetune_command)
 plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer reads it
-    own_option("gpu", "--gpu", "plan for this card (rtx4090, rtx 3060 laptop, ...)", metavar="CARD"),
+    own_option(
+        "gpu",
+        "--gpu",
+        "plan for this card (rtx4090, ...); all: a table of cards; list: their names",
+        metavar="CARD",
+    ),
     own_option("as_json", "--json", "print the answer as JSON"),
     own_option(
         "sweep", "--sweep", "plan for many values: max-seq-len=1k..256k or device-memory=4GB..24GB", metavar="NAME=VALUES"
@@ -122,46 +129,16 @@ plan_command.__signature__ = signature(  # type: ignore[attr-defined]  # typer r
     own_option("timeline", "--timeline", "draw bytes over the ops of a step", metavar="FILE.svg"),
     own_option("explain", "--explain", "print the plan's text, op by op"),
 )
-app.command("plan")(plan_command)
+app.command("plan", epilog=NO_FORM)(plan_command)
 folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder of the run")]
 resume_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
     [
         inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=folder),
         *(parameter for parameter in config_parameters() if parameter.name not in ("output", "resume")),
+        VERBOSE,
     ]
 )
-app.command("resume")(resume_command)
-
-
-def _print_result(result: Any) -> None:
-    table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
-    before, after = result.evaluation["before"], result.evaluation["after"]
-    for name, value in after.items():
-        scored = f"{labels[name]} ({result.scored_tokens[name]:,} tokens)"
-        table.add_row(scored, f"{before[name]:.4f}", f"{value:.4f}")
-    if not after:
-        table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
-    whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
-    table.add_row(f"peak memory ({whole})", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
-    if result.peak_device_bytes != result.peak_rss_bytes:
-        table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")
-    out.print(table)
-    for sentence in sentences(result.replacement, after):
-        out.print(sentence, markup=False)
-    if result.replacement:
-        out.print(
-            f"peft alone would put this adapter on the intact model; lopt-edge export {result.output} --merged DIR "
-            "writes the model that was trained",
-            markup=False,
-        )
-    for when, text in result.samples.items():
-        out.print(f"sample {when}: {text}", markup=False)
-    out.print(f"adapter: {result.output}", markup=False)
-    for command in next_commands(result):
-        out.print(command, markup=False)
+app.command("resume", epilog=NO_FORM)(resume_command)
 
 
 @app.command("compare")
@@ -331,6 +308,14 @@ def models_command(as_json: Annotated[bool, typer.Option("--json", help="print t
     models_page(out, as_json=as_json)
 
 
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of a settings file, for editors (examples/config.schema.json is this)."""
+    from lopt_edge.config.schema import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
@@ -373,4 +358,4 @@ def main() -> None:
 
 def _run() -> None:
     check_words(sys.argv[1:])
-    app()
+    app(args=in_our_words(sys.argv[1:]))

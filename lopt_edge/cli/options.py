@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 import typer
 
-from lopt_edge.config.settings import Config, field_names
-from lopt_edge.errors import InputError
-from lopt_edge.plan.methods import owners_of
+from lopt_edge.config.aliases import ADVICE, ALIASES
+from lopt_edge.config.panels import BASICS, in_panels
+from lopt_edge.config.settings import Config
+from lopt_edge.errors import InputError, raise_collected
 
 # Options that several commands have.
 ModelOption = Annotated[str, typer.Option("--model", help="model folder, GGUF file or hub id (org/name)")]
@@ -26,7 +27,9 @@ BaseOption = Annotated[
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
 
+WIDEST_WORD = 20  # letters of choices beside a flag; more of them stand in its help text
 MOST_BYTES = 4095  # of a path on Linux
+WITH_SETTINGS = ("finetune", "plan", "resume")  # the commands that take the settings of a run as flags
 TEXTS = ("--prompt", "--sample-prompt", "--system")
 
 
@@ -42,36 +45,77 @@ def check_words(words: Sequence[str]) -> None:
             raise InputError(f"has {len(word):,} letters, more than any path", where=where, fix="check the path")
 
 
+def in_our_words(words: Sequence[str]) -> list[str]:
+    """The words of the command line with other tools' flags in the place where ours are meant.
+
+    Raises InputErrors for those that mean nothing here, and for two names of one setting.
+    """
+    if not words or words[0] not in WITH_SETTINGS:
+        return list(words)
+    found, errors, given = list[str](), list[InputError](), dict[str, str]()
+    for before, word in zip(("", *words), words, strict=False):
+        flag, joined, value = word.partition("=")
+        name = flag[2:].replace("-", "_") if word.startswith("--") and before not in TEXTS else ""
+        ours = ALIASES.get(name, name)
+        if name in ADVICE:
+            errors.append(InputError("is another tool's flag", where=flag, fix=ADVICE[name]))
+        elif ours and given.setdefault(ours, flag) != flag:
+            errors.append(InputError(f"means the same as {given[ours]}", where=flag, fix="keep one of them"))
+        found.append(f"--{ours.replace('_', '-')}{joined}{value}" if ours != name else word)
+    raise_collected(errors)
+    return found
+
+
 def config_parameters() -> list[inspect.Parameter]:
-    """The options, one for each field of Config; None means not given."""
+    """The options, one for each field of Config, in the order of their panels; None means not given.
+
+    The basics stand in the first panel that the help has, beside the command's own options.
+    """
     parameters = []
-    for name in field_names():
-        field = Config.model_fields[name]
-        flag, default = f"--{name.replace('_', '-')}", field.default
-        shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
-        text = (field.description or "") + shown
-        owners = owners_of(name)
-        panel = f"Method {', '.join(owners)}" if owners else None
-        how: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": panel}
-        if field.annotation is bool:
-            option: Any = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **how)]
-        else:
-            option = Annotated[str | None, typer.Option(flag, metavar=_metavar(field.annotation), **how)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    for panel, names in in_panels():
+        for name in names:
+            field = Config.model_fields[name]
+            flag, default = f"--{name.replace('_', '-')}", field.default
+            shown = "" if field.is_required() or default is None or default is False else f" (default: {_shown(default)})"
+            word, choices = _metavar(field.annotation)
+            text = f"{field.description or ''}{choices}{shown}"
+            how: dict[str, Any] = {"help": text, "show_default": False}
+            how["rich_help_panel"] = None if panel == BASICS else panel
+            if field.annotation is bool:
+                parameters.append(_optional(name, bool, typer.Option(flag, metavar="", **how)))
+                parameters.append(_optional(f"no_{name}", bool, typer.Option(f"--no-{flag[2:]}", hidden=True)))
+            else:
+                parameters.append(_optional(name, str, typer.Option(flag, metavar=word, **how)))
     return parameters
+
+
+def _optional(name: str, kind: type, option: Any) -> inspect.Parameter:
+    annotation: Any = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a command's flags give; `--no-x` gives x as false. Raises InputError for `--x --no-x`."""
+    found = {name: value for name, value in flags.items() if value is not None}
+    for name in [name for name in found if name.startswith("no_") and name not in Config.model_fields]:
+        setting, flag = name[3:], name.replace("_", "-")
+        if found.pop(name) and found.setdefault(setting, False):
+            raise InputError(f"contradicts --{flag[3:]}", where=f"--{flag}", fix="keep one of them")
+    return found
 
 
 def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def _metavar(annotation: Any) -> str:
-    """The word for an option's value: its choices, or its type."""
+def _metavar(annotation: Any) -> tuple[str, str]:
+    """(the word for an option's value, its choices for the help text where they are too many for a word)."""
     choices = [arg for arg in (annotation, *get_args(annotation)) if get_args(arg) and isinstance(get_args(arg)[0], str)]
     if choices:
-        return "|".join(get_args(choices[0]))
+        joined = "|".join(get_args(choices[0]))
+        return (joined, "") if len(joined) <= WIDEST_WORD else ("NAME", f": {', '.join(get_args(choices[0]))}")
     text = str(annotation)
-    return "LIST" if "tuple" in text else "FLOAT" if "float" in text else "INTEGER" if "int" in text else "TEXT"
+    return ("LIST" if "tuple" in text else "FLOAT" if "float" in text else "INTEGER" if "int" in text else "TEXT"), ""
 
 
 def signature(*own: inspect.Parameter) -> inspect.Signature:
@@ -86,7 +130,7 @@ def signature(*own: inspect.Parameter) -> inspect.Signature:
 def own_option(name: str, flag: str, text: str, *, metavar: str | None = None) -> inspect.Parameter:
     """A command's own option: a switch, or with `metavar` a text option."""
     kind: Any = bool if metavar is None else str | None
-    annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar, show_default=False)]
+    annotation = Annotated[kind, typer.Option(flag, help=text, metavar=metavar or "", show_default=False)]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None if metavar else False, annotation=annotation
     )

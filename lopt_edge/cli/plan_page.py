@@ -14,12 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lopt_edge.cli.plan_cards import cards_page
+from lopt_edge.cli.plan_data import as_values, read_data
 from lopt_edge.cli.terminal import say
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, RunError
-from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.pictures.sweep import CurvePoint, draw_curve
+from lopt_edge.plan.search.pictured import predicted_picture
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.planning.worst_case import Question, answer, question, read_facts
 from lopt_edge.system.file_systems import path_fault
@@ -46,16 +48,22 @@ def plan(
     for flag, path in (("--timeline", timeline), ("--picture", picture)):
         if path is not None and (fault := path_fault(path)) is not None:
             raise InputError(fault, where=flag, fix="check the path")
+    if gpu in ("all", "list"):
+        return cards_page(config, out, only_names=gpu == "list", as_json=as_json, beside=(sweep, timeline, explain))
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
-    asked = question(config, gpu=gpu)
+    data = read_data(config)
+    asked = question(config, gpu=gpu, largest=data.largest)
     found = answer(asked)
+    expected = data.duration(asked, found)
     if timeline is not None:
         _write(Path(timeline), timeline_picture(asked, found))
     if as_json:
-        print(found.as_json())
+        print(json.dumps({**found.as_dict(), **as_values(expected)}, indent=2))
     else:
-        for line in summary(found):
+        verdict, *lines = summary(found)
+        out.print(verdict, markup=False, style="bold green" if found.fits else "bold red")
+        for line in (*lines, *data.words(expected)):
             out.print(line, markup=False)
         out.print(items_table(found))
         out.print(knobs_table(found))
@@ -120,20 +128,8 @@ def timeline_picture(asked: Question, found: RunPlan) -> str:
     """The predicted timeline of a step as SVG."""
     assert found.chosen is not None
     prediction, workload = found.chosen.prediction, asked.search.workload
-    beside_tensors = prediction.library_bytes + prediction.kept_bytes
-    rows = [
-        OpRow(
-            row.op.text(),
-            {"library": beside_tensors, **row.held},
-            prediction.op_bytes(row),
-            None,
-            host_bytes=row.host_bytes,
-            disk_bytes=row.disk_bytes,
-        )
-        for row in prediction.timeline.rows
-    ]
     title = f"{workload.shape.facts.architecture}, {found.method}, {workload.batches[0].n_tokens} tokens: predicted"
-    return draw_timeline(rows, title=title, budget_bytes=asked.budget.device_bytes)
+    return predicted_picture(prediction, title=title, budget_bytes=asked.budget.device_bytes)
 
 
 # sweeps ----------------------------------------------------------------------------------------------------------------

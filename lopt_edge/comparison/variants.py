@@ -29,10 +29,11 @@ SHARED = frozenset({
     "method", "model", "revision", "data", "data_format", "chat_template", "output", "max_seq_len", "max_steps", "epochs",
     "seed", "eval_data", "eval_fraction", "eval_every", "keep_best", "retention_data", "sample_prompt", "init_adapter",
     "cache_dir", "page_dir", "device", "device_memory", "host_memory", "disk_memory", "pinned_memory", "resume", "force",
-    "memory_report", "dry_run", "ignore_columns", "think", "escape_special_tokens", "system",
+    "memory_report", "dry_run", "ignore_columns", "think", "escape_special_tokens", "system", "overwrite", "columns",
 })  # fmt: skip
 NOT_HERE = {  # settings of the config file that a comparison cannot follow, and why
     "dry_run": "nothing would be compared",
+    "overwrite": "what is there already is kept, and not run again",
     "resume": "each run is taken up where it stands anyway",
     "boundary_cache": "runs would share what the first one computed",
     "keep_best": "with test data the adapter would be chosen by them",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lopt_edge.config.aliases import ADVICE, ALIASES
 from lopt_edge.config.rules import PATHS, method_errors
 from lopt_edge.config.settings import Config
 from lopt_edge.config.yaml_file import read_yaml
@@ -40,9 +41,9 @@ def load_config(
 
     `placeholder` stands for needed settings that were not given, for a config that is only printed.
     """
-    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
+    values, lines, errors = ({}, {}, []) if path is None else _in_our_words(path, *read_yaml(Path(path)))
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
-    errors = [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
+    errors += [_unknown_key(key, _place(key, path, lines)) for key in values if key not in Config.model_fields]
     errors += [_unknown_key(key, f"--{key.replace('_', '-')}") for key in flags if key not in Config.model_fields]
     known = {key: value for key, value in {**values, **flags}.items() if key in Config.model_fields}
     if placeholder is not None:
@@ -62,6 +63,22 @@ def load_config(
         errors.append(InputError(found.what, where=where(found.setting), fix=found.fix))
     raise_collected(errors)
     return config
+
+
+def _in_our_words(
+    path: str | Path, values: dict[str, Any], lines: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, int], list[InputError]]:
+    """A file's values and lines with other tools' keys read as ours (aliases.py); errors for two keys of one setting."""
+    errors = []
+    for alias in [key for key in values if key in ALIASES]:
+        ours = ALIASES[alias]
+        if ours in values:
+            where = _place(alias, path, lines)
+            errors.append(InputError(f"means the same as {ours} in line {lines[ours]}", where=where, fix="keep one"))
+            del values[alias]
+        else:
+            values[ours], lines[ours] = values.pop(alias), lines[alias]
+    return values, lines, errors
 
 
 def _healed(known: Mapping[str, Any], faults: Mapping[str, Any]) -> Config:
@@ -89,7 +106,7 @@ def _placed(error: InputError, path: str | Path | None, flags: Mapping[str, Any]
     key = error.where.replace(":", " ").split(" ")[0]
     if key not in Config.model_fields:
         return error
-    lines = {} if path is None else read_yaml(Path(path))[1]
+    lines = {} if path is None else _in_our_words(path, *read_yaml(Path(path)))[1]
     if flags.get(key) is not None:
         place = f"--{key.replace('_', '-')}"
     elif key in lines:
@@ -104,7 +121,9 @@ def _place(key: str, path: str | Path | None, lines: dict[str, int]) -> str:
 
 
 def _unknown_key(key: str, where: str) -> InputError:
-    near = difflib.get_close_matches(key, Config.model_fields, n=1)
+    if key in ADVICE:
+        return InputError("is another tool's setting", where=where, fix=ADVICE[key])
+    near = [ALIASES.get(name, name) for name in difflib.get_close_matches(key, [*Config.model_fields, *ALIASES], n=1)]
     return InputError("unknown setting", where=where, fix=f"did you mean {near[0]!r}?" if near else "see --help")
 
 
@@ -115,6 +134,7 @@ def _as_input_error(fault: dict[str, Any], where: str) -> InputError:
     return InputError(f"{message} (got {str(fault['input'])[:60]!r})", where=where)
 
 
+DATA = ("data", "eval_data", "retention_data")  # files, folders, hub data sets
 KEPT_AS_GIVEN = ("output", "resume", "memory_report")  # of the paths
 
 
@@ -123,7 +143,11 @@ def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name in (name for name in PATHS if name not in KEPT_AS_GIVEN):
         value = found.get(name)
-        if isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
+        if name in DATA and isinstance(value, str) and not Path(value).expanduser().exists():
+            from lopt_edge.data.sources import absolute  # not above: most files are one path, and data loads templates
+
+            found[name] = absolute(value)
+        elif isinstance(value, str) and ((path := Path(value).expanduser()).exists() or name == "boundary_cache"):
             found[name] = str(path.resolve())
     return found
 
@@ -132,5 +156,6 @@ def settings_text(config: Config) -> str:
     """The settings as given, for `lopt-edge resume`: local paths made absolute."""
     given = config.model_dump(mode="json", exclude_unset=True)
     given = with_absolute_paths(given)
-    given.pop("resume", None)
+    for name in ("resume", "overwrite"):  # of the command that was given, not of the run
+        given.pop(name, None)
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)

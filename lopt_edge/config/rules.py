@@ -7,6 +7,7 @@ gave is ignored in silence. What needs the model or the data to be judged is jud
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lopt_edge.config.settings import Config, field_names
 from lopt_edge.errors import InputError, raise_collected
@@ -16,6 +17,8 @@ from lopt_edge.system.file_systems import path_fault
 
 PATHS = ("model", "data", "output", "eval_data", "retention_data", "chat_template", "init_adapter", "cache_dir", "page_dir",
          "boundary_cache", "teacher", "resume", "memory_report", "tokenizer")  # fmt: skip
+
+READ_PATHS = ("model", "data", "eval_data", "retention_data", "chat_template", "init_adapter", "teacher")
 
 
 def check_methods(config: Config) -> None:
@@ -40,9 +43,21 @@ def method_errors(config: Config) -> Iterator[Problem]:
     elif config.boundary_cache and config.lora_dropout and config.init_adapter:
         what = "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time"
         yield Problem("boundary_cache", what, "add --lora-dropout 0")
+    if config.overwrite:
+        yield from _overwrite_errors(config)
     if config.pipeline > 1:
         yield from _pipeline_errors(config)
     yield from method.problems(config, config)
+
+
+def _overwrite_errors(config: Config) -> Iterator[Problem]:
+    """The problems of a run that would remove what it reads."""
+    if config.resume is not None:
+        yield Problem("overwrite", "removes the run that resume goes on with", "leave one of the two out")
+    output = Path(config.output).expanduser().resolve()
+    for name in READ_PATHS:
+        if (value := getattr(config, name)) is not None and Path(value).expanduser().resolve().is_relative_to(output):
+            yield Problem("overwrite", f"removes what {name} reads in {config.output}", "choose another output folder")
 
 
 def _pipeline_errors(config: Config) -> Iterator[Problem]:

@@ -36,8 +36,9 @@ class Config(MethodOptions):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="model folder, GGUF file, or hub id (org/name, org/name:FILE.gguf)")
-    data: str = Field(min_length=1, description="training data: .jsonl .json .csv .parquet .txt")
+    data: str = Field(min_length=1, description="training data: files, folders, hub data sets; a.jsonl:0.7,org/name:0.3")
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
+    overwrite: bool = Field(False, description="replace an earlier run in the output folder; other files there stay")
     tokenizer: str | None = Field(None, description="folder with the tokenizer of a GGUF file, instead of the file's own")
     push_to_hub: str | None = Field(None, description="org/name on the hub that gets the adapter at the end")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
@@ -79,6 +80,9 @@ class Config(MethodOptions):
     )
     ignore_columns: tuple[str, ...] | None = Field(
         None, description="fields of rows and messages to leave out, e.g. chosen,notes"
+    )
+    columns: tuple[str, ...] | None = Field(
+        None, description="our names of fields for the data's own, e.g. prompt=question,completion=answer"
     )
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
     think: Literal["keep", "strip", "last"] | None = Field(
@@ -144,6 +148,16 @@ class Config(MethodOptions):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("must not be true or false")
         return value
+
+    @field_validator("data", "eval_data", "retention_data", mode="before")
+    @classmethod
+    def _join_sources(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _mapping_as_pairs(cls, value: Any) -> Any:
+        return tuple(f"{ours}={theirs}" for ours, theirs in value.items()) if isinstance(value, dict) else value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,10 @@ from lopt_edge.data.columns import Columns
 from lopt_edge.data.encode import Example, encode_rows
 from lopt_edge.data.formats import DataFormat, detect_format, to_rows
 from lopt_edge.data.notes import Note, Notes
-from lopt_edge.data.records import Record, read_records
+from lopt_edge.data.records import Record
+from lopt_edge.data.renamed import mapping_of, renamed
 from lopt_edge.data.rows import Conversation, Row
+from lopt_edge.data.sources import mixed, sources_of
 from lopt_edge.data.template import ChatTemplate, load_template
 from lopt_edge.data.thoughts import Think
 from lopt_edge.errors import InputError
@@ -72,7 +74,7 @@ class Dataset:
         return sum(example.last_turn_only for example in self.examples)
 
 
-READ_SETTINGS = ("think", "escape_special_tokens", "ignore_columns")  # of a run, beside format and template
+READ_SETTINGS = ("think", "escape_special_tokens", "ignore_columns", "columns")  # of a run, beside format and template
 
 
 def load_dataset(
@@ -85,12 +87,11 @@ def load_dataset(
     think: Think | None = None,
     escape_special_tokens: bool = False,
     ignore_columns: Iterable[str] | None = None,
+    columns: Iterable[str] | None = None,
 ) -> Dataset:
-    """Read, detect, normalise, render and encode one data file. Raises InputError(s)."""
-    notes, columns = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
-    records = read_records(path)
-    found, reason = _format_of(records, data_format)
-    rows = to_rows(records, data_format=found, fields=columns, notes=notes)
+    """Read, detect, normalise, render and encode the data that `path` names (sources.py). Raises InputError(s)."""
+    notes, fields = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
+    rows, found, reason = _read(str(path), data_format, mapping_of(columns or ()), fields, notes)
     template, template_reason = _template_for(rows, tokenizer, chat_template)
     encoded = encode_rows(
         rows,
@@ -119,10 +120,29 @@ def load_dataset(
         n_dropped=sum(not row for row in encoded),
         fingerprint=fingerprint_of(examples),
         notes=notes.all(),
-        unused_columns=columns.unused,
-        ignored_columns=columns.ignored,
-        missing_columns=columns.without_effect,
+        unused_columns=fields.unused,
+        ignored_columns=fields.ignored,
+        missing_columns=fields.without_effect,
     )
+
+
+def _read(
+    spec: str, data_format: DataFormat | None, mapping: Mapping[str, str], fields: Columns, notes: Notes
+) -> tuple[list[Row], DataFormat, str]:
+    """(rows, format, its reason) of all sources; with several, the reason has what each of them gave."""
+    sources = sources_of(spec)
+    rows_of, formats, reasons = list[Sequence[Row]](), list[DataFormat](), list[str]()
+    for source in sources:
+        records = renamed(source.records(), mapping, name=source.text)
+        found, reason = _format_of(records, data_format)
+        rows_of.append(to_rows(records, data_format=found, fields=fields, notes=notes))
+        formats.append(found)
+        reasons.append(reason)
+    taken = mixed(rows_of, [source.weight for source in sources], seed=spec)
+    if len(sources) > 1:
+        each = zip(sources, taken, rows_of, formats, strict=True)
+        reasons = [f"{one.text}: {len(some):,} of {len(all_):,} rows, {form}" for one, some, all_, form in each]
+    return [row for some in taken for row in some], formats[0], "; ".join(reasons)
 
 
 def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -10,8 +10,8 @@ at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_B
 much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
 own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of JSON (`{},{},...`).
 
-What is plainly meant is read: a gzip-compressed file (by its first bytes, whatever its name), objects or a list printed
-over many lines in a .jsonl file, a table's number that is none (NaN, pandas' missing text) as an absent field.
+What is plainly meant is read: a file packed with gzip or zstd (by its first bytes, whatever its name), objects or a list
+printed over many lines in a .jsonl file, a table's number that is none (NaN, pandas' missing text) as an absent field.
 
 Places: `data.jsonl:12` and `data.csv:12` are physical lines counted from 1 (a CSV row that spans lines is named by its
 first), `data.json[12]` is the 12th element counted from 0 as JSON tools do, `data.parquet row 12` counts from 1.
@@ -42,7 +42,8 @@ MAX_WHOLE_BYTES = 2**30
 MAX_ROWS = 5_000_000
 PARQUET_ROWS = 64
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-GZIP_MARK = b"\x1f\x8b"
+GZIP_MARK, ZSTD_MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+PACKED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ def read_records(path: str | Path) -> list[Record]:
 
 def _ending(path: Path) -> str:
     """The ending that names the type: `.jsonl` of data.jsonl and of data.jsonl.gz."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file's name is that of a type that is read."""
+    return _ending(path) in _READERS
 
 
 def _check_path(path: Path, *, known: bool) -> None:
@@ -91,7 +97,7 @@ def _check_path(path: Path, *, known: bool) -> None:
         raise InputError("not a regular file", where=str(path), fix="save the data to a file first")
     if not known:
         kind = f"unknown file type '{path.suffix}'" if path.suffix else "the file name has no ending"
-        raise InputError(kind, where=str(path), fix="use one of " + ", ".join(_READERS) + " (or .gz after it)")
+        raise InputError(kind, where=str(path), fix="use one of " + ", ".join(_READERS) + " (or .gz, .zst after it)")
 
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------
@@ -102,10 +108,15 @@ AT_ONCE = 1 << 20  # bytes
 def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The file for reading, unpacked where it is compressed."""
     file = path.open("rb")
-    if file.peek(2)[:2] != GZIP_MARK:
+    mark = file.peek(4)[:4]
+    if mark[:2] != GZIP_MARK and mark != ZSTD_MARK:
         return file
     file.close()
-    return gzip.open(path)
+    if mark != ZSTD_MARK:
+        return gzip.open(path)
+    import pyarrow as pa  # type: ignore[import-untyped]  # it unpacks zstd, and is here for Parquet anyway
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
 def _read_whole(path: Path) -> bytes:
@@ -288,7 +299,7 @@ def _check_header(header: list[str], *, where: str) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa  # type: ignore[import-untyped]  # here, not above: only Parquet files pay for it
+    import pyarrow as pa  # here, not above: only Parquet files pay for it
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     number = unpacked = 0
@@ -364,6 +375,7 @@ def _too_large(n_bytes: int, *, path: Path) -> InputError:
 
 _READERS = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

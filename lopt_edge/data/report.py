@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 SHOWN_TOKENS = 400  # of one example; the rest is counted
 BINS, BAR = 8, 40
+LONGEST_PLACE = 40  # letters of a panel's title
 
 
 def check_facts(dataset: Dataset) -> dict[str, Any]:
@@ -64,11 +65,16 @@ def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_example
         legend.append(f"{OPEN}what the model learns to write{CLOSE}", style="green").append(" is marked:")
         parts.append(legend)
     for example in shown:
-        title = Text(printable(f"{example.where}: {len(example)} tokens, {example.n_supervised} supervised"))
+        title = Text(printable(f"{_tail(example.where)}: {len(example)} tokens, {example.n_supervised} supervised"))
         if example.truncated:
             title.append(", truncated", style="yellow")
         parts.append(Panel(_marked(example, tokenizer), title=title, title_align="left"))
     return Group(*parts)
+
+
+def _tail(where: str) -> str:
+    """The end of a place, which tells rows apart: a long path would push the figures out of a panel's title."""
+    return where if len(where) <= LONGEST_PLACE else f"…{where[1 - LONGEST_PLACE :]}"
 
 
 def _figures(dataset: Dataset) -> Table:
@@ -104,7 +110,9 @@ def _histogram(lengths: tuple[int, ...]) -> Table:
     for length in lengths:
         counts[(length - low) // width] += 1
     table = Table.grid(padding=(0, 1))
-    table.add_column(justify="right")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
     for index, count in enumerate(counts):
         first = low + index * width
         bar = "█" * max(round(BAR * count / max(counts)), count > 0)

@@ -10,6 +10,7 @@ the card's memory and a usual machine's around it, or what is free on this machi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,8 @@ def answer(asked: Question) -> RunPlan:
     return replace(found, notes=(*found.notes, *reasons))
 
 
-def question(config: Config, *, gpu: str | None = None) -> Question:
-    """The question for these settings, on a card or on this machine.
+def question(config: Config, *, gpu: str | None = None, largest: Callable[[Config], LargestStep] | None = None) -> Question:
+    """The question for these settings, on a card or on this machine. `largest`: of the data, where it was read.
 
     Raises InputError(s): those of card and model together, then those of settings that need both.
     """
@@ -93,6 +94,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
+    notes = (*_what_is_planned(card, profile), *notes)
     library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
     ground = Ground(
         facts,
@@ -100,7 +102,7 @@ def question(config: Config, *, gpu: str | None = None) -> Question:
         profile,
         library_bytes if kind_of(device_type).counts_process else profile.context_bytes,
         vocabulary_itemsize,
-        partial(_worst_step, max_seq_len),
+        largest or partial(_worst_step, max_seq_len),
         _teacher(config, itemsize, device_type),
     )
 
@@ -180,6 +182,16 @@ def _profile(card: Card | None, device: str) -> DeviceProfile:
         fix = "name a card (--gpu rtx4090), or run lopt-edge doctor --measure on the machine with it"
         raise InputError("no GPU was measured on this machine", where="device", fix=fix)
     return default_cpu_profile()
+
+
+def _what_is_planned(card: Card | None, profile: DeviceProfile) -> tuple[str, ...]:
+    """A note where the device that is planned may not be the one that the user had in mind."""
+    if card is not None and card.kind == "apple":
+        own = "lopt-edge computes on an Apple chip's CPU, in float32"
+        return (f"{card.name}: {own}; this is the plan of that, not of its GPU",)
+    if card is None and not kind_of(profile.device_type).host_is_below:
+        return ("planned for a CPU, whose memory is RAM: no GPU was measured here; --gpu NAME plans a card (--gpu list)",)
+    return ()
 
 
 def _itemsize(config: Config, card: Card | None, device_type: str) -> tuple[int, tuple[str, ...]]:

@@ -36,7 +36,7 @@ LEAST_STEPS, MOST_STEPS, STEPS_SHARE = 8, 50, 10  # of a candidate; one part in 
 MOST_ROWS, MOST_SHARE = 64, 0.1  # held out of the data for the probe, where the run holds out nothing
 QUIET = {"boundary": None, "resume": None, "eval_every": None, "keep_best": False, "retention_data": None,
          "sample_prompt": None, "system": None, "save_every": None, "save_minutes": 0.0, "memory_report": None,
-         "dry_run": False}  # fmt: skip
+         "dry_run": False, "overwrite": False}  # fmt: skip
 
 
 @dataclass(frozen=True)

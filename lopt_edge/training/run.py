@@ -36,6 +36,7 @@ from lopt_edge.training.checkpoint.output_folder import (
     SETTINGS_NAME,
     check_output,
     damaged_results,
+    remove_run,
 )
 from lopt_edge.training.checkpoint.resume import Start
 from lopt_edge.training.checkpoint.run_state import RunState
@@ -44,6 +45,7 @@ from lopt_edge.training.pipeline.worker import is_worker
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
+from lopt_edge.training.prepare.told import six_facts
 from lopt_edge.training.recovery import MOST_PLANS, smaller_plan
 from lopt_edge.training.session.loaded import RunContext
 from lopt_edge.training.session.progress import Progress
@@ -60,7 +62,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
         return None
-    progress, clock, output = progress or Progress(), PhaseClock(), Path(config.output)
+    progress = progress or Progress()
+    clock, output = PhaseClock(progress.phase), Path(config.output)
     if config.push_to_hub is not None:  # before the hours that it would cost
         check_name(config.push_to_hub, where="push_to_hub")
         check_token()
@@ -82,7 +85,8 @@ def finetune(config: Config, progress: Progress | None = None) -> RunResult | No
             if not output.exists():
                 held.push(partial(_nothing_was_made, output))
             held.enter_context(output_lock(output, warn=progress.warn))
-            check_output(output, resuming=config.resume is not None)  # again: another run may have been quicker
+            # again: another run may have been quicker
+            check_output(output, resuming=config.resume is not None, overwrite=config.overwrite)
         _make_ready(config, output, start, progress)
         if probes:
             write_json(output / BOUNDARY_NAME, as_json(probes))
@@ -104,7 +108,7 @@ def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -
     if config.dry_run:
         progress.warn("boundary auto: a dry run probes nothing; the plan is that of the midpoint")
         return config.model_copy(update={"boundary": None}), []
-    check_output(Path(config.output))
+    check_output(Path(config.output), overwrite=config.overwrite)
 
     def run(short: Config) -> None:
         interrupts.check()
@@ -116,13 +120,14 @@ def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -
 def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
     for warning in inputs.warnings:
         progress.warn(warning)
+    progress.facts(six_facts(inputs))
     for reason in inputs.reasons:
-        progress.note(reason)
+        progress.detail(reason)
     n_micro = min(inputs.config.grad_accum, -(-len(inputs.train.examples) // inputs.config.batch_size))
     plans = [inputs.plan(n_micro, kind) for kind in inputs.course.kinds]
     named = ", ".join(f"{plan.hash()} ({f'{plan.kind}: ' if plan.kind else ''}{len(plan.ops)} ops)" for plan in plans)
     own = "" if inputs.part is None else " of process 0"
-    progress.note(f"plan{own} {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
+    progress.detail(f"plan{own} {named}: {inputs.n_steps} steps, micro-batches a step: {n_micro}")
     if start is not None:
         inside = f" and {start.state.sequences} sequences of the next" if start.state.sequences else ""
         progress.note(f"resumed after step {start.state.steps}{inside}: {start.checkpoint.folder}")
@@ -131,6 +136,8 @@ def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
 def _make_ready(config: Config, output: Path, start: Start | None, progress: Progress) -> None:
     """Make the output folder, with the settings for `lopt-edge resume`; what dead runs left half written is removed."""
     clean(output / CHECKPOINTS)
+    if config.overwrite and (output / SETTINGS_NAME).exists() and (kept := remove_run(output)):
+        progress.warn(f"overwrite removed the run in {output}; what is no run's stays: {', '.join(kept[:5])}")
     if start is not None:
         for name in set_aside(output / CHECKPOINTS, beyond=start.checkpoint.folder):
             progress.warn(f"a newer checkpoint than the one resumed from is kept as {name}")

@@ -124,3 +124,17 @@ def test_the_sample_prompt_takes_a_system_message(command, write, tmp_path):
     assert samples["bare"] != samples["told"]
     code, _, err = command(*words, "--output", tmp_path / "none", "--system", "x", "--dry-run")
     assert code == 0 and "system has no effect" in err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut_at_the_terminals_width(command, write, monkeypatch, width):
+    """All words are there, unbroken, the closing mark among them, and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    reply = " ".join(f"word{number}" for number in range(60))
+    path = write(*[{"messages": [CHAT[0], {"role": "assistant", "content": reply}]}] * 2)
+    code, out, _ = command("data", "check", path, "--model", TINY)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= width
+    words = set(out.replace("⟦", " ").replace("<|im_end|>", " ").split())
+    assert {f"word{number}" for number in range(60)} <= words
+    assert "⟧" in out.split("The first examples")[1].split("is marked:")[1]

@@ -62,12 +62,12 @@ def test_version(run):
 
 def test_three_mistakes_are_reported_together(run, tmp_path, data):
     config = tmp_path / "bad.yaml"
-    config.write_text(f"model: {TINY}\ndata: {data}\noutput: {tmp_path / 'out'}\nlr: fast\nmax-seq-len: 0\nlora_rank: 8\n")
+    config.write_text(f"model: {TINY}\ndata: {data}\noutput: {tmp_path / 'out'}\nlr: fast\nmax-seq-len: 0\nlora_rang: 8\n")
     code, _, err = run("finetune", config)
     assert code == 2
     assert "bad.yaml:4: lr" in err
     assert "bad.yaml:5: max_seq_len" in err
-    assert "bad.yaml:6: lora_rank" in err
+    assert "bad.yaml:6: lora_rang" in err
     assert "lora_r" in err
     assert not (tmp_path / "out").exists()
 

@@ -236,3 +236,43 @@ def test_an_8b_plan_replays_few_combinations_in_80_mib_and_without_torch(words, 
     assert int(n_bytes) < MOST_BYTES
     assert 0 < int(n_replayed) <= most_replayed, "plans whose bytes are replayed"
     assert 0 < int(n_timed) <= most_timed, "plans that are timed"
+
+
+# cards and data --------------------------------------------------------------------------------------------------------
+
+
+def test_all_cards_are_a_table_and_their_names_a_list(run, monkeypatch):
+    from lopt_edge.cli import plan_cards
+    from lopt_edge.plan.facts.cards import CARDS
+
+    code, out, _ = run("--gpu", "list")
+    assert code == 0 and all(name in out for name in CARDS)
+    some = {name: CARDS[name] for name in ("RTX 3060", "RTX 4090", "CPU")}
+    monkeypatch.setattr(plan_cards, "CARDS", some)
+    code, out, _ = run("--model", "llama-3.1-8b", "--max-seq-len", 256, "--grad-accum", 1, "--gpu", "all", "--json")
+    rows = json.loads(out)
+    assert code == 0 and [row["card"] for row in rows] == ["RTX 3060", "RTX 4090"]
+    one = json.loads(
+        run("--model", "llama-3.1-8b", "--max-seq-len", 256, "--grad-accum", 1, "--gpu", "rtx3060", "--json")[1]
+    )
+    assert (rows[0]["step_seconds"], rows[0]["peak_bytes"]) == (one["step_seconds"], one["peak_bytes"])
+    code, _, err = run("--model", "llama-3.1-8b", "--gpu", "all", "--explain")
+    assert code == 2 and "name one card" in err
+
+
+def test_hours_are_those_of_the_data_that_is_named(run, tmp_path):
+    tiny = ROOT / "examples" / "tiny-llama"
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "word " * (5 + n)}) + "\n" for n in range(40)))
+    words = ("--model", tiny, "--data", data, "--device", "cpu", "--batch-size", 2, "--grad-accum", 2, "--epochs", 3)
+    code, out, _ = run(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["run"]["n_steps"], found["run"]["n_examples"]) == (30, 120)
+    assert 0 < found["run"]["train_seconds"] < 30 * found["step_seconds"]
+    code, out, _ = run(*words)
+    assert "your data: about " in out and "30 steps over 120 examples" in out
+    assert "planned for a CPU, whose memory is RAM" in out
+    code, out, _ = run("--model", "qwen3-0.6b", "--gpu", "m2", "--data", data, "--max-seq-len", 64)
+    assert "was not read" in out and "this is the plan of that, not of its GPU" in out
+    code, out, _ = run("--model", tiny, "--data", "my.jsonl", "--device", "cpu", "--max-seq-len", 64)
+    assert "my.jsonl is not there" in out

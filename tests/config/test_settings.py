@@ -76,7 +76,7 @@ def test_a_wrong_flag_over_a_right_value_is_the_flags_mistake(load):
     [
         ("learning_rat", ""),
         ("max_sequence_len", "max_seq_len"),
-        ("lora-rank", "lora_r"),
+        ("lora-rnk", "lora_r"),
         ("seeds", "seed"),
         ("zzz", "--help"),
     ],

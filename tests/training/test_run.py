@@ -21,6 +21,7 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.prepare.build import build_executor
 from lopt_edge.training.prepare.read import read_inputs
+from lopt_edge.training.session.progress import Progress
 from tools.tiny_runs import make_config, make_model, metrics_of, write_rows
 
 STEP_KEYS = {"step", "loss", "local_loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_seconds",
@@ -33,6 +34,14 @@ RUN_KEYS = {"base", "revision", "quantised_folder", "config", "model", "data", "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Listener(Progress):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def adapter_bytes(config) -> bytes:
@@ -52,6 +61,10 @@ def test_what_a_run_writes(model, tmp_path, method, segments, n_segments, local)
     names = {path.name for path in output.iterdir()}
     assert names >= {ADAPTER_NAME, "adapter_config.json", "metrics.jsonl", "run.json", "README.md", "tokenizer.json"}
     assert not [name for name in names if "partial" in name]
+    report = (output / "report.html").read_text()
+    assert "<script" not in report and "src=" not in report and "href=" not in report
+    before, after = (f"{result.evaluation[when]['eval_loss']:.4f}" for when in ("before", "after"))
+    assert f"held-out loss from {before} to {after}" in report and report.count("<svg") == 5
     steps, evaluations = metrics_of(config)
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
@@ -198,6 +211,25 @@ def test_an_output_folder_with_another_run_is_left_as_it_is(model, tmp_path):
     with pytest.raises(InputError, match="not empty"):
         finetune(make_config(model, tmp_path, output="full"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match="no run's"):
+        finetune(make_config(model, tmp_path, output="full", overwrite=True))
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(model, tmp_path):
+    finetune(make_config(model, tmp_path, max_steps=2, save_every=1, output="out"))
+    output = tmp_path / "out"
+    names = {path.name for path in output.iterdir()}
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="removes what init_adapter reads"):
+        finetune(make_config(model, tmp_path, output="out", overwrite=True, init_adapter=str(output)))
+    listener = Listener()
+    config = make_config(model, tmp_path, max_steps=1, output="out", overwrite=True)
+    finetune(config, listener)
+    assert [told for told in listener.warnings if "what is no run's stays: notes.txt" in told]
+    assert {path.name for path in output.iterdir()} == names | {"notes.txt"}
+    assert not list((output / "checkpoints").glob("step-000002*"))
+    assert len(metrics_of(config)[0]) == 1
+    assert "overwrite:" not in (output / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class Prediction:
     @cached_property
     def device_bytes(self) -> int:
         """The device's peak: tensors, libraries or context, and the allocator's slack."""
-        step = max(row.peak_bytes + round(self.within_share * row.within) for row in self.timeline.rows)
+        step = self.timeline.most_bytes(self.within_share)
         evaluation = self.evaluation_bytes and self.evaluation_bytes + round(self.within_share * self.evaluating_bytes)
         return self.library_bytes + self.kept_bytes + max(step, evaluation, self.teaching_bytes, self.saving_bytes)
 
@@ -110,7 +110,7 @@ class Prediction:
     @property
     def trim_bytes(self) -> int:
         """The resident set from which on a CPU's heap is trimmed before an op: less would trim before each of them."""
-        return self.device_bytes - max(row.within for row in self.timeline.rows) - NEAR_BYTES
+        return self.device_bytes - self.timeline.most_within - NEAR_BYTES
 
     @property
     def peak_op(self) -> str:
@@ -119,14 +119,14 @@ class Prediction:
             return "saving"
         if self._in_teaching:
             return "the teacher's pass"
-        return "evaluation" if self._in_evaluation else self.timeline.peak_row.op.text()
+        return "evaluation" if self._in_evaluation else self.timeline.peak_op.text()
 
     @property
     def at_loss(self) -> bool:
         """Whether a smaller tile of the loss may take less."""
         if self._in_saving or self._in_teaching:
             return False
-        return self._in_evaluation or self.timeline.peak_row.op.kind is Kind.LOSS
+        return self._in_evaluation or self.timeline.peak_op.kind is Kind.LOSS
 
     def fits(self, budget: Budget) -> bool:
         """Whether every tier's peak is inside its budget."""

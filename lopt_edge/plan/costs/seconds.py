@@ -18,6 +18,7 @@ from functools import lru_cache
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.schedule.effects import Effect
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import DELTA_CHUNK
@@ -133,6 +134,8 @@ class Costs:
 
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.sizes, self.batches, self.profile = sizes, batches, profile
+        self._layers: dict[tuple[int, MicroBatchSize, bool, bool], LayerSeconds] = {}
+        self._groups = dict[tuple[str, str, int], int]()
         itemsize, forms = sizes.shape.itemsize, sizes.shape.facts.forms
         attention = profile.attention_by_dtype.get("float32", profile.attention_flops) if itemsize == 4 else None
         self.rates = _Rates(
@@ -145,10 +148,14 @@ class Costs:
 
     def layer(self, index: int, batch: MicroBatchSize, *, trains: bool = True, mixed: bool = False) -> LayerSeconds:
         """The seconds of layer `index`; `trains`: with LoRA gradients, `mixed`: its weights are a mixture of two."""
-        shape = replace(self.sizes.shape.of_layer(index), mixed=mixed)
-        if not trains:
-            shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=shape.layer_kind)
-        return _layer_seconds(shape, self.rates, batch)
+        kind = self.sizes.shape.facts.kind_of_layer[index]
+        key = (kind, batch, trains, mixed)
+        if key not in self._layers:  # shapes are slow to compare, and a plan asks for each of its ops
+            shape = replace(self.sizes.shape.of_kind(kind), mixed=mixed)
+            if not trains:
+                shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=kind)
+            self._layers[key] = _layer_seconds(shape, self.rates, batch)
+        return self._layers[key]
 
     def embed(self, batch: MicroBatchSize) -> float:
         """The seconds of an EMBED."""
@@ -200,7 +207,11 @@ class Costs:
         if moves == "weights":
             return self.sizes.bytes_of_layers[op.target]
         if moves == "group":
-            return self.sizes.states_bytes(op.group) if op.item == "states" else self.sizes.group_bytes(op.group)
+            key = (op.item, op.unit, op.target)
+            if key not in self._groups:
+                states = op.item == "states"
+                self._groups[key] = self.sizes.states_bytes(op.group) if states else self.sizes.group_bytes(op.group)
+            return self._groups[key]
         batch = self.batches[op.micro_batch]
         return self.sizes.hidden_bytes(batch) if moves == "input" else self.page_bytes(batch, op.target, plan.scope(op))
 
@@ -217,6 +228,7 @@ class _Clock:
         self.kept: dict[tuple[int, int], Keep] = {}
         self.arrivals: dict[int, float] = {}
         self.sent: dict[int, float] = {}
+        self._rates: dict[tuple[str, str], float] = {}
         costs, batch_of = self.costs, batches
         self.formulas: dict[str, Callable[[Op, Plan], float]] = {  # by the name that a row gives
             "embed": lambda op, _: costs.embed(batch_of[op.micro_batch]),
@@ -236,7 +248,7 @@ class _Clock:
             if row.role == "wait":
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
             elif row.role in ("up", "down"):
-                self.move(op, plan, row.role)
+                self.move(op, plan, row)
             elif row.seconds == "arrive":
                 self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
             elif row.seconds == "send":
@@ -248,18 +260,18 @@ class _Clock:
         end = max(self.now, *self.free.values())
         return StepSeconds(end, self.computed, self.moved["up"], self.moved["down"])
 
-    def move(self, op: Op, plan: Plan, way: str) -> None:
+    def move(self, op: Op, plan: Plan, row: Effect) -> None:
         n_bytes = self.costs.moved_bytes(op, plan)
+        way, moves = row.role, row.moves
         begin = max(self.now, self.free[way])
-        self.free[way] = begin + n_bytes / self.rate(op, way)
+        self.free[way] = begin + n_bytes / self.rate(op, way, moves)
         self.moved[way] += n_bytes
-        moves = op.effect.moves
         item = moves if moves in ("input", "pages") else op.item
         self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
 
-    def rate(self, op: Op, way: str) -> float:
+    def rate(self, op: Op, way: str, moves: str) -> float:
         """The bytes/s from or to the tier below."""
-        knobs, profile, moves = self.costs.sizes.knobs, self.costs.profile, op.effect.moves
+        knobs = self.costs.sizes.knobs
         if moves == "weights":
             tier = knobs.weights[op.target]
         elif moves == "pages":
@@ -268,7 +280,10 @@ class _Clock:
             tier = knobs.saved_inputs
         else:
             tier = knobs.states if op.item == "states" else knobs.gradients
-        return profile.up(tier) if way == "up" else profile.down(tier)
+        if (tier, way) not in self._rates:
+            profile = self.costs.profile
+            self._rates[tier, way] = profile.up(tier) if way == "up" else profile.down(tier)
+        return self._rates[tier, way]
 
     def loss(self, op: Op, plan: Plan) -> float:
         segment, batch = plan.segments[op.target], self.costs.batches[op.micro_batch]

@@ -13,10 +13,9 @@ seconds here, no choice, no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
 
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
@@ -27,58 +26,78 @@ Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
 
 
-class OpBytes(NamedTuple):
-    """The bytes of one op: by category what is on the device when it begins, what it takes on top, the sum of all that, and
-    the tiers below."""
+@dataclass(frozen=True)
+class OpBytes:
+    """The bytes of one op: by category what is on the device when it begins, what it takes on top, and the tiers below."""
 
     op: Op
     held: dict[str, int]
     within: int
-    peak_bytes: int
     host_bytes: int
     disk_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes on the device while the op runs."""
+        return sum(self.held.values()) + self.within
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bytes of one step, op by op: `rows` has one entry an op."""
+    """The bytes of one step, op by op: `rows` has one entry an op.
 
-    rows: tuple[OpBytes, ...]
+    The search makes hundreds and asks for peaks alone, so rows with their categories are made when somebody wants them:
+    the replay keeps two numbers an op (`loads`: what lives when it begins, and what it takes on top), and the peak's row.
+    """
+
+    loads: tuple[tuple[int, int], ...]
+    peak_bytes: int  # of the tensors on the device
+    peak_op: Op  # where it falls; of equal ones the first
+    host_bytes: int  # the most at an op
+    disk_bytes: int
+    again: Callable[[], Iterator[OpBytes]] = field(repr=False, compare=False)
+
+    @cached_property
+    def rows(self) -> tuple[OpBytes, ...]:
+        """The bytes of each op, by category: the same replay once more."""
+        return tuple(self.again())
 
     @cached_property
     def peak_row(self) -> OpBytes:
-        """The row of the op at which the device's peak falls; of equal ones the first."""
-        return max(self.rows, key=lambda row: row.peak_bytes)
+        """The row of the op at which the device's peak falls."""
+        return next(row for row in self.again() if row.peak_bytes == self.peak_bytes)
+
+    def most_bytes(self, within_share: float) -> int:
+        """The peak of the tensors, each op's with a share of what it takes on top."""
+        return max(held + within + round(within_share * within) for held, within in self.loads)
 
     @property
-    def peak_bytes(self) -> int:
-        """The peak of the tensors on the device."""
-        return self.peak_row.peak_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """The most bytes on the host at an op."""
-        return max(row.host_bytes for row in self.rows)
-
-    @property
-    def disk_bytes(self) -> int:
-        """The most bytes on the disk at an op."""
-        return max(row.disk_bytes for row in self.rows)
+    def most_within(self) -> int:
+        """The most that an op takes on top of what lives when it begins."""
+        return max(within for _, within in self.loads)
 
 
 def timeline(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], *, beside_bytes: int = 0) -> Timeline:
     """The bytes of one step, by a replay of its plan; `batches` has one entry a micro-batch. `beside_bytes` of activations
     live through all of it."""
-    replay, rows = _Replay(plan, sizes, batches), []
-    replay.live["activations"] += beside_bytes
-    replay.total = sum(replay.live.values())
+    replay = _Replay(plan, sizes, batches, beside_bytes)
+    loads, most, peak_op, host, disk = [], -1, plan.ops[0], 0, 0
     for op in plan.ops:
-        row = op.effect
-        held, before, within = replay.held(), replay.total, replay.within(op, row)
-        replay.run(op, row)
-        within = max(within, replay.total + replay.within_end(op, row) - before)
-        rows.append(OpBytes(op, held, within, before + within, replay.below["host"], replay.below["disk"]))
-    return Timeline(tuple(rows))
+        before, within = replay.run_whole(op)
+        loads.append((before, within))
+        if before + within > most:
+            most, peak_op = before + within, op
+        host, disk = max(host, replay.below["host"]), max(disk, replay.below["disk"])
+    return Timeline(tuple(loads), most, peak_op, host, disk, partial(_rows, plan, sizes, batches, beside_bytes))
+
+
+def _rows(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> Iterator[OpBytes]:
+    """The rows of a timeline."""
+    replay = _Replay(plan, sizes, batches, beside_bytes)
+    for op in plan.ops:
+        held = replay.held()
+        _, within = replay.run_whole(op)
+        yield OpBytes(op, held, within, replay.below["host"], replay.below["disk"])
 
 
 @dataclass(eq=False)
@@ -93,16 +112,15 @@ class _Replay:
     """The state of a replay: what is alive, by ("hidden" | "input" | "grad" | "layer context" | "graph" | "pages" | ...,
     micro-batch, target)."""
 
-    def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize]) -> None:
+    def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> None:
         self.plan, self.sizes, self.batches = plan, sizes, batches
         self.live = sizes.persistent(plan)  # bytes by category, now
-        self.live["activations"] = sum(sizes.batch_bytes(batch) for batch in batches)
-        self.total = 0  # of all categories, once the replay begins
+        self.live["activations"] = beside_bytes + sum(sizes.batch_bytes(batch) for batch in batches)
+        self.total = sum(self.live.values())  # of all categories
         self.below: Counter[str] = Counter(sizes.persistent_below(plan.own_segments))
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
-        self.graphs: dict[tuple[int, int, int], GraphBytes] = {}  # by (micro-batch, layer, pass)
         self.own_blocks = any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops)
         self.tiers: dict[Key, tuple[str, int]] = {}  # thing -> (tier below, bytes there)
         batch_of = batches
@@ -128,9 +146,7 @@ class _Replay:
     # bookkeeping -----------------------------------------------------------------------------------------------------
 
     def held(self) -> dict[str, int]:
-        if 0 in self.live.values():
-            return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
-        return dict(self.live)
+        return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
 
     def hold(self, key: tuple[str, int, int], storage: _Storage | int, category: str) -> None:
         self.drop(key)
@@ -151,13 +167,10 @@ class _Replay:
         self._count(storage, 1)
 
     def _count(self, storage: _Storage, sign: int) -> None:
-        holders, n_bytes = storage.holders, sign * storage.n_bytes
-        if holders:
-            category = holders[0]
-            if len(holders) > 1:
-                category = next((name for name in _PRIORITY if name in holders), category)
-            self.live[category] = self.live.get(category, 0) + n_bytes
-            self.total += n_bytes
+        if storage.holders:
+            category = next((name for name in _PRIORITY if name in storage.holders), storage.holders[0])
+            self.live[category] = self.live.get(category, 0) + sign * storage.n_bytes
+            self.total += sign * storage.n_bytes
 
     def storage(self, key: tuple[str, int, int]) -> _Storage:
         return self.held_by[key][0]
@@ -173,11 +186,16 @@ class _Replay:
             tier, n_bytes = self.tiers.pop(key)
             self.below[tier] -= n_bytes
 
-    # what an op takes ------------------------------------------------------------------------------------------------
+    def run_whole(self, op: Op) -> tuple[int, int]:
+        """Run an op; returns the bytes that live when it begins, and the most that it takes on top of them."""
+        row = op.effect
+        before = self.total
+        within = self.workspaces[row.workspace](op) if row.workspace else 0
+        self.run(op, row)
+        at_end = self.total - before + (self.within_end(op, row) if row.trains else 0)
+        return before, at_end if at_end > within else within
 
-    def within(self, op: Op, row: Effect) -> int:
-        """The bytes that an op takes at its worst moment on top of what is alive when it begins."""
-        return self.workspaces[row.workspace](op) if row.workspace else 0
+    # what an op takes ------------------------------------------------------------------------------------------------
 
     def within_loss(self, op: Op) -> int:
         segment, batch = self.plan.segments[op.target], self.batches[op.micro_batch]
@@ -186,9 +204,10 @@ class _Replay:
         return self.sizes.loss_within(batch, task=segment.reads_out) + self.fresh_gradients(op)
 
     def within_forward(self, op: Op) -> int:
+        segment, batch = self.plan.scope(op), self.batches[op.micro_batch]
         if self.plan.keeps_graph(op):
-            return self._graph(op).within
-        return self.sizes.forward_within(self.batches[op.micro_batch], op.target, self.plan.scope(op))
+            return self.sizes.graph(batch, op.target, segment).within
+        return self.sizes.forward_within(batch, op.target, segment)
 
     def within_backward(self, op: Op) -> int:
         kept, batch = self.kept[op.micro_batch, op.target], self.batches[op.micro_batch]
@@ -232,7 +251,7 @@ class _Replay:
                     if row.role == "compute":  # the thing itself is gone, not its copy here alone
                         self.forget_below(key)
         if row.role == "down":
-            self._begin_down(op)
+            self._begin_down(op, row)
         elif row.role == "wait":
             for name in self.at_wait.pop((op.item, op.unit, op.micro_batch, op.target), ()):
                 self.drop((name, op.micro_batch, op.target))
@@ -268,10 +287,7 @@ class _Replay:
             self.hold(key, self.made[thing.takes](op), thing.counts_as)
 
     def _graph(self, op: Op) -> GraphBytes:
-        key = (op.micro_batch, op.target, op.pass_index)
-        if key not in self.graphs:
-            self.graphs[key] = self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
-        return self.graphs[key]
+        return self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))
 
     def _graph_bytes(self, op: Op) -> int:
         """The bytes that a FORWARD's graph keeps beside its input; what comes back from below is all of it."""
@@ -281,9 +297,8 @@ class _Replay:
         graph = self._graph(op)
         return graph.rest + (self.sizes.hidden_bytes(self.batches[op.micro_batch]) if graph.holds_input else 0)
 
-    def _begin_down(self, op: Op) -> None:
+    def _begin_down(self, op: Op, row: Effect) -> None:
         """Begin a movement down: the copy below appears at once, the one on the device goes at the WAIT."""
-        row = op.effect
         item, place = (op.item, -1) if row.moves == "group" else (row.moves, op.micro_batch)
         key = (f"{item} {op.unit}" if row.moves == "group" else item, place, op.target)
         if row.moves == "input":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from typing import Literal
 
 
@@ -179,6 +180,7 @@ EFFECTS: dict[tuple[Kind, str], Effect] = {
 _OF_KIND = {kind: next(row for (each, _), row in EFFECTS.items() if each is kind) for kind in Kind}
 
 
+@cache  # a plan asks for each of its ops several times; there are few kinds and items
 def effect_of(kind: Kind, item: str = "") -> Effect:
     """The row of an op. An item that its kind does not know gets a row of the kind: the validator refuses such an op."""
     return EFFECTS.get((kind, item)) or EFFECTS.get((kind, "")) or _OF_KIND[kind]

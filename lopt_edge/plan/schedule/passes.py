@@ -9,7 +9,7 @@ where it lies, when groups are updated, where their states and gradients lie, an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -60,6 +60,8 @@ class _Insertions:
         return self.compute[min(len(self.compute) - 1, self.rank[position] + n_ops)]
 
     def result(self) -> Plan:
+        if not self._before and not self._after:
+            return self.plan
         ops: list[Op] = []
         for position, op in enumerate(self.plan.ops):
             ops += self._before.get(position, ())
@@ -236,7 +238,17 @@ def _held(uses: list[tuple[int, int, int]], most_between: int) -> dict[int, int]
     before: dict[int, int] = {}
     held: dict[int, int] = {}
     for index, (layer, _, _) in enumerate(uses):
-        if layer in before and len({other for other, _, _ in uses[before[layer] + 1 : index]}) <= most_between:
+        if layer in before and not _more_than(most_between, (other for other, _, _ in uses[before[layer] + 1 : index])):
             held[index] = before[layer]
         before[layer] = index
     return held
+
+
+def _more_than(most: int, layers: Iterable[int]) -> bool:
+    """Whether there are more different layers than so many; it looks no further than it must."""
+    found: set[int] = set()
+    for layer in layers:
+        found.add(layer)
+        if len(found) > most:
+            return True
+    return False

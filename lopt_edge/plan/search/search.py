@@ -143,6 +143,7 @@ class Search:
         self.rows = sorted(rows, key=lambda row: row[:2])
         self._timed: dict[Knobs, StepSeconds] = {}
         self._predicted: dict[Knobs, Prediction] = {}
+        self._found: dict[Budget, Found] = {}
 
     def candidate(self, knobs: Knobs) -> Candidate:
         """The combination, timed and replayed."""
@@ -160,20 +161,36 @@ class Search:
             self._predicted[knobs] = self.workload.predict(knobs)
         return self._predicted[knobs]
 
-    def fitting(self, knobs: Knobs, budget: Budget) -> Candidate | None:
+    def fitting(self, knobs: Knobs, budget: Budget, best: Candidate | None = None) -> Candidate | None:
         """The first form of a combination that fits, None if none does: with the largest tile that the device holds, and as
-        it is, or with more of it on disk (which frees the host alone)."""
+        it is, or with more of it on disk (which frees the host alone, and is slower). None, too, as soon as a form is no
+        faster than `best`: then the further ones are not."""
+        if not self._may_win(knobs, budget, best):
+            return None
         most = budget.device_bytes
         held = (form for form in self._tiles(knobs) if most is None or self.prediction(form).device_bytes <= most)
         found = next(held, None)
         if found is None:
             return None
         knobs = found
+        for form in self._forms(knobs, budget):
+            if self._is_slower(form, best):
+                return None
+            if self.prediction(form).fits(budget):
+                return self.candidate(form)
+        return None
+
+    def _forms(self, knobs: Knobs, budget: Budget) -> Iterator[Knobs]:
+        """The combination as it is, and with ever more of it on disk, as far as the host may hold it by its bound."""
         forms = (knobs, *self.space.lowered(knobs)) if "host" in (*knobs.weights, *knobs.tiers) else (knobs,)
         limit = budget.host_bytes
-        forms_left = (form for form in forms if limit is None or self.bounds.host_bytes(form) <= limit)
-        fits = (form for form in forms_left if self.prediction(form).fits(budget))
-        return next((self.candidate(form) for form in fits), None)
+        return (form for form in forms if limit is None or self.bounds.host_bytes(form) <= limit)
+
+    def _may_win(self, knobs: Knobs, budget: Budget, best: Candidate | None) -> bool:
+        """Whether the first form that the host may hold is faster than the best: smaller tiles and more on disk are not
+        faster than it. Nothing is replayed to find out."""
+        form = next(self._forms(knobs, budget), None)
+        return form is not None and not self._is_slower(form, best)
 
     def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
         """The combination itself, and with smaller tiles as long as the loss or the evaluation is at the peak."""
@@ -184,7 +201,11 @@ class Search:
 
     def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
         """Whether a combination is no faster than the best as it stands; with more on disk it would be slower still."""
-        return best is not None and three_digits(self.seconds(knobs).seconds) >= _rank(best)
+        if best is None:
+            return False
+        return three_digits(self.bounds.seconds(knobs)) >= _rank(best) or three_digits(
+            self.seconds(knobs).seconds
+        ) >= _rank(best)
 
     def _moves_more(self, knobs: Knobs, best: Knobs) -> bool:
         """Whether a combination only moves more than the best. Where their seconds come from other micro-batches it does
@@ -194,6 +215,11 @@ class Search:
 
     def within(self, budget: Budget) -> Found:
         """The fastest combination that fits; of equally fast ones the first, which moves the least."""
+        if budget not in self._found:
+            self._found[budget] = self._within(budget)
+        return self._found[budget]
+
+    def _within(self, budget: Budget) -> Found:
         best: Candidate | None = None
         for seconds, _, device_bytes, knobs in self.rows:
             if best is not None and seconds >= _rank(best):
@@ -201,7 +227,7 @@ class Search:
             too_large = budget.device_bytes is not None and device_bytes > budget.device_bytes
             if too_large or (best is not None and self._moves_more(knobs, best.knobs)) or self._is_slower(knobs, best):
                 continue
-            found = self.fitting(knobs, budget)
+            found = self.fitting(knobs, budget, best)
             if found is not None and (best is None or _rank(found) < _rank(best)):
                 best = found
         return Found(best, len(self.rows))

@@ -7,6 +7,7 @@ is a finished run's, and all other files of the result are durable before it is 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from lopt_edge.adapters.base import RUN_NAME
@@ -14,16 +15,24 @@ from lopt_edge.errors import InputError
 from lopt_edge.system.lock import LOCK_NAME
 from quant.folders import sync_folder
 from quant.headers import FolderError, read_header, read_json
+from quant.small_files import TEMPLATE_NAMES, TOKENIZER_NAMES
 
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
+REPORT_NAME = "report.html"
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
-LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, SETTINGS_NAME, LOCK_NAME}
+LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, REPORT_NAME, SETTINGS_NAME, LOCK_NAME}
 
 
-def check_output(folder: Path, *, resuming: bool = False) -> None:
+# What a run writes, beside what LOGS and the patterns below name; `--overwrite` removes these and nothing else.
+RESULTS = {"plan.json", "README.md", "replaced_layers.json", "adapter_config.json",
+           "adapter_model.safetensors", "checkpoints", "teacher-features", *TOKENIZER_NAMES, *TEMPLATE_NAMES}  # fmt: skip
+RESULT_PATTERNS = ("not-finite-step-*.json", "adapter-step-*", "*.partial")
+
+
+def check_output(folder: Path, *, resuming: bool = False, overwrite: bool = False) -> None:
     """Refuse an output folder that cannot be written, or that has something else in it than a run which saved nothing yet.
 
-    With `resuming` the files of a run are what is expected there. Raises InputError.
+    With `resuming` the files of a run are what is expected there, with `overwrite` they may be there. Raises InputError.
     """
     try:
         exists, is_folder = folder.exists(), folder.is_dir()
@@ -32,7 +41,7 @@ def check_output(folder: Path, *, resuming: bool = False) -> None:
         raise InputError(f"cannot be used ({error.strerror})", where=f"output {str(folder)[:80]}") from None
     if exists and not is_folder:
         raise InputError("is a file, not a folder", where=f"output {folder}", fix="choose another output folder")
-    if not (resuming and SETTINGS_NAME in held):
+    if not ((resuming or overwrite) and SETTINGS_NAME in held):
         _check_empty(folder, held)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not parent.is_dir():
@@ -54,10 +63,30 @@ def _check_empty(folder: Path, held: set[str]) -> None:
         raise InputError(
             "holds an unfinished run",
             where=f"output {folder}",
-            fix=f"go on with it (lopt-edge resume {folder}), or choose a new folder",
+            fix=f"go on with it (lopt-edge resume {folder}), choose a new folder, or replace it with --overwrite",
         )
-    what = "holds another run" if RUN_NAME in left else "is not empty"
+    if RUN_NAME in left:
+        fix = "choose a new folder, or replace that run with --overwrite; nothing was changed there"
+        raise InputError("holds another run", where=f"output {folder}", fix=fix)
+    what = "is not empty, and what is there is no run's"
     raise InputError(what, where=f"output {folder}", fix="choose a new folder; nothing was changed there")
+
+
+def remove_run(folder: Path) -> list[str]:
+    """Remove what an earlier run wrote; returns the names of the files that stay, which are somebody else's.
+
+    What makes it a finished run goes first and its settings last, so that one who is killed here leaves no folder that
+    looks like a result, and can do it again.
+    """
+    unfinish(folder)
+    named = [folder / name for name in sorted(RESULTS | LOGS - {LOCK_NAME, SETTINGS_NAME})]
+    for path in [*named, *(path for pattern in RESULT_PATTERNS for path in sorted(folder.glob(pattern)))]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (folder / SETTINGS_NAME).unlink(missing_ok=True)
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK_NAME)
 
 
 def unfinish(folder: Path) -> None:

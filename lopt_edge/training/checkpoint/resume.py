@@ -34,11 +34,13 @@ MAY_CHANGE = frozenset({
     "eval_data", "eval_every", "retention_data", "sample_prompt", "system", "cache_dir", "init_adapter", "device",
     "weights", "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
-    "choose_segments", "boundary", "pipeline", "pipeline_minutes", "push_to_hub",
+    "choose_segments", "boundary", "overwrite", "pipeline", "pipeline_minutes",
+    "push_to_hub",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
-    "teacher", "ignore_columns", "think", "escape_special_tokens", "tokenizer",
+    "teacher", "ignore_columns", "columns", "think", "escape_special_tokens",
+    "tokenizer",
 })  # fmt: skip
 SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
 MOST_SEGMENTS, MOST_TOKENS = 10_000, 2**31  # of any model; of a tile

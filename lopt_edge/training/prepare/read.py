@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lopt_edge.adapters.base import tell_if_another
-from lopt_edge.config.load import file_errors
+from lopt_edge.config.load import DATA, file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
 from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 
 def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s)."""
-    check_output(Path(config.output), resuming=config.resume is not None)
+    check_output(Path(config.output), resuming=config.resume is not None, overwrite=config.overwrite)
     given = config
     config, start, resumed = find_start(config)
     found = _read_files(config)
@@ -119,7 +121,7 @@ def _read_files(config: Config) -> _Files:
         check_plain_adapter(Path(config.init_adapter))
         tell_if_another(source, Path(config.init_adapter), notes.append)
     tokenizer = load_tokenizer(source.path, say=notes.append)
-    train, held_out, retention = _datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
+    train, held_out, retention = read_datasets(config, tokenizer, vocab_size=facts.vocab_size, max_seq_len=max_seq_len)
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
@@ -267,8 +269,10 @@ def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFo
 
 
 def _check_files(config: Config) -> None:
-    names = ("data", "eval_data", "retention_data", "chat_template")
-    raise_collected(file_errors({name: getattr(config, name) for name in names}))
+    together(
+        *(partial(sources_of, value, where=name) for name in DATA if (value := getattr(config, name)) is not None),
+        lambda: raise_collected(file_errors({"chat_template": config.chat_template})),
+    )
 
 
 def _described_kind(kind: StepKind) -> str:
@@ -312,20 +316,20 @@ def _warnings(config: Config, source: ModelFolder, train: Dataset, *, max_seq_le
         yield f"ignore_columns: no row has {', '.join(train.missing_columns)}"
 
 
-def _datasets(
+def read_datasets(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_seq_len: int
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """What trains, what is held out, and what measures forgetting. Raises InputError."""
     settings: dict[str, Any] = {name: getattr(config, name) for name in READ_SETTINGS}
 
-    def read(path: str, data_format: DataFormat | None = None) -> Dataset:
+    def read(path: str, data_format: DataFormat | None = None, **others: Any) -> Dataset:
         return load_dataset(
             path,
             tokenizer,
             max_seq_len=max_seq_len,
             data_format=data_format,
             chat_template=config.chat_template,
-            **settings,
+            **{**settings, **others},
         )
 
     train = read(config.data, data_format=config.data_format)
@@ -335,7 +339,9 @@ def _datasets(
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
-        retention = _end_not_scored(read(config.retention_data), tokenizer.eos_token_id, path=config.retention_data)
+        retention = _end_not_scored(
+            read(config.retention_data, columns=None), tokenizer.eos_token_id, path=config.retention_data
+        )
     for dataset in (train, held_out, retention):
         largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
         if largest >= vocab_size:

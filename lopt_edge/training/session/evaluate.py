@@ -65,7 +65,7 @@ def evaluate(
         save_adapter(Path(config.output), loaded.model, loaded.shape, plain=True)
     if found:
         log.write({"step": step, **found})
-        context.progress.note(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        context.progress.evaluated(step, found)
     stage = loaded.kinds.stage_after(step, found.get("eval_loss"))
     if stage is not None and stage.over:
         context.progress.note(stage.over)

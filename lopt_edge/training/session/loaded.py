@@ -125,7 +125,8 @@ def loading(
     cache_bytes = 0 if inputs.source.facts.quantised else folder_bytes(folder)
     if cache_bytes:
         made = "" if was_there else f"quantised to 4 bits in {context.clock.seconds['quantise']:.0f} s; "
-        context.progress.note(f"{made}4-bit copy in {folder}: {format_bytes(cache_bytes)} of disk, apart from page files")
+        tell = context.progress.detail if was_there else context.progress.note
+        tell(f"{made}4-bit copy in {folder}: {format_bytes(cache_bytes)} of disk, apart from page files")
     tiers = open_tiers(
         inputs.config,
         inputs.own_knobs,

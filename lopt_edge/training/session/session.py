@@ -32,7 +32,8 @@ from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.step_state import Cut, StepResult
 from lopt_edge.run.watch.first_steps import N_STEPS, FirstSteps
-from lopt_edge.run.watch.memory_report import MemoryMeter, write_report
+from lopt_edge.run.watch.memory_report import MemoryMeter
+from lopt_edge.run.watch.memory_report import write_report as write_memory_report
 from lopt_edge.system.allocator import HeapWatch, release_free_memory
 from lopt_edge.system.files import JsonLines, torn_tail
 from lopt_edge.training.checkpoint.folder import name_of
@@ -44,6 +45,7 @@ from lopt_edge.training.prepare.tiers import PeakBytes, hold_budget, peaks_below
 from lopt_edge.training.session.evaluate import evaluate, sample
 from lopt_edge.training.session.loaded import Loaded, RunContext, loading
 from lopt_edge.training.session.not_finite import dump_not_finite
+from lopt_edge.training.session.report_page import write_report
 
 NOT_FINITE_ADVICE = "look at these examples; lower --lr; check the base model"
 
@@ -125,6 +127,7 @@ class Session:
                 loaded.executor.release()  # what saving takes must not come on top of a step's memory
                 release_free_memory()
                 self._save_adapter_and_tokenizer()
+                write_report(inputs, self.state, self.progress, finished=True)
             below = peaks_below(loaded.mover)
         return Finished(
             inputs, self.state, context.clock.seconds, self.predicted, loaded.folder, loaded.cache_bytes,
@@ -155,7 +158,8 @@ class Session:
                 if state.evaluated < 0:
                     state.before = self._evaluate(0)
                     self._sample("before")
-                self.progress.start(self.n_steps, done=(done := state.steps))
+                budget_bytes = self.inputs.run_plan.budget_bytes["device"]
+                self.progress.start(self.n_steps, done=(done := state.steps), budget_bytes=budget_bytes)
                 self._train()
                 self.progress.stop()
                 if loaded.caches is not None and loaded.caches.open is not None:
@@ -191,6 +195,7 @@ class Session:
             if found.stage.over:
                 state.stage_ends.append(step)
         state.evaluated, state.best = step, found.losses if found.is_best else state.best
+        write_report(self.inputs, state, self.progress)
         return found.losses
 
     def _sample(self, when: str) -> None:
@@ -355,12 +360,13 @@ class Session:
             self.progress.warn(surprise)
         if len(first_steps.steps) == N_STEPS or step == self.n_steps:
             own = "" if self.loaded.coordinator is None else "process 0: "
-            self.progress.note(f"{own}{first_steps.correction(self.training_bytes)}")
             corrected = first_steps.corrected_bytes(self.training_bytes) or 0
+            tell = self.progress.note if corrected > self.training_bytes else self.progress.detail
+            tell(f"{own}{first_steps.correction(self.training_bytes)}")
             self.predicted["corrected_device_bytes"] = max(corrected, self.predicted["device_bytes"])
 
     def _report_memory(self, step: int, plan: Plan, prediction: Prediction, meter: MemoryMeter) -> None:
-        files = write_report(
+        files = write_memory_report(
             str(self.config.memory_report),
             prediction,
             meter,

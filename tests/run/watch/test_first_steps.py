@@ -40,6 +40,9 @@ class Noted(Progress):
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
+    def facts(self, rows) -> None:
+        self.rows = rows
+
     def note(self, message: str) -> None:
         self.notes.append(message)
 
@@ -92,6 +95,8 @@ def test_force_starts_in_spite_of_it_and_the_budget_is_not_held(tmp_path, cache)
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, cache):
     told = Noted()
     assert finetune(config_of(tmp_path, cache, dry_run=True), told) is None
+    assert [name for name, _ in told.rows] == ["model", "data", "method", "device", "memory", "time"]
+    assert "12 examples" in told.rows[1][1] and "2 steps" in told.rows[2][1]
     assert any(note.startswith("memory: weights resident") and "the best of " in note for note in told.notes)
     assert any(note.startswith("predicted for the largest step: fits: device ") for note in told.notes)
     assert any(note.startswith("plan ") and "2 steps" in note for note in told.notes)

@@ -1,0 +1,102 @@
+"""How long a whole run takes on given data: the planner's seconds for steps of the sizes that the data really have.
+
+The planner's own seconds are those of the largest step; most steps are shorter. So a few windows of the first epoch, evenly
+spaced, are timed by the same formulas, and their mean stands for all. An evaluation costs a share of a step's seconds for
+each of its tokens, since it has a forward only. It says how long, not when: what else the machine does is not known. No
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from statistics import mean
+
+from lopt_edge.config.settings import Config
+from lopt_edge.data import Dataset, Window, epoch_windows, split_window
+from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.search.workload import Workload
+
+N_TIMED = 8  # windows that stand for the epoch
+FORWARD_SHARE = 1 / 3  # of a step's seconds for a token: forward alone, of forward and a backward of about two forwards
+
+
+@dataclass(frozen=True)
+class Duration:
+    """The predicted duration of a run: its steps, the tokens that they see, and seconds."""
+
+    n_steps: int
+    n_tokens: int  # of all steps, padding left out
+    n_examples: int
+    train_seconds: float
+    eval_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of steps and evaluations together."""
+        return self.train_seconds + self.eval_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The tokens that the steps train on in a second, padding left out."""
+        return self.n_tokens / self.train_seconds if self.train_seconds else 0.0
+
+
+def duration(
+    config: Config,
+    workload: Workload,
+    knobs: Knobs,
+    *,
+    train: Dataset,
+    evaluated: Sequence[Dataset],
+    order: tuple[int, int],
+) -> Duration:
+    """The duration of a run of these settings. `order`: batch_size and grad_accum of the windows; `config` may split
+    them."""
+    windows = epoch_windows(train.lengths, seed=config.seed, epoch=0, batch_size=order[0], grad_accum=order[1])
+    n_steps = config.max_steps or config.epochs * len(windows)
+    some = [windows[round(at * (len(windows) - 1) / max(1, N_TIMED - 1))] for at in range(min(N_TIMED, len(windows)))]
+    some = [windows[0]] if n_steps == 1 else some
+    seconds = mean(_seconds(workload, knobs, _sizes(train, split_window(window, config.batch_size))) for window in some)
+    per_epoch = sum(train.lengths)
+    n_tokens = round(per_epoch * n_steps / len(windows))
+    held_out = sum(sum(data.lengths) for data in evaluated)
+    n_evaluations = 2 + (n_steps - 1) // config.eval_every if config.eval_every else 2
+    per_token = seconds * len(windows) / per_epoch
+    return Duration(
+        n_steps,
+        n_tokens,
+        ceil(len(train.examples) * n_steps / len(windows)),
+        seconds * n_steps,
+        FORWARD_SHARE * per_token * held_out * n_evaluations,
+    )
+
+
+def _sizes(train: Dataset, window: Window) -> tuple[MicroBatchSize, ...]:
+    """The sizes of a window's micro-batches, the longest first, as the workload wants them."""
+    found = []
+    for batch in window:
+        examples = [train.examples[index] for index in batch]
+        lengths = [len(example) for example in examples]
+        n_supervised = sum(example.n_supervised for example in examples)
+        found.append(MicroBatchSize(len(batch), max(lengths), n_supervised, padded=min(lengths) < max(lengths)))
+    return tuple(sorted(found, key=lambda size: -size.n_rows))
+
+
+def _seconds(workload: Workload, knobs: Knobs, batches: tuple[MicroBatchSize, ...]) -> float:
+    return replace(workload, batches=batches).seconds(knobs).seconds
+
+
+def in_words(seconds: float) -> str:
+    """A duration in two units at most: 45 s, 12 min, 3 h 20 min, 2 days 5 h."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {rest} min" if rest and hours < 24 else f"{round(minutes / 60)} h"
+    return f"{hours // 24} days {hours % 24} h"
