@@ -132,9 +132,10 @@ def test_llama_cpp_gives_what_was_trained(files, record_property):
         "merged q8_0": apart(files["q8_0"], trained, asked),
     }
     print(f"the adapter moves log-probabilities by {moved:.2f}", *found.items(), sep="\n")
-    for name in ("base + adapter, weights in fp32", "merged f16"):
-        same, worst = found[name]
-        assert same == N_PROMPTS and worst <= EXACT, (name, found)
+    same, worst = found["base + adapter, weights in fp32"]
+    assert same == N_PROMPTS and worst <= EXACT, found
+    same, worst = found["merged f16"]  # weights and activations are rounded to f16: two tokens nearer than that may swap
+    assert same >= N_PROMPTS - 2 and worst <= EXACT, found
     rounding = found["base as it is"][1]  # llama.cpp's own, of activations to 8 bits
     for name in ("base as it is + adapter", "merged q8_0"):
         same, worst = found[name]
