@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt_edge.run.model.replaced import REPLACED_NAME
+from lopt_edge.run.model.adapter_config import REPLACED_NAME
 from quant.untrusted import printable_name
 
 

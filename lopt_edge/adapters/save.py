@@ -15,10 +15,10 @@ from typing import Any
 
 from lopt_edge.adapters.peft_keys import KEYS
 from lopt_edge.errors import RunError
-from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME
+from lopt_edge.run.model.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, REPLACED_NAME
 from lopt_edge.run.model.load import Model
-from lopt_edge.run.model.lora import ADAPTER_NAME, write_adapter
-from lopt_edge.run.model.replaced import REPLACED_NAME, replaced_values
+from lopt_edge.run.model.lora import write_adapter
+from lopt_edge.run.model.replaced import replaced_values
 from lopt_edge.system.files import write_json
 
 

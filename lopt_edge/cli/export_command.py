@@ -1,4 +1,4 @@
-"""`lopt-edge export`: the adapter of a run in the forms in which other programs take it.
+"""`lopt-edge export` and `push`: the adapter of a run in the forms in which other programs take it, and on the hub.
 
 The rule: an option that belongs to a form which was not asked for is refused. Several forms may be asked for at once.
 """
@@ -41,6 +41,19 @@ def export_command(
             adapter, gguf=gguf, gguf_adapter=gguf_adapter, ollama=ollama, kind=kind or "f16", common=common
         ):
             out.print(line, markup=False)
+
+
+def push_command(
+    output: Annotated[str, typer.Argument(help="output folder of a finetune run")],
+    repository: Annotated[str, typer.Argument(help="org/name on the hub; made if it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    merged: Annotated[str | None, typer.Option("--merged", help="push this folder of an export instead")] = None,
+) -> None:
+    """Put an adapter, or its merged model, on the hub. The token comes from where huggingface_hub looks for it."""
+    from lopt_edge.adapters.push import push
+
+    with stoppable():
+        out.print(push(output, repository, private=private, merged=merged, say=warn), markup=False)
 
 
 def _check(**given: str | None) -> None:

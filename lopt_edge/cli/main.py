@@ -19,7 +19,7 @@ import typer
 
 from lopt_edge.cli.data_check import data_check
 from lopt_edge.cli.eval_page import evaluate
-from lopt_edge.cli.export_command import export_command
+from lopt_edge.cli.export_command import export_command, push_command
 from lopt_edge.cli.options import (
     BaseOption,
     CacheOption,
@@ -302,6 +302,7 @@ def chat(
 
 
 app.command("export")(export_command)
+app.command("push")(push_command)
 
 
 @app.command("models")

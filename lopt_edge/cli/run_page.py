@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from lopt_edge.cli.next_commands import next_commands
 from lopt_edge.cli.progress import TerminalProgress
 from lopt_edge.cli.terminal import err, out
 from lopt_edge.config.settings import Config
@@ -63,3 +64,5 @@ def print_result(result: RunResult) -> None:
     for when, text in result.samples.items():
         out.print(f"sample {when}: {text}", markup=False)
     out.print(f"adapter: {result.output}", markup=False)
+    for command in next_commands(result):
+        out.print(command, markup=False)

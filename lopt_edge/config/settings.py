@@ -41,6 +41,7 @@ class Config(MethodOptions):
     output: str = Field(min_length=1, description="output folder for the adapter and the logs (new or empty)")
     overwrite: bool = Field(False, description="replace an earlier run in the output folder; other files there stay")
     tokenizer: str | None = Field(None, description="folder with the tokenizer of a GGUF file, instead of the file's own")
+    push_to_hub: str | None = Field(None, description="org/name on the hub that gets the adapter at the end")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     method: MethodName = Field(
         "e2e", description="how far the task gradient reaches (lopt where a setting of its own is given)"

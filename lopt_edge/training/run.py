@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lopt_edge.adapters.push import check_name, check_token, push
 from lopt_edge.config.load import load_config, settings_text
 from lopt_edge.config.rules import check_methods
 from lopt_edge.config.settings import Config
@@ -95,6 +96,9 @@ def _finetune(config: Config, progress: Progress) -> RunResult | None:
     if config.pipeline > 1 and is_worker(config):
         return None
     clock, output = PhaseClock(progress.phase), Path(config.output)
+    if config.push_to_hub is not None:  # before the hours that it would cost
+        check_name(config.push_to_hub, where="push_to_hub")
+        check_token()
     interrupts = Interrupts(progress.warn)
     with interrupts.listening(), ExitStack() as held:
         resumes = config.resume is not None and output.is_dir()
@@ -121,7 +125,10 @@ def _finetune(config: Config, progress: Progress) -> RunResult | None:
         if start is not None:
             clock.go_on_from(start.state.seconds)
         with _events(output, progress, resumed=start is not None) as events, _advice_when_stopped(output):
-            return _sessions(inputs, start, RunContext(progress, clock, interrupts, events))
+            result = _sessions(inputs, start, RunContext(progress, clock, interrupts, events))
+        if config.push_to_hub is not None:
+            progress.note(f"pushed: {push(output, config.push_to_hub, say=progress.warn)}")
+        return result
 
 
 def _with_boundary(config: Config, progress: Progress, interrupts: Interrupts) -> tuple[Config, list[Probe]]:

@@ -14,7 +14,8 @@ from math import prod
 CPU_CHUNK = 1 << 17  # elements unpacked at a time: 512 KiB in fp32 stay near the core
 DEVICE_CHUNK = 1 << 22
 SCRATCH_PER_ELEMENT = 12  # bytes; the most that a type takes (IQ4_NL to half precision), tests/quant/gguf/test_unpack.py
-TABLES_BYTES = 2 * 256 * 8  # two tables of 256 pairs of fp32
+TABLE_BYTES = 256 * 8  # a word for each value of a byte
+TABLES_BYTES = 3 * TABLE_BYTES  # two of pairs of fp32, one of bits
 ALIGNMENT = 64
 
 

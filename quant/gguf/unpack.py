@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.gguf.types import ALIGNMENT, TABLES_BYTES, TYPES, scratch_bytes
+from quant.gguf.types import ALIGNMENT, TABLE_BYTES, TABLES_BYTES, TYPES, scratch_bytes
 
 # IQ4_NL and IQ4_XS: ggml's kvalues_iq4nl. MXFP4: twice the values of the OCP format E2M1; its scale is half as large.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -25,9 +25,12 @@ TABLES = (IQ4_VALUES, MXFP4_VALUES)
 def new_scratch(device: torch.device) -> Tensor:
     """The flat buffer of a `Scratch`, with the tables at its beginning."""
     flat = torch.empty(scratch_bytes(on_cpu=device.type == "cpu"), dtype=torch.uint8, device=device)
-    for values, target in zip(TABLES, flat[:TABLES_BYTES].view(torch.float32).view(2, 256, 2), strict=True):
+    pairs = flat[: len(TABLES) * TABLE_BYTES].view(torch.float32).view(len(TABLES), 256, 2)
+    for values, target in zip(TABLES, pairs, strict=True):
         codes = torch.tensor(values, dtype=torch.float32)  # entry b: the values of byte b's low half, and of its high one
         target.copy_(torch.stack([codes.repeat(16), codes.repeat_interleave(16)], dim=1))
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1  # entry b: its bits as eight bytes of 0 or 16
+    flat[len(TABLES) * TABLE_BYTES : TABLES_BYTES].copy_((16 * bits).to(torch.uint8).view(-1))
     return flat
 
 
@@ -54,8 +57,13 @@ class Scratch:
 
     def pairs(self, values: tuple[int, ...]) -> Tensor:
         """The table (256,) int64 of pairs of fp32, one word each."""
-        start = TABLES.index(values) * (TABLES_BYTES // 2)
-        return self.flat[start : start + TABLES_BYTES // 2].view(torch.int64)
+        start = TABLES.index(values) * TABLE_BYTES
+        return self.flat[start : start + TABLE_BYTES].view(torch.int64)
+
+    @property
+    def fifth_bits(self) -> Tensor:
+        """The table (256,) int64 of a byte's bits, each 16 or 0 in a byte of its own."""
+        return self.flat[len(TABLES) * TABLE_BYTES : TABLES_BYTES].view(torch.int64)
 
 
 Unpack = Callable[[Tensor, Tensor, Scratch], None]
@@ -80,12 +88,18 @@ def _bits(source: Tensor, shift: int, mask: int, out: Tensor) -> Tensor:
 
 
 def _codes(source: Tensor, n_bits: int, scratch: Scratch) -> Tensor:
-    """The codes (n, groups, 8 / n_bits, width) of bytes (n, groups, width), the lowest bits first."""
+    """The codes (n, groups, 8 / n_bits, width) of bytes (n, groups, width), the lowest bits first.
+
+    Four bytes are shifted and masked as one word, side by side: a loop over short rows costs more than its arithmetic.
+    """
     n, groups, width = source.shape
-    parts, mask = 8 // n_bits, (1 << n_bits) - 1
+    parts, mask = 8 // n_bits, 0x01010101 * ((1 << n_bits) - 1)
     codes = scratch.take((n, groups, parts, width), torch.uint8)
+    words = scratch.take((n, groups, width), torch.uint8).copy_(source).view(-1).view(torch.int32)
+    plane = scratch.take(tuple(words.shape), torch.int32)
     for part in range(parts):
-        _bits(source, part * n_bits, mask, codes[:, :, part])
+        torch.bitwise_right_shift(words, part * n_bits, out=plane)
+        codes[:, :, part].copy_(plane.bitwise_and_(mask).view(torch.uint8).view(n, groups, width))
     return codes
 
 
@@ -107,11 +121,11 @@ def _q4_1(blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
 def _with_fifth_bit(blocks: Tensor, first: int, scratch: Scratch) -> Tensor:
     """The codes (n, 32) of 5 bits: 4 bytes with the highest one of each element from `first` on, then the others."""
     n = len(blocks)
-    codes = _codes(_split(blocks, first + 4, 1, 16), 4, scratch).view(n, 4, 8)
-    high = scratch.take((n, 4, 8), torch.uint8)
-    for bit in range(8):  # byte j, bit i is of element 8 j + i
-        _bits(blocks[:, first : first + 4], bit, 1, high[:, :, bit])
-    return codes.bitwise_or_(high.bitwise_left_shift_(4)).view(n, 32)
+    codes = _codes(_split(blocks, first + 4, 1, 16), 4, scratch).view(n, 32)
+    index = scratch.take((n, 4), torch.int32).copy_(blocks[:, first : first + 4]).view(-1)
+    high = scratch.take((4 * n,), torch.int64)
+    torch.index_select(scratch.fifth_bits, 0, index, out=high)  # byte j, bit i is of element 8 j + i
+    return codes.bitwise_or_(high.view(torch.uint8).view(n, 32))
 
 
 def _q5_0(blocks: Tensor, out: Tensor, scratch: Scratch) -> None:

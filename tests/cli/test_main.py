@@ -6,6 +6,7 @@ Commands run in this process through the console script's `main`; the real model
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def test_whole_tour(run, tmp_path, data):
 def test_dry_run_and_print_config(run, tmp_path, data):
     code, _, err = run(*finetune_words(data, tmp_path / "out", "--dry-run"))
     assert code == 0
-    assert "plan" in err
+    assert all(re.search(rf"^{fact} ", err, re.M) for fact in ("model", "data", "memory", "time"))
+    assert "(predicted)" in err and "nothing was trained or written" in err
     assert not (tmp_path / "out").exists()
     code, out, _ = run(*finetune_words(data, tmp_path / "out", "--boundary-layers", "3,6", "--print-config"))
     assert code == 0

@@ -11,10 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopt_edge.models.folder import find_model, tensor_entries
+from lopt_edge.models.gguf_architectures import architecture_of, entries_of
+from lopt_edge.models.gguf_written import Target, _keys
 from lopt_edge.plan.schedule.knobs import default_knobs
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.step.losses import logits
+from quant.gguf.header import read_gguf_header
 from quant.gguf.types import TYPES
+from quant.headers import read_json
 from tests.laws.bench import make_bench, random_batch
 from tests.laws.test_timeline import check
 from tools.timeline_settings import method_setting, random_setting
@@ -59,8 +63,6 @@ def theirs(path: Path) -> torch.nn.Module:
 
 def names_in(path: Path) -> dict[str, str]:
     """Our names of the tensors -> those in the file, by where they lie."""
-    from quant.gguf.header import read_gguf_header
-
     by_place = {entry.start: name for name, entry in read_gguf_header(path).entries.items()}
     return {name: by_place[entry.start] for name, entry in tensor_entries(find_model(str(path)).path).items()}
 
@@ -87,6 +89,21 @@ def test_logits_with_every_type(tmp_path, embedding):
     kinds = find_model(str(path)).facts.forms
     assert {kind for layer in kinds.layers for kind in layer} == {*KINDS} and kinds.embedding == embedding
     assert_same_logits(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_would_write_is_what_was_read(tmp_path, family):
+    """Names, orders of rows, offsets and metadata, the other way round: as tiny_gguf.py has them."""
+    path = make_gguf(tmp_path, family, **FAMILIES[family])
+    header, source = read_gguf_header(path), find_model(str(path.parent / "source"))
+    name, kind = architecture_of(header)
+    heads = source.facts.n_heads, source.facts.n_kv_heads
+    target = Target(name, kind, _keys(source, read_json(source.path / "config.json"), name, kind), *heads)
+    for ours, entry in entries_of(header).items():
+        assert header.entries[target.tensor(ours, source.facts.layout)].start == entry.start, ours
+        assert (target.heads(ours), target.offset(ours)) == (entry.rotary_heads, entry.offset), ours
+    own = {key: value for key, value in header.metadata.items() if key.startswith(f"{name}.")}
+    assert {key: value for key, (_, _, value) in target.metadata.items() if key in own} == pytest.approx(own)
 
 
 def test_the_config_is_the_one_it_was_made_from(tmp_path):

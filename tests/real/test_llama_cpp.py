@@ -81,10 +81,13 @@ def prompts(generator: TextGenerator) -> list[list[int]]:
 def ours(generator: TextGenerator, asked: list[list[int]]) -> list[Tensor]:
     """Our log-probabilities of the next token after each prompt."""
     found, model = [], generator.model
-    for ids in asked:
-        hidden = model.embed(torch.tensor([ids]))
+    for start in range(0, len(asked), 10):  # side by side: what is padded lies behind what is asked for
+        some = asked[start : start + 10]
+        longest = max(map(len, some))
+        hidden = model.embed(torch.tensor([ids + [0] * (longest - len(ids)) for ids in some]))
         hidden = model.run_all(hidden, model.layer_context(hidden))
-        found.append(logits(model, hidden[0, -1:])[0].log_softmax(-1))
+        last = torch.stack([row[len(ids) - 1] for row, ids in zip(hidden, some, strict=True)])
+        found += logits(model, last).log_softmax(-1).unbind()
     return found
 
 
@@ -94,6 +97,9 @@ def apart(model: Path, expected: list[Tensor], asked: list[list[int]], *, adapte
 
     values: Any = xllamacpp.CommonParams()
     values.model.path, values.n_ctx, values.n_parallel, values.warmup, values.verbosity = str(model), 512, 1, False, 0
+    values.cpuparams.n_threads = values.cpuparams_batch.n_threads = (
+        1  # several spin where a core is busy with something else
+    )
     values.cache_type_k = values.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     values.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
@@ -126,9 +132,10 @@ def test_llama_cpp_gives_what_was_trained(files, record_property):
         "merged q8_0": apart(files["q8_0"], trained, asked),
     }
     print(f"the adapter moves log-probabilities by {moved:.2f}", *found.items(), sep="\n")
-    for name in ("base + adapter, weights in fp32", "merged f16"):
-        same, worst = found[name]
-        assert same == N_PROMPTS and worst <= EXACT, (name, found)
+    same, worst = found["base + adapter, weights in fp32"]
+    assert same == N_PROMPTS and worst <= EXACT, found
+    same, worst = found["merged f16"]  # weights and activations are rounded to f16: two tokens nearer than that may swap
+    assert same >= N_PROMPTS - 2 and worst <= EXACT, found
     rounding = found["base as it is"][1]  # llama.cpp's own, of activations to 8 bits
     for name in ("base as it is + adapter", "merged q8_0"):
         same, worst = found[name]

@@ -11,8 +11,8 @@ from quant.gguf.types import TYPES
 
 # times the seconds of NF4 that unpacking to fp32 takes on a CPU (tools/results/unpack.csv)
 UNPACK_TIMES = {
-    "F32": 0.5, "F16": 0.4, "BF16": 0.4, "Q4_0": 2.4, "Q4_1": 2.2, "Q5_0": 8.0, "Q5_1": 7.8, "Q8_0": 0.8, "Q2_K": 4.4,
-    "Q3_K": 7.8, "Q4_K": 4.7, "Q5_K": 7.2, "Q6_K": 3.8, "IQ4_NL": 3.8, "IQ4_XS": 5.2, "MXFP4": 2.8,
+    "F32": 0.4, "F16": 0.3, "BF16": 0.3, "Q4_0": 2.8, "Q4_1": 2.6, "Q5_0": 4.0, "Q5_1": 4.2, "Q8_0": 1.0, "Q2_K": 4.2,
+    "Q3_K": 7.0, "Q4_K": 3.3, "Q5_K": 5.6, "Q6_K": 3.0, "IQ4_NL": 2.2, "IQ4_XS": 4.1, "MXFP4": 3.0,
 }  # fmt: skip
 
 

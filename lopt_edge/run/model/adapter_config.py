@@ -19,6 +19,9 @@ from lopt_edge.errors import InputError
 from quant.headers import FolderError, read_json
 from quant.untrusted import check_folder, printable
 
+ADAPTER_NAME = "adapter_model.safetensors"
+REPLACED_NAME = "replaced_layers.json"
+
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_ADVICE = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
 MAX_ALPHA = 1_000_000

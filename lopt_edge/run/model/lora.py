@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError, NotFinite
 from lopt_edge.plan.facts.layers import LinearFacts
-from lopt_edge.run.model.adapter_config import ADAPTER_ADVICE, AdapterConfig, lora_scale, read_adapter_config
+from lopt_edge.run.model.adapter_config import ADAPTER_ADVICE, ADAPTER_NAME, AdapterConfig, lora_scale, read_adapter_config
 from lopt_edge.run.model.load import Model
 from quant.files import read_tensor, tensor_bytes
 from quant.headers import FolderError, SafetensorsWriter, TensorEntry, read_header
 from quant.linear import DropoutClock, PackedLinear
-
-ADAPTER_NAME = "adapter_model.safetensors"
 
 
 def adapted(model: Model, layer: int) -> Iterator[tuple[str, PackedLinear]]:

@@ -23,6 +23,7 @@ from torch import nn
 
 from lopt_edge.errors import InputError, NotFinite
 from lopt_edge.plan.schedule.knobs import Knobs, placement_of
+from lopt_edge.run.model.adapter_config import REPLACED_NAME
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.model.lora import layer_parameters
 from quant.headers import FolderError, read_json
@@ -30,7 +31,6 @@ from quant.linear import PackedLinear
 from quant.mixed import Mixture, fit
 from quant.untrusted import check_folder
 
-REPLACED_NAME = "replaced_layers.json"
 FORMAT = 1
 Coefficients = Mapping[int, Mapping[str, tuple[float, float]]]  # by layer and linear layer
 

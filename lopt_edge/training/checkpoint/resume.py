@@ -34,7 +34,7 @@ MAY_CHANGE = frozenset({
     "eval_data", "eval_every", "retention_data", "sample_prompt", "system", "cache_dir", "init_adapter", "device",
     "weights", "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
-    "choose_segments", "boundary", "overwrite", "patience", "track", "pipeline", "pipeline_minutes",
+    "choose_segments", "boundary", "overwrite", "patience", "track", "pipeline", "pipeline_minutes", "push_to_hub",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.plan.schedule.build import StepKind
-from lopt_edge.run.model.adapter_config import read_adapter_config
-from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.model.adapter_config import ADAPTER_NAME, read_adapter_config
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.tiers.feature_cache import FeatureCache, claim
 from lopt_edge.system.file_systems import check_free_space

@@ -16,7 +16,7 @@ import torch
 
 from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.config.load import settings_text
-from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.run.model.adapter_config import ADAPTER_NAME
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.op_faults import memory_faults
 from lopt_edge.run.step.step_state import Cut
