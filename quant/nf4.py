@@ -70,6 +70,11 @@ class PackedWeight:
         return unpack_part(self, scales, out, rows=rows, columns=columns)
 
 
+def import_packing() -> None:
+    """Import what packing needs, some 50 MiB of modules: for whoever then looks at what the process takes."""
+    import bitsandbytes.functional  # noqa: F401
+
+
 def pack(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedWeight:
     """Quantise a matrix (out, in) of any float dtype; `dtype` is what to record (default: that of the matrix)."""
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise

@@ -47,7 +47,7 @@ def make_gguf(rng: random.Random) -> tuple[str, bytes]:
 
 
 def read_gguf(path: Path) -> None:
-    from lopt_edge.models.gguf_architectures import config_of, entries_of
+    from lopt_edge.plan.facts.gguf_architectures import config_of, entries_of
     from lopt_edge.plan.facts.model import facts_from_config
     from quant.gguf.header import read_gguf_header
 

@@ -24,10 +24,10 @@ from lopt_edge.adapters.merge import merged_tensors, tensor_shapes
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder
 from lopt_edge.models.four_bit import four_bit_folder
-from lopt_edge.models.gguf_architectures import FREQUENCIES
 from lopt_edge.models.gguf_written import Target, table_of, target_of
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.models.tokenizer_files import template_in
+from lopt_edge.plan.facts.gguf_architectures import FREQUENCIES
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import adapted, load_adapters
 from lopt_edge.run.model.replaced import apply_replaced

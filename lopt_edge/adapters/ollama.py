@@ -58,11 +58,11 @@ def _form(before: str, after: str, *, names: dict[str, str]) -> Form:
 
 PLAIN = {role: role for role in ("system", "user", "assistant")}
 FORMS = {
-    "chatml": _form("<|im_start|>ROLE\n", "<|im_end|>\n", names=PLAIN),
-    "llama 3": _form("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", names=PLAIN),
-    "phi 3": _form("<|ROLE|>\n", "<|end|>\n", names=PLAIN),
-    "zephyr": _form("<|ROLE|>\n", "</s>\n", names=PLAIN),
-    "granite": _form("<|start_of_role|>ROLE<|end_of_role|>", "<|end_of_text|>\n", names=PLAIN),
+    "ChatML": _form("<|im_start|>ROLE\n", "<|im_end|>\n", names=PLAIN),
+    "Llama 3": _form("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", names=PLAIN),
+    "Phi 3": _form("<|ROLE|>\n", "<|end|>\n", names=PLAIN),
+    "Zephyr": _form("<|ROLE|>\n", "</s>\n", names=PLAIN),
+    "Granite": _form("<|start_of_role|>ROLE<|end_of_role|>", "<|end_of_text|>\n", names=PLAIN),
 }
 TALK = (("user", "One {x}"), ("assistant", "Two"), ("user", "Three"))
 SYSTEM = ("system", "Be brief")

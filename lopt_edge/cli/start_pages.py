@@ -17,6 +17,7 @@ from lopt_edge.config.load import load_config
 from lopt_edge.config.recipes import copy_recipe, recipes, write_new
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.cards import find_card, near_cards
+from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.units import format_bytes, parse_bytes
 
 recipes_app = typer.Typer(help="Settings files for usual jobs: list them, copy one.", invoke_without_command=True)
@@ -106,8 +107,9 @@ def settings_file(model: str, data: str, memory: str, goal: str, *, output: str)
 def _where(memory: str) -> dict[str, tuple[str, str]]:
     """The device and its budget: of a card, of `cpu 4GB`, or of an amount."""
     words = memory.split()
-    on_cpu, amount = words[:1] == ["cpu"], " ".join(words[1:] if words[:1] == ["cpu"] else words)
-    device = {"device": ("cpu", "where to compute")} if on_cpu else {}
+    on_cpu = words[:1] == [CPU.name]
+    amount = " ".join(words[1:] if on_cpu else words)
+    device = {"device": (CPU.name, "where to compute")} if on_cpu else {}
     if not amount:
         return device
     if (card := find_card(amount)) is not None and not on_cpu:

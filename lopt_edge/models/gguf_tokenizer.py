@@ -15,6 +15,7 @@ from typing import Any
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.gguf import gguf_in
+from lopt_edge.plan.facts.gguf_architectures import CUT_AS_QWEN2, SENTENCEPIECE
 from lopt_edge.system.files import write_json, write_text
 from quant.gguf.header import GgufHeader, LongArray, read_arrays
 from quant.headers import FolderError
@@ -30,7 +31,7 @@ CUTS: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), ((r"\p{N}", GPT2), {})),
     **dict.fromkeys(("dbrx", "smaug-bpe"), ((_MODERN % "{1,3}",), {})),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), ((_MODERN % "{1,3}",), {"ignore_merges": True, "bos": True})),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), ((_MODERN % "",), {"normalizer": {"type": "NFC"}})),
+    **dict.fromkeys((CUT_AS_QWEN2, "deepseek-r1-qwen"), ((_MODERN % "",), {"normalizer": {"type": "NFC"}})),
 }
 UNKNOWN, CONTROL, USER = 2, 3, 4  # token types
 TOKENS, KINDS, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
@@ -52,7 +53,7 @@ def make_tokenizer(folder: Path) -> None:
             if isinstance(template, str):
                 write_text(folder / "chat_template.jinja", template)
             write_json(folder / "tokenizer.json", values)  # last: where it is, the others are
-        elif kind == "llama":
+        elif kind == SENTENCEPIECE:
             _by_transformers(header, folder)
         else:
             raise _refusal(

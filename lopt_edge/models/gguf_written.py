@@ -19,20 +19,20 @@ from typing import Any
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder
 from lopt_edge.models.gguf import gguf_in
-from lopt_edge.models.gguf_architectures import (
+from lopt_edge.models.gguf_tokenizer import CUTS, GPT2
+from lopt_edge.plan.facts.families.family import Layout
+from lopt_edge.plan.facts.gguf_architectures import (
     ARCHITECTURES,
     OPTIONAL,
     PARTS,
     REQUIRED,
     Architecture,
+    architecture_for,
     architecture_of,
     frequencies,
 )
-from lopt_edge.models.gguf_tokenizer import CUTS, GPT2
-from lopt_edge.plan.facts.families.family import Layout
 from quant.headers import FolderError, read_json
 
-LIKE_LLAMA = {"mistral": "llama"}  # written by llama.cpp's converter as another family
 CONVERTER = "use --merged and llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -78,12 +78,11 @@ def target_of(source: ModelFolder) -> Target:
         return Target(name, kind, _copied(header.paths[0]), facts.n_heads, facts.n_kv_heads)
     if facts.wrapper:
         raise InputError("a multimodal model cannot be written as GGUF", where="export", fix=CONVERTER)
-    wanted = LIKE_LLAMA.get(facts.model_type, facts.model_type)
-    found = [(name, kind) for name, kind in ARCHITECTURES.items() if kind.model_type == wanted]
-    if not found or (facts.sliding_window and wanted != facts.model_type):
-        what = f"a model of the family {facts.model_type} cannot be written as GGUF here"
+    found = architecture_for(facts.family.name, wrapper=facts.wrapper, sliding_window=facts.sliding_window)
+    if found is None:
+        what = f"a model of the family {facts.family.name} cannot be written as GGUF here"
         raise InputError(what, where="export", fix=f"{CONVERTER}; written are {', '.join(ARCHITECTURES)}")
-    name, kind = found[0]
+    name, kind = found
     try:
         config = read_json(source.path / "config.json")
         metadata = _keys(source, config, name, kind) | _vocabulary(source.path)

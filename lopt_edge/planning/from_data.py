@@ -25,6 +25,7 @@ from lopt_edge.run.device import device_of
 from lopt_edge.run.model.load import import_model_code
 from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.memory import resident_bytes
+from quant.nf4 import import_packing
 
 SLOW_CARD = "RTX 3060"  # whose rates stand in for an unknown GPU's
 
@@ -36,8 +37,14 @@ def ground_of(
     dtype: torch.dtype,
     datasets: Sequence[Dataset | None],
     teacher: ModelFolder | None = None,
+    packs: bool = False,
 ) -> Ground:
-    """The ground of a run's model and data on this machine. `datasets`: what trains first, then what is evaluated."""
+    """The ground of a run's model and data on this machine. `datasets`: what trains first, then what is evaluated.
+
+    `packs`: this process will pack a model into 4 bits, or moments into 8.
+    """
+    if packs:
+        import_packing()
     profile, itemsize = machine_profile(device), dtype.itemsize
     return Ground(
         source.facts,

@@ -24,7 +24,8 @@ TABLES = (IQ4_VALUES, MXFP4_VALUES)
 
 def new_scratch(device: torch.device) -> Tensor:
     """The flat buffer of a `Scratch`, with the tables at its beginning."""
-    flat = torch.empty(scratch_bytes(on_cpu=device.type == "cpu"), dtype=torch.uint8, device=device)
+    n_bytes = scratch_bytes(on_cpu=torch.empty(0, device=device).is_cpu)
+    flat = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     pairs = flat[: len(TABLES) * TABLE_BYTES].view(torch.float32).view(len(TABLES), 256, 2)
     for values, target in zip(TABLES, pairs, strict=True):
         codes = torch.tensor(values, dtype=torch.float32)  # entry b: the values of byte b's low half, and of its high one

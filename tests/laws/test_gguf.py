@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopt_edge.models.folder import find_model, tensor_entries
-from lopt_edge.models.gguf_architectures import architecture_of, entries_of
 from lopt_edge.models.gguf_written import Target, _keys
+from lopt_edge.plan.facts.gguf_architectures import architecture_of, entries_of
 from lopt_edge.plan.schedule.knobs import default_knobs
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.step.losses import logits

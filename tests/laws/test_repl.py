@@ -227,7 +227,7 @@ def test_the_run_tells_the_jump_and_what_closed_it(run):
     told = json.loads((Path(run.output) / "run.json").read_text())
     found, evaluation = told["replacement"], told["evaluation"]
     assert found["layers"] == [1] and set(found["unexplained"]["1"]) == {
-        linear["name"] for linear in told["model"]["linears"]
+        linear["name"] for kind in told["model"]["kinds"] for linear in kind["linears"]
     }
     assert all(0.9 < share <= 1 for share in found["unexplained"]["1"].values()), "random weights explain nothing"
     jump = evaluation["before"]["eval_loss"] - found["intact"]["eval_loss"]

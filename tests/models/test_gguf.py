@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model, tensor_entries
-from lopt_edge.models.gguf_architectures import LLAMA3_ROPES, _stretch
 from lopt_edge.models.tokenizer import PROBES, load_tokenizer
+from lopt_edge.plan.facts.gguf_architectures import LLAMA3_ROPES, _stretch
 from tools.tiny_gguf import write_gguf
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"

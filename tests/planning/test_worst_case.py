@@ -145,7 +145,7 @@ def refusal(model: str = "llama-3.1-8b", **settings: Any) -> str:
     ("settings", "words"),
     [
         ({"model": "llama-3.1-8c"}, ("llama-3.1-8c", "llama-3.1-8b")),
-        ({"model": "zzz"}, ("'zzz'", "give a folder, a hub id")),
+        ({"model": "zzz"}, ("'zzz'", "give a folder", "a hub id")),
         ({"gpu": "rtx 4091"}, ("rtx 4091", "RTX 4090")),
         ({"gpu": "abacus"}, ("abacus", "--device-memory")),
         ({"gpu": "rtx4090", "device_memory": "24"}, ("'24' has no unit",)),

@@ -23,6 +23,7 @@ from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, l
 from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
+from lopt_edge.models.four_bit import four_bit_path
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.build import StepKind
@@ -146,6 +147,11 @@ class _Answer:
     warnings: tuple[str, ...]  # of budgets that were lowered, and of micro-batches of a resumed run that had to be split
 
 
+def _lacks_copy(model: ModelFolder | None, config: Config) -> bool:
+    """Whether a model is in full precision, and its 4-bit copy has yet to be made."""
+    return model is not None and not (four_bit_path(model, cache_dir=config.cache_dir) / "config.json").exists()
+
+
 def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     """Budgets, what the planner settles of the settings, and the plan. Raises DoesNotFit, unless forced."""
     device, source = found.device, found.source
@@ -153,7 +159,8 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     budget, reason = planned_budget(stated, device)
     reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention)
-    ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher)
+    packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
+    ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
         search = search_for(variant, ground)

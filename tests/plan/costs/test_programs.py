@@ -199,7 +199,7 @@ def test_a_norm_takes_what_its_tile_takes(family, dtype):
 
 
 def norm_of(family: str, dtype: torch.dtype) -> torch.nn.Module:
-    norm = AutoModelForCausalLM.from_config(tiny_config(family, num_hidden_layers=1, hidden_size=64)).model.norm
+    norm = AutoModelForCausalLM.from_config(tiny_config(family, hidden_size=64)).model.norm
     return norm.to(dtype).requires_grad_(False)
 
 

@@ -91,6 +91,27 @@ LLAMA3_ROPES = tuple(
 FREQUENCIES = "rope_freqs.weight"
 
 
+LIKE_LLAMA = {"mistral": "llama"}  # written by llama.cpp's converter as another family
+# Kinds of tokenizers, and of cutting texts, that GGUF names as families are named.
+SENTENCEPIECE, CUT_AS_QWEN2 = "llama", "qwen2"
+
+
+def architecture_for(family: str, *, wrapper: str, sliding_window: int | None) -> tuple[str, Architecture] | None:
+    """The architecture as which a model in full precision is written; None for one that cannot be."""
+    wanted = LIKE_LLAMA.get(family, family)
+    if wrapper or (sliding_window and wanted != family):
+        return None
+    return next(((name, kind) for name, kind in ARCHITECTURES.items() if kind.model_type == wanted), None)
+
+
+def can_be_written(told: Mapping[str, Any]) -> bool:
+    """Whether a model can be written as GGUF, by its facts as run.json has them."""
+    if told["forms"] is not None:  # it is one
+        return True
+    found = architecture_for(told["model_type"], wrapper=told["wrapper"], sliding_window=told["sliding_window"])
+    return found is not None
+
+
 def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
     """The architecture that a file names. Raises InputError for one that no family of ours is."""
     name = header.metadata.get("general.architecture")
