@@ -25,8 +25,8 @@ from lopt_edge import plan_run
 from tools.document_block import ROOT, run
 
 CARDS = ("RTX 4060", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 4090")
-MODELS = {"llama-3.2-3b": "Llama-3.2-3B", "llama-3.1-8b": "Llama-3.1-8B", "qwen2.5-14b": "Qwen2.5-14B",
-          "qwen2.5-32b": "Qwen2.5-32B"}  # fmt: skip
+MODELS = {"llama-3.2-3b": "Llama-3.2-3B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3.5-9b": "Qwen3.5-9B",
+          "qwen2.5-14b": "Qwen2.5-14B", "qwen2.5-32b": "Qwen2.5-32B"}  # fmt: skip
 TOKENS, HOST_MEMORY, DISK_MEMORY = 2048, "32GB", "100GB"
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import ceil
 
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
@@ -27,6 +28,7 @@ FORWARD_PASSES, BACKWARD_PASSES = 24, 70  # reads and writes of a (tokens, hidde
 # A product of few rows does not reach the rate: it takes as long as one of so many rows more. Fitted on a CPU, 0.5B shape,
 # 64 to 2,048 tokens: predicted / measured seconds were 0.52 to 0.98 without it.
 FEW_ROWS = 64
+CHUNK_BACKWARD = 5  # of a delta rule's chunk, whose forward has about as many operations as a layer: traced, 400 to 75
 ATTENTION_BACKWARD = 2.5  # of a forward: the scores again, and four products instead of two
 LINK_BYTES_PER_SECOND = 1e9  # between two processes of one machine; measured on loopback: 1 to 2 GB/s
 UPDATE_BYTES = {"adamw": 28, "adamw8bit": 60}  # a parameter's reads and writes; 8 bits: unpacked and packed again
@@ -61,10 +63,11 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     backward = product * (mixed * outside + in_mlp * (5 / 3 if shape.blocked else mixed) + 4 * adapters)
     backward += ATTENTION_BACKWARD * attention + unpack * (outside + in_mlp)
     again = product * (outside + again_mlp * in_mlp + adapters / 2) + attention + unpack * (outside + again_mlp * in_mlp)
+    chunks = 0.0 if shape.layer.delta is None else overhead * ceil(batch.n_tokens / DELTA_CHUNK)
     return LayerSeconds(
-        forward + FORWARD_PASSES * hidden + overhead,
-        backward + BACKWARD_PASSES * hidden + overhead,
-        again + FORWARD_PASSES / 2 * hidden,
+        forward + FORWARD_PASSES * hidden + overhead + chunks,
+        backward + BACKWARD_PASSES * hidden + overhead + CHUNK_BACKWARD * chunks,
+        again + FORWARD_PASSES / 2 * hidden + chunks,
     )
 
 
