@@ -9,12 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder, find_model, model_fingerprint, names_a_gguf
 from lopt_edge.run.model.adapter_config import AdapterConfig, read_adapter_config
 from quant.headers import FolderError, read_json
+
+
+class BaseOptions(TypedDict, total=False):
+    """What every export is told of the adapter's base: `say` hears warnings."""
+
+    model: str | None
+    revision: str | None
+    cache_dir: str | None
+    say: Callable[[str], None]
+
 
 RUN_NAME = "run.json"  # a finished run's facts, in its output folder
 

@@ -10,15 +10,15 @@ refused, not written.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from lopt_edge.adapters.base import base_of, is_the_base
+from lopt_edge.adapters.base import BaseOptions, base_of, is_the_base
 from lopt_edge.adapters.gguf_file import FILE_TYPES, Info, check_new, check_type, in_pairs, need_gguf, new_gguf
 from lopt_edge.adapters.merge import merged_tensors, tensor_shapes
 from lopt_edge.errors import InputError
@@ -55,21 +55,12 @@ class _Tuned:
     target: Target
 
 
-def export_gguf(
-    adapter: str | Path,
-    file: str | Path,
-    *,
-    kind: str = "f16",
-    model: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    say: Callable[[str], None] = warnings.warn,
-) -> Written:
+def export_gguf(adapter: str | Path, file: str | Path, *, kind: str = "f16", **base: Unpack[BaseOptions]) -> Written:
     """Merge an adapter into one GGUF file (new) whose matrices are of `kind`. Raises InputError, RunError."""
     need_gguf()
     adapter, path, kind = Path(adapter), Path(file), check_type(kind)
     check_new(path)
-    tuned = _load(adapter, model=model, revision=revision, cache_dir=cache_dir, say=say)
+    tuned = _load(adapter, **base)
     layout, target = tuned.source.facts.layout, tuned.target
     shapes = tensor_shapes(tuned.model, tuned.weights)
     table = table_of(tuned.source)
@@ -89,20 +80,12 @@ def export_gguf(
     return Written(path, path.stat().st_size, f"the merged model in {kind}")
 
 
-def export_gguf_adapter(
-    adapter: str | Path,
-    file: str | Path,
-    *,
-    model: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    say: Callable[[str], None] = warnings.warn,
-) -> Written:
+def export_gguf_adapter(adapter: str | Path, file: str | Path, **base: Unpack[BaseOptions]) -> Written:
     """Write an adapter in llama.cpp's form, as one GGUF file (new). Raises InputError, RunError."""
     need_gguf()
     adapter, path = Path(adapter), Path(file)
     check_new(path)
-    tuned = _load(adapter, model=model, revision=revision, cache_dir=cache_dir, say=say)
+    tuned = _load(adapter, **base)
     pairs = list(_adapter_tensors(tuned))
     if not pairs:
         raise InputError("has no matrices", where=str(adapter), fix="give the output folder of a finetune run")
@@ -123,17 +106,16 @@ def export_gguf_adapter(
     return Written(path, path.stat().st_size, f"an adapter for {tuned.source.name}")
 
 
-def _load(
-    adapter: Path, *, model: str | None, revision: str | None, cache_dir: str | None, say: Callable[[str], None]
-) -> _Tuned:
-    source = base_of(adapter, model=model, revision=revision, say=say)
+def _load(adapter: Path, **base: Unpack[BaseOptions]) -> _Tuned:
+    say = base.get("say", warnings.warn)
+    source = base_of(adapter, model=base.get("model"), revision=base.get("revision"), say=say)
     if not is_the_base(source, adapter):
         fix = "give the model that it was trained on with --model"
         raise InputError(f"was trained on another model than {source.name}", where=str(adapter), fix=fix)
     if source.facts.forms is None:
         load_tokenizer(source.path, say=say)  # a broken one is a sentence here
     target = target_of(source)
-    folder, _ = four_bit_folder(source, cache_dir=cache_dir)
+    folder, _ = four_bit_folder(source, cache_dir=base.get("cache_dir"))
     tuned = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
     apply_replaced(tuned, adapter)
     load_adapters(tuned, adapter)

@@ -10,12 +10,12 @@ does the export is refused with that reason, since a wrong template makes a good
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from lopt_edge.adapters.base import base_of, run_of
+from lopt_edge.adapters.base import BaseOptions, base_of, run_of
 from lopt_edge.adapters.gguf_export import Written, export_gguf, export_gguf_adapter
 from lopt_edge.adapters.merged_files import END_KEY, end_token_ids
 from lopt_edge.data import ChatTemplate, load_template
@@ -97,21 +97,13 @@ def form_of(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple
     )
 
 
-def export_ollama(
-    adapter: str | Path,
-    folder: str | Path,
-    *,
-    kind: str = "f16",
-    model: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    say: Callable[[str], None] = warnings.warn,
-) -> Written:
+def export_ollama(adapter: str | Path, folder: str | Path, *, kind: str = "f16", **base: Unpack[BaseOptions]) -> Written:
     """Write a folder (new) with a Modelfile and what it needs. Raises InputError, RunError."""
     adapter, target = Path(adapter), Path(folder)
     if target.exists():
         raise InputError("exists already", where=str(target), fix="choose a new folder for --ollama")
-    source = base_of(adapter, model=model, revision=revision, say=say)
+    say = base.get("say", warnings.warn)
+    source = base_of(adapter, model=base.get("model"), revision=base.get("revision"), say=say)
     has_tokenizer = (adapter / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(adapter if has_tokenizer else source.path, say=say)
     template, _ = load_template(tokenizer)
@@ -121,13 +113,12 @@ def export_ollama(
     kept = run_of(adapter).get(END_KEY)
     ends = kept if isinstance(kept, list) else end_token_ids(template, tokenizer)
     header = gguf_in(source.path)
-    arguments = {"model": model, "revision": revision, "cache_dir": cache_dir, "say": say}
     with new_folder(target) as partial:
         if header is None:
-            written = export_gguf(adapter, partial / "model.gguf", kind=kind, **arguments)  # type: ignore[arg-type]
+            written = export_gguf(adapter, partial / "model.gguf", kind=kind, **base)
             lines = ["FROM ./model.gguf"]
         else:
-            written = export_gguf_adapter(adapter, partial / "adapter.gguf", **arguments)  # type: ignore[arg-type]
+            written = export_gguf_adapter(adapter, partial / "adapter.gguf", **base)
             lines = [f"FROM {header.paths[0]}", "ADAPTER ./adapter.gguf"]
         lines.append(f'TEMPLATE """{form.ollama}"""')
         lines += [f'SYSTEM """{default}"""'] if default else []

@@ -13,23 +13,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lopt_edge.cli.options import RevisionOption
+from lopt_edge.cli.options import BaseOption, CacheOption, DeviceOption, DtypeOption, RevisionOption
 from lopt_edge.cli.terminal import out, warn
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 
 
 def evaluate(
     adapter: Annotated[str | None, typer.Argument(metavar="[OUTPUT]", help="output folder of a run, or an adapter")] = None,
     data: Annotated[str, typer.Option("--data", help="what to score: file, folder or hub data set")] = "",
-    model: Annotated[str | None, typer.Option("--model", help="model folder or hub id (default: the adapter's)")] = None,
+    model: BaseOption = None,
     exact_match: Annotated[int, typer.Option("--exact-match", help="compare greedy completions of the first N rows")] = 0,
     with_base: Annotated[bool, typer.Option("--base/--no-base", help="measure the base beside an adapter")] = True,
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="longest sequence in tokens")] = None,
     revision: RevisionOption = None,
-    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")] = None,
-    device: Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))] = "auto",
-    compute_dtype: Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")] = "auto",
+    cache_dir: CacheOption = None,
+    device: DeviceOption = "auto",
+    compute_dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
     """Score a model, with or without an adapter, on a data file: loss, perplexity, exact matches."""

@@ -23,6 +23,8 @@ from lopt_edge.cli.export_command import export_command, push_command
 from lopt_edge.cli.options import (
     BaseOption,
     CacheOption,
+    DeviceOption,
+    DtypeOption,
     RevisionOption,
     TemplateOption,
     check_words,
@@ -38,7 +40,6 @@ from lopt_edge.cli.terminal import err, exit_code_of, out, say, stream, streams,
 from lopt_edge.config.load import load_config, placed
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 
 DOES_NOT_FIT = 3  # exit code
 NO_FORM = "Each switch has a --no- form, which turns off what the file turns on. Lists are written with commas."
@@ -54,8 +55,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter folder, e.g. a run's output")]
-DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
-DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
 SystemOption = Annotated[str | None, typer.Option("--system", help="system message before the prompt")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="longest reply in tokens")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
@@ -96,13 +95,15 @@ def _finetune(config: Config, *, verbose: bool) -> None:
 def plan_command(config_file: str | None = None, **flags: Any) -> None:
     """Say what a run will take, and pick the fastest plan that fits. Takes the settings of finetune; data that is named is
     read, for hours."""
+    from lopt_edge.cli.plan_cards import list_cards
     from lopt_edge.cli.plan_page import plan
     from lopt_edge.planning.worst_case import NOT_GIVEN
 
     own = {name: flags.pop(name) for name in ("gpu", "as_json", "sweep", "picture", "timeline", "explain")}
-    flags = settings_of(flags)
     if own["gpu"] == "list":
-        flags["model"] = flags.get("model") or "none"
+        list_cards(out, as_json=own["as_json"])
+        return
+    flags = settings_of(flags)
     config = load_config(config_file, flags, placeholder=NOT_GIVEN)
     if config.model == NOT_GIVEN:
         raise InputError("is needed", where="model", fix="add --model FOLDER, a hub id or a preset (llama-3.1-8b)")

@@ -17,6 +17,7 @@ from lopt_edge.config.aliases import ADVICE, ALIASES
 from lopt_edge.config.panels import BASICS, in_panels
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 
 # Options that several commands have.
 ModelOption = Annotated[str, typer.Option("--model", help="model folder, GGUF file or hub id (org/name)")]
@@ -25,6 +26,8 @@ BaseOption = Annotated[
     str | None, typer.Option("--model", help="model folder, GGUF file or hub id (default: what the adapter's config names)")
 ]
 CacheOption = Annotated[str | None, typer.Option("--cache-dir", help="folder of quantised copies")]
+DeviceOption = Annotated[str, typer.Option("--device", help=in_words(AUTO, *DEVICE_TYPES))]
+DtypeOption = Annotated[str, typer.Option("--compute-dtype", help="auto, float32, bfloat16 or float16")]
 TemplateOption = Annotated[str | None, typer.Option("--chat-template", help="Jinja file instead of the tokenizer's")]
 
 WIDEST_WORD = 20  # letters of choices beside a flag; more of them stand in its help text

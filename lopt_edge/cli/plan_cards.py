@@ -26,25 +26,31 @@ HOW = "weights, activations"
 PLANNED = ("laptop", "desktop")  # kinds of cards that `all` asks for
 
 
-def cards_page(config: Config, out: Console, *, only_names: bool, as_json: bool, beside: Sequence[object]) -> bool:
+def list_cards(out: Console, *, as_json: bool) -> None:
+    """Show which cards are known."""
+    if as_json:
+        values = [{"name": card.name, "kind": card.kind, "memory_bytes": card.memory_bytes} for card in _cards()]
+        print(json.dumps(values, indent=2))
+    else:
+        out.print(_names(_cards()), soft_wrap=False)
+
+
+def _cards() -> list[Card]:
+    return sorted(CARDS.values(), key=lambda card: (card.memory_bytes, card.memory_bandwidth))
+
+
+def cards_page(config: Config, out: Console, *, as_json: bool, beside: Sequence[object]) -> bool:
     """Show the table; returns whether any card holds the run. Raises InputError for what cannot be beside it."""
     if any(beside):
         raise InputError("cannot be with --sweep, --timeline or --explain", where="--gpu all", fix="name one card")
-    cards = sorted(CARDS.values(), key=lambda card: (card.memory_bytes, card.memory_bandwidth))
-    if only_names:
-        out.print(_names(cards), soft_wrap=False)
-        return True
     data = read_data(config)
-    rows = [(card, *_answer(config, card, data)) for card in cards if card.kind in PLANNED]
+    rows = [(card, *_answer(config, card, data)) for card in _cards() if card.kind in PLANNED]
     if as_json:
         values = [{"card": card.name, **found.as_dict(), **as_values(expected)} for card, found, expected in rows]
         print(json.dumps(values, indent=2))
     else:
         out.print(_table(rows), soft_wrap=False)
-        for line in (
-            *data.words(None),
-            HOST_NOTE,
-        ):
+        for line in (*data.words(None), HOST_NOTE):
             out.print(line, markup=False, soft_wrap=False)
     return any(found.fits for _, found, _ in rows)
 

@@ -48,8 +48,8 @@ def plan(
     for flag, path in (("--timeline", timeline), ("--picture", picture)):
         if path is not None and (fault := path_fault(path)) is not None:
             raise InputError(fault, where=flag, fix="check the path")
-    if gpu in ("all", "list"):
-        return cards_page(config, out, only_names=gpu == "list", as_json=as_json, beside=(sweep, timeline, explain))
+    if gpu == "all":
+        return cards_page(config, out, as_json=as_json, beside=(sweep, timeline, explain))
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
     data = read_data(config)

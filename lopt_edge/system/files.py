@@ -118,14 +118,12 @@ class JsonLines:
 def _whole_lines(file: FileIO, n_bytes: int) -> int:
     """The bytes of a log, up to `n_bytes`, that are whole lines of JSON; a power cut leaves half a line, or zeros."""
     whole, lines = 0, BufferedReader(file)
-    try:
+    with suppress(ValueError, RecursionError):  # of what is no JSON: the torn part begins there
         for line in lines:
             if whole + len(line) > n_bytes or not line.endswith(b"\n"):
                 break
             json.loads(line)
             whole += len(line)
-    except (ValueError, RecursionError):  # no JSON: the torn part begins here
-        pass
     lines.detach()
     return whole
 

@@ -247,6 +247,8 @@ def test_all_cards_are_a_table_and_their_names_a_list(run, monkeypatch):
 
     code, out, _ = run("--gpu", "list")
     assert code == 0 and all(name in out for name in CARDS)
+    code, out, _ = run("--gpu", "list", "--json")
+    assert code == 0 and {card["name"] for card in json.loads(out)} == set(CARDS)
     some = {name: CARDS[name] for name in ("RTX 3060", "RTX 4090", "CPU")}
     monkeypatch.setattr(plan_cards, "CARDS", some)
     code, out, _ = run("--model", "llama-3.1-8b", "--max-seq-len", 256, "--grad-accum", 1, "--gpu", "all", "--json")

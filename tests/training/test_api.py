@@ -11,6 +11,7 @@ import lopt_edge
 from lopt_edge import Config, InputError, finetune, load, plan_run
 from lopt_edge.adapters.generation import generate
 from lopt_edge.training.session.callbacks import EvalRecord, StepRecord
+from lopt_edge.training.session.tracking import Trackers
 from tools.tiny_runs import make_config, metrics_of, write_rows
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -98,6 +99,45 @@ def test_a_tracker_has_the_numbers_of_the_log(tmp_path, cache):
         with pytest.raises(InputError, match=told):
             finetune(make_config(TINY, tmp_path, output="other", cache_dir=cache, track=name))
     assert not (tmp_path / "other").exists()
+
+
+class Failing:
+    """A tracker whose service goes away at a moment of its life."""
+
+    requires_logging_directory, at, heard = False, "", 0
+
+    def __init__(self, project: str) -> None:
+        self.of("start")
+
+    def of(self, moment: str) -> None:
+        if type(self).at == moment:
+            raise ConnectionError("the service is away")
+
+    def start(self) -> None: ...
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.of("settings")
+
+    def log(self, values: dict, step: int) -> None:
+        type(self).heard += 1
+        self.of("log")
+
+    def finish(self) -> None:
+        self.of("finish")
+
+
+@pytest.mark.parametrize(("at", "heard"), [("start", 0), ("settings", 2), ("log", 1), ("finish", 2)])
+def test_a_tracker_that_fails_is_left_out(at, heard):
+    failing = type("Failing", (Failing,), {"at": at, "heard": 0})
+    warnings: list[str] = []
+    trackers = Trackers(Config(model="m", data="d", output="o"), {"one": failing}, warnings.append)
+    for step in (1, 2):
+        trackers.step(StepRecord(step, 2, 1.0, (), (1e-3,), (1.0,), 10, 0.1, 1))
+    trackers.finish()
+    assert failing.heard == heard
+    assert [("one failed" in text, "the service is away" in text) for text in warnings] == [(True, True)] * (
+        at != "settings"
+    )
 
 
 def test_rows_that_are_refused_leave_nothing(tmp_path, cache):

@@ -38,7 +38,8 @@ class DeltaNet(nn.Module):
         self.core = DeltaCore(net)
 
     def forward(self, hidden_states: Tensor, *, cache_params: Any = None, attention_mask: Any = None, **_: Any) -> Tensor:
-        """The output (B, T, D) for hidden states (B, T, D); bitwise independent of how many sequences there are."""
+        """The output (B, T, D) for hidden states (B, T, D). `attention_mask` is for a cache's use: without one padding lies
+        at the right end, which no real token sees."""
         if cache_params is not None:
             whole: nn.Module = self.__dict__["whole"]
             return cast(Tensor, whole(hidden_states, cache_params=cache_params, attention_mask=attention_mask))
@@ -50,6 +51,8 @@ class DeltaCore(nn.Module):
     """Convolution, delta rule and gated norm: what lies between the input projections and the output projection."""
 
     def __init__(self, net: nn.Module) -> None:
+        from transformers.activations import ACT2FN
+
         super().__init__()
         self.conv1d, self.norm = net.get_submodule("conv1d"), net.get_submodule("norm")
         self.A_log, self.dt_bias = net.get_parameter("A_log"), net.get_parameter("dt_bias")
@@ -57,7 +60,7 @@ class DeltaCore(nn.Module):
         self.n_key_heads, self.n_value_heads = int(sizes.num_k_heads), int(sizes.num_v_heads)
         self.key_dim, self.value_dim = int(sizes.head_k_dim), int(sizes.head_v_dim)
         self.n_before = int(sizes.conv_kernel_size) - 1  # earlier tokens that the convolution sees
-        self.activation = functional.silu if sizes.activation == "silu" else sizes.act
+        self.activation = ACT2FN[sizes.activation]
 
     def forward(self, mixed_BTC: Tensor, z_BTW: Tensor, b_BTJ: Tensor, a_BTJ: Tensor) -> Tensor:
         """The values (B, T, W) of the rule, normed and gated by z; b are the rates of writing, a those of forgetting."""

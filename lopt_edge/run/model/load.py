@@ -1,9 +1,9 @@
 """A model as units that run one by one: token embedding, decoder layers, and what the head needs.
 
 The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`, the
-gated MLP by a `PackedGatedMLP`, and every other parameter is read from the folder in the compute dtype. The rule:
-layer-by-layer logits equal `AutoModelForCausalLM`'s (design law 4; tests/laws/test_families.py). A 4-bit folder is never
-requantised (what it left unpacked stays so); no adapter is made here.
+gated MLP by a `PackedGatedMLP`, a gated delta rule by a `DeltaNet`, and every other parameter is read from the folder in
+the compute dtype. The rule: layer-by-layer logits equal `AutoModelForCausalLM`'s (design law 4;
+tests/laws/test_families.py). A 4-bit folder is never requantised (what it left unpacked stays so); no adapter is made here.
 
 Dropout that a config may ask for inside attention or residuals is off: layers run in evaluation mode; the only dropout of
 a run is LoRA's, whose masks can be drawn again.

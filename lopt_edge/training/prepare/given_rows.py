@@ -13,6 +13,7 @@ from typing import Any
 
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.system.files import make_folder, write_text
 
 
 @contextmanager
@@ -30,10 +31,10 @@ def kept_rows(config: Config, rows: Sequence[Mapping[str, Any]] | None) -> Itera
     if was_there and path.read_text(encoding="utf-8") != text and not config.overwrite:
         raise InputError("holds other rows", where=str(path), fix="choose another output, or set overwrite")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        make_folder(path.parent)
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror}", where=str(path)) from None
+        raise RunError(f"cannot be made: {error.strerror}", where=str(path.parent)) from None
+    write_text(path, text)
     try:
         yield config.model_copy(update={"data": str(path)})
     except InputError:

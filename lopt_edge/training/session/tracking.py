@@ -1,7 +1,8 @@
 """`--track`: a run's numbers in the trackers that people have (TensorBoard, trackio, Weights & Biases, MLflow, ...).
 
 The rules: they are those of metrics.jsonl under its names; whether a tracker can be used is found out before anything is
-read; and it starts with the first number, so a refused run leaves nothing there. The trackers are accelerate's own classes
+read; it starts with the first number, so a refused run leaves nothing there; and one that fails (a service that is not
+reached, a full disk) is told and left out from then on: the run goes on. The trackers are accelerate's own classes
 (an extra), so that accounts, projects and offline modes are set as everywhere, by their environment variables.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ class Trackers:
 
     def __init__(self, config: Config, classes: Mapping[str, Any], warn: Callable[[str], None]) -> None:
         self.config, self.classes, self.warn = config, classes, warn
-        self.started: list[Any] | None = None
+        self.started: dict[str, Any] | None = None
 
     def step(self, record: StepRecord) -> None:
         """Log a step."""
@@ -41,23 +43,27 @@ class Trackers:
         self._log({name: loss for name, loss in named.items() if loss is not None}, record.step)
 
     def finish(self) -> None:
-        """Close the trackers; one that fails at it is told."""
-        for tracker in self.started or []:
-            try:
-                tracker.finish()
-            except Exception as error:  # of somebody else's code, at the end of a run that is whole
-                self.warn(f"tracker {tracker.name}: {error}")
+        """Close the trackers."""
+        for name, tracker in list((self.started or {}).items()):
+            self._guarded(name, tracker.finish)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers():
-            tracker.log(dict(values), step=step)
-
-    def _trackers(self) -> list[Any]:
         if self.started is None:
-            self.started = [self._start(name, kind) for name, kind in self.classes.items()]
-        return self.started
+            self.started = {}
+            for name, kind in self.classes.items():
+                self._guarded(name, partial(self._start, name, kind))
+        for name, tracker in list(self.started.items()):
+            self._guarded(name, partial(tracker.log, dict(values), step=step))
 
-    def _start(self, name: str, kind: Any) -> Any:
+    def _guarded(self, name: str, act: Callable[[], object]) -> None:
+        """Do what a tracker is asked for; one that fails is told, and asked no more."""
+        try:
+            act()
+        except Exception as error:  # of somebody else's code: the run is worth more
+            self.warn(f"tracker {name} failed and hears no more: {type(error).__name__}: {error}")
+            (self.started or {}).pop(name, None)
+
+    def _start(self, name: str, kind: Any) -> None:
         in_folder = kind.requires_logging_directory  # OUTPUT/tensorboard
         tracker = kind(name, logging_dir=self.config.output) if in_folder else kind(PROJECT)
         tracker.start()
@@ -65,7 +71,8 @@ class Trackers:
         if not in_folder:  # TensorBoard would make a second run of the settings
             with suppress(Exception):  # a tracker that takes no settings has the numbers all the same
                 tracker.store_init_configuration({**given, "output": Path(self.config.output).name})
-        return tracker
+        assert self.started is not None
+        self.started[name] = tracker
 
 
 def trackers_of(config: Config, warn: Callable[[str], None]) -> Trackers | None:

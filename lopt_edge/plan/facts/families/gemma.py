@@ -4,6 +4,7 @@ windows in most layers. Gemma 4's other layers have wider heads, of whose keys t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lopt_edge.plan.facts.families.family import (
@@ -76,15 +77,14 @@ def _wider_heads(config: Mapping[str, Any], layer: int, layer_type: str) -> Mapp
 
 
 _A = "attention_bias"
-_GEMMA4_TEXT = Family(
-    "gemma4_text",
+_GEMMA4_TEXT = replace(
+    _GEMMA3_TEXT,
+    name="gemma4_text",
     defaults={
         **_DEFAULTS, "vocab_size": 262144, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216,
         "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512, "global_head_dim": 512,
         "hidden_size_per_layer_input": 256,
     },
-    asks=("layer_types",),
-    projections=_PROJECTIONS,
     projections_by_type={
         FULL: (
             *attention(bias=_A)[:2],
@@ -100,12 +100,6 @@ _GEMMA4_TEXT = Family(
         "num_kv_shared_layers": "layers that share keys and values, as in E2B and E4B, are",
         "enable_moe_block": "a mixture of experts, as in 26B-A4B, is",
     },
-    embedding_factor=ROOT_OF_HIDDEN,
-    logit_cap="final_logit_softcapping",
-    rotary_by_type=True,
-    norms=4,
-    qk_norm="head",
-    post_norm=True,
     scalars=1,
 )  # fmt: skip
 
