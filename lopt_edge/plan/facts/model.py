@@ -157,7 +157,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
     for key, meaning in family.refuses.items():
         if known.get(key):
-            raise InputError(f"{meaning} ({key}) not supported yet", where=where, fix="use another model of the family")
+            raise InputError(f"{meaning} not supported yet ({key})", where=where, fix="use another model of the family")
     if known.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4: of the tokens of an image
         raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
     head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads

@@ -246,7 +246,7 @@ def test_numbers_must_be_positive_integers(key, value):
         ({}, "not supported"),
         (
             {"model_type": "gemma4_text"},
-            "each layer, as in E2B and E4B, are .hidden_size_per_layer_input. not",
+            "each layer, as in E2B and E4B, are not supported yet .hidden_size_per_layer_input",
         ),
         (GEMMA4 | {"num_kv_shared_layers": 4}, "share keys and values"),
         (GEMMA4 | {"enable_moe_block": True}, "a mixture of experts"),
