@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.config.settings import Config
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, InputErrors
 from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.planning.question import LargestStep
 from lopt_edge.planning.worst_case import NOT_GIVEN, Question
@@ -80,8 +80,10 @@ def read_data(config: Config) -> PlannedData:
 
     try:
         sources_of(config.data)
-    except InputError:  # an example's file that is still to come
-        return PlannedData(why_not=f"{config.data} is not there: the plan is for the longest sequences")
+    except InputError as error:  # an example's file that is still to come; finetune refuses what is wrong
+        told = error.errors if isinstance(error, InputErrors) else [error]
+        reason = "; ".join(f"{one.where}: {one.what}" for one in told)
+        return PlannedData(why_not=f"the data was not read ({reason}): the plan is for the longest sequences")
     from lopt_edge.models.folder import find_model
     from lopt_edge.models.tokenizer import load_tokenizer
     from lopt_edge.planning.settings import longest_sequence

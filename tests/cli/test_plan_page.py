@@ -277,4 +277,4 @@ def test_hours_are_those_of_the_data_that_is_named(run, tmp_path):
     code, out, _ = run("--model", "qwen3-0.6b", "--gpu", "m2", "--data", data, "--max-seq-len", 64)
     assert "was not read" in out and "this is the plan of that, not of its GPU" in out
     code, out, _ = run("--model", tiny, "--data", "my.jsonl", "--device", "cpu", "--max-seq-len", 64)
-    assert "my.jsonl is not there" in out
+    assert "data my.jsonl: no such file" in out

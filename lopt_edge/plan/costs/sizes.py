@@ -226,13 +226,12 @@ class Sizes:
         groups = self.groups_of(segments)
         flat = sum(_aligned(self.group_bytes(group)) for group in groups)
         aux = sum(_aligned(self.group_bytes(group)) for group in groups if group[0] == "aux")
+        norms = 4 * len(groups)  # of the gradients of each group, in fp32
         found = {
             "weights": sum(self._bytes_at("resident")) + self.ring_bytes + self.small_bytes,
             "adapters": flat - aux + self.averages_bytes(segments),
             "aux heads": aux,
-            "workspace": self.unpack_buffer_bytes(segments)
-            + 4 * len(groups)
-            + self._scratch_bytes,  # a norm for each group
+            "workspace": self.unpack_buffer_bytes(segments) + self._scratch_bytes + norms,
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
