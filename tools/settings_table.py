@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lopt_edge.config.panels import in_panels
 from lopt_edge.config.schema import schema
-from lopt_edge.config.settings import Config, field_names
+from lopt_edge.config.settings import Config, field_names, may_be_bool
 from lopt_edge.plan.methods import METHODS, owners_of
 from tools.document_block import ROOT, run
 
@@ -44,7 +44,7 @@ def table(names: list[str] | tuple[str, ...]) -> str:
 def row(name: str) -> str:
     field = Config.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
-    flags = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"
+    flags = f"`{flag}`, `--no-{flag[2:]}`" if may_be_bool(field.annotation) else f"`{flag}`"
     default = "**needed**" if field.is_required() else "" if field.default is None else f"`{shown(field.default)}`"
     default += "".join(f" ({one.name}: `{one.defaults[name]}`)" for one in METHODS.values() if name in one.defaults)
     text = (field.description or "").replace("|", "\\|")

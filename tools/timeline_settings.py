@@ -1,7 +1,7 @@
 """Law 6's workbench: random settings of a run, one step of it watched tensor by tensor, and what the timeline says of it.
 
 Not a test itself. `python -m tools.timeline_settings FIRST LAST [WORD ...]` prints settings by number, `-v` op by op;
-words are families, `dropout` (on the LoRA inputs) and `odd` (odd sizes).
+words are families, `dropout` (on the LoRA inputs), `odd` (odd sizes) and `packed` (several sequences in a row).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
-from tests.laws.bench import Bench, make_bench, random_batch
+from tests.laws.bench import Bench, in_a_row, make_bench, random_batch
 from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
 
@@ -52,6 +52,7 @@ class Setting:
     stored: torch.dtype = torch.float32  # of the vocabulary
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
+    packed: bool = False  # a micro-batch's sequences lie in one row
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
 
 
@@ -129,6 +130,14 @@ def method_setting(number: int, method: str, kind: str | None = None, **options:
         found = replace(found, knobs=replace(found.knobs, apply="segment"))
     cut = method in ("lopt", "frozen")
     return replace(found, method=method, num_segments=2 if cut else 1, options=options, kind=kind)
+
+
+def packed_setting(number: int, **changes: Any) -> Setting:
+    """The random setting of this number with several sequences in each row; `changes` are the setting's."""
+    pick, found = random.Random(40_000 + number), random_setting(number)
+    longest = pick.choice([9, 60, 200, 700])
+    rows = tuple(tuple(pick.randint(1, longest) for _ in range(pick.choice([1, 3, 6]))) for _ in found.lengths)
+    return replace(found, lengths=((longest, *rows[0]), *rows[1:]), packed=True, **changes)
 
 
 def odd_setting(number: int) -> Setting:
@@ -238,7 +247,7 @@ def compare(setting: Setting, root: Path) -> Comparison:
     )
     vocabulary = setting.changes.get("vocab_size", 320)
     short = [random_batch((8,) * len(lengths), vocab=vocabulary) for lengths in setting.lengths]  # quick, for moments alone
-    batches = [random_batch(lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
+    batches = [_batch(setting, lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
     lengths = [length for batch in batches for length in batch.lengths]
     cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
@@ -255,6 +264,12 @@ def compare(setting: Setting, root: Path) -> Comparison:
         bench.executor.run(bench.plan, batches, step=9, learning_rates=rates)
     bench.executor.mover.close()
     return Comparison(setting, meter.rows, predicted(setting, bench.model.facts, bench, batches))
+
+
+def _batch(setting: Setting, lengths: tuple[int, ...], *, seed: int, vocab: int) -> Batch:
+    if not setting.packed:
+        return random_batch(lengths, seed=seed, vocab=vocab)
+    return in_a_row([random_batch((length,), seed=seed + at, vocab=vocab) for at, length in enumerate(lengths)])
 
 
 def _new(folder: Path) -> Path:
@@ -284,7 +299,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for number in range(int(first), int(last)):
             setting = odd_setting(number) if "odd" in wanted else random_setting(number, dropout="dropout" in wanted)
-            if set(wanted) - {"dropout", "odd"} and setting.family not in wanted:
+            setting = packed_setting(number) if "packed" in wanted else setting
+            if set(wanted) - {"dropout", "odd", "packed"} and setting.family not in wanted:
                 continue
             found = compare(setting, Path(root))
             print(number, found.text(), flush=True)

@@ -58,6 +58,7 @@ def make_config(folder: Path, root: Path, *, output: str = "out", n_rows: int = 
         "model": str(folder), "data": str(write_rows(root / "train.jsonl", n_rows)), "output": str(root / output),
         "cache_dir": str(folder.parent / "cache"), "batch_size": 2, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8,
         "lr": 1e-2, "device": "cpu", "compute_dtype": "float32", "max_seq_len": 128, "method": "lopt",
+        "packing": False,
     }  # fmt: skip
     return load_config(None, {**values, **changes})
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model import query_tiles, sequences
 from lopt_edge.run.watch.tracker import MemoryTracker
 
 # the log ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class OpaqueDelta(nn.Module):
         super().__init__()
         self.log = log
 
-    def forward(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def forward(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, _: Any = None) -> Tensor:
         return _Delta.apply(mixed, z, b, a, self.log)
 
 
@@ -204,16 +204,23 @@ class _Delta(torch.autograd.Function):
         return (*found, None)
 
 
-def put_attention(log: EventLog) -> str:
-    """Register attention in tiles of queries, and return the name under which transformers finds it until the next call."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+def put_attention(log: EventLog, *, tiled: bool) -> str:
+    """Register an attention, and return the name under which transformers finds it until the next call.
 
-    def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **__: Any) -> Any:
-        assert mask is None
-        return _Attention.apply(query, key, value, log), None
+    `tiled`: in tiles of queries; else torch's kernel, with a mark where sequences of a row go through it one by one.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+        if mask is not None:
+            assert not tiled
+            return sdpa_attention_forward(module, query, key, value, mask, **rest)
+        return (_Attention if tiled else _Kernel).apply(query, key, value, log), None
 
     AttentionInterface.register("trace_bytes", attend)
-    AttentionMaskInterface.register("trace_bytes", query_tiles.make_mask)
+    AttentionMaskInterface.register("trace_bytes", query_tiles.make_mask if tiled else sdpa_mask)
     return "trace_bytes"
 
 
@@ -232,6 +239,26 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         ctx.log.mark("attention_backward")
         return dq, dk, dv, None
+
+
+class _Kernel(torch.autograd.Function):
+    """A stand-in for attention by torch's kernel for the CPU, and for that of sequences in a row (sequences.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log: EventLog) -> Tensor:
+        out, sums = sequences.KERNEL(query, key, value, 0.0, True)
+        sums = sums if any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.log = log
+        log.mark("attention_forward")
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        found = sequences.KERNEL_BACKWARD(grads[0].transpose(1, 2), *saved, 0.0, True)
+        ctx.log.mark("attention_backward")
+        return (*found, None)
 
 
 class OpaqueVocabulary:

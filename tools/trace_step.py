@@ -195,7 +195,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
     tiled = family_of(case.family).attention == "query tiles"
-    config._attn_implementation = put_attention(log) if tiled else "sdpa"
+    config._attn_implementation = put_attention(log, tiled=tiled)
     facts = facts_from_config(config.to_dict(), where="trace")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model

@@ -15,7 +15,7 @@ import typer
 
 from lopt_edge.config.aliases import ADVICE, ALIASES
 from lopt_edge.config.panels import BASICS, in_panels
-from lopt_edge.config.settings import Config
+from lopt_edge.config.settings import Config, may_be_bool
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES, in_words
 
@@ -84,7 +84,7 @@ def config_parameters() -> list[inspect.Parameter]:
             text = f"{field.description or ''}{choices}{shown}"
             how: dict[str, Any] = {"help": text, "show_default": False}
             how["rich_help_panel"] = None if panel == BASICS else panel
-            if field.annotation is bool:
+            if may_be_bool(field.annotation):
                 parameters.append(_optional(name, bool, typer.Option(flag, metavar="", **how)))
                 parameters.append(_optional(f"no_{name}", bool, typer.Option(f"--no-{flag[2:]}", hidden=True)))
             else:

@@ -56,7 +56,7 @@ def cards_page(config: Config, out: Console, *, as_json: bool, beside: Sequence[
 
 
 def _answer(config: Config, card: Card, data: PlannedData) -> tuple[RunPlan, Duration | None]:
-    asked = question(config, gpu=card.name, largest=data.largest)
+    asked = question(config, gpu=card.name, largest=data.largest, train=data.train)
     found = make_run_plan(asked.search, asked.budget, notes=asked.notes, brief=True)
     return found, data.duration(asked, found)
 

@@ -53,7 +53,7 @@ def plan(
     if sweep is not None:
         return _sweep(config, out, gpu=gpu, as_json=as_json, sweep=sweep, picture=picture)
     data = read_data(config)
-    asked = question(config, gpu=gpu, largest=data.largest)
+    asked = question(config, gpu=gpu, largest=data.largest, train=data.train)
     found = answer(asked)
     expected = data.duration(asked, found)
     if timeline is not None:

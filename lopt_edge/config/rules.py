@@ -45,6 +45,9 @@ def method_errors(config: Config) -> Iterator[Problem]:
         yield Problem("boundary_cache", what, "add --lora-dropout 0")
     if config.min_lr > min(config.lr, config.local_lr if method.local else config.lr):
         yield Problem("min_lr", "is above the peak learning rate", "lower it, or raise lr (and lr_local)")
+    if config.packing and config.apply == "layer":
+        what = "cannot be with apply layer: a step may have several rows, and a layer's gradients are complete in the last"
+        yield Problem("packing", what, "use --apply segment, or leave packing out")
     if config.overwrite:
         yield from _overwrite_errors(config)
     if config.pipeline > 1:
@@ -108,6 +111,12 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append(f"choose_segments has no effect: {uncut or 'boundary_layers is given'}")
     if config.choose_micro_batch and config.batch_size * config.grad_accum == 1:
         found.append("choose_micro_batch has no effect: a step has one sequence")
+    if config.packing and config.batch_size * config.grad_accum == 1:
+        found.append("packing has no effect: a step has one sequence (raise grad_accum)")
+    if config.packing and config.choose_micro_batch:
+        found.append("choose_micro_batch has no effect: the step's sequences are packed into rows")
+    if config.row_tokens and config.packing is False:
+        found.append("row_tokens has no effect: packing is off")
     if "pipeline_minutes" in given and config.pipeline == 1:
         found.append("pipeline_minutes has no effect: pipeline is 1")
     if config.boundary_layers and uncut:

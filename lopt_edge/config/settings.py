@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
@@ -61,6 +61,12 @@ class Config(MethodOptions):
     choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
     batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
+    packing: bool | None = Field(
+        None, description="lay a step's short sequences into rows, one after the other (default: where that is faster)"
+    )
+    row_tokens: int | None = Field(
+        None, ge=2, description="packing: most tokens of a row (default: chosen, up to max_seq_len)"
+    )
     choose_micro_batch: bool = Field(
         False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
     )
@@ -168,9 +174,14 @@ class Config(MethodOptions):
     @field_validator("*", mode="before")
     @classmethod
     def _no_yes_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and not may_be_bool(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("must not be true or false")
         return value
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _auto_is_none(cls, value: Any) -> Any:
+        return None if value == "auto" else value
 
     @field_validator("data", "eval_data", "retention_data", mode="before")
     @classmethod
@@ -206,6 +217,11 @@ class Config(MethodOptions):
         """The resolved settings as YAML, in the order of `field_names`."""
         values = self.model_dump(mode="json")
         return yaml.safe_dump({name: values[name] for name in field_names()}, sort_keys=False, allow_unicode=True)
+
+
+def may_be_bool(annotation: Any) -> bool:
+    """Whether a setting of this type is a switch (None: it is not said)."""
+    return annotation is bool or bool in get_args(annotation)
 
 
 def field_names() -> list[str]:

@@ -16,6 +16,7 @@ from lopt_edge.data.order import (
     collate,
     epoch_windows,
     micro_batches_of,
+    packed_window,
     split_window,
 )
 from lopt_edge.data.records import Record, read_records
@@ -51,6 +52,7 @@ __all__ = [
     "load_template",
     "marked_pieces",
     "micro_batches_of",
+    "packed_window",
     "prompt_ids",
     "read_records",
     "split",

@@ -8,6 +8,9 @@ window are they sorted by length, so that a micro-batch pads little and no step 
 sequences. The micro-batches of a window then run in a seeded order. The last window may be short; its totals
 (run/step/batches.py) are known before its first forward, and the losses are divided by them.
 
+With packing a window's sequences are laid into rows instead, one after the other, as many as a row may hold; each row is a
+micro-batch. Which sequences share a window, and so every step's loss, stays as it is.
+
 Not here: tensors. A micro-batch is lists of Python ints.
 """
 
@@ -16,22 +19,28 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from lopt_edge.data.encode import Example
 from lopt_edge.errors import InputError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+MOST_OPEN = 64  # rows that are looked at for room: a whole data set is packed in a time that grows with its length
 
 Window = tuple[tuple[int, ...], ...]  # micro-batches of example indices
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of right-padded ids; `targets[b][t]` is the token after t where that is a target, else IGNORED."""
+    """A micro-batch of right-padded ids; `targets[b][t]` is the token after t where that is a target, else IGNORED.
+
+    `packed`: one row, in which sequences of these lengths lie one after the other, without padding.
+    """
 
     input_ids: list[list[int]]
     targets: list[list[int]]
     lengths: tuple[int, ...]
+    packed: bool = False
 
     @property
     def n_supervised(self) -> int:
@@ -74,6 +83,26 @@ def split_window(window: Window, size: int) -> Window:
     return tuple(batch[start : start + size] for batch in window for start in range(0, len(batch), size))
 
 
+def packed_window(window: Window, lengths: Sequence[int], *, row_tokens: int, alone_from: int | None = None) -> Window:
+    """The same sequences in rows of at most `row_tokens`, the fullest first: equal up to rounding (design law 5).
+
+    The longest sequence goes first, each into the first row that has room for it. One of at least `alone_from` tokens has a
+    row of its own.
+    """
+    rows, room = list[list[int]](), list[int]()
+    for index in sorted((index for batch in window for index in batch), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        alone = alone_from is not None and length >= alone_from
+        open_rows = () if alone else range(max(0, len(rows) - MOST_OPEN), len(rows))
+        row = next((row for row in open_rows if room[row] >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(0 if alone else row_tokens)
+        rows[row].append(index)
+        room[row] -= length
+    return tuple(sorted(map(tuple, rows), key=lambda row: -sum(lengths[index] for index in row)))
+
+
 def micro_batches_of(window: Window, n_sequences: int) -> int | None:
     """The number of micro-batches that hold the window's first sequences; None if the last of them is cut."""
     done = 0
@@ -90,13 +119,19 @@ def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
     return max(rows), sum(rows)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
-    """The examples as one micro-batch, padded on the right to its longest sequence."""
-    longest = max(len(example) for example in examples)
-    input_ids, targets = [], []
-    for example in examples:
-        ids, padding = example.input_ids.tolist(), longest - len(example)
-        nexts = zip(ids[1:], example.supervised[1:], strict=True)
-        targets.append([token if supervised else IGNORED for token, supervised in nexts] + [IGNORED] * (padding + 1))
-        input_ids.append(ids + [pad_id] * padding)
-    return MicroBatch(input_ids, targets, tuple(len(example) for example in examples))
+def collate(examples: Sequence[Example], pad_id: int, *, packed: bool = False) -> MicroBatch:
+    """The examples as one micro-batch, padded on the right to its longest sequence; `packed`: in one row."""
+    lengths = tuple(len(example) for example in examples)
+    ids = [example.input_ids.tolist() for example in examples]
+    targets = [_targets(example) for example in examples]
+    if packed:
+        return MicroBatch([list(chain(*ids))], [list(chain(*targets))], lengths, packed=True)
+    longest = max(lengths)
+    ids = [row + [pad_id] * (longest - len(row)) for row in ids]
+    targets = [row + [IGNORED] * (longest - len(row)) for row in targets]
+    return MicroBatch(ids, targets, lengths)
+
+
+def _targets(example: Example) -> list[int]:
+    nexts = zip(example.input_ids[1:], example.supervised[1:], strict=True)
+    return [token if supervised else IGNORED for token, supervised in nexts] + [IGNORED]

@@ -9,15 +9,14 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from statistics import mean
 
 from lopt_edge.config.settings import Config
-from lopt_edge.data import Dataset, Window, epoch_windows, split_window
-from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.data import Dataset
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.search.workload import Workload
+from lopt_edge.planning.packing import mean_seconds, some_windows
 
 N_TIMED = 8  # windows that stand for the epoch
 FORWARD_SHARE = 1 / 3  # of a step's seconds for a token: forward alone, of forward and a backward of about two forwards
@@ -55,38 +54,21 @@ def duration(
 ) -> Duration:
     """The duration of a run of these settings. `order`: batch_size and grad_accum of the windows; `config` may split
     them."""
-    windows = epoch_windows(train.lengths, seed=config.seed, epoch=0, batch_size=order[0], grad_accum=order[1])
-    n_steps = config.max_steps or config.epochs * len(windows)
-    some = [windows[round(at * (len(windows) - 1) / max(1, N_TIMED - 1))] for at in range(min(N_TIMED, len(windows)))]
-    some = [windows[0]] if n_steps == 1 else some
-    seconds = mean(_seconds(workload, knobs, _sizes(train, split_window(window, config.batch_size))) for window in some)
+    windows, n_windows = some_windows(train, config, order=order, n_windows=N_TIMED)
+    n_steps = config.max_steps or config.epochs * n_windows
+    seconds = mean_seconds(config, workload, knobs, train, windows[:1] if n_steps == 1 else windows)
     per_epoch = sum(train.lengths)
-    n_tokens = round(per_epoch * n_steps / len(windows))
+    n_tokens = round(per_epoch * n_steps / n_windows)
     held_out = sum(sum(data.lengths) for data in evaluated)
     n_evaluations = 2 + (n_steps - 1) // config.eval_every if config.eval_every else 2
-    per_token = seconds * len(windows) / per_epoch
+    per_token = seconds * n_windows / per_epoch
     return Duration(
         n_steps,
         n_tokens,
-        ceil(len(train.examples) * n_steps / len(windows)),
+        ceil(len(train.examples) * n_steps / n_windows),
         seconds * n_steps,
         FORWARD_SHARE * per_token * held_out * n_evaluations,
     )
-
-
-def _sizes(train: Dataset, window: Window) -> tuple[MicroBatchSize, ...]:
-    """The sizes of a window's micro-batches, the longest first, as the workload wants them."""
-    found = []
-    for batch in window:
-        examples = [train.examples[index] for index in batch]
-        lengths = [len(example) for example in examples]
-        n_supervised = sum(example.n_supervised for example in examples)
-        found.append(MicroBatchSize(len(batch), max(lengths), n_supervised, padded=min(lengths) < max(lengths)))
-    return tuple(sorted(found, key=lambda size: -size.n_rows))
-
-
-def _seconds(workload: Workload, knobs: Knobs, batches: tuple[MicroBatchSize, ...]) -> float:
-    return replace(workload, batches=batches).seconds(knobs).seconds
 
 
 def in_words(seconds: float) -> str:

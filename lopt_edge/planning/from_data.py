@@ -20,6 +20,7 @@ from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
+from lopt_edge.planning.packing import largest_rows
 from lopt_edge.planning.question import Ground, LargestStep
 from lopt_edge.run.device import device_of
 from lopt_edge.run.model.load import import_model_code
@@ -61,10 +62,15 @@ def largest_step(datasets: Sequence[Dataset | None], config: Config) -> LargestS
     """The run's largest possible accumulation window, and its largest evaluation batch."""
     train, *others = datasets
     assert train is not None
-    evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
-    largest = largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)
-    n_sequences = (config.max_steps or 0) * config.batch_size * config.grad_accum
-    epochs = n_sequences / len(train.examples) if config.max_steps is not None else None
+    n_sequences = config.batch_size * config.grad_accum
+    if config.packing:
+        row_tokens = config.row_tokens or config.max_seq_len
+        evaluated = [largest_rows(other, row_tokens=row_tokens)[0] for other in others if other]
+        largest = largest_rows(train, row_tokens=row_tokens, n_sequences=n_sequences)
+    else:
+        evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
+        largest = largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)
+    epochs = config.max_steps * n_sequences / len(train.examples) if config.max_steps is not None else None
     return LargestStep(tuple(largest), max(evaluated, key=lambda batch: batch.n_rows, default=None), epochs)
 
 

@@ -19,6 +19,7 @@ from lopt_edge.plan.schedule.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Kno
 from lopt_edge.plan.search.search import Candidate, Space, three_digits
 
 MOST_SEGMENTS = 8
+LEAST_ROW = 16  # tokens; a longer sequence has a row of its own
 Asked = TypeVar("Asked")
 
 
@@ -208,16 +209,29 @@ def split_to_fit(config: Config, ask: Callable[[Config], tuple[Asked, Candidate 
     as_it_is, best = ask(config)
     if best is not None:
         return as_it_is, ""
-    sizes = [] if config.lora_dropout else [n for n in range(config.batch_size - 1, 0, -1) if config.batch_size % n == 0]
-    for size in sizes:
-        n_batches = config.grad_accum * config.batch_size // size
-        answer, best = ask(config.model_copy(update={"batch_size": size, "grad_accum": n_batches}))
+    for smaller, what in smaller_micro_batches(config):
+        answer, best = ask(smaller)
         if best is not None:
             return answer, (
-                f"micro-batches of {config.batch_size} do not fit: they are split into {size}; gradients stay "
-                "equal up to rounding (1e-5 of their norm), so the adapter's last bits may differ"
+                f"{what}, which fit; gradients stay equal up to rounding (1e-5 of their norm), so the adapter's last "
+                "bits may differ"
             )
     return as_it_is, ""
+
+
+def smaller_micro_batches(config: Config) -> Iterator[tuple[Config, str]]:
+    """The same sequences a step in ever smaller micro-batches, each with what was done; none with dropout."""
+    if config.lora_dropout:
+        return
+    if config.packing:
+        whole = row_tokens = config.row_tokens or config.max_seq_len
+        while (row_tokens := row_tokens // 2) >= LEAST_ROW:
+            yield config.model_copy(update={"row_tokens": row_tokens}), f"rows of {whole} tokens are cut to {row_tokens}"
+        return
+    whole = config.batch_size
+    for size in (n for n in range(whole - 1, 0, -1) if whole % n == 0):
+        smaller = config.model_copy(update={"batch_size": size, "grad_accum": config.grad_accum * whole // size})
+        yield smaller, f"micro-batches of {whole} are split into {size}"
 
 
 def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
@@ -32,9 +32,13 @@ from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search.search import Candidate, Search
 from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, within_granted
+from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, LargestStep, search_for
-from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, settled
+from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings
 from lopt_edge.units import format_bytes
+
+if TYPE_CHECKING:
+    from lopt_edge.data import Dataset
 
 TOKEN_BYTES = 310  # of the process, for a token of the tokenizer: 44 MiB for 150,000 tokens with their merges
 CONSUMER = ("desktop", "laptop")
@@ -78,8 +82,14 @@ def answer(asked: Question) -> RunPlan:
     return replace(found, notes=(*found.notes, *reasons))
 
 
-def question(config: Config, *, gpu: str | None = None, largest: Callable[[Config], LargestStep] | None = None) -> Question:
-    """The question for these settings, on a card or on this machine. `largest`: of the data, where it was read.
+def question(
+    config: Config,
+    *,
+    gpu: str | None = None,
+    largest: Callable[[Config], LargestStep] | None = None,
+    train: Dataset | None = None,
+) -> Question:
+    """The question for these settings, on a card or on this machine. `train`, `largest`: the data, where it was read.
 
     Raises InputError(s): those of card and model together, then those of settings that need both.
     """
@@ -114,8 +124,11 @@ def question(config: Config, *, gpu: str | None = None, largest: Callable[[Confi
         notes = (*notes, f"the model has {max_seq_len} positions: longer sequences are cut there")
     if config.boundary is not None:
         notes = (*notes, "boundary auto is found by short runs: this plan is that of the midpoint")
-    found = settled(config, facts, ask)
-    return replace(found, notes=(*found.notes, *chosen_settings(config, found.config)))
+    found = settled_on_data(
+        config, facts, train, ask=ask, parts=lambda question: (question.config, question.search), budget=budget
+    )
+    chosen = (*chosen_settings(config, found.config), *chosen_packing(config, found.config))
+    return replace(found, notes=(*found.notes, *chosen))
 
 
 def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
@@ -128,6 +141,9 @@ def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
 def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
     """The largest step that the settings allow: every sequence of the greatest length, all of it supervised."""
     evaluates = config.eval_data or config.eval_fraction or config.retention_data
+    if config.packing:  # each sequence fills a row
+        row = MicroBatchSize(1, max_seq_len, max_seq_len - 1, in_a_row=(max_seq_len,))
+        return LargestStep((row,) * (config.batch_size * config.grad_accum), row if evaluates else None)
     batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
     return LargestStep((batch,) * config.grad_accum, batch if evaluates else None)
 

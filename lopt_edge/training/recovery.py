@@ -2,8 +2,9 @@
 
 The next plan is the fastest one that is predicted to take a tenth less device memory than the last, or the smallest one if
 none does, among the same combinations as before (so whatever the user fixed stays fixed). These settings change no bit
-(design law 3). Where no combination takes less, micro-batches are split: equal up to rounding (law 5), and reported. Where
-that cannot be either, there is no next plan. The run then goes on from the checkpoint of the step's start (run.py).
+(design law 3). Where no combination takes less, micro-batches are split, or rows of packed sequences cut shorter: equal up
+to rounding (law 5), and reported. Where that cannot be either, there is no next plan. The run then goes on from the
+checkpoint of the step's start (run.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.search.run_plan import described, make_run_plan
 from lopt_edge.plan.search.search import Search
 from lopt_edge.planning.question import search_for
+from lopt_edge.planning.settings import smaller_micro_batches
 from lopt_edge.training.prepare.inputs import Inputs
 
 STEP = 0.9  # of the predicted bytes of the plan that failed
@@ -30,14 +32,12 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
     least = search.smallest.prediction.timeline.peak_bytes
     if found.best is not None or least < LEAST * before.timeline.peak_bytes:
         return _with(inputs, search, allowed, "")
-    size = inputs.config.batch_size
-    if size == 1 or inputs.config.lora_dropout:
-        return None
-    smaller = max(n for n in range(1, size) if size % n == 0)
-    n_batches = inputs.config.grad_accum * size // smaller
-    split = replace(inputs, config=inputs.config.model_copy(update={"batch_size": smaller, "grad_accum": n_batches}))
-    note = f"micro-batches of {size} are split into {smaller} (gradients equal up to rounding, 1e-5 of their norm); "
-    return _with(split, _search(split), allowed, note)
+    for smaller, what in smaller_micro_batches(inputs.config):
+        split = replace(inputs, config=smaller)
+        search = _search(split)
+        if search.smallest.prediction.timeline.peak_bytes < LEAST * least:  # rows may be as short as they can be
+            return _with(split, search, allowed, f"{what} (gradients equal up to rounding, 1e-5 of their norm); ")
+    return None
 
 
 def _search(inputs: Inputs) -> Search:

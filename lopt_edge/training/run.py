@@ -155,7 +155,7 @@ def _tell(inputs: Inputs, start: Start | None, progress: Progress) -> None:
     progress.facts(six_facts(inputs))
     for reason in inputs.reasons:
         progress.detail(reason)
-    n_micro = min(inputs.config.grad_accum, -(-len(inputs.train.examples) // inputs.config.batch_size))
+    n_micro = inputs.n_micro_batches
     plans = [inputs.plan(n_micro, kind) for kind in inputs.course.kinds]
     named = ", ".join(f"{plan.hash()} ({f'{plan.kind}: ' if plan.kind else ''}{len(plan.ops)} ops)" for plan in plans)
     own = "" if inputs.part is None else " of process 0"

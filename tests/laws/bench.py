@@ -167,3 +167,17 @@ def random_batch(
         ),
         torch.device(device),
     )
+
+
+def in_a_row(batches: list[Batch]) -> Batch:
+    """Batches of one sequence each in one row."""
+    ids = [row for batch in batches for row in batch.ids_BT[0].tolist()]
+    targets = [-100] * len(ids)
+    start = 0
+    for batch in batches:
+        for at, target in zip(batch.supervised_N.tolist(), batch.targets_N.tolist(), strict=True):
+            targets[start + at] = target
+        start += batch.n_tokens
+    lengths = tuple(batch.n_tokens for batch in batches)
+    found = make_batch(MicroBatch([ids], [targets], lengths, packed=True), torch.device("cpu"))
+    return replace(found, examples=tuple(range(len(batches))))

@@ -113,6 +113,7 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
         {"method": "let-local", "align_until": 0.75},
         {"method": "segprop", "tail_layers": 2, "stages": 2, "eval_fraction": 0.3, "eval_every": 1, "stage_patience": 1},
         {"local_loss": "next-token", "num_segments": 3},
+        {"packing": True, "row_tokens": 48, "eval_fraction": 0.2},
     ],
     ids=lambda settings: "-".join(map(str, list(settings.items())[-1])),
 )

@@ -19,12 +19,21 @@ import pytest
 import torch
 
 from lopt_edge.plan.schedule.effects import Kind
-from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
+from tools.timeline_settings import (
+    Comparison,
+    Setting,
+    compare,
+    method_setting,
+    odd_setting,
+    packed_setting,
+    random_setting,
+)
 from tools.tiny_models import FAMILIES
 
 PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 257, 276, 281)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
+PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
 CATEGORIES = {
     "weights",
     "adapters",
@@ -62,7 +71,7 @@ METHODS = (
 
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
-    return [*plain, *dropped, *(odd_setting(n) for n in ODD)]
+    return [*plain, *dropped, *(odd_setting(n) for n in ODD), *map(packed_setting, PACKED)]
 
 
 def named(settings: list[Setting]) -> list[object]:

@@ -22,7 +22,7 @@ BEFORE_MLP = ("o_proj", "out_proj")
 @dataclass(frozen=True)
 class LayerRun:
     """One layer run on one micro-batch. `first`: it is the first of its segment, so its input needs no gradient. A layer
-    without LoRA has empty `shape.targets`."""
+    without LoRA has empty `shape.targets`. `in_a_row`: the lengths of sequences that lie in one row, each once."""
 
     shape: LayerShape
     n_sequences: int
@@ -30,6 +30,7 @@ class LayerRun:
     masked: bool
     first: bool
     window: int | None = None
+    in_a_row: tuple[int, ...] = ()
 
     @property
     def hidden_bytes(self) -> int:
@@ -39,7 +40,8 @@ class LayerRun:
     def replay(self, **alive: int) -> Replay:
         """A replay of this layer's programs on an empty heap; `alive` is what lives before, in bytes by name."""
         dimensions = self.shape.dimensions(n_sequences=self.n_sequences, n_tokens=self.n_tokens)
-        replay = Replay(self.shape, dimensions, from_mlp=self.backward_op == "backward from mlp", window=self.window)
+        from_mlp = self.backward_op == "backward from mlp"
+        replay = Replay(self.shape, dimensions, from_mlp=from_mlp, window=self.window, in_a_row=self.in_a_row)
         replay.alive |= alive
         return replay
 
@@ -116,10 +118,15 @@ def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def embed_bytes(shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int) -> tuple[int, int]:
-    """The bytes of EMBED: (the most within it, what stays beside the hidden states: positions, rotary tables, masks)."""
+def embed_bytes(
+    shape: LayerShape, stored: Vocabularies, n_sequences: int, n_tokens: int, *, packed: bool = False
+) -> tuple[int, int]:
+    """The bytes of EMBED: (the most within it, what stays beside the hidden states: positions, rotary tables, masks).
+
+    `packed`: of sequences in a row, which have no masks.
+    """
     shape, kinds = shape.with_attention, shape.facts.attention_types
-    masked = any(shape.masked(kind, n_tokens) for kind in kinds)
+    masked = not packed and any(shape.masked(kind, n_tokens) for kind in kinds)
     dimensions = shape.dimensions(n_sequences=n_sequences, n_tokens=n_tokens)
     if len(kinds) > 1:  # a table of positions for each, as wide as a head
         dimensions |= {"e": shape.facts.head_dim_of(SLIDING), "f": shape.facts.head_dim_of(FULL)}

@@ -1,10 +1,10 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
 Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
-quant/gated_mlp.py; query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers the most;
-whoever changes one changes the other (tests/plan/costs/test_module_bytes.py and tests/run/model compare them). What a call
-leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it (layer_bytes.py).
-On CUDA bitsandbytes' kernel unpacks, without an index.
+quant/gated_mlp.py; sequences.py, query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers
+the most; whoever changes one changes the other (tests/plan/costs/test_module_bytes.py, tests/run/model and law 6 compare
+them). What a call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
+(layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
 """
 
 from __future__ import annotations
@@ -208,6 +208,29 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
             heap.touch(scores * c + max(product, group * n * head_dim * c))
+
+
+# run/model/sequences.py ------------------------------------------------------------------------------------------------
+
+
+def _sequence_mask(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> int:
+    """Take what makes the mask of a sequence that is longer than the window; returns the bytes of the mask."""
+    if window is None or n_tokens <= window:
+        return 0
+    heap.touch(n_tokens * n_tokens * (1 + shape.itemsize))
+    return n_tokens * n_tokens * shape.itemsize
+
+
+def sequence_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
+    """Take what the kernel gives for one sequence of a row: its output, and the logarithms of sums in fp32."""
+    layer, mask = shape.layer, _sequence_mask(heap, shape, n_tokens, window)
+    heap.touch(mask + n_tokens * layer.n_heads * (layer.head_dim * shape.itemsize + 4))
+
+
+def sequence_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int | None) -> None:
+    """Take what the kernel gives for one sequence of a row: the gradients of queries, keys and values."""
+    layer, mask = shape.layer, _sequence_mask(heap, shape, n_tokens, window)
+    heap.touch(mask + n_tokens * (layer.n_heads + 2 * layer.n_kv_heads) * layer.head_dim * shape.itemsize)
 
 
 # run/model/delta_net.py ------------------------------------------------------------------------------------------------

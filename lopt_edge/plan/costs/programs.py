@@ -72,8 +72,8 @@ class Replay:
     """A heap on which programs run. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
 
     `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
-    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention in tiles
-    of queries.
+    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention that
+    makes no mask for the micro-batch. `in_a_row`: the lengths of sequences that lie in one row, each once.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class Replay:
         stored: Vocabularies | None = None,
         from_mlp: bool = False,
         window: int | None = None,
+        in_a_row: tuple[int, ...] = (),
     ) -> None:
         self.shape, self.dimensions, self.stored, self.from_mlp, self.heap = shape, dimensions, stored, from_mlp, Heap()
-        self.window = window
+        self.window, self.in_a_row = window, in_a_row
         in_mlp = {linear.short_name for linear in shape.linears if linear.name.startswith("mlp.")}
         self.lora = frozenset(linear.short_name for linear in shape.linears if shape.saves(linear.short_name))
         self.lora |= {"mlp"} if in_mlp & self.lora else set()
@@ -140,10 +141,8 @@ class Replay:
             self._linear(name, of)
         elif name.startswith("norm"):
             self._norm(name, *arguments)
-        elif name == "attention_forward":
-            module_bytes.attention_forward(self.heap, self.shape, self.dimensions["t"], self.window)
-        elif name == "attention_backward":
-            module_bytes.attention_backward(self.heap, self.shape, self.dimensions["t"], self.window)
+        elif name.startswith("attention"):
+            self._attention(backward=name == "attention_backward")
         elif name.startswith("delta"):
             self._delta(name)
         elif name == "gather" and self.stored:
@@ -177,9 +176,19 @@ class Replay:
         inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize), name)
         self.heap.touch(inside.heap.peak)
 
+    def _attention(self, *, backward: bool) -> None:
+        """Take what attention of ours needs for one sequence at a time: in tiles of queries, or of sequences in a row."""
+        if self.shape.attention_kernel == "sdpa":  # else torch's own, which has nothing inside
+            run = module_bytes.sequence_backward if backward else module_bytes.sequence_forward
+        else:
+            run = module_bytes.attention_backward if backward else module_bytes.attention_forward
+        alone = () if self.shape.attention_kernel == "sdpa" else (self.dimensions["t"],)
+        for n_tokens in self.in_a_row or alone:
+            run(self.heap, self.shape, n_tokens, self.window)
+
     def _delta(self, name: str) -> None:
         """Take what a delta rule needs: it works on a chunk of tokens at a time (run/model/delta_net.py)."""
-        n_sequences, n_tokens = self.dimensions["s"], self.dimensions["t"]
+        n_sequences, n_tokens = self.dimensions["s"], max(self.in_a_row, default=self.dimensions["t"])
         inside = Replay(self.shape, self.shape.delta_dimensions(n_sequences))
         inside.run(self.shape.delta_case(n_sequences), name)
         states = module_bytes.delta_states(self.shape, n_sequences, n_tokens, backward=name == "delta_backward")

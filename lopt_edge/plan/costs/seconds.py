@@ -63,7 +63,10 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     backward = product * (mixed * outside + in_mlp * (5 / 3 if shape.blocked else mixed) + 4 * adapters)
     backward += ATTENTION_BACKWARD * attention + unpack * (outside + in_mlp)
     again = product * (outside + again_mlp * in_mlp + adapters / 2) + attention + unpack * (outside + again_mlp * in_mlp)
-    chunks = 0.0 if shape.layer.delta is None else overhead * ceil(batch.n_tokens / DELTA_CHUNK)
+    chunks = 0.0
+    if shape.layer.delta is not None:
+        one_by_one = batch.in_a_row or (batch.n_tokens,)
+        chunks = overhead * sum(ceil(n_tokens / DELTA_CHUNK) for n_tokens in one_by_one)
     return LayerSeconds(
         forward + FORWARD_PASSES * hidden + overhead + chunks,
         backward + BACKWARD_PASSES * hidden + overhead + CHUNK_BACKWARD * chunks,
@@ -78,7 +81,7 @@ def _mixing_flops(shape: LayerShape, batch: MicroBatchSize) -> float:
         k, v = delta.key_dim, delta.value_dim
         of_token = DELTA_CHUNK * (5 * k + 3 * v) + 6 * k * v
         return batch.n_rows * delta.n_value_heads * of_token
-    return 2 * batch.n_sequences * batch.n_tokens**2 * layer.n_heads * layer.head_dim
+    return 2 * sum(n_tokens**2 for n_tokens in batch.attended) * layer.n_heads * layer.head_dim
 
 
 @dataclass(frozen=True)

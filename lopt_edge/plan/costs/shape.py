@@ -109,11 +109,12 @@ class LayerShape:
         slides = layer_type == "sliding_attention" and window is not None and n_tokens >= window
         return slides and self.attention_kernel == "sdpa"
 
-    def window(self, layer_type: str, n_tokens: int) -> int | None:
-        """The number of earlier tokens that attention in tiles of queries sees; None where it sees all."""
+    def window(self, layer_type: str, n_tokens: int, *, in_a_row: bool = False) -> int | None:
+        """The number of earlier tokens that attention sees which makes no mask for the micro-batch: attention in tiles of
+        queries, and of sequences in a row; None where it sees all."""
         window = self.facts.sliding_window if layer_type == "sliding_attention" else None
-        all_seen = self.attention_kernel == "sdpa" or window is None or n_tokens <= window
-        return None if all_seen else window
+        by_mask = self.attention_kernel == "sdpa" and not in_a_row
+        return None if by_mask or window is None or n_tokens <= window else window
 
     def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
         """The key of this shape's programs in the traced table."""

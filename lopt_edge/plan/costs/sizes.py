@@ -41,7 +41,8 @@ ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), grou
 class MicroBatchSize:
     """The size of a micro-batch: `n_sequences` of `n_tokens` each, padding included; `n_supervised` of them have a target.
 
-    `n_real` of them are no padding, where there is any (None: not known, all of them at most).
+    `n_real` of them are no padding, where there is any (None: not known, all of them at most). `in_a_row`: the lengths of
+    the sequences that lie in its one row (packing), which then counts as one; of the largest step the longest ones.
     """
 
     n_sequences: int
@@ -49,11 +50,22 @@ class MicroBatchSize:
     n_supervised: int
     padded: bool = False
     n_real: int | None = None
+    in_a_row: tuple[int, ...] = ()
 
     @property
     def n_rows(self) -> int:
         """The number of tokens, padding included."""
         return self.n_sequences * self.n_tokens
+
+    @property
+    def longest(self) -> int:
+        """The tokens of its longest sequence, padding included."""
+        return max(self.in_a_row, default=self.n_tokens)
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The length of each sequence that is attended to by itself."""
+        return self.in_a_row or (self.n_tokens,) * self.n_sequences
 
     @property
     def n_real_most(self) -> int:
@@ -297,14 +309,16 @@ class Sizes:
         return self._embed(batch)[0]
 
     def _embed(self, batch: MicroBatchSize) -> tuple[int, int]:
-        return embed_bytes(self.shape, self._stored_embedding, batch.n_sequences, batch.n_tokens)
+        return embed_bytes(
+            self.shape, self._stored_embedding, batch.n_sequences, batch.n_tokens, packed=bool(batch.in_a_row)
+        )
 
     def cache_within(self, batch: MicroBatchSize, *, reads: bool) -> int:
         """The most bytes while a boundary is read, or written and read back: one example as the cache holds it and in the
         compute dtype."""
         hidden = self.hidden_bytes(batch)
         cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
-        one = batch.n_tokens * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
+        one = batch.longest * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
         return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
 
     def align_within(self, batch: MicroBatchSize) -> int:
@@ -385,7 +399,13 @@ class Sizes:
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape
         first = layer == (segment.reached[0] if segment.has_loss else segment.first)
-        kind, n_tokens = shape.facts.layer_types[layer], batch.n_tokens
+        kind, lengths = shape.facts.layer_types[layer], tuple(sorted(set(batch.in_a_row)))
         return LayerRun(
-            shape, batch.n_sequences, n_tokens, shape.masked(kind, n_tokens), first, shape.window(kind, n_tokens)
+            shape,
+            batch.n_sequences,
+            batch.n_tokens,
+            shape.masked(kind, batch.n_tokens) and not lengths,
+            first,
+            shape.window(kind, batch.longest, in_a_row=bool(lengths)),
+            lengths,
         )

@@ -47,6 +47,7 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
+    rotary_turn: int | None = None  # a sequence of so many tokens has other rotary frequencies than a shorter one
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
     forms: Forms | None = None  # of a GGUF file: the types of its matrices
@@ -192,9 +193,21 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         recorded_dtype=str(dtype).removeprefix("torch."),
         quantised=quantised,
         max_positions=known.get("max_position_embeddings"),
+        rotary_turn=_rotary_turn(known),
         layout=family.layout if wrapper is None else wrapper.layouts[0],
         wrapper="" if wrapper is None else wrapper.name,
     )
+
+
+def _rotary_turn(known: dict[str, Any]) -> int | None:
+    """The tokens from which on transformers takes other rotary frequencies for a whole micro-batch (longrope, dynamic)."""
+    rope = known.get("rope_parameters") or known.get("rope_scaling")
+    found = rope if isinstance(rope, dict) else {}
+    if found.get("rope_type", found.get("type")) not in ("longrope", "dynamic"):
+        return None
+    name = "original_max_position_embeddings"
+    limit = found.get(name) or known.get(name) or known.get("max_position_embeddings")
+    return limit + 1 if type(limit) is int else None
 
 
 def _wrapper_of(config: dict[str, Any]) -> Wrapper | None:

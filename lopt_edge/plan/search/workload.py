@@ -183,4 +183,6 @@ def _mean(batches: tuple[MicroBatchSize, ...]) -> MicroBatchSize:
     if all(batch == first for batch in batches):
         return first
     n_tokens = round(sum(batch.n_rows for batch in batches) / n / first.n_sequences)
-    return MicroBatchSize(first.n_sequences, n_tokens, round(sum(batch.n_supervised for batch in batches) / n))
+    lengths = sorted(length for batch in batches for length in batch.in_a_row)
+    n_supervised = round(sum(batch.n_supervised for batch in batches) / n)
+    return MicroBatchSize(first.n_sequences, n_tokens, n_supervised, in_a_row=tuple(lengths[n // 2 :: n]))

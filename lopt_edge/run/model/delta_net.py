@@ -8,7 +8,8 @@ and asks autograd for one chunk's gradients at a time, the last chunk first.
 
 The rule: the values are those of transformers' module (tests/run/model/test_delta_net.py), gradients those of autograd
 through it; what lives inside is a chunk's worth, however long the sequence. Its parameters are frozen and get no gradient.
-With a cache (generation) transformers' module itself runs. Fast kernels (flash-linear-attention) are not used.
+Of several sequences in one row (packing) each begins with an empty state and sees no token before its own. With a cache
+(generation) transformers' module itself runs. Fast kernels (flash-linear-attention) are not used.
 
 Shapes: B sequences, T tokens, C features of queries, keys and values together, W of all value heads, J value heads, H key
 heads, K and V a head's key and value features.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lopt_edge.run.model.sequences import Sequences
 from quant.sizes import DELTA_CHUNK as CHUNK
 from quant.sizes import DELTA_STATES_APART as STATES_APART
 
@@ -37,14 +39,22 @@ class DeltaNet(nn.Module):
             self.add_module(name, net.get_submodule(name))
         self.core = DeltaCore(net)
 
-    def forward(self, hidden_states: Tensor, *, cache_params: Any = None, attention_mask: Any = None, **_: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        cache_params: Any = None,
+        attention_mask: Any = None,
+        sequences: Sequences | None = None,
+        **_: Any,
+    ) -> Tensor:
         """The output (B, T, D) for hidden states (B, T, D). `attention_mask` is for a cache's use: without one padding lies
-        at the right end, which no real token sees."""
+        at the right end, which no real token sees. `sequences`: what lies in the one row."""
         if cache_params is not None:
             whole: nn.Module = self.__dict__["whole"]
             return cast(Tensor, whole(hidden_states, cache_params=cache_params, attention_mask=attention_mask))
         projected = (self.get_submodule(f"in_proj_{name}")(hidden_states) for name in ("qkv", "z", "b", "a"))
-        return cast(Tensor, self.get_submodule("out_proj")(self.core(*projected)))
+        return cast(Tensor, self.get_submodule("out_proj")(self.core(*projected, sequences)))
 
 
 class DeltaCore(nn.Module):
@@ -62,9 +72,12 @@ class DeltaCore(nn.Module):
         self.n_before = int(sizes.conv_kernel_size) - 1  # earlier tokens that the convolution sees
         self.activation = ACT2FN[sizes.activation]
 
-    def forward(self, mixed_BTC: Tensor, z_BTW: Tensor, b_BTJ: Tensor, a_BTJ: Tensor) -> Tensor:
+    def forward(
+        self, mixed_BTC: Tensor, z_BTW: Tensor, b_BTJ: Tensor, a_BTJ: Tensor, sequences: Sequences | None = None
+    ) -> Tensor:
         """The values (B, T, W) of the rule, normed and gated by z; b are the rates of writing, a those of forgetting."""
-        y: Tensor = _Delta.apply(mixed_BTC, z_BTW, b_BTJ, a_BTJ, self)  # type: ignore[no-untyped-call]
+        found = sequences or Sequences((z_BTW.shape[1],))
+        y: Tensor = _Delta.apply(mixed_BTC, z_BTW, b_BTJ, a_BTJ, self, found)  # type: ignore[no-untyped-call]
         return y
 
     def first_state(self, n_sequences: int, device: torch.device) -> Tensor:
@@ -154,23 +167,36 @@ def _chunk(tensors: tuple[Tensor, ...], start: int, n_before: int) -> Chunk:
 
 class _Delta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, core: DeltaCore) -> Tensor:
-        ctx.core = core
+    def forward(ctx: Any, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, core: DeltaCore, sequences: Sequences) -> Tensor:
+        ctx.core, ctx.sequences = core, sequences
         ctx.save_for_backward(mixed, z, b, a)
         y = torch.empty_like(z)
-        state = core.first_state(len(z), z.device)
-        for start in range(0, z.shape[1], CHUNK):
-            state = run_chunk(core, (mixed, z, b, a), start, state, y)
+        for rows in sequences:
+            _run(core, tuple(tensor[:, rows] for tensor in (mixed, z, b, a)), y[:, rows])
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        core, tensors = ctx.core, ctx.saved_tensors
+        tensors = ctx.saved_tensors
         found = [torch.zeros_like(tensor) for tensor in tensors]
-        d_state = core.first_state(len(tensors[0]), tensors[0].device)
-        for start, state in _backwards(core, tensors):
-            d_state = chunk_gradient(core, tensors, start, state, (grads[0], d_state), found)
-        return (*found, None)
+        for rows in ctx.sequences:
+            own = tuple(tensor[:, rows] for tensor in tensors)
+            _gradient(ctx.core, own, grads[0][:, rows], [total[:, rows] for total in found])
+        return (*found, None, None)
+
+
+def _run(core: DeltaCore, tensors: tuple[Tensor, ...], y_BTW: Tensor) -> None:
+    """Fill the values of one sequence, chunk by chunk."""
+    state = core.first_state(len(y_BTW), y_BTW.device)
+    for start in range(0, y_BTW.shape[1], CHUNK):
+        state = run_chunk(core, tensors, start, state, y_BTW)
+
+
+def _gradient(core: DeltaCore, tensors: tuple[Tensor, ...], g_BTW: Tensor, found: list[Tensor]) -> None:
+    """Fill the gradients of one sequence, the last chunk first."""
+    d_state = core.first_state(len(tensors[0]), tensors[0].device)
+    for start, state in _backwards(core, tensors):
+        d_state = chunk_gradient(core, tensors, start, state, (g_BTW, d_state), found)
 
 
 def run_chunk(

@@ -14,7 +14,7 @@ Shapes: B sequences, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
-from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
+from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
 from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
-from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model import query_tiles, sequences
 from lopt_edge.run.model.delta_net import DeltaNet
+from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
@@ -44,11 +45,15 @@ from quant.packed import Packed, PackedOnDisk
 
 @dataclass(eq=False)
 class LayerContext:
-    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type."""
+    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type.
+
+    `sequences`: what lies in the one row, by layer type; empty where each sequence has a row of its own.
+    """
 
     position_ids_1T: Tensor
     rotary: dict[str, tuple[Tensor, Tensor]]
     masks: dict[str, Tensor | None]
+    sequences: dict[str, Sequences]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that all layers share, so that no layer's graph owns them."""
@@ -95,13 +100,18 @@ class Model:
             return hidden_BTD * torch.tensor(self.facts.hidden_size**0.5, dtype=self.dtype)
         return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
-    def layer_context(self, hidden_BTD: Tensor, *, cache: Any = None, start: int = 0) -> LayerContext:
+    def layer_context(
+        self, hidden_BTD: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Any = None, start: int = 0
+    ) -> LayerContext:
         """The context of positions start .. start + T - 1; a mask is None where the kernel's own causal mask does.
 
         Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
+        `lengths`: of several sequences that lie in one row; positions restart at each, and attention makes its own masks.
         """
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+        if lengths is not None:
+            return self._context_of_a_row(hidden_BTD, Sequences(lengths))
         positions = torch.arange(start, start + hidden_BTD.shape[1], device=self.device).unsqueeze(0)
         arguments = {
             "config": self.config,
@@ -111,11 +121,21 @@ class Model:
             "position_ids": positions,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        kinds = self.facts.attention_types
+        rotary = self._rotary(hidden_BTD, positions)
+        masks = {kind: make[kind](**arguments) for kind in self.facts.attention_types}
+        return LayerContext(positions, rotary, masks, {})  # type: ignore[arg-type]  # no BlockMask: flex attention is never asked
+
+    def _context_of_a_row(self, hidden_BTD: Tensor, row: Sequences) -> LayerContext:
+        positions = row.positions(self.device).unsqueeze(0)
+        sliding = replace(row, window=self.facts.sliding_window)
+        by_type = {kind: sliding if kind == SLIDING else row for kind in set(self.facts.layer_types)}
+        return LayerContext(positions, self._rotary(hidden_BTD, positions), {}, by_type)
+
+    def _rotary(self, hidden_BTD: Tensor, positions_1T: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The rotary tables by type of attention."""
         by_type = self.facts.family.rotary_by_type
-        rotary = {kind: self.rotary(hidden_BTD, positions, *([kind] if by_type else [])) for kind in kinds}
-        masks = {kind: make[kind](**arguments) for kind in kinds}
-        return LayerContext(positions, rotary, masks)  # type: ignore[arg-type]  # no BlockMask: flex attention is never asked
+        kinds = self.facts.attention_types
+        return {kind: self.rotary(hidden_BTD, positions_1T, *([kind] if by_type else [])) for kind in kinds}
 
     def run_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None) -> Tensor:
         """The output (B, T, D) of layer `layer`, whose weights are resident."""
@@ -127,6 +147,7 @@ class Model:
             position_ids=frame.position_ids_1T,
             past_key_values=cache,
             use_cache=cache is not None,
+            **({"sequences": frame.sequences[kind]} if frame.sequences else {}),
         )
         return output[0] if isinstance(output, tuple) else output
 
@@ -248,13 +269,11 @@ def make_skeleton(
     """
     from transformers import AutoConfig
 
-    layout, attention = facts.layout, "sdpa"
-    if facts.family.attention == "query tiles":
-        query_tiles.register()
-        attention = query_tiles.NAME
+    layout, kernel = facts.layout, query_tiles if facts.family.attention == "query tiles" else sequences
+    kernel.register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        config._attn_implementation = attention
+        config._attn_implementation = kernel.NAME
         with torch.device("meta"):
             skeleton = _model_class(config)(config).eval()
             skeleton = skeleton.get_submodule("model") if hasattr(skeleton, "model") else skeleton

@@ -23,7 +23,7 @@ class Batch:
 
     `supervised_N` are the flat positions (into B x T) whose next token is a target, `targets_N` those targets, `real_N` the
     flat positions of non-padding tokens (None: no padding). `examples` and `lengths` say which example of the data each row
-    is, and how long; `n_tokens` is the sum of the lengths.
+    is, and how long; `n_tokens` is the sum of the lengths. `packed`: they lie in one row, one after the other.
     """
 
     ids_BT: Tensor
@@ -33,6 +33,12 @@ class Batch:
     n_tokens: int
     lengths: tuple[int, ...] = ()
     examples: tuple[int, ...] = ()
+    packed: bool = False
+
+    @property
+    def in_a_row(self) -> tuple[int, ...] | None:
+        """The lengths of the sequences that lie in one row; None where each has a row of its own."""
+        return self.lengths if self.packed else None
 
     @property
     def n_supervised(self) -> int:
@@ -43,7 +49,8 @@ class Batch:
     def size(self) -> MicroBatchSize:
         """The size of the batch, as the planner counts it."""
         n_sequences, n_tokens = self.ids_BT.shape
-        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=self.real_N is not None)
+        padded = self.real_N is not None
+        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=padded, in_a_row=self.in_a_row or ())
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Seque
     targets_flat = torch.tensor(micro_batch.targets, dtype=torch.int64).view(-1)
     supervised_N = (targets_flat != IGNORED).nonzero().squeeze(1)
     n_tokens = sum(micro_batch.lengths)
-    real_N = _real_positions(micro_batch.lengths, ids_BT.shape[1])
+    real_N = None if micro_batch.packed else _real_positions(micro_batch.lengths, ids_BT.shape[1])
     return Batch(
         ids_BT=ids_BT.to(device),
         supervised_N=supervised_N.to(device),
@@ -69,6 +76,7 @@ def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Seque
         n_tokens=n_tokens,
         lengths=micro_batch.lengths,
         examples=tuple(examples),
+        packed=micro_batch.packed,
     )
 
 
@@ -85,6 +93,7 @@ def as_message(batch: Batch) -> dict[str, Any]:
     return {
         "n_tokens": batch.ids_BT.shape[1],
         "lengths": list(batch.lengths),
+        "packed": batch.packed,
         "supervised": batch.supervised_N.tolist(),
         "targets": batch.targets_N.tolist(),
     }
@@ -92,15 +101,16 @@ def as_message(batch: Batch) -> dict[str, Any]:
 
 def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:
     """The batch that `as_message` described, on `device`; its token ids are zeros."""
-    lengths, n_tokens = tuple(values["lengths"]), values["n_tokens"]
-    real_N = _real_positions(lengths, n_tokens)
+    lengths, n_tokens, packed = tuple(values["lengths"]), values["n_tokens"], values["packed"]
+    real_N = None if packed else _real_positions(lengths, n_tokens)
     return Batch(
-        ids_BT=torch.zeros(len(lengths), n_tokens, dtype=torch.int64),
+        ids_BT=torch.zeros(1 if packed else len(lengths), n_tokens, dtype=torch.int64),
         supervised_N=torch.tensor(values["supervised"], dtype=torch.int64, device=device),
         targets_N=torch.tensor(values["targets"], dtype=torch.int64, device=device),
         real_N=None if real_N is None else real_N.to(device),
         n_tokens=sum(lengths),
         lengths=lengths,
+        packed=packed,
     )
 
 

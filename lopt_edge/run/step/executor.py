@@ -216,10 +216,10 @@ class Executor:
             self.model.weights.release()
 
     def _embed(self, state: StepState, op: Op) -> None:
-        ids_BT = state.batches[op.micro_batch].ids_BT
+        batch = state.batches[op.micro_batch]
         with torch.no_grad():
-            state.hidden_BTD = self.model.embed(ids_BT)
-            state.layer_context = self.model.layer_context(state.hidden_BTD)
+            state.hidden_BTD = self.model.embed(batch.ids_BT)
+            state.layer_context = self.model.layer_context(state.hidden_BTD, lengths=batch.in_a_row)
 
     def _hold(self, state: StepState, op: Op) -> None:
         state.held_BTD = state.hidden_BTD
@@ -229,21 +229,24 @@ class Executor:
             state.hidden_BTD, state.held_BTD = state.held_BTD, None
             return
         batch = state.batches[op.micro_batch]
-        found_BTD = self.caches[op.item].read(
-            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
-        )
+        found_BTD = self._cached(op.item, batch)
         if op.item == "teacher":
             state.teacher_BTD = found_BTD
             return
-        state.hidden_BTD, state.layer_context = found_BTD, self.model.layer_context(found_BTD)
+        state.hidden_BTD = found_BTD
+        state.layer_context = self.model.layer_context(found_BTD, lengths=batch.in_a_row)
+
+    def _cached(self, name: str, batch: Batch) -> Tensor:
+        """The hidden states of a micro-batch from a cache."""
+        device, dtype, n_tokens = self.model.device, self.model.dtype, batch.ids_BT.shape[1]
+        packed = batch.packed
+        return self.caches[name].read(batch.examples, n_tokens=n_tokens, packed=packed, device=device, dtype=dtype)
 
     def _write(self, state: StepState, op: Op) -> None:
         """Write to the cache and go on with what it gives back, so that this step equals one that reads, bit for bit."""
         batch, cache = state.batches[op.micro_batch], self.caches[op.item]
-        cache.write(batch.examples, present(state.hidden_BTD))
-        state.hidden_BTD = cache.read(
-            batch.examples, n_tokens=batch.ids_BT.shape[1], device=self.model.device, dtype=self.model.dtype
-        )
+        cache.write(batch.examples, present(state.hidden_BTD), packed=batch.packed)
+        state.hidden_BTD = self._cached(op.item, batch)
 
     def _align(self, state: StepState, op: Op) -> None:
         segment = state.plan.segment_of(op.target)
@@ -255,9 +258,10 @@ class Executor:
         state.teacher_BTD = None
 
     def _receive(self, state: StepState, op: Op) -> None:
-        shape = (*state.batches[op.micro_batch].ids_BT.shape, self.model.facts.hidden_size)
+        batch = state.batches[op.micro_batch]
+        shape = (*batch.ids_BT.shape, self.model.facts.hidden_size)
         state.hidden_BTD = present(self.link).receive_boundary(shape, self.model.dtype, self.model.device)
-        state.layer_context = self.model.layer_context(state.hidden_BTD)
+        state.layer_context = self.model.layer_context(state.hidden_BTD, lengths=batch.in_a_row)
 
     def _send(self, state: StepState, op: Op) -> None:
         present(self.link).send_boundary(present(state.hidden_BTD))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -79,23 +79,37 @@ class FeatureCache:
     def _position(self, example: int) -> int:
         return 2 * self.width * self.starts[example]
 
-    def write(self, examples: Sequence[int], hidden_BTD: Tensor) -> None:
-        """Write the rows of a micro-batch (B, T, width), whose rows begin with these examples' tokens, in bfloat16."""
-        for example, hidden_TD in zip(examples, hidden_BTD, strict=True):
+    def write(self, examples: Sequence[int], hidden_BTD: Tensor, *, packed: bool = False) -> None:
+        """Write the rows of a micro-batch (B, T, width), whose rows begin with these examples' tokens, in bfloat16.
+
+        `packed`: they lie in one row, one after the other.
+        """
+        for example, place in zip(examples, self._places(examples, packed=packed), strict=True):
             if example in self.known:
                 continue
-            rows = tensor_bytes(hidden_TD[: self.lengths[example]].to(torch.bfloat16).contiguous().cpu())
+            rows = tensor_bytes(hidden_BTD[place].to(torch.bfloat16).contiguous().cpu())
             self._write(self._rows, self._position(example), rows)
             self._write(self._marks, MARK_BYTES * example, memoryview(THERE + zlib.crc32(rows).to_bytes(4, "little")))
             self.known.add(example)
 
-    def read(self, examples: Sequence[int], *, n_tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def read(
+        self, examples: Sequence[int], *, n_tokens: int, device: torch.device, dtype: torch.dtype, packed: bool = False
+    ) -> Tensor:
         """The hidden states (B, n_tokens, width) of examples that are there; padding is zero."""
-        hidden_BTD = torch.zeros(len(examples), n_tokens, self.width, dtype=dtype, device=device)
-        for row, example in enumerate(examples):
+        n_rows = 1 if packed else len(examples)
+        hidden_BTD = torch.zeros(n_rows, n_tokens, self.width, dtype=dtype, device=device)
+        for example, place in zip(examples, self._places(examples, packed=packed), strict=True):
             found = torch.frombuffer(self._example_bytes(example), dtype=torch.bfloat16)
-            hidden_BTD[row, : self.lengths[example]] = found.view(-1, self.width).to(device=device, dtype=dtype)
+            hidden_BTD[place] = found.view(-1, self.width).to(device=device, dtype=dtype)
         return hidden_BTD
+
+    def _places(self, examples: Sequence[int], *, packed: bool) -> Iterator[tuple[int, slice]]:
+        """Yield where each example lies in a micro-batch: its row, and its tokens there."""
+        start = 0
+        for row, example in enumerate(examples):
+            end = start + self.lengths[example]
+            yield (0 if packed else row), slice(start, end)
+            start = end if packed else 0
 
     def _read(self, descriptor: int, position: int, out: bytearray) -> bytearray:
         """Fill `out` with what the file has at `position` (zeros beyond its end), and return it."""

@@ -3,8 +3,8 @@
 What decides the arithmetic must be as it was: method, segments, LoRA's shape, optimizer, learning rates, seed, and by
 fingerprints (not by path) the model and the data. What may change is listed in `MAY_CHANGE`: budgets and paging, which
 change no bit (design law 3), logging, and the number of steps, which stretches the learning rates' schedule (not where it
-would move a stage that is over). What the planner had settled (micro-batches, segments, tiles) stays settled. Differences
-are reported all together.
+would move a stage that is over). What the planner had settled (micro-batches, rows, segments, tiles) stays settled.
+Differences are reported all together.
 
 A checkpoint's sums show damage, not intent: whoever edits one can make them right. So its values are checked for what a run
 can have written, before anything is computed with them.
@@ -40,7 +40,7 @@ BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
     "teacher", "ignore_columns", "columns", "tokenizer", "think", "escape_special_tokens",
 })  # fmt: skip
-SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile")
+SETTLED = ("batch_size", "grad_accum", "num_segments", "token_tile", "row_tokens")
 MOST_SEGMENTS, MOST_TOKENS = 10_000, 2**31  # of any model; of a tile
 MOST_SHOWN = 120  # letters of a value
 
@@ -74,6 +74,7 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     before, settled = found.state.get("config"), found.state.get("settled")
     if not isinstance(before, dict) or not isinstance(settled, dict):
         raise InputError("its settings are malformed", where=where, fix="use another checkpoint")
+    settled = {"row_tokens": None, **settled}  # an earlier version packed nothing
     differences = [
         InputError(f"was {_shown(before.get(name, _default(name)))}, is {value!r} now", where=name)
         for name, value in config.model_dump(mode="json").items()
@@ -83,6 +84,7 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
         raise _another_run(found, differences)
     _check_settled(settled, config, where)
     update = {**{name: settled[name] for name in SETTLED}, "choose_micro_batch": False, "choose_segments": False}
+    update["packing"] = settled["row_tokens"] is not None
     warnings = [f"a checkpoint was left out: {fault}" for fault in faults]
     return config.model_copy(update=update), Start(found, state), [*warnings, *_changed(config, before, found)]
 
@@ -100,7 +102,7 @@ def _check_settled(settled: dict[str, Any], config: Config, where: str) -> None:
         sound = all(type(settled[name]) is int and settled[name] > 0 for name in SETTLED if settled[name] is not None)
         n_sequences = settled["batch_size"] * settled["grad_accum"]
         sound = sound and n_sequences == config.batch_size * config.grad_accum and settled["num_segments"] <= MOST_SEGMENTS
-        sound = sound and (settled["token_tile"] or 0) <= MOST_TOKENS
+        sound = sound and max(settled["token_tile"] or 0, settled["row_tokens"] or 0) <= MOST_TOKENS
     except (KeyError, TypeError):
         sound = False
     if not sound:

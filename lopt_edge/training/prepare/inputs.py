@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_edge.config.settings import Config
-from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, split_window
+from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows
 from lopt_edge.models.folder import ModelFolder
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.costs.sizes import MicroBatchSize
@@ -27,6 +27,7 @@ from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.processes import Part, own_knobs
 from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.plan.search.workload import Workload
+from lopt_edge.planning.packing import micro_batches
 from lopt_edge.planning.question import Ground
 from lopt_edge.run.step.batches import Batch, make_batch
 
@@ -87,7 +88,11 @@ class Inputs:
                 self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size, grad_accum=grad_accum
             )
             skipped = first % per_epoch if epoch == first // per_epoch else 0
-            yield from (split_window(window, self.config.batch_size) for window in found[skipped:])
+            yield from (self._cut(window, self.train) for window in found[skipped:])
+
+    def _cut(self, window: Window, dataset: Dataset) -> Window:
+        """The window's sequences in micro-batches: padded ones, or packed rows."""
+        return micro_batches(window, dataset.lengths, self.config, self.source.facts)
 
     @property
     def part(self) -> Part | None:
@@ -124,11 +129,22 @@ class Inputs:
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
         order = sorted(range(len(dataset.examples)), key=dataset.lengths.__getitem__)
-        size = self.config.batch_size
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        return [self.batch(dataset, group) for group in groups]
+        return [self.batch(dataset, group) for group in self.groups(dataset, order)]
 
-    def batch(self, dataset: Dataset, indices: list[int] | tuple[int, ...]) -> Batch:
+    def groups(self, dataset: Dataset, indices: Sequence[int]) -> Window:
+        """These examples in micro-batches, in their order where they are not packed."""
+        return self._cut((tuple(indices),), dataset)
+
+    def batch(self, dataset: Dataset, indices: Sequence[int]) -> Batch:
         # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
-        """Some examples of a dataset as one padded batch on the device."""
-        return make_batch(collate([dataset.examples[i] for i in indices], pad_id=0), self.device, examples=indices)
+        """Some examples of a dataset as one micro-batch on the device: padded, or in a row."""
+        examples = [dataset.examples[i] for i in indices]
+        found = collate(examples, pad_id=0, packed=bool(self.config.packing))
+        return make_batch(found, self.device, examples=indices)
+
+    @property
+    def n_micro_batches(self) -> int:
+        """The micro-batches of a usual step; where sequences are packed, of the largest one."""
+        if self.config.packing:
+            return len(self.workload.batches)
+        return min(self.config.grad_accum, -(-len(self.train.examples) // self.config.batch_size))

@@ -35,13 +35,13 @@ from lopt_edge.plan.search.search import Candidate, Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.budgets import planned_budget, stated_budget
 from lopt_edge.planning.from_data import ground_of
+from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, search_for
 from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
     chosen_settings,
     memory_warnings,
-    settled,
     split_to_fit,
 )
 from lopt_edge.run.device import choose_device, choose_dtype
@@ -170,7 +170,8 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     if resumes:  # what was settled stays; micro-batches are split only if nothing fits otherwise
         (config, search), split = split_to_fit(config, ask)
     else:
-        config, search = settled(config, source.facts, ask)
+        answer = settled_on_data(config, source.facts, found.train, ask=ask, parts=lambda pair: pair, budget=budget)
+        config, search = answer
         order = config.batch_size, config.grad_accum
     workload = search.workload
     run_plan, knobs, disk_bytes = _planned(config, search, budget, reason)
@@ -237,6 +238,7 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
     yield from planned.pipeline_reasons
     yield from chosen_settings(asked, planned.config)
+    yield from chosen_packing(asked, planned.config)
     yield from (f"predicted for the largest step: {line}" for line in summary(run_plan))
 
 

@@ -11,7 +11,7 @@ takes). Which steps are aligned is the course's matter.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -111,21 +111,21 @@ def fill_features(inputs: Inputs, cache: FeatureCache, base: Model, *, mover: Mo
     if not missing:
         return 0
     model = _teacher(inputs, base, mover)
-    size = inputs.config.batch_size if model is base else 1
-    for start in range(0, len(missing), size):
+    for indices in inputs.groups(inputs.train, missing) if model is base else [[index] for index in missing]:
         between()
-        _fill(inputs, cache, model, missing[start : start + size])
+        _fill(inputs, cache, model, indices)
     if model is not base and model.weights is not None:
         model.weights.release()
     return len(missing)
 
 
 @torch.no_grad()
-def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: list[int]) -> None:
+def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: Sequence[int]) -> None:
     """Compute a batch; in a function of its own, so that nothing of it lives on into the next."""
-    hidden_BTD = model.embed(inputs.batch(inputs.train, indices).ids_BT)
-    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.layer_context(hidden_BTD)))
-    cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size))
+    batch = inputs.batch(inputs.train, indices)
+    hidden_BTD = model.embed(batch.ids_BT)
+    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.layer_context(hidden_BTD, lengths=batch.in_a_row)))
+    cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size), packed=batch.packed)
 
 
 def _teacher(inputs: Inputs, base: Model, mover: Mover) -> Model:

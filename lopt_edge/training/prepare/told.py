@@ -25,6 +25,7 @@ def six_facts(inputs: Inputs) -> list[Fact]:
     segments = sum(segment.has_loss for segment in inputs.course.kinds[0].segments)
     early = f", {segments} segments with a loss" if segments > 1 else ""
     steps = f"{inputs.n_steps:,} steps of {batch_size} x {grad_accum} sequences"
+    steps += f", packed in rows of {config.row_tokens} tokens" if config.packing else ""
     return [
         ("model", f"{inputs.source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}"),
         ("data", ", ".join([f"{len(train.examples):,} examples ({train.format})", shares, *beside])),

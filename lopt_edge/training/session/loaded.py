@@ -241,7 +241,9 @@ class _Loader:
         if not state.sequences:
             return None, False
         micro_batch = micro_batches_of(next(self.inputs.windows(first=state.steps)), state.sequences)
-        if micro_batch is None:  # the checkpoint's micro-batches were smaller ones
+        row_tokens = start.values["settled"].get("row_tokens")
+        same_rows = row_tokens == (self.inputs.config.row_tokens if self.inputs.config.packing else None)
+        if micro_batch is None or not same_rows:  # the checkpoint's were smaller ones, or rows with others in them
             self.context.progress.warn(f"step {state.steps + 1} begins again: its micro-batches are cut in another way now")
             return None, True
         return Cut(micro_batch, {int(segment): loss for segment, loss in state.losses.items()}, gradient), False

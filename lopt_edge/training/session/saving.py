@@ -94,11 +94,12 @@ class Saver:
     def _facts(self) -> dict[str, Any]:
         inputs = self.inputs
         batch_size, grad_accum = inputs.order
-        n_micro_batches = -(-batch_size * grad_accum // self.config.batch_size)
+        row_tokens = self.config.row_tokens if self.config.packing else None
+        n_micro_batches = inputs.n_micro_batches if row_tokens else -(-batch_size * grad_accum // self.config.batch_size)
         return {
             "config": (inputs.asked or self.config).model_dump(mode="json"),
             "settled": {"batch_size": batch_size, "grad_accum": grad_accum, "num_segments": self.config.num_segments,
-                        "token_tile": inputs.knobs.token_tile},
+                        "token_tile": inputs.knobs.token_tile, "row_tokens": row_tokens},
             "model": inputs.model,
             "teacher": inputs.teacher_model,
             "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
