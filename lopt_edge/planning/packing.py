@@ -1,11 +1,11 @@
 """How a step's sequences become micro-batches: padded, or packed into rows; how large those are, and which is faster.
 
-Packing lays several short sequences into one row, one after the other, without attention across them (run/model/
-sequences.py). A step has the same sequences either way, `batch_size x grad_accum` of them, so its loss and gradients are
-equal up to rounding (design law 5); what changes is how many micro-batches there are, and that none has padding. So the
-planner may choose: where the settings do not say, the faster of the two on a few windows of the data is taken, each with
-its own best memory settings. Rows are as long as the longest sequence, which takes no more memory than that one alone, or
-as `row_tokens` (else `max_seq_len`) says. A gain below MARGIN is none: predictions are not that exact.
+Packing lays several short sequences into one row, one after the other, without attention across them
+(run/model/sequences.py). A step has the same sequences either way, `batch_size x grad_accum` of them, so its loss and
+gradients are equal up to rounding (design law 5); what changes is how many micro-batches there are, and that none has
+padding. So the planner may choose: where the settings do not say, the faster of the two on a few windows of the data is
+taken, each with its own best memory settings. Rows are as long as the longest sequence, which takes no more memory than
+that one alone, or as `row_tokens` (else `max_seq_len`) says. A gain below MARGIN is none: predictions are not that exact.
 
 It reads lengths only. No torch.
 """
@@ -110,10 +110,8 @@ def settled_on_data(
 
     def timed() -> Iterator[tuple[float, Asked]]:
         if (best := search.within(budget).best) is not None:
-            yield (
-                mean_seconds(settings, search.workload, best.knobs, train, windows) * (1 if config.packing else MARGIN),
-                first,
-            )
+            seconds = mean_seconds(settings, search.workload, best.knobs, train, windows)
+            yield seconds * (1 if config.packing else MARGIN), first
         for row_tokens in rows:
             variant = settings.model_copy(update={"packing": True, "row_tokens": row_tokens})
             if (variant.packing, variant.row_tokens) != (settings.packing, settings.row_tokens):

@@ -251,7 +251,7 @@ def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
         yield "prefetch has no effect: nothing is moved between tiers"
     if config.page_dir and "disk" not in tiers and "page" not in knobs.activations:
         yield "page_dir has no effect: nothing is paged to disk"
-    longest = config.batch_size * config.max_seq_len
+    longest = max(config.max_seq_len, config.row_tokens or 0) if config.packing else config.batch_size * config.max_seq_len
     if config.token_tile not in (None, TOKEN_TILES[0]) and longest <= min(config.token_tile, TOKEN_TILES[0]):
         yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
     if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:

@@ -82,9 +82,12 @@ def attend(
     `sequences` says what lies in the row: query (1, H, T, E), key and value (1, H / G, T, E). None: no packing.
     """
     if sequences is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
+        found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
+        )
+        return found
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = device_of(query.device)
     if device.kind.computes_on_cores and query.shape[-1] == value.shape[-1]:
