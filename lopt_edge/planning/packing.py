@@ -127,9 +127,10 @@ def _row_lengths(config: Config, train: Dataset | None) -> list[int]:
     n_sequences = config.batch_size * config.grad_accum
     if train is None or config.packing is False or n_sequences == 1 or config.apply == "layer":
         return []
+    if config.row_tokens:
+        return [config.row_tokens]
     lengths = sorted(train.lengths, reverse=True)[:n_sequences]
-    most = min(config.row_tokens or max(config.max_seq_len, lengths[0]), sum(lengths))
-    return sorted({most} if config.row_tokens else {most, lengths[0]})
+    return sorted({lengths[0], min(max(config.max_seq_len, lengths[0]), sum(lengths))})
 
 
 def chosen_packing(asked: Config, found: Config) -> Iterator[str]:

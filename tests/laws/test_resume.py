@@ -18,6 +18,7 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import Interrupted
 from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
+from lopt_edge.training.prepare.read import read_inputs
 from tools.tiny_runs import log_of, make_config, make_model, write_rows
 
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
@@ -90,6 +91,16 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
     stopped(config.model_copy(update=before), in_folder="step-000002+2")
     finetune(resumed(config, **after))
     assert what_is_left(config) == whole
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with(runs, tmp_path, stop_in):
+    config = runs.config(f"{tmp_path.name}", packing=True, row_tokens=48)
+    stop_in(2, 0)
+    with pytest.raises(Interrupted):
+        finetune(config)
+    inputs, start = read_inputs(resumed(config, packing=False, row_tokens=None))
+    assert start is not None and inputs.config.packing and inputs.config.row_tokens == 48
+    assert any("packing has no effect: the run goes on as it began, rows of 48" in text for text in inputs.warnings)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset({
     "weights", "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
     "choose_segments", "boundary", "overwrite", "patience", "track", "pipeline", "pipeline_minutes", "push_to_hub",
+    "packing", "row_tokens",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",
@@ -160,6 +161,11 @@ def _another_run(found: Checkpoint, differences: list[InputError]) -> InputError
 
 def _changed(config: Config, before: dict[str, Any], found: Checkpoint) -> Iterator[str]:
     phases = " and the method's phases change" if METHODS[config.method].phases_follow_steps else " changes"
+    row_tokens = found.state["settled"].get("row_tokens")
+    asked = (config.packing is not None and config.packing != bool(row_tokens), config.row_tokens not in (None, row_tokens))
+    if any(asked):
+        rows = f"rows of {row_tokens} tokens" if row_tokens else "without rows"
+        yield f"{'packing' if asked[0] else 'row_tokens'} has no effect: the run goes on as it began, {rows}"
     for name in ("max_steps", "epochs"):
         if before.get(name) != getattr(config, name):
             was = f"{name} was {_shown(before.get(name))}, is {getattr(config, name)}"
