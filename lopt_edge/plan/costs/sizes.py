@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -108,7 +108,7 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
                 for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
             )
             for layer, blocks in enumerate(facts.forms.layers)
@@ -343,8 +343,12 @@ class Sizes:
     def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
         if kind is None:
             return Vocabularies(self.vocabulary_itemsize, resident)
-        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
-        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+        row_bytes, hidden = BLOCK_TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return (
+            Vocabularies(row_bytes // hidden, resident)
+            if BLOCK_TYPES[kind].is_plain
+            else Vocabularies(1, resident, row_bytes)
+        )
 
     @property
     def head_bytes(self) -> int:
