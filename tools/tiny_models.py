@@ -20,6 +20,8 @@ FAMILIES: dict[str, dict] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+                  "mlp_only_layers": [2], "use_sliding_window": True, "sliding_window": 8},
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                      "linear_value_head_dim": 32, "tie_word_embeddings": True},
     "gemma2": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},

@@ -31,7 +31,7 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.system.files import write_json
-from quant.files import is_packed, read_packed
+from quant.files import is_packed, packed_on_disk, read_packed
 from quant.folders import new_folder
 from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
@@ -141,12 +141,16 @@ def _module_of(name: str, model: Model) -> PackedLinear | None:
     if not model.facts.packs(name):
         return None
     layer, path = name.removeprefix(layers).removesuffix(".weight").split(".", 1)
-    module = model.layers[int(layer)].get_submodule(path) if int(layer) < len(model.layers) else None
+    if int(layer) >= len(model.layers) or path not in {linear.name for linear in model.facts.layer(int(layer)).linears}:
+        return None  # an expert's matrix, which has no adapter
+    module = model.layers[int(layer)].get_submodule(path)
     return module if isinstance(module, PackedLinear) else None
 
 
 def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> tuple[int, ...]:
     module = _module_of(name, model)
+    if module is None and is_packed(entries, name):
+        return packed_on_disk(entries, name).shape
     return (module.out_features, module.in_features) if module else entries[name].shape
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.expert_tensors import by_expert
 from lopt_edge.models.gguf import facts_of_gguf, folder_of_gguf, gguf_entries, looks_like_gguf
 from lopt_edge.models.hub import _download, download_gguf, names_gguf
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
@@ -101,12 +102,15 @@ def told_untied(config: dict[str, Any], facts: ModelFacts) -> dict[str, Any]:
     return {"tie_word_embeddings": False} if config.get("tie_word_embeddings", True) and not facts.tied else {}
 
 
-def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of a model folder. Raises InputError for missing weights or a truncated shard."""
+def tensor_entries(folder: Path, facts: ModelFacts | None = None) -> dict[str, TensorEntry]:
+    """The tensors of a model folder, as they are spelled; with its facts each matrix of an expert has an entry.
+
+    Raises InputError for missing weights or a truncated shard.
+    """
     if (entries := gguf_entries(folder)) is not None:
         return entries
     try:
-        return read_headers(folder)
+        return read_headers(folder) if facts is None else by_expert(read_headers(folder), facts)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
 
@@ -137,6 +141,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
                 expected[name] = (linear.out_features, linear.in_features)
             elif name not in entries:
                 expected[name] = ()
+        expected |= _expert_shapes(facts, layer, entries)
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None or entry.shape != shape:
@@ -148,6 +153,13 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
                 where=str(entry.path),
                 fix="use the bfloat16, float16 or float32 form of the model",
             )
+
+
+def _expert_shapes(facts: ModelFacts, layer: int, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's experts by name, of those that are not in 4 bits (whose states say more than a shape)."""
+    experts, prefix = facts.layer(layer).experts, facts.layout.layer(layer)
+    names = ((f"{prefix}{name}.weight", shape) for name, shape in (experts.matrices() if experts else ()))
+    return {name: shape for name, shape in names if f"{name}.absmax" not in entries or name not in entries}
 
 
 HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint

@@ -1,4 +1,5 @@
-"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone. Qwen 3.5: gated attention in
+"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone. With experts (Qwen 3 MoE) it
+is that of all layers. Qwen 3.5: gated attention in
 every fourth layer, and a gated delta rule in the others; it is published with a vision tower around it."""
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from lopt_edge.plan.facts.families.family import (
     FULL,
     LINEAR,
     SLIDING,
+    Experts,
     Family,
     Projection,
     Wrapper,
     attention,
     gated_mlp,
+    windowed,
 )
 
 _ASKS = ("use_sliding_window", "layer_types")
@@ -44,7 +47,27 @@ _QWEN3 = Family(
     layer_type=_upper_layers,
     qk_norm="head",
 )
+
+
+def _sparse(config: Mapping[str, Any], layer: int) -> bool:
+    return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
+
+
 _BIAS = "attention_bias"
+_QWEN3_MOE = Family(
+    "qwen3_moe",
+    defaults={
+        "num_key_value_heads": 4, "num_attention_heads": 32, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 24, "vocab_size": 151936, "max_position_embeddings": 32768, "sliding_window": 4096,
+        "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    asks=("use_sliding_window",),
+    projections=(*attention(bias=_BIAS, out_bias=_BIAS), *gated_mlp()),
+    layer_type=windowed,
+    qk_norm="head",
+    experts=Experts(lies_in=_sparse),
+)  # fmt: skip
 _QWEN3_5 = Family(
     "qwen3_5_text",
     defaults={
@@ -73,5 +96,5 @@ _QWEN3_5 = Family(
     qk_norm="head",
 )  # fmt: skip
 
-FAMILIES = (_QWEN2, _QWEN3, _QWEN3_5)
+FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE, _QWEN3_5)
 WRAPPERS = (Wrapper("qwen3_5", text="qwen3_5_text"),)
