@@ -120,6 +120,7 @@ def _with_experts(found: Setting, pick: random.Random) -> Setting:
     n_experts, n_layers = pick.choice([1, 2, 4]), len(found.knobs.weights)
     changes = {
         "num_experts": n_experts,
+        "num_local_experts": n_experts,
         "num_experts_per_tok": n_experts,
         "moe_intermediate_size": 64 * pick.choice([1, 3]),
     }

@@ -46,7 +46,7 @@ from tools.tiny_models import FAMILIES, tiny_config
 
 # Families that may have a window, in SDPA with a mask, and those that may have layers of both kinds of attention.
 WINDOWED = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "smollm3", "olmo3",
-            "exaone4", "qwen3_moe")  # fmt: skip
+            "exaone4", "qwen3_moe", "mixtral")  # fmt: skip
 VALUES_ARE_KEYS = ("gemma4_text",)  # in the layers without a window
 LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
 DENSE, EXPERTS = "", " experts"  # words of a case: what stands behind the attention
@@ -267,7 +267,11 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     )
 
 
-EXPERT_SIZES = (("num_experts", "y"), ("num_experts_per_tok", "p"))  # in a config, and their letters
+EXPERT_SIZES = (
+    ("num_experts", "y"),
+    ("num_local_experts", "y"),
+    ("num_experts_per_tok", "p"),
+)  # in a config, and their letters
 EXPERT_OPS = ("experts_forward", "experts_backward")
 DELTA_OPS = ("delta_forward", "delta_backward")
 # Sizes of a delta rule in a config, and their letters; the other families ignore them.
@@ -321,7 +325,9 @@ def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
     (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
     matrices = (torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype))
     x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
-    weights, places = torch.zeros(2 * n, 3, dtype=dtype), torch.arange(n)
+    record = family_of(case.family).experts
+    full = record is not None and record.full_weights
+    weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
     sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
     trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
     with log:

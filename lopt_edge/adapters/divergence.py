@@ -185,7 +185,8 @@ def _fill_layer(model: Model, index: int, entries: dict[str, TensorEntry]) -> No
     layer, prefix, experts = model.layers[index], model.facts.layout.layer(index), model.facts.layer(index).experts
     if not _matrices_of_experts(layer):
         put_experts(layer, experts, buffer=UnpackBuffer())
-    fill_parameters(layer, prefix, entries, device=model.device, dtype=model.dtype)
+    stored = model.facts.layer(index).stored_name
+    fill_parameters(layer, prefix, entries, device=model.device, dtype=model.dtype, stored=stored)
     names = (name for name, _ in experts.matrices()) if experts is not None else ()
     for name, matrix in zip(names, _matrices_of_experts(layer), strict=True):
         matrix.weight = read_tensor(entries[f"{prefix}{name}.weight"]).to(model.dtype)

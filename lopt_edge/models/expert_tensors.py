@@ -7,7 +7,7 @@ by positions in the file, so that nothing is read for it. What is no stack is pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -27,8 +27,25 @@ def by_expert(entries: Mapping[str, TensorEntry], facts: ModelFacts) -> dict[str
         for name, n_matrices in stacks if experts is not None else ():
             if experts is not None and (stack := found.pop(prefix + name, None)) is not None:
                 found |= _cut(stack, experts, prefix, range(first, first + n_matrices))
-            first += n_matrices
+            first = (first + n_matrices) % len(experts.stored) if experts is not None else 0
     return found
+
+
+def as_published(names: Iterable[str], facts: ModelFacts) -> dict[str, tuple[str, ...]]:
+    """The tensors of a published checkpoint, in the order of `names`, and which of ours stand in each: one, or a stack's.
+
+    A stack stands where the first of its matrices does.
+    """
+    family, stack_of, parts = facts.family.experts, dict[str, str](), dict[str, tuple[str, ...]]()
+    for layer in range(facts.n_layers) if family is not None and family.publishes_stacks else ():
+        experts, prefix, left = facts.layer(layer).experts, facts.layout.layer(layer), family.stored if family else ()
+        for stack, n_matrices in family.stacks if family is not None and experts is not None else ():
+            stored, left = left[:n_matrices], left[n_matrices:]
+            numbers = range(experts.count) if experts is not None and stored else ()
+            within = tuple(f"{prefix}{name.format(number)}.weight" for number in numbers for name in stored)
+            stack_of |= dict.fromkeys(within, prefix + stack)
+            parts |= {prefix + stack: within} if within else {}
+    return {stack_of.get(name, name): parts.get(stack_of.get(name, name), (name,)) for name in names}
 
 
 def _cut(stack: TensorEntry, experts: ExpertFacts, prefix: str, which: range) -> dict[str, TensorEntry]:

@@ -13,13 +13,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lopt_edge import export, finetune
+from lopt_edge.adapters.merge import merged_tensors, tensor_shapes
 from lopt_edge.errors import Interrupted
 from lopt_edge.models.folder import find_model
+from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.plan.facts.families import FAMILIES
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import ADAPTER_NAME, load_adapters
+from quant.headers import SINGLE_NAME
 from tests.laws.bench import make_bench, random_batch, transformers_model
 from tests.laws.test_families import LONG, our_logits
+from tools.tiny_models import make_folder
 from tools.tiny_runs import log_of, make_config, make_model
 
 FAMILY = "qwen3_moe"
@@ -69,10 +74,22 @@ def test_peft_gets_our_logits(run):
     assert len(names) == len(load_file(output / ADAPTER_NAME)) == 2 * 4 * 4, "on the attention, and on nothing else"
 
 
-def test_a_merged_folder_has_the_published_spelling(run, tmp_path):
+@pytest.mark.parametrize("family", [name for name, record in FAMILIES.items() if record.experts is not None])
+def test_what_is_merged_has_the_published_spelling(tmp_path, family):
+    """The tensors out of a 4-bit folder have the names and shapes that save_pretrained gives them, stacks or not."""
+    source = find_model(str(make_folder(tmp_path / "model", family)))
+    copy = four_bit_folder(source, cache_dir=str(tmp_path))[0]
+    model = load_model(copy, source.facts, device=torch.device("cpu"), dtype=torch.float32)
+    expected = load_file(source.path / SINGLE_NAME)
+    found = dict(merged_tensors(model, copy))
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in expected.items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == tensor_shapes(model, copy)
+    for name, tensor in found.items():  # 4 bits are near: the right numbers are in the right places
+        assert (tensor - expected[name]).norm() <= 0.15 * expected[name].norm(), name
+
+
+def test_a_merged_folder_is_read_by_transformers(run, tmp_path):
     """The 4-bit experts, unpacked, beside the merged attention; transformers reads them in the export itself."""
     found = export(run.output, merged=tmp_path / "merged", onto="dequantized", dtype="float32", cache_dir=run.cache_dir)
-    base, merged = (load_file(Path(folder) / "model.safetensors") for folder in (run.model, tmp_path / "merged"))
-    assert {name: tensor.shape for name, tensor in merged.items()} == {name: tensor.shape for name, tensor in base.items()}
     assert found.divergence.reader == "transformers" and not found.divergence.left_out
     assert found.divergence.mean_kl < 1e-6

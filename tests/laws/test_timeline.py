@@ -99,7 +99,13 @@ def test_predicted_bytes_of_odd_runs(tmp_path, first):
 def test_a_routing_that_spreads_takes_no_more(tmp_path):
     """The plan holds the most; where tokens go to a few experts each, a step takes less, and holds the same."""
     setting = random_setting(4, family="qwen3_moe")
-    changes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": []}
+    changes = {
+        "num_local_experts": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [],
+    }
     found = compare(replace(setting, changes=setting.changes | changes), tmp_path)
     for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):
         assert 0 <= sum(predicted.held.values()) - sum(measured.held.values()) <= NUMBERS

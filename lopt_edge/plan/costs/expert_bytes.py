@@ -43,7 +43,7 @@ def experts_backward(heap: Heap, shape: LayerShape, n_rows: int, *, tile: int) -
     assert experts is not None
     with heap.call():
         dx = heap.take(4 * n_rows * experts.hidden)
-        heap.take(n_rows * experts.active * c)
+        heap.take(n_rows * experts.active * (4 if experts.full_weights else c))
         with heap.call():
             _routed(heap, shape, n_rows)
             heap.touch(tile)

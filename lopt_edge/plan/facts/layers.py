@@ -62,9 +62,10 @@ class DeltaFacts:
 
 @dataclass(frozen=True)
 class ExpertFacts:
-    """The experts of a layer, in the place of an MLP: `count` gated MLPs of `inner` features. A token goes to `active`.
+    """The experts of a layer, in the place of an MLP: `count` gated MLPs of `inner` features; a token goes to `active`.
 
-    `module` is transformers' module of the layer that has them, `stored` the names of their matrices, {} for the number.
+    `module` is transformers' module of the layer that has them, `renames` what its names begin with there and in
+    checkpoints, `stored` the names of the matrices, {} for the number. `full_weights`: those of a token's experts are fp32.
     """
 
     count: int
@@ -72,7 +73,13 @@ class ExpertFacts:
     hidden: int
     inner: int
     module: str
+    renames: tuple[tuple[str, str], ...]
     stored: tuple[str, ...]
+    full_weights: bool
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of a tensor of the layer."""
+        return next((to + name.removeprefix(own) for own, to in self.renames if name.startswith(own)), name)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -106,6 +113,10 @@ class LayerFacts:
     small_elements: int
     delta: DeltaFacts | None = None
     experts: ExpertFacts | None = None
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of a tensor of the layer."""
+        return name if self.experts is None else self.experts.stored_name(name)
 
     @property
     def last_module(self) -> str:
@@ -209,7 +220,8 @@ def _experts(known: Mapping[str, Any], family: Experts | None, layer: int, where
     inner = _first(known, family.inner, where, most=MOST_FEATURES)
     if active > count:
         raise InputError(f"{family.active[0]} {active} is more than the {count} experts", where=where)
-    return ExpertFacts(count, active, known["hidden_size"], inner, family.module, family.stored)
+    names = family.module, family.renames, family.stored
+    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights)
 
 
 def _first(known: Mapping[str, Any], keys: tuple[str, ...], where: str, *, most: int) -> int:

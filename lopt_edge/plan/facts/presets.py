@@ -116,6 +116,12 @@ _ALL = (
     _qwen3("qwen3-8b", "Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, tied=False),
     _qwen3("qwen3-14b", "Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, tied=False),
     _qwen3("qwen3-32b", "Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, tied=False),
+    _preset("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", "mixtral", (32000, 4096, 14336, 32, 32, 8), tied=False,
+            positions=32768, num_local_experts=8, num_experts_per_tok=2),
+    # inside an expert: from its published size
+    _preset("olmoe-1b-7b", "allenai/OLMoE-1B-7B-0924", "olmoe", (50304, 2048, 1024, 16, 16, 16), tied=False,
+            positions=4096, num_experts=64, num_experts_per_tok=8,
+            source="the defaults of transformers' OlmoeConfig; features inside an expert from its published size"),
     _qwen3_moe("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 2048, 6144, 48, 32, 4, inner=768),
     _qwen3_moe("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 4096, 12288, 94, 64, 4, inner=1536),
     _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,

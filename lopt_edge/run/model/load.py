@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -175,7 +175,8 @@ def load_model(
     shared: dict[object, Tensor] = {}
     head = dict(placement)["head"]
     model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
-    layouts, maps, places = {}, {}, dict(placement)
+    layouts, places = {}, dict(placement)
+    maps: dict[int, dict[str, Tensor]] = {}
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
         for index in model.here:
@@ -191,7 +192,8 @@ def load_model(
                 matrices.append((matrix, on_disk))
             maps |= {id(on_disk): on_disk.shared(device, shared) for _, on_disk in matrices}
             layouts[index] = lay_out(matrices)
-            fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+            stored = facts.layer(index).stored_name
+            fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
             _tile_norms(layer)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
@@ -385,7 +387,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
     """
-    mlp = layer.get_submodule("mlp")
+    mlp = getattr(layer, "mlp", None)
     found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
@@ -398,18 +400,26 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
 
 def fill_parameters(
-    module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    prefix: str,
+    entries: dict[str, TensorEntry],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Callable[[str], str] = str,
 ) -> None:
     """Replace every meta tensor of `module` that is stored by the folder's, frozen, in the compute dtype.
+
+    `stored` says what the folder calls a tensor, where that is not its name here.
 
     Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        value = read_tensor(_entry(entries, prefix + name, tuple(tensor.shape))).to(device=device, dtype=dtype)
+        value = read_tensor(_entry(entries, prefix + stored(name), tuple(tensor.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
-        stored = nn.Parameter(value, requires_grad=False) if name in parameters else value
-        setattr(module.get_submodule(owner), leaf, stored)
+        found = nn.Parameter(value, requires_grad=False) if name in parameters else value
+        setattr(module.get_submodule(owner), leaf, found)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")

@@ -93,10 +93,12 @@ class Experts:
     `count`, `active`, `inner`: keys of the config (the first of them that it has) for how many there are, for how many a
     token goes to, and for the features inside one. `lies_in`: which layers have them.
     `module` is transformers' module in the layer, with the router and the `experts`; what its name begins with is no
-    projection of such a layer. `stored`: the names in a published checkpoint of an expert's matrices, {} being its number:
-    those that read the hidden states, and last the one that writes them. `stacks`: where one tensor has all experts, the
-    names that it may have, and how many of the matrices stand in it one under the other. `takes_names`: peft takes the
-    names of an MLP's matrices for those of experts in this family, so that no MLP of it can have an adapter.
+    projection of such a layer. `renames`: what names in it begin with in transformers, and in checkpoints instead.
+    `stored`: the names of an expert's matrices, {} being its number, in a published checkpoint or (`publishes_stacks`) in
+    our 4-bit folders: those that read the hidden states, and last the one that writes them. `stacks`: where one tensor has
+    all experts, the names that it may have (published ones first), and how many of the matrices stand in it one under the
+    other. `takes_names`: peft takes the names of an MLP's matrices for those of experts in this family, so that no MLP of
+    it can have an adapter. `full_weights`: the router gives the experts' weights in fp32, whatever the compute dtype.
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -104,9 +106,12 @@ class Experts:
     inner: tuple[str, ...] = ("moe_intermediate_size",)
     lies_in: Callable[[Mapping[str, Any], int], bool] = everywhere
     module: str = "mlp"
+    renames: tuple[tuple[str, str], ...] = ()
     stored: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
     stacks: tuple[tuple[str, int], ...] = (("mlp.experts.gate_up_proj", 2), ("mlp.experts.down_proj", 1))
     takes_names: bool = True
+    full_weights: bool = False
+    publishes_stacks: bool = False
 
 
 @dataclass(frozen=True)
