@@ -42,7 +42,9 @@ def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
 def layer_types(config: Any) -> tuple[str, ...]:
     if config.model_type in BY_LAYER:
         return tuple(config.layer_types)
-    windowed = config.model_type in ("mistral", "ministral3", "phi3") and config.sliding_window is not None
+    windowed = (
+        config.model_type in ("mistral", "ministral3", "phi3", "qwen3_moe", "mixtral") and config.sliding_window is not None
+    )
     return ("sliding_attention" if windowed else "full_attention",) * config.num_hidden_layers
 
 
