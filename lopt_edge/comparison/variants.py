@@ -39,6 +39,7 @@ NOT_HERE = {  # settings of the config file that a comparison cannot follow, and
     "boundary_cache": "runs would share what the first one computed",
     "keep_best": "with test data the adapter would be chosen by them",
 }
+FACTORS = ("lr_local", "lr_head")  # 0.1x: a tenth of the run's learning rate
 LONGEST_SLUG = 80
 
 
@@ -69,9 +70,9 @@ class Variant:
     def overrides(self, lr: float) -> dict[str, Any]:
         """The settings over those of the config file. Raises ValueError for a factor that is no number."""
         found: dict[str, Any] = {"method": self.method, "lr": lr, **dict(self.settings)}
-        local = found.get("lr_local")
-        if isinstance(local, str) and local.endswith("x"):
-            found["lr_local"] = float(f"{float(local[:-1]) * float(found['lr']):.12g}")  # 0.1x of 3e-4 is 3e-5
+        for name in FACTORS:
+            if isinstance(rate := found.get(name), str) and rate.endswith("x"):
+                found[name] = float(f"{float(rate[:-1]) * float(found['lr']):.12g}")  # 0.1x of 3e-4 is 3e-5
         return {key: _listed(key, value) for key, value in found.items()}
 
 
@@ -131,7 +132,7 @@ def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]
         own = variant.overrides(lr)
     except ValueError:
         raise InputErrors(
-            [InputError("is no number or factor", where=f"{where}: lr or lr_local", fix="write e.g. 1e-4 or 0.1x")]
+            [InputError("is no number or factor", where=f"{where}: lr, lr_local or lr_head", fix="write e.g. 1e-4 or 0.1x")]
         ) from None
     try:
         given = base.model_dump(mode="json", exclude_unset=True)
@@ -169,7 +170,7 @@ def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[f
 
 def _effective(config: Config) -> dict[str, Any]:
     """The settings, each default replaced by what it comes to."""
-    return {**config.model_dump(), "lr_local": config.local_lr}
+    return {**config.model_dump(), "lr_local": config.local_lr, "lr_head": config.head_lr}
 
 
 def _unequal(variant: Variant, where: str, *, tuned: bool) -> Iterator[InputError]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from lopt_edge.data import Window
 from lopt_edge.plan.schedule.build import StepKind
+from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.optim import learning_rate
+from lopt_edge.run.step.step_state import Rates
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.prepare.boundary_cache import BoundaryCaches
 from lopt_edge.training.prepare.inputs import Inputs
@@ -50,26 +52,34 @@ class StepKinds:
     def _planned(self, step: int) -> StepKind:
         return self.inputs.course.kind(step, self.inputs.n_steps, ended=self.state.stage_ends)
 
-    def rates(self, step: int, kind: StepKind) -> dict[int, float]:
-        """The learning rates by segment: the task's where the gradient is the task's, else `lr_local`."""
+    def rates(self, step: int, kind: StepKind) -> Rates:
+        """The learning rates by segment: the task's where the gradient is the task's, else `lr_local`; heads by group."""
         config, course, n_steps = self.inputs.config, self.inputs.course, self.inputs.n_steps
         if course.restarts:  # each stage has a schedule of its own
             _, first, last = course.phase(step, n_steps, ended=self.state.stage_ends)
             step, n_steps = step - first + 1, last - first + 1
-        rates = {}
+        rates: dict[int | GroupName, float] = {}
         for segment in kind.segments:
             if segment.trains:
                 fades = segment.is_local and course.local_fades  # linearly, until its phase is over
-                rates[segment.index] = learning_rate(
-                    step,
-                    n_steps=course.phase(step, n_steps)[2] if fades else n_steps,
-                    peak=config.local_lr if segment.is_local else config.lr,
-                    schedule="linear" if fades else config.schedule,
-                    warmup_ratio=config.warmup_ratio,
-                    cycles=1 if fades else config.cycles,
-                    lowest=0.0 if fades else config.min_lr,
-                )
+                last = course.phase(step, n_steps)[2] if fades else n_steps
+                peak = config.local_lr if segment.is_local else config.lr
+                rates[segment.index] = self._rate(step, peak, n_steps=last, fades=fades)
+            if segment.has_head:
+                rates["aux", segment.index] = self._rate(step, config.head_lr, n_steps=n_steps)
         return rates
+
+    def _rate(self, step: int, peak: float, *, n_steps: int, fades: bool = False) -> float:
+        config = self.inputs.config
+        return learning_rate(
+            step,
+            n_steps=n_steps,
+            peak=peak,
+            schedule="linear" if fades else config.schedule,
+            warmup_ratio=config.warmup_ratio,
+            cycles=1 if fades else config.cycles,
+            lowest=0.0 if fades else config.min_lr,
+        )
 
     def align_weight(self, step: int) -> float:
         """The weight of an alignment beside the task (LET): it falls linearly to 0 at the end of the first phase."""
