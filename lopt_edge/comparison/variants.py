@@ -1,8 +1,8 @@
 """What is compared: `e2e,lopt:k=4,lopt:lr_local=0.1x` as variants, and a variant as the settings of a run.
 
 A variant is METHOD[:key=value...]; its keys are settings of `Config`, so a method that comes later needs nothing here.
-Commas stand between variants, so a list inside one is written with `+` (boundary_layers=3+5). `lr_local=0.1x` is a tenth
-of the run's learning rate, whichever that is.
+Commas stand between variants, so a list inside one is written with `+` (boundary_layers=3+5, reach=0.1:all+1:half).
+`lr_local=0.1x` is a tenth of the run's learning rate, whichever that is.
 
 The rules: what would make the comparison another one (data, seeds, tokens, budgets: `SHARED`) cannot be set for a single
 variant; a setting that has no effect there is a mistake, because the row would carry a name that is not true; and two
@@ -40,6 +40,7 @@ NOT_HERE = {  # settings of the config file that a comparison cannot follow, and
     "keep_best": "with test data the adapter would be chosen by them",
 }
 FACTORS = ("lr_local", "lr_head")  # 0.1x: a tenth of the run's learning rate
+SCHEDULE = "reach"  # its value has colons and commas of its own
 LONGEST_SLUG = 80
 
 
@@ -79,7 +80,7 @@ class Variant:
 def _listed(key: str, value: Any) -> Any:
     """The value with commas for `+` in a list, and in a text by layer (weights=disk+0-5=resident)."""
     field = Config.model_fields.get(key)
-    takes_list = field is not None and (field.annotation is str or "tuple" in str(field.annotation))
+    takes_list = field is not None and (field.annotation is str or "tuple" in str(field.annotation) or key == SCHEDULE)
     return value.replace("+", ",") if takes_list and key != "method" and isinstance(value, str) else value
 
 
@@ -111,6 +112,9 @@ def _parse(text: str, flag: str) -> Variant:
         )
     settings: dict[str, str] = {}
     for piece in rest:
+        if SCHEDULE in settings and "=" not in piece:
+            settings[SCHEDULE] += f":{piece}"
+            continue
         key, equals, value = (word.strip() for word in piece.partition("="))
         name = SHORT.get(key, key.replace("-", "_"))
         if not equals or not key or not value:

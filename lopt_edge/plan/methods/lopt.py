@@ -4,13 +4,15 @@ With blocks 1 .. k, x_j the detached input of block j, y_j = block_j(x_j), x_(j+
 
     L = task(y_k) + lambda * mean over j < k of local_j;     local_j = mean over tokens and elements of (aux_j(y_j) - x_j)^2
 
-The released code runs both halves and one joint backward, which saves no activation memory; the paper describes the
-sequential form, which is what the op list does: a block's forward, loss and backward before the next block begins. The
-gradients are exactly the joint form's ("stale": all updates at the step's end).
+The op list runs a block's forward, loss and backward before the next block begins. When the updates come has two forms,
+and both have a source:
+- `boundary_update stale`, the default: all at the step's end, so the gradients are exactly those of the released code
+  (github.com/HumyuShi/LoPT, modeling_lopt.py and train_sft.py at d4cb99e), which adds the losses of one forward and runs
+  one joint backward, and so saves no activation memory.
+- `boundary_update fresh`: an early block is updated first, and the next one sees the updated block's output (a forward more
+  for each early block). It is probably the two-phase form that the paper describes; two readings of it say so.
 
 Options, none of them the paper's own:
-- `boundary_update fresh`: an early block is updated first, and the next one sees the updated block's output (a forward
-  more for each early block).
 - `local_every N`: early blocks train on every N-th step and only run forward, saving nothing, on the others; 0: never, so
   their adapters stay as they are (fresh ones are zero, which makes it `frozen`).
 - `local_loss`: `reconstruct`, the paper's; `next-token` reads out through the frozen norm and lm_head (the paper reports
@@ -21,9 +23,10 @@ Options, none of them the paper's own:
 - `open_until S`: for that share of the steps the boundary is open, then it closes: the early layers keep what they have
   learned from the task, and rest (`local_every 0`, the default then) or train on the local loss. `reach` says the same for
   any schedule of depths (reach.py). What a closed boundary gives is kept where a later epoch reads it (`closed_cache`).
-- `lr_local`: lr / 100 where nothing is set, and not lr as in the paper: with LoRA the reconstruction at the task's rate
-  did harm on both tasks of our study (docs/methods.md).
-Where we deviate from the released code otherwise (padding, embeddings, dtypes, clipping): docs/design.md.
+- `lr_local`: lr / 100 where nothing is set. There one rate is for all (2e-5, all parameters training); with LoRA's larger
+  rates the reconstruction at the task's rate did harm on both tasks of our study (docs/methods.md), most of it with the aux
+  head at that small rate, too. So the head, which is thrown away, has its own: `lr_head`, lr by default.
+Where we deviate from the released code otherwise: docs/design.md.
 """
 
 from __future__ import annotations
@@ -212,11 +215,8 @@ def warnings(options: Options, run: RunSettings) -> Iterator[str]:
         yield f"lr_head has no effect: local_loss {options.local_loss} has no aux head"
     if "closed_cache" in given and not (options.reach is not None or options.open_until):
         yield "closed_cache has no effect: the boundary never closes"
-    if options.every and "local_weight" in given and run.clip > 0 and run.clip_scope == "segment":
-        yield (
-            "local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's scale; "
-            "lr_local is the knob"
-        )
+    if options.every:
+        yield from method.weight_warnings(run)
 
 
 def pinned(options: Options) -> frozenset[str]:
