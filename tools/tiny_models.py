@@ -50,18 +50,32 @@ GEMMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
          "num_key_value_heads": 2, "patch_size": 14, "position_embedding_size": 16}  # fmt: skip
 QWEN = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64,
         "num_position_embeddings": 4}  # fmt: skip
+QWEN_VL = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 14}
 WRAPPERS: dict[str, tuple[str, dict, dict]] = {  # text family, vision config, own values
     "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **SIGLIP}, {"mm_tokens_per_image": 4}),
     "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **GEMMA}, {"audio_config": None}),
     "qwen3_5": ("qwen3_5_text", {"model_type": "qwen3_5_vision", **QWEN}, {}),
+    "qwen2_vl": ("qwen2", {"model_type": "qwen2_vl_vision", **QWEN_VL, "hidden_size": 64, "embed_dim": 32}, {}),
+    "qwen2_5_vl": ("qwen2", {"model_type": "qwen2_5_vl_vision", **QWEN_VL, "out_hidden_size": 64}, {}),
+    "qwen3_vl": ("qwen3", {"model_type": "qwen3_vl_vision", **QWEN, "deepstack_visual_indexes": [1]}, {}),
     "mistral3": ("mistral", {"model_type": "pixtral", **PIXTRAL}, {"tie_word_embeddings": False}),
 }
+# What a text model says otherwise inside such a model: a type of its own, and three positions a token in its rotary tables.
+INNER: dict[str, dict] = {
+    "qwen2_vl": {"model_type": "qwen2_vl_text", "head_dim": None, "rope_parameters": {"mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "head_dim": None, "rope_parameters": {"mrope_section": [2, 3, 3]}},
+    "qwen3_vl": {"model_type": "qwen3_vl_text", "rope_parameters": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+                 "use_sliding_window": None, "sliding_window": None, "layer_types": None, "max_window_layers": None},
+}  # fmt: skip
 
 
 def tiny_config(family: str, **changes: object) -> object:
     if family in WRAPPERS:
         text, vision, own = WRAPPERS[family]
         inner = tiny_config(text, **changes).to_dict()
+        for key, value in INNER.get(family, {}).items():
+            inner[key] = {**inner[key], **value} if isinstance(value, dict) else value
+        inner = {key: value for key, value in inner.items() if value is not None}
         own = {"tie_word_embeddings": inner["tie_word_embeddings"], "image_token_index": 3, "image_token_id": 3, **own}
         return AutoConfig.for_model(family, text_config=inner, vision_config=vision, **own)
     values = {**BASE, **FAMILIES[family], **changes}

@@ -26,21 +26,23 @@ from tests.laws.test_families import LONG, SHORT, our_logits
 from tools.tiny_models import WRAPPERS, make_folder
 from tools.tiny_runs import make_config, make_model
 
-RENAMED = ("gemma3", "mistral3")  # whose checkpoints have other names than transformers 5 has in memory
-AS_IN_MEMORY = {
+_OLD = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
+_FLAT = {"visual.": "model.visual.", "model.": "model.language_model."}
+# Whose checkpoints have other names than transformers 5 has in memory, and which.
+RENAMED = {"gemma3": _OLD, "mistral3": _OLD, "qwen2_vl": _FLAT, "qwen2_5_vl": _FLAT}
 
 
-def renamed(folder: Path) -> Path:
+def renamed(folder: Path, names: dict[str, str]) -> Path:
     """The folder with its tensors named as transformers 5 names them in memory."""
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        start = next(start for start in AS_IN_MEMORY if name.startswith(start))
-        tensors[AS_IN_MEMORY[start] + name.removeprefix(start)] = tensor
+        start = next(start for start in names if name.startswith(start))
+        tensors[names[start] + name.removeprefix(start)] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -66,7 +68,7 @@ def test_every_wrapper_has_a_tiny_model():
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_logits_equal_the_published_class(tmp_path, name, dtype, in_memory):
     source = make_folder(tmp_path / "source", name, dtype=dtype)
-    found = find_model(str(renamed(source) if in_memory and name in RENAMED else source))
+    found = find_model(str(renamed(source, RENAMED[name]) if in_memory and name in RENAMED else source))
     folder, _ = four_bit_folder(found, cache_dir=str(tmp_path / "cache"))
     theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
     seen = {type(part).__name__ for key, part in theirs.named_modules() if is_vision(key)}
@@ -123,6 +125,7 @@ def test_peft_puts_the_adapter_on_the_published_class(runs, name):
 
 
 @pytest.mark.parametrize(("name", "onto"), [*zip(WRAPPERS, cycle(["original", "dequantized"]), strict=False)])
+@pytest.mark.usefixtures("forked_reader")
 def test_a_merged_folder_keeps_the_rest(runs, tmp_path, name, onto):
     """Each wrapper onto one base, in turn: where its tensors lie and what they are made of do not know of each other."""
     config = runs[name]

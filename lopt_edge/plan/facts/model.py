@@ -118,6 +118,11 @@ class ModelFacts:
         return frozenset(linear.name for kind in self.kinds for linear in kind.linears)
 
     @property
+    def is_inner(self) -> bool:
+        """Whether transformers has a class of its own for this text model, with the layers of the family."""
+        return bool(self.wrapper and WRAPPERS[self.wrapper].inner)
+
+    @property
     def outside(self) -> str | None:
         """A regular expression for the modules of a multimodal model that are not in its decoder, as peft takes it."""
         decoder = self.layout.decoder.replace(".", "\\.")
@@ -184,7 +189,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        tied=bool(known.get("tie_word_embeddings", False) if wrapper is None else outer.get("tie_word_embeddings", True)),
+        tied=_is_tied(known, outer, wrapper),
         kinds=kinds,
         kind_of_layer=tuple(kinds.index(layer) for layer in layers),
         layer_types=layer_types,
@@ -205,9 +210,20 @@ def _wrapper_of(config: dict[str, Any]) -> Wrapper | None:
 def _text_config(config: dict[str, Any], wrapper: Wrapper, where: str) -> dict[str, Any]:
     """The part of a multimodal model's config that says what its language model is. Raises InputError."""
     text = config.get("text_config")
+    if text is None and wrapper.is_flat:
+        return {**config, "model_type": wrapper.text}
     if not isinstance(text, dict):
         raise InputError("text_config is not an object", where=where, fix="the model folder is incomplete")
-    return {"model_type": wrapper.text, **text}
+    own = text.get("model_type")
+    return {**text, "model_type": wrapper.text if own is None or own in wrapper.inner else own}
+
+
+def _is_tied(known: dict[str, Any], outer: dict[str, Any], wrapper: Wrapper | None) -> bool:
+    """Whether the config ties the head to the embedding; of a multimodal model the outer one says so."""
+    inner = known.get("tie_word_embeddings", False)
+    if wrapper is None:
+        return bool(inner)
+    return bool(outer.get("tie_word_embeddings", wrapper.ties) or (wrapper.is_flat and inner))
 
 
 def _check_quantisation(config: dict[str, Any], where: str) -> bool:

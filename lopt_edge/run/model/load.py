@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -222,6 +223,21 @@ def _model_class(config: Any) -> Any:
     return (AutoModelForCausalLM if is_whole else AutoModel)._model_mapping[type(config)]
 
 
+def _rotary_class(skeleton: nn.Module, facts: ModelFacts) -> Any:
+    """The class that makes the rotary tables: the family's own where the text model says that it is of another type.
+
+    Such a text model (Qwen's VL) has three positions a token, for images; in a text they are equal, and so are the tables,
+    which are made here without the other two.
+    """
+    from transformers import AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not facts.is_inner:
+        return type(skeleton.rotary_emb)
+    module = import_module(AutoModel._model_mapping[CONFIG_MAPPING[facts.family.name]].__module__)
+    return next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))
+
+
 def _unusable(folder: Path, error: Exception) -> InputError:
     reason = f"{type(error).__name__}: {str(error)[:200]}"
     return InputError(
@@ -275,7 +291,7 @@ def make_skeleton(
         config=config,
         layers=list(skeleton.layers),
         norm=skeleton.norm,
-        rotary=type(skeleton.rotary_emb)(config=config).to(device),  # its tables are computed, not stored
+        rotary=_rotary_class(skeleton, facts)(config=config).to(device),  # its tables are computed, not stored
         embedding=vocabulary(layout.embedding, resident=False),
         lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
         device=device,

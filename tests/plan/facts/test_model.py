@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
-from lopt_edge.plan.facts.families import FAMILIES
+from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS
 from lopt_edge.plan.facts.layers import DELTA_KEYS, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from tools.tiny_models import FAMILIES as TINY
@@ -261,7 +261,7 @@ def test_numbers_must_be_positive_integers(key, value):
         (LLAMA | {"model_type": ["llama"]}, "not supported"),
         (
             LLAMA | {"model_type": "gpt2"},
-            "gemma3_text.*multimodal models: gemma3, gemma4, mistral3, qwen3_5",
+            "gemma3_text.*multimodal models: gemma3, gemma4, mistral3, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl",
         ),  # the whole list is shown
         (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
@@ -314,6 +314,11 @@ WRAPPED = {  # as published, without what does not shape the text model; Gemma l
                                        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
                                        "head_dim": 128, "vocab_size": 131072, "sliding_window": None,
                                        "max_position_embeddings": 131072}),
+    "qwen3-vl-4b": ("qwen3_vl", {"hidden_size": 2560, "intermediate_size": 9728, "model_type": "qwen3_vl_text",
+                                 "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                 "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
+                                 "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                                                  "rope_type": "default"}}),
     "qwen3.5-4b": ("qwen3_5", {"hidden_size": 2560, "intermediate_size": 9216, "model_type": "qwen3_5_text",
                                "max_position_embeddings": 262144}),
 }  # fmt: skip
@@ -327,11 +332,33 @@ def test_the_facts_of_a_wrapped_model_are_those_of_its_text(name):
     numbers = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
     ours = (facts.vocab_size, facts.n_heads, facts.n_kv_heads, facts.head_dim, facts.max_positions)
     assert ours == tuple(getattr(config, number) for number in numbers)
-    assert (facts.wrapper, facts.recorded_dtype, facts.model_type) == (wrapper, "bfloat16", text["model_type"])
-    alone = facts_from_config({**text, "torch_dtype": "bfloat16"}, where="here")
+    assert (facts.wrapper, facts.recorded_dtype) == (wrapper, "bfloat16")
+    assert facts.tied == AutoConfig.for_model(wrapper, text_config=text).tie_word_embeddings
+    family = WRAPPERS[wrapper].text if text["model_type"] in WRAPPERS[wrapper].inner else text["model_type"]
+    alone = facts_from_config({**text, "torch_dtype": "bfloat16", "model_type": family}, where="here")
     same = {"architecture": "", "wrapper": "", "layout": facts.layout, "tied": facts.tied}
     assert replace(facts, **same) == replace(alone, **same)
     assert facts.outside is not None and alone.outside is None
+
+
+def test_a_flat_config_of_the_hub_is_read_as_transformers_reads_it():
+    """Qwen2.5-VL-3B's config.json on the hub: the text model's values stand beside the vision model's."""
+    flat = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 2048,
+            "intermediate_size": 11008, "max_position_embeddings": 128000, "max_window_layers": 70,
+            "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2, "sliding_window": 32768,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1000000.0,
+            "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048}}  # fmt: skip
+    facts = facts_from_config(flat, where="here")
+    config = AutoConfig.for_model(**flat).get_text_config()
+    assert (facts.model_type, facts.wrapper, facts.tied, facts.sliding_window) == ("qwen2", "qwen2_5_vl", True, None)
+    assert (facts.n_layers, facts.n_kv_heads) == (config.num_hidden_layers, config.num_key_value_heads)
+    assert facts.layer_types == tuple(config.layer_types) and facts.recorded_dtype == "bfloat16"
+    found = facts.of_checkpoint(
+        {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "visual.merger.ln_q.weight"}
+    )
+    assert found.layout.layer(1) == "model.layers.1." and found.layout.decoder == "model.language_model" and found.tied
+    assert "model.visual" in found.modules_beside({"visual.merger.ln_q.weight", "model.embed_tokens.weight"})
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])

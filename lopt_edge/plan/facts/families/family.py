@@ -168,13 +168,20 @@ class Family:
 class Wrapper:
     """A multimodal `model_type` whose language model is one of the families: its text is trained, the rest is not read.
 
-    `text` names the family where the inner config does not. The names of the text model's tensors begin with one of
-    `prefixes`, each with the head's name beside it: first as transformers 5 has them in memory, then as hubs have them.
-    `decoder` is the module of the published class (for image and text, and by transformers 5 for causal language models).
+    `text` names the family where the inner config does not, or names one of `inner`: types of its own, for layers that are
+    the family's. `is_flat`: the config on the hub has the text model's values beside its own, without a `text_config`;
+    where it has one, that may say that the head is tied.
+    `ties`: whether the head is tied where the outer config does not say.
+    The names of the text model's tensors begin with one of `prefixes`, each with the head's name beside it: first as
+    transformers 5 has them in memory, then as hubs have them. `decoder` is the module of the published class (for image and
+    text, and by transformers 5 for causal language models).
     """
 
     name: str
     text: str
+    inner: tuple[str, ...] = ()
+    is_flat: bool = False
+    ties: bool = True
     decoder: str = "model.language_model"
     prefixes: tuple[tuple[str, str], ...] = (
         ("model.language_model.", "lm_head.weight"),

@@ -1,5 +1,8 @@
 """Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone. Qwen 3.5: gated attention in
-every fourth layer, and a gated delta rule in the others; it is published with a vision tower around it."""
+every fourth layer, and a gated delta rule in the others; it is published with a vision tower around it, as VL models are.
+
+The text model inside a VL model is that of its time: its rotary tables have three positions a token (time, height, width),
+which are equal for text."""
 
 from __future__ import annotations
 
@@ -74,4 +77,11 @@ _QWEN3_5 = Family(
 )  # fmt: skip
 
 FAMILIES = (_QWEN2, _QWEN3, _QWEN3_5)
-WRAPPERS = (Wrapper("qwen3_5", text="qwen3_5_text"),)
+# Hubs have Qwen2-VL's and 2.5-VL's text as if it stood alone, its config flat and its names under "model.".
+_FLAT = (("model.language_model.", "lm_head.weight"), ("model.", "lm_head.weight"))
+WRAPPERS = (
+    Wrapper("qwen2_vl", text="qwen2", inner=("qwen2_vl_text",), is_flat=True, ties=False, prefixes=_FLAT),
+    Wrapper("qwen2_5_vl", text="qwen2", inner=("qwen2_5_vl_text",), is_flat=True, ties=False, prefixes=_FLAT),
+    Wrapper("qwen3_vl", text="qwen3", inner=("qwen3_vl_text",), ties=False),
+    Wrapper("qwen3_5", text="qwen3_5_text", ties=False),
+)
