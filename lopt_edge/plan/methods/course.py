@@ -44,7 +44,7 @@ class Course:
     averages that a tail is read through, and the share of a loss that crosses into the segment before. `smaller`: the
     course of another method, to be named where this one does not fit. `settles`: layers train in one phase and rest in a
     later one, so what lies before a boundary is known when that begins. `keeps`: such a boundary is cached of itself where
-    a later epoch reads it.
+    a later epoch reads it. `closes_itself`: the first phase ends early once the training loss falls no more as it did.
     """
 
     method: str
@@ -62,6 +62,7 @@ class Course:
     smaller: Course | None = None
     settles: bool = False
     keeps: bool = False
+    closes_itself: bool = False
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
         """The kind of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.

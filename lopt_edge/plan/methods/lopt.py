@@ -72,7 +72,8 @@ class Options(method.Options):
         0.0, ge=0, lt=1, description="lopt: share of the steps in which the boundary is open; then it closes, and stays so"
     )
     reach: str | None = Field(
-        None, description="lopt: how many of the last layers the task reaches, over the run: 0.1:all,0.3:3/4,1:half"
+        None,
+        description="lopt: how many of the last layers the task reaches, over the run: auto, or 0.1:all,0.3:3/4,1:half",
     )
     closed_cache: bool = Field(
         True, description="lopt: keep a closed boundary beside the output while later epochs read it"
@@ -89,7 +90,7 @@ class Options(method.Options):
 def course(options: Options, n_layers: int) -> Course:
     """The course of early segments with a local loss, and a last one with the task's. Raises InputError for a wrong cut."""
     if options.reach is not None:
-        return reach.course(reach.parse(options.reach), n_layers, method="lopt", keeps=options.closed_cache)
+        return reach.course(options.reach, n_layers, method="lopt", keeps=options.closed_cache)
     opens = bool(options.open_every or options.open_until)
     early = options.local_loss if options.every else "rest" if opens else "none"
     segments = cut_depth(

@@ -6,6 +6,11 @@ tenths, half of them to the end. A depth is `all`, `half` (as LoPT's two segment
 (`6`); `0.5:all..half` moves from one to the other in `STAGES` equal steps, so layers close one group after another from
 the bottom, as FreezeOut closes them (arXiv 1706.04983, whose layers have a time and a rate of their own each).
 
+`auto` closes half of the depth by itself, at the latest at half of the run: as soon as a stretch of steps (a twentieth of
+the run) has lowered the training loss by less than a twentieth of all that it has fallen. So it is open while the task's
+first, large part is learned. The norm of the early layers' gradients was looked at instead and says nothing of the kind: on
+the embedded model it does not fall at all while `open_until` still pays.
+
 What follows from a schedule is here: layers that are never reached have no adapters (`none`), those that are not reached
 now rest, and those that were and never will be again are closed: their moments are let go (run/step/optim.py), and their
 boundary may be kept (course.py). No schedule is better than another here; docs/methods.md says what was measured.
@@ -22,12 +27,13 @@ from lopt_edge.plan.methods.course import Course, Phase
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.segments import Segment
 
+AUTO, AUTO_PHASES = "auto", "0.5:all,1:half"
 STAGES = 5  # of `all..half`, both ends among them: each is a kind of step with a plan of its own
 OPEN = "open"  # the kind of step that reaches all layers
 MOST_ENTRIES = 16
 _DEPTH = r"all|half|\d{1,4}(?:/\d{1,4})?"
 _ENTRY = re.compile(rf"(\d+(?:\.\d+)?|\.\d+):({_DEPTH})(?:\.\.({_DEPTH}))?")
-FORM = "write UNTIL:DEPTH,... e.g. 0.1:all,0.3:3/4,1:half or 0.1:all,0.5:all..half,1:half"
+FORM = "write auto, or UNTIL:DEPTH,... e.g. 0.1:all,0.3:3/4,1:half or 0.1:all,0.5:all..half,1:half"
 
 
 class Entry(NamedTuple):
@@ -40,7 +46,7 @@ class Entry(NamedTuple):
 
 def parse(text: str) -> tuple[Entry, ...]:
     """The entries of a schedule's text. Raises InputError for what no model could take."""
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in (AUTO_PHASES if text.strip() == AUTO else text).split(",")]
     found: list[Entry] = []
     for part in parts[:MOST_ENTRIES]:
         match = _ENTRY.fullmatch(part)
@@ -86,9 +92,12 @@ def boundaries(entries: Sequence[Entry], n_layers: int) -> list[tuple[float, int
     return found
 
 
-def course(entries: Sequence[Entry], n_layers: int, *, method: str, keeps: bool) -> Course:
-    """The course of a schedule: a kind of step for each depth that it reaches. `keeps`: a closed boundary may be cached."""
-    phases = boundaries(entries, n_layers)
+def course(text: str, n_layers: int, *, method: str, keeps: bool) -> Course:
+    """The course of a schedule: a kind of step for each depth that it reaches. `keeps`: a closed boundary may be cached.
+
+    Raises InputError for what is no schedule, or none of this depth.
+    """
+    phases = boundaries(parse(text), n_layers)
     firsts = [first for _, first in phases]
     lowest = min(firsts)
     kinds = {
@@ -106,6 +115,7 @@ def course(entries: Sequence[Entry], n_layers: int, *, method: str, keeps: bool)
         tuple(Phase(end, (name,)) for (end, _), name in zip(phases, names, strict=True)),
         settles=True,
         keeps=keeps,
+        closes_itself=text.strip() == AUTO,
     )
 
 

@@ -407,6 +407,12 @@ class Session:
             metrics["kind"] = kind.name
         if result.align_loss is not None:
             metrics["align_loss"] = result.align_loss
+        closing = self.loaded.kinds.closing(step, result.loss)
+        state.first_losses, state.last_losses = closing.first, closing.last
+        if closing.why:
+            state.stage_ends.append(step)
+            self.progress.note(closing.why)
+            self.context.events.write({"event": "boundary closed", "step": step, "reason": closing.why})
         self._log(metrics)
         self.progress.step(metrics)
         if state.level.add(result.loss):

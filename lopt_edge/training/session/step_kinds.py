@@ -8,6 +8,8 @@ resumed run decides as the undisturbed one did.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
+from statistics import mean
 
 from lopt_edge.data import Window
 from lopt_edge.plan.schedule.build import StepKind
@@ -18,6 +20,17 @@ from lopt_edge.run.step.step_state import Rates
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.prepare.boundary_cache import BoundaryCaches
 from lopt_edge.training.prepare.inputs import Inputs
+
+STRETCH, LEAST_GAIN = 0.05, 0.05  # of the run's steps; of the whole fall of the loss: less in a stretch closes (reach.py)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The losses of the first stretch of steps and of the last two, and why the boundary closes (empty: it does not)."""
+
+    first: list[float]
+    last: list[float]
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,21 @@ class StepKinds:
             return None
         absent = {layer for segment in self._planned(step).segments for layer in segment.absent}
         return tuple(layer for layer in range(self.inputs.source.facts.n_layers) if layer not in absent) if absent else None
+
+    def closing(self, step: int, loss: float) -> Closing:
+        """What is kept after a step with this loss to see whether the boundary closes, and why it does, if so."""
+        state, course, n_steps = self.state, self.inputs.course, self.inputs.n_steps
+        if not course.closes_itself or state.stage_ends or step >= course.phase(step, n_steps)[2]:
+            return Closing([], [])
+        n = max(2, ceil(STRETCH * n_steps))
+        first, last = [*state.first_losses, loss][:n], [*state.last_losses, loss][-2 * n :]
+        if len(last) < 2 * n:
+            return Closing(first, last)
+        begun, before, now = mean(first), mean(last[:n]), mean(last[n:])
+        if before - now >= LEAST_GAIN * (begun - now):
+            return Closing(first, last)
+        why = f"the boundary closes after step {step}: the loss fell from {begun:.3g} to {now:.3g}, and hardly does now"
+        return Closing([], [], why)
 
     def stage_after(self, step: int, loss: float | None) -> Stage | None:
         """The standing of a stage after an evaluation; None where nothing can end it, and nothing changes."""

@@ -9,6 +9,8 @@ from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError
 from lopt_edge.plan.methods import reach
 from lopt_edge.plan.methods.course import kept_while_read
+from lopt_edge.plan.search.run_plan import summary
+from lopt_edge.planning.worst_case import plan_run
 from tests.plan.plans import make_course
 
 DEPTH = 6
@@ -30,6 +32,9 @@ def test_the_phases_are_those_of_the_text():
     assert kinds(6, reach="0.5:half,1:all") == "last-3 last-3 last-3 open open open", "it may grow, too"
     assert kinds(10, reach="0.8:all..2,1:2") == "open open last-5 last-5 last-4 last-3 last-3 last-2 last-2 last-2"
     assert kinds(3, reach="1:half") == "  ", "one kind of step: frozen"
+    auto = make_course("lopt", n_layers=DEPTH, reach="auto")
+    assert kinds(6, reach="auto") == kinds(6, reach="0.5:all,1:half") and auto.closes_itself
+    assert [auto.kind(step, 6, ended=(2,)).name for step in (2, 3, 6)] == ["open", "last-3", "last-3"]
 
 
 def test_segments_say_what_rests_and_what_never_trains():
@@ -67,7 +72,7 @@ def test_what_trains_no_more_is_closed_and_nothing_else():
 )
 def test_what_is_no_schedule_is_refused(text, what):
     with pytest.raises(InputError, match=what):
-        reach.course(reach.parse(text), DEPTH, method="lopt", keeps=True)
+        reach.course(text, DEPTH, method="lopt", keeps=True)
 
 
 def test_two_schedules_at_once_are_refused():
@@ -90,6 +95,18 @@ def test_a_closed_boundary_has_no_local_loss_unless_asked_for():
     assert not no_effect_warnings(made(open_until=0.5, local_loss="reconstruct", local_every=1, lr_head=0.1))
     assert "lr_head has no effect" in no_effect_warnings(made(local_loss="next-token", lr_head=0.1))[0]
     assert "closed_cache has no effect" in no_effect_warnings(made(method="lopt", closed_cache=False))[0]
+
+
+def test_a_plan_says_what_each_kind_of_step_takes():
+    found = plan_run("qwen2.5-0.5b", open_until=0.25, epochs=2, grad_accum=1, max_seq_len=256, device_memory="8GB")
+    opened, filled, read = found.kinds
+    assert [(kind.name, kind.share) for kind in found.kinds] == [
+        ("open", 0.25), ("closed-fill", 0.5), ("closed-read", 0.25)
+    ]  # fmt: skip
+    assert found.peak_bytes["device"] == opened.device_bytes > filled.device_bytes >= read.device_bytes
+    assert read.step_seconds < filled.step_seconds < 0.8 * opened.step_seconds
+    mean = sum(kind.share * kind.step_seconds for kind in found.kinds)
+    assert abs(found.step_seconds / mean - 1) < 0.01 and any("closed-read (25% of" in line for line in summary(found))
 
 
 def test_a_boundary_is_kept_where_a_later_epoch_reads_it():
