@@ -29,11 +29,6 @@ class Difference:
     half: float | None
     n: int
 
-    @property
-    def is_tie(self) -> bool:
-        """Whether the interval holds 0; a difference of one seed is none that could be told from 0."""
-        return self.half is None or abs(self.mean) <= self.half
-
     def text(self, figure: str) -> str:
         """The difference in the figure's form, with its sign."""
         form = FIGURES[figure]

@@ -396,18 +396,18 @@ def test_closed_questions_are_asked_of_the_base_and_of_each_run(compared, root, 
     dataset, eos = read_for(generator, str(path)), generator.tokenizer.eos_token_id
 
     def greedy(example, n_tokens: int) -> list[int]:
-        asked = example.input_ids[: example.supervised.index(1) + 1]
+        asked = example.input_ids[: example.supervised.index(1)]
         return list(generate_ids(generator.model, asked, Sampling(max_new_tokens=n_tokens), stop=[]))
 
     examples = []
     for index, example in enumerate(dataset.examples):  # every second answer is what the model says, then its end
-        first = example.supervised.index(1) + 1
+        first = example.supervised.index(1)
         n_tokens = len(example.input_ids) - first - 1
         answer = greedy(example, n_tokens) if index % 2 else example.input_ids[first:-1]
         examples.append(replace(example, input_ids=array("q", [*example.input_ids[:first], *answer, eos])))
     found = list(answered(generator, replace(dataset, examples=tuple(examples))))
     for example, is_right in zip(sorted(examples, key=len), found, strict=True):
-        wanted = list(example.input_ids[example.supervised.index(1) + 1 : -1])
+        wanted = list(example.input_ids[example.supervised.index(1) : -1])
         assert is_right == (greedy(example, len(wanted)) == wanted)
     assert len(found) > AT_ONCE and sum(found) >= len(found) // 2 and not all(found)
     share = sum(answered(generator, dataset)) / len(found)

@@ -172,6 +172,7 @@ def _reach_problems(options: Options, run: RunSettings) -> Iterator[Problem]:
         others |= {
             "open_until": options.open_until > 0,
             "num_segments": "num_segments" in run.model_fields_set,
+            "choose_segments": run.choose_segments,
             "boundary_layers": run.boundary_layers is not None,
             "local_every": bool(options.local_every),
         }
@@ -179,6 +180,8 @@ def _reach_problems(options: Options, run: RunSettings) -> Iterator[Problem]:
             reach.parse(options.reach)
         except InputError as error:
             yield Problem("reach", error.what, error.fix)
+    elif run.num_segments == 1 and not run.boundary_layers:
+        yield Problem("open_until", "has no boundary to close: num_segments is 1", "use 2 and more, or --method e2e")
     for setting, given in others.items():
         if given:
             yield Problem(

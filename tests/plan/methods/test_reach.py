@@ -85,7 +85,8 @@ def test_two_schedules_at_once_are_refused():
     assert wrong(open_until=0.5, open_every=2, boundary="auto") == {"open_every", "boundary"}
     assert wrong(open_until=0.5, pipeline=2) == {"open_until"}
     assert wrong(open_until=0.5, boundary_cache="x", lora_dropout=0.1) == {"boundary_cache"}
-    assert wrong(reach="nonsense") == {"reach"}
+    assert wrong(reach="nonsense") == {"reach"} and wrong(open_until=0.5, num_segments=1) == {"open_until"}
+    assert wrong(reach="1:half", choose_segments=True) == {"choose_segments"}
     assert wrong(open_until=0.5, num_segments=3, local_every=1) == wrong(open_until=0.5, boundary_cache="x") == set()
     assert made(open_until=0.5).method == made(reach="1:half").method == "lopt"
 
