@@ -84,7 +84,8 @@ class Sizes:
     lm_head. `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
-    weights of their own, but mixing coefficients.
+    weights of their own, but mixing coefficients. Of the layers before `closed` neither moments nor gradients are there any
+    more.
     """
 
     shape: LayerShape
@@ -93,10 +94,19 @@ class Sizes:
     evaluates: bool = False
     groups: tuple[GroupName, ...] = ()
     replaced: tuple[int, ...] = ()
+    closed: int = 0
+
+    def closing(self, closed: int) -> Sizes:
+        """The sizes once the layers before `closed` train no more."""
+        return self if closed == self.closed else replace(self, closed=closed)
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """The parameter groups that are updated at some time."""
         return self.groups or tuple(group for segment in segments for group in groups_of(segment))
+
+    def open_groups(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
+        """The parameter groups that are updated now or later."""
+        return tuple(group for group in self.groups_of(segments) if group[0] != "layer" or group[1] >= self.closed)
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -239,9 +249,10 @@ class Sizes:
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
-            found["gradients"] = flat  # one block; where gradients move each group has its own
+            # one block; where gradients move each group has its own
+            found["gradients"] = sum(_aligned(self.group_bytes(group)) for group in self.open_groups(segments))
         if knobs.states == "device":
-            found["optimizer"] = sum(self.states_bytes(group) for group in groups)
+            found["optimizer"] = sum(self.states_bytes(group) for group in self.open_groups(segments))
         return found
 
     @property
@@ -258,7 +269,7 @@ class Sizes:
         """The bytes by lower tier: paged states, and the values before the update that go with them; host copies of
         weights."""
         knobs = self.knobs
-        groups = self.groups_of(segments)
+        groups = self.open_groups(segments)
         found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
@@ -273,7 +284,7 @@ class Sizes:
         page files."""
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
-        return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
+        return sum(on_disk(self.group_bytes(group)) for group in self.open_groups(segments))
 
     @property
     def intact_bytes(self) -> int:
