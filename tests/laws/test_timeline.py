@@ -13,6 +13,7 @@ A few settings, chosen so that together they reach everything, run by default; 2
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import torch
 
 from lopt_edge.plan.schedule.effects import Kind
 from tools.timeline_settings import (
+    DENSE,
     Comparison,
     Setting,
     compare,
@@ -34,6 +36,7 @@ PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 2
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
+EXPERTS = (0, 7)  # every token goes to all of them: the most that a routing takes
 CATEGORIES = {
     "weights",
     "adapters",
@@ -57,6 +60,8 @@ METHODS = (
     (34, "lopt", "open", {"open_every": 3}),
     (35, "lopt", None, {"local_loss": "next-token"}),
     (58, "lopt", None, {"boundary_update": "fresh"}),
+    (30, "lopt", "closed", {"open_until": 0.5}),
+    (83, "lopt", "last-1-read", {"reach": "0.5:all,1:1", "boundary_cache": "x"}),
     (244, "segprop", "stage-1", {"stages": 1, "tail_layers": 1}),
     (251, "segprop", "stage-2", {"stages": 2, "tail_layers": 1}),
     (232, "let", "align", {"align_layer": 1}),
@@ -71,7 +76,8 @@ METHODS = (
 
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
-    return [*plain, *dropped, *(odd_setting(n) for n in ODD), *map(packed_setting, PACKED)]
+    experts = [random_setting(n, family=family) for family in sorted(set(FAMILIES) - set(DENSE)) for n in EXPERTS]
+    return [*plain, *dropped, *(odd_setting(n) for n in ODD), *experts, *map(packed_setting, PACKED)]
 
 
 def named(settings: list[Setting]) -> list[object]:
@@ -100,6 +106,23 @@ def test_predicted_bytes_of_more_runs(tmp_path, first):
 def test_predicted_bytes_of_odd_runs(tmp_path, first):
     for number in range(first, first + 10):
         check(odd_setting(number), tmp_path)
+
+
+def test_a_routing_that_spreads_takes_no_more(tmp_path):
+    """The plan holds the most; where tokens go to a few experts each, a step takes less, and holds the same."""
+    setting = random_setting(4, family="qwen3_moe")
+    changes = {
+        "num_local_experts": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [],
+    }
+    found = compare(replace(setting, changes=setting.changes | changes), tmp_path)
+    for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):
+        assert 0 <= sum(predicted.held.values()) - sum(measured.held.values()) <= NUMBERS
+        assert measured.peak_bytes <= predicted.peak_bytes + NUMBERS
+    assert 1 <= found.ratio <= 1.2
 
 
 def check(setting: Setting, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 from lopt_edge.plan.costs.layer_bytes import (
@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -77,9 +77,10 @@ def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache(maxsize=64)
 def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
     """The bytes of a layer's buffer of packed weights, and of the codes among them."""
-    sizes = [packed_sizes((linear.out_features, linear.in_features)) for linear in kind.linears]
+    sizes = [packed_sizes(shape) for shape in kind.matrix_shapes]
     pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
     return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
 
@@ -95,7 +96,8 @@ class Sizes:
     lm_head. `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
-    weights of their own, but mixing coefficients.
+    weights of their own, but mixing coefficients. Of the layers before `closed` neither moments nor gradients are there any
+    more.
     """
 
     shape: LayerShape
@@ -104,10 +106,19 @@ class Sizes:
     evaluates: bool = False
     groups: tuple[GroupName, ...] = ()
     replaced: tuple[int, ...] = ()
+    closed: int = 0
+
+    def closing(self, closed: int) -> Sizes:
+        """The sizes once the layers before `closed` train no more."""
+        return self if closed == self.closed else replace(self, closed=closed)
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """The parameter groups that are updated at some time."""
         return self.groups or tuple(group for segment in segments for group in groups_of(segment))
+
+    def open_groups(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
+        """The parameter groups that are updated now or later."""
+        return tuple(group for group in self.groups_of(segments) if group[0] != "layer" or group[1] >= self.closed)
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
                 for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
             )
             for layer, blocks in enumerate(facts.forms.layers)
@@ -155,12 +166,15 @@ class Sizes:
         """
         facts, shape = self.shape.facts, self.shape
         linears = {linear for kind in facts.kinds for linear in kind.linears}
-        found = [x.in_features * x.out_features for x in linears if not (shape.blocked and x.name.startswith("mlp."))]
+        kinds = [shape.of_kind(kind) for kind in range(len(facts.kinds))]
+        found = [x.in_features * x.out_features for x in linears if not x.name.startswith("mlp.")]
+        found += [x.in_features * x.out_features for one in kinds if not one.blocked for x in one.mlp_linears]
+        found += [kind.experts.n_packed for kind in facts.kinds if kind.experts is not None]
         if self.replaced:
             found += [2 * mixed_elements(linear) for linear in linears]
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
-        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
+        if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
             found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
         return max(found) * shape.itemsize
 
@@ -247,9 +261,10 @@ class Sizes:
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
-            found["gradients"] = flat  # one block; where gradients move each group has its own
+            # one block; where gradients move each group has its own
+            found["gradients"] = sum(_aligned(self.group_bytes(group)) for group in self.open_groups(segments))
         if knobs.states == "device":
-            found["optimizer"] = sum(self.states_bytes(group) for group in groups)
+            found["optimizer"] = sum(self.states_bytes(group) for group in self.open_groups(segments))
         return found
 
     @property
@@ -266,7 +281,7 @@ class Sizes:
         """The bytes by lower tier: paged states, and the values before the update that go with them; host copies of
         weights."""
         knobs = self.knobs
-        groups = self.groups_of(segments)
+        groups = self.open_groups(segments)
         found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
@@ -281,7 +296,7 @@ class Sizes:
         page files."""
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
-        return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
+        return sum(on_disk(self.group_bytes(group)) for group in self.open_groups(segments))
 
     @property
     def intact_bytes(self) -> int:
@@ -357,8 +372,12 @@ class Sizes:
     def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
         if kind is None:
             return Vocabularies(self.vocabulary_itemsize, resident)
-        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
-        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+        row_bytes, hidden = BLOCK_TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return (
+            Vocabularies(row_bytes // hidden, resident)
+            if BLOCK_TYPES[kind].is_plain
+            else Vocabularies(1, resident, row_bytes)
+        )
 
     @property
     def head_bytes(self) -> int:
