@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,8 @@ def at_once(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, sca
     longest, window = max(sequences.lengths), -1 if sequences.window is None else sequences.window - 1
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    how = {"scale": scale, "window_size": (window, 0), "enable_gqa": grouped}
-    out_THE: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, **how)
+    how: dict[str, Any] = {"scale": scale, "window_size": (window, 0), "enable_gqa": grouped}
+    out_THE = cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, **how))
     return out_THE.unsqueeze(0)
 
 
