@@ -31,6 +31,7 @@ from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
 from tests.laws.bench import Bench, make_bench, random_batch
 from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
+from tools.tiny_quantised import write_quantised
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -55,6 +56,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
+    form: str = ""  # another program's quantised form, likewise
 
 
 DENSE = [name for name in FAMILIES if family_of(name).experts is None]  # of which a number draws one
@@ -239,6 +241,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
     )
     if setting.gguf:
         model = find_model(str(write_gguf(source, folder / "model.gguf", setting.gguf, embedding=setting.gguf[-1]))).path
+    elif setting.form:
+        write_quantised(source, folder / "quantised", setting.form)
+        model = find_model(str(folder / "quantised")).path
     else:
         model = folder / "q"
         quantise_model(find_model(str(source)), model)

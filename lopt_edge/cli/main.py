@@ -158,6 +158,12 @@ def compare_command(
     exact_match: Annotated[int, typer.Option("--exact-match", help="compare greedy completions of the first N rows")] = 0,
     only: Annotated[str, typer.Option("--only", help="run what is missing of these variants only")] = "",
     jobs: Annotated[int, typer.Option("--jobs", help="how many runs at once (their seconds are then not comparable)")] = 1,
+    equal: Annotated[
+        str, typer.Option("--equal", help="seconds: each variant gets the steps that the first one's seconds allow")
+    ] = "",
+    closed_questions: Annotated[
+        str | None, typer.Option("--closed-questions", help="FILE of prompts and answers, asked before and after")
+    ] = None,
 ) -> None:
     """Compare methods on the same data, seeds and tokens: tables and plots. What is there already is not run again."""
     from lopt_edge.comparison.run import compare
@@ -173,6 +179,8 @@ def compare_command(
             exact_match=exact_match,
             only=only,
             jobs=jobs,
+            equal=equal,
+            closed_questions=closed_questions,
             say=say,
         )
     out.print(found.markdown, end="", markup=False)

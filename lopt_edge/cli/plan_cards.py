@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lopt_edge.cli.plan_data import PlannedData, as_values, read_data
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.cards import CARDS, Card
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.planning.duration import Duration, in_words
 from lopt_edge.planning.worst_case import question
+from lopt_edge.training.prepare.plan_data import PlannedData, as_values, read_data
 from lopt_edge.units import format_bytes
 
 HOST_NOTE = "each with the host memory that such a machine usually has, where --host-memory states none"

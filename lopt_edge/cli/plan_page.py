@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lopt_edge.cli.plan_cards import cards_page
-from lopt_edge.cli.plan_data import as_values, read_data
 from lopt_edge.cli.terminal import say
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
@@ -25,6 +24,7 @@ from lopt_edge.plan.search.pictured import predicted_picture
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.planning.worst_case import Question, answer, question, read_facts
 from lopt_edge.system.file_systems import path_fault
+from lopt_edge.training.prepare.plan_data import as_values, read_data
 from lopt_edge.units import format_bytes, parse_bytes
 
 SWEPT = ("max-seq-len", "device-memory")

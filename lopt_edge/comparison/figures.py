@@ -6,7 +6,8 @@ stays so: nothing is filled in, and a mean says over how many runs it is. The sp
 
 Where a figure comes from: losses from run.json's evaluation (with keep_best that of the saved adapter), peaks from its
 `peaks`; step seconds are the median over metrics.jsonl, leaving out the first `WARM_UP` steps, tokens/s those steps' tokens
-over their seconds; bytes moved are what plan.json predicts for the largest step (they are not measured).
+over their seconds, training seconds those of all steps (no loading, no evaluation); bytes moved are what plan.json predicts
+for the largest step (they are not measured).
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from lopt_edge.pictures.svg import byte_unit
 
 WARM_UP = 2  # steps: allocations, files read for the first time, the optimizer's states
 MATCH_NAME = "exact-match.json"  # in a run's folder; exact_match.py writes it
+ANSWERS_NAME = "closed-questions.json"  # in a run's folder; closed_questions.py writes it
 Asked = tuple[str, int]  # data file, how many of its first rows
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The closed questions that are asked, and the share that the base answers (None: not counted)."""
+
+    path: str
+    of_base: float | None
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,13 @@ FIGURES: dict[str, Figure] = {
     "retention_before": Figure("retention before", 4),
     "retention_after": Figure("retention after", 4),
     "forgetting": Figure("forgetting", 4),
+    "answers_before": Figure("answers before", 1, percent=True),
+    "answers_after": Figure("answers after", 1, percent=True),
     "peak_device_bytes": Figure("peak device", None, always=True),
     "peak_host_bytes": Figure("peak host", None),
     "peak_disk_bytes": Figure("peak disk", None),
     "step_seconds": Figure("step s", 3, always=True),
+    "train_seconds": Figure("training s", 1),
     "tokens_per_second": Figure("tokens/s", 0, always=True),
     "bytes_moved": Figure("moved a step", None, always=True),
 }
@@ -108,21 +121,23 @@ class Outcome:
         return None if self.figures is None else self.figures["eval_loss"]
 
 
-def outcome_of(cell: Cell, asked: Asked | None = None) -> Outcome:
+def outcome_of(cell: Cell, asked: Asked | None = None, closed: Closed | None = None) -> Outcome:
     """The outcome of a cell, read from its files; one whose files cannot be read has that as its reason.
 
-    `asked` says of which rows an exact match is to be shown.
+    `asked` says of which rows an exact match is to be shown, `closed` of which questions the answers.
     """
     if not cell.done:
         return Outcome(cell, None, {}, cell.reason)
     try:
         run = json.loads((cell.folder / RUN_NAME).read_text(encoding="utf-8"))
-        return Outcome(cell, figures_of(run, cell.folder, asked), _facts(run))
+        return Outcome(cell, figures_of(run, cell.folder, asked, closed), _facts(run))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Outcome(cell, None, {}, f"its files cannot be read: {type(error).__name__} {str(error)[:200]}")
 
 
-def figures_of(run: Mapping[str, Any], folder: Path, asked: Asked | None = None) -> dict[str, float | None]:
+def figures_of(
+    run: Mapping[str, Any], folder: Path, asked: Asked | None = None, closed: Closed | None = None
+) -> dict[str, float | None]:
     """The figures in `FIGURES` of one finished run; None where it has none or it is not finite."""
     before, after, peaks = run["evaluation"]["before"], run["evaluation"]["after"], run["peaks"]
     was, is_now = before.get("retention_loss"), after.get("retention_loss")
@@ -135,10 +150,13 @@ def figures_of(run: Mapping[str, Any], folder: Path, asked: Asked | None = None)
         "retention_before": was,
         "retention_after": is_now,
         "forgetting": None if was is None or is_now is None else is_now - was,
+        "answers_before": None if closed is None else closed.of_base,
+        "answers_after": None if closed is None else answers_of(folder / ANSWERS_NAME, closed.path),
         "peak_device_bytes": peaks.get("peak_device_bytes"),
         "peak_host_bytes": peaks.get("peak_host_bytes"),
         "peak_disk_bytes": peaks.get("peak_disk_bytes"),
         "step_seconds": median(seconds) if seconds else None,
+        "train_seconds": run.get("seconds", {}).get("train"),
         "tokens_per_second": sum(step["tokens"] for step in steps) / sum(seconds) if sum(seconds) else None,
         "bytes_moved": _bytes_moved(folder / "plan.json"),
     }
@@ -169,6 +187,15 @@ def match_of(folder: Path, asked: Asked | None) -> float | None:
     try:
         found = json.loads((folder / MATCH_NAME).read_text(encoding="utf-8"))
         return found["matches"] / found["rows"] if (found["data"], found["asked"]) == asked else None
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def answers_of(file: Path, path: str) -> float | None:
+    """The share of closed questions that closed_questions.py found answered, if it is of this file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["right"] / found["rows"] if found["data"] == path else None
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from lopt_edge.comparison.course import loss_curves, samples
 from lopt_edge.comparison.figures import Row
-from lopt_edge.comparison.plots import bars, dots
+from lopt_edge.comparison.paired import paired_table
+from lopt_edge.comparison.plots import bars, dots, rate_curves
 from lopt_edge.comparison.tables import main_table, settings_lines, tuning_table
 from lopt_edge.pictures.html import bullets, document, figure, table
 
@@ -20,7 +21,7 @@ def page(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str
     """The text of the HTML page; `settings` are what all variants share."""
     title = f"Comparison: {', '.join(row.name for row in rows)}"
     problems = [problem for row in rows for problem in row.problems]
-    tuning = tuning_table(rows)
+    tuning, paired = tuning_table(rows), paired_table(rows)
     trained, held_out = loss_curves(rows)
     said = samples(rows)
     parts = [
@@ -33,8 +34,15 @@ def page(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str
         *_figure("Held-out loss of the first seed", held_out),
         *_figure("Held-out loss and device memory", dots(rows, across="peak_device_bytes", upwards="eval_loss")),
         *_figure("Held-out loss and time", dots(rows, across="step_seconds", upwards="eval_loss")),
+        *(_figure("Held-out loss and training time, with the front", found)
+          if (found := dots(rows, across="train_seconds", upwards="eval_loss", front=True)) else ()),
+        *(_figure("Held-out loss and what is forgotten, with the front", found)
+          if (found := dots(rows, across="forgetting", upwards="eval_loss", front=True)) else ()),
+        *(_figure("The same along each variant's learning rates, first seed", found)
+          if (found := rate_curves(rows)) else ()),
         *_figure("What is forgotten: retention loss after minus before", bars(rows, figure="forgetting")),
         "</div>",
+        *(("<h2>Differences, paired by seed</h2>", *table(paired, "mean ± 95% interval")) if paired else ()),
         *(("<h2>Learning rates</h2>", *table(tuning, "held-out loss of the first seed")) if tuning else ()),
         *(("<h2>Samples</h2>", *table(said, "of the first seed", kind="settings")) if said else ()),
         *bullets("Runs that are not there", problems),

@@ -12,7 +12,7 @@ Each picture carries a title and, for those who do not see it, all of its number
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lopt_edge.comparison.figures import FIGURES, Row, Spread
@@ -63,8 +63,11 @@ def _reach(spread: Spread) -> tuple[float, float]:
 # --- dots -------------------------------------------------------------------------------------------------------------
 
 
-def dots(rows: Sequence[Row], *, across: str, upwards: str) -> str:
-    """The picture of one figure over another, a dot a variant; empty where no variant has both."""
+def dots(rows: Sequence[Row], *, across: str, upwards: str, front: bool = False) -> str:
+    """The picture of one figure over another, a dot a variant; empty where no variant has both.
+
+    `front`: a line through the variants that no other one beats in both figures, of which less is better.
+    """
     shown = [row for row in rows if row.spread(across).values and row.spread(upwards).values]
     if not shown:
         return ""
@@ -88,9 +91,72 @@ def dots(rows: Sequence[Row], *, across: str, upwards: str) -> str:
             _text((LEFT + RIGHT) / 2, bottom + 38, _axis_name(across, unit), anchor="middle", kind="soft"),
             _text(4, TOP - 12, FIGURES[upwards].heading, kind="soft"),
             *_names(places, hues, bottom),
+            *(_front(places.values()) if front else ()),
             *(part for row in shown for part in _dot(row, across, upwards, x_axis, y_axis, hue=hues[row.name])),
         ],
     )
+
+
+def _front(places: Iterable[tuple[float, float]]) -> Iterator[str]:
+    """The line through the dots that none lies to the left of and below; pixels grow downwards."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(places, key=lambda place: (place[0], -place[1])):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    if len(kept) > 1:
+        yield _path(kept, "front")
+
+
+def rate_curves(rows: Sequence[Row]) -> str:
+    """The picture of held-out loss over forgetting, a line a variant along its learning rates; empty without a grid.
+
+    A rate that was tuned on loss alone says little about retention: variants are compared where their lines pass.
+    """
+    lines = {row.name: _along_rates(row) for row in rows}
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return ""
+    height = max(300.0, TOP + NAME_GAP * len(lines) + 60)
+    bottom = height - 48
+    xs, ys = ([point[at] for points in lines.values() for point in points] for at in (1, 2))
+    x_axis = _axis([Spread((x,)) for x in xs], LEFT, RIGHT)
+    y_axis = _axis([Spread((y,)) for y in ys], bottom, TOP)
+    at = {name: [(x_axis.at(x), y_axis.at(y)) for _, x, y in points] for name, points in lines.items()}
+    hues = {name: f"hue{index % N_HUES}" for index, name in enumerate(at)}
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"lr {lr:g} forgetting {x:.4f} loss {y:.4f}" for lr, x, y in points)
+        for name, points in lines.items()
+    )
+    dotted = (
+        f'<circle class="dot {hues[name]}" cx="{number(x)}" cy="{number(y)}" r="3"/>' for name in at for x, y in at[name]
+    )
+    return _svg(
+        "held-out loss over forgetting along the learning rates",
+        said,
+        height,
+        [
+            *_grid(x_axis, y_axis, bottom),
+            _text((LEFT + RIGHT) / 2, bottom + 38, FIGURES["forgetting"].heading, anchor="middle", kind="soft"),
+            _text(4, TOP - 12, FIGURES["eval_loss"].heading, kind="soft"),
+            *_names({name: points[-1] for name, points in at.items()}, hues, bottom),
+            *(_path(points, f"lead {hues[name]}") for name, points in at.items()),
+            *dotted,
+        ],
+    )
+
+
+def _along_rates(row: Row) -> list[tuple[float, float, float]]:
+    """The (learning rate, forgetting, held-out loss) of a variant's tuning runs that have both, by rising rate."""
+    found = []
+    for outcome in row.tuning:
+        x, y = ((outcome.figures or {}).get(name) for name in ("forgetting", "eval_loss"))
+        if x is not None and y is not None:
+            found.append((outcome.cell.lr, x, y))
+    return sorted(found)
+
+
+def _path(points: Sequence[tuple[float, float]], kind: str) -> str:
+    return f'<polyline class="{kind}" points="{" ".join(f"{number(x)},{number(y)}" for x, y in points)}"/>'
 
 
 def _bytes(figure: str) -> bool:

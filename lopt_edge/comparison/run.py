@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.comparison.cells import Cell, Job, failure_of, finetune_job, quantise_job, run_jobs
-from lopt_edge.comparison.figures import MATCH_NAME, Asked, Outcome, Row, match_of, outcome_of
+from lopt_edge.comparison.closed_questions import OF_BASE
+from lopt_edge.comparison.equal import STEPS_NAME, steps_text
+from lopt_edge.comparison.figures import (
+    ANSWERS_NAME,
+    MATCH_NAME,
+    Asked,
+    Closed,
+    Outcome,
+    Row,
+    answers_of,
+    match_of,
+    outcome_of,
+)
 from lopt_edge.comparison.page import page
 from lopt_edge.comparison.study import Study, read_study
 from lopt_edge.comparison.tables import TABLES, as_csv, as_json, as_markdown, write
@@ -55,12 +67,15 @@ def compare(
     exact_match: int = 0,
     only: str | Sequence[str] = (),
     jobs: int = 1,
+    equal: str = "",
+    closed_questions: str | None = None,
     say: Say = lambda text: None,
 ) -> Comparison:
     """Run what is missing, and write compare.md, compare.csv, compare.json and compare.html into the output folder.
 
-    `config` is a file or a Config; `say` hears of each run. Raises InputError(s) before anything runs; a run that fails is
-    in the answer.
+    `config` is a file or a Config; `say` hears of each run. `equal` "seconds": each variant gets the steps that the
+    planner's seconds allow, the first one the config's. `closed_questions` are asked of the base and after each run. Raises
+    InputError(s) before anything runs; a run that fails is in the answer.
     """
     study = read_study(
         config,
@@ -72,8 +87,12 @@ def compare(
         exact_match=exact_match,
         only=_text(only),
         jobs=jobs,
+        equal=equal,
+        closed_questions=closed_questions,
     )
     with output_lock(study.output, warn=say):
+        if study.steps:
+            write(study.output / STEPS_NAME, steps_text(study.variants[0].name, study.steps))
         _run_missing(study, [cell for variant in study.only for cell in study.tuning_cells(variant)], say)
         finals = [
             cell
@@ -82,7 +101,7 @@ def compare(
             for cell in study.final_cells(variant, lr)
         ]
         _run_missing(study, finals, say)
-        unmatched = _count_matches(study, finals, say)
+        unmatched = [*_count_matches(study, finals, say), *_count_answers(study, finals, say)]
         rows = tuple(_row(study, variant) for variant in study.variants)
         remarks = tuple(_remarks(study, rows))
         names = {variant.name for variant in study.only}
@@ -139,9 +158,38 @@ def _match_job(cell: Cell, asked: Asked) -> Job:
     return Job(words, log, f"exact match of {cell.name}", lambda: "done" if target.exists() else "FAILED")
 
 
+def _count_answers(study: Study, cells: Sequence[Cell], say: Say) -> list[str]:
+    """Ask the closed questions where they were not asked yet; returns a sentence for each run where that failed."""
+    closed, done = study.closed, [cell for cell in cells if cell.done]
+    if closed is None or not done:
+        return []
+    of_base, log = study.answers_of_base, study.answers_of_base.with_suffix(".log")
+    todo = [cell for cell in done if answers_of(cell.folder / ANSWERS_NAME, closed.path) is None]
+    jobs = [_answers_job(cell, closed, cell.folder / ANSWERS_NAME, cell.beside(".closed.log")) for cell in todo]
+    if closed.of_base is None:
+        jobs.insert(0, _answers_job(done[0], closed, of_base, log, OF_BASE))
+    run_jobs(jobs, at_once=study.jobs, say=say)
+    failed = {f"{cell.name}": cell.beside(".closed.log") for cell in todo
+              if answers_of(cell.folder / ANSWERS_NAME, closed.path) is None}  # fmt: skip
+    failed |= {"the base": log} if answers_of(of_base, closed.path) is None else {}
+    return [f"closed questions of {name} were not asked: {_failure_in(log)}" for name, log in failed.items()]
+
+
+def _answers_job(cell: Cell, closed: Closed, target: Path, log: Path, *rest: str) -> Job:
+    target.unlink(missing_ok=True)  # another file's answers
+    module = "lopt_edge.comparison.closed_questions"
+    words = (sys.executable, "-m", module, str(cell.folder), closed.path, str(target), *rest)
+    whose = "the base" if rest else cell.name
+    return Job(words, log, f"closed questions of {whose}", lambda: "done" if target.exists() else "FAILED")
+
+
 def _match_failure(cell: Cell) -> str:
+    return _failure_in(cell.beside(".exact-match.log"))
+
+
+def _failure_in(log: Path) -> str:
     try:
-        return failure_of(cell.beside(".exact-match.log").read_text(encoding="utf-8", errors="replace"))
+        return failure_of(log.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return "its log is gone"
 
@@ -152,7 +200,9 @@ def _match_failure(cell: Cell) -> str:
 def _row(study: Study, variant: Variant) -> Row:
     lr = study.chosen_lr(variant)
     tuning = tuple(outcome_of(cell) for cell in study.tuning_cells(variant))
-    finals = () if lr is None else tuple(outcome_of(cell, study.asked) for cell in study.final_cells(variant, lr))
+    finals = (
+        () if lr is None else tuple(outcome_of(cell, study.asked, study.closed) for cell in study.final_cells(variant, lr))
+    )
     return Row(variant.name, variant.slug, lr, finals, tuning)
 
 
@@ -166,6 +216,8 @@ def shared_settings(study: Study) -> dict[str, Any]:
         "lr_grid": list(study.grid) or None,
         "test_data": study.test_data,
         "exact_match_rows": study.n_exact or None,
+        "closed_questions": study.closed_questions,
+        "steps_of_equal_seconds": ", ".join(f"{name}: {n}" for name, n in study.steps.items()) or None,
         "runs_at_once": study.jobs,
     }
     found = {key: value for key, value in given.items() if key not in varied and value is not None}
@@ -196,6 +248,12 @@ def _remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "tokens/s: over the same steps together (their seconds differ where a method has several kinds of step)"
     yield "moved a step: bytes between tiers that the plan predicts for its largest step"
+    if study.steps:
+        yield f"equal seconds: each variant has the steps that take the planner's seconds of {study.variants[0].name}"
+    if study.closed_questions:
+        yield f"answers: closed questions of {study.closed_questions} whose greedy completion begins with the answer"
+    if len(study.seeds) > 1 and len(rows) > 1:
+        yield "differences: of the runs of one seed, mean ± 95% interval (Student's t) over the seeds"
     yield from _differences([outcome for row in rows for outcome in row.outcomes if outcome.figures])
 
 
@@ -212,7 +270,8 @@ def _tuning_remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
 
 def _differences(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """A sentence for each fact that differs between runs of one seed."""
-    for name in outcomes[0].facts if outcomes else ():
+    unequal = ("steps", "tokens") if len({outcome.cell.config.max_steps for outcome in outcomes}) > 1 else ()  # on purpose
+    for name in (name for name in (outcomes[0].facts if outcomes else ()) if name not in unequal):
         by_seed: dict[int, set[str]] = {}
         for outcome in outcomes:
             by_seed.setdefault(outcome.cell.seed, set()).add(str(outcome.facts[name]))

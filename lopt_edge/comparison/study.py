@@ -8,13 +8,16 @@ which learning rate a grid's runs speak for. No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lopt_edge.comparison.cells import Cell
+from lopt_edge.comparison.closed_questions import check_questions
+from lopt_edge.comparison.equal import STEPS_NAME, equal_steps
 from lopt_edge.comparison.exact_match import questions
-from lopt_edge.comparison.figures import Asked, outcome_of
+from lopt_edge.comparison.figures import ANSWERS_NAME, Asked, Closed, answers_of, outcome_of
 from lopt_edge.comparison.tables import TABLES, is_ours
 from lopt_edge.comparison.variants import NOT_HERE, Variant, check_variants, parse_variants, resolve
 from lopt_edge.config.load import file_errors, load_config
@@ -36,6 +39,8 @@ class Study:
     test_data: str | None
     n_exact: int
     jobs: int
+    closed_questions: str | None = None
+    steps: Mapping[str, int] = field(default_factory=dict)  # of each variant, where their seconds are equal
 
     def cell(self, variant: Variant, lr: float, seed: int, *, tuning: bool = False) -> Cell:
         """The run of a variant at a learning rate with a seed.
@@ -44,7 +49,9 @@ class Study:
         """
         apart = tuning and self.test_data is not None
         folder = self.output / ("tuning" if apart else "runs") / variant.slug / f"lr-{lr!r}" / f"seed-{seed}"
-        common = {"seed": seed, "output": str(folder)}
+        common: dict[str, Any] = {"seed": seed, "output": str(folder)}
+        if self.steps:
+            common["max_steps"] = self.steps[variant.name]
         if self.test_data is not None and not tuning:
             common["eval_data"] = self.test_data
         return Cell(variant, lr, seed, resolve(variant, lr, base=self.base, common=common))
@@ -76,6 +83,19 @@ class Study:
         return self.test_data or self.base.eval_data
 
     @property
+    def answers_of_base(self) -> Path:
+        """The file with the closed questions that the base answers."""
+        return self.output / "runs" / f"base-{ANSWERS_NAME}"
+
+    @property
+    def closed(self) -> Closed | None:
+        """The closed questions and the base's share; None where none are asked."""
+        if self.closed_questions is None:
+            return None
+        path = str(Path(self.closed_questions).resolve())
+        return Closed(path, answers_of(self.answers_of_base, path))
+
+    @property
     def asked(self) -> Asked | None:
         """The rows whose completions are compared: file and count; None where none are."""
         return (str(Path(self.held_out).resolve()), self.n_exact) if self.n_exact and self.held_out else None
@@ -92,6 +112,8 @@ def read_study(
     exact_match: int,
     only: str,
     jobs: int,
+    equal: str = "",
+    closed_questions: str | None = None,
 ) -> Study:
     """The study that the arguments ask for. Raises InputError(s), all that were found."""
     variants, errors = parse_variants(methods, "--methods")
@@ -106,12 +128,19 @@ def read_study(
     errors += check_variants(variants, base, lrs=grid or [base.lr], tuned=bool(grid))
     errors += _against_model(base, variants, (grid or [base.lr])[0])
     errors += _faults(base, grid, test_data, exact_match, jobs)
+    errors += _closed_faults(closed_questions)
+    if equal not in ("", "seconds"):
+        fix = "use seconds, or state device_memory in the config for equal bytes"
+        errors.append(InputError(f"{equal[:40]!r} is unknown", where="--equal", fix=fix))
     folder = Path(base.output).expanduser()
     errors += _strangers(folder)
     raise_collected(errors)
     study = Study(
-        base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data, exact_match, jobs
-    )
+        base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data, exact_match, jobs,
+        closed_questions,
+    )  # fmt: skip
+    if equal:
+        study = replace(study, steps=equal_steps(base, variants, lr=(grid or [base.lr])[0], folder=folder))
     raise_collected(_foreign_cells(study))
     return study
 
@@ -169,6 +198,22 @@ def _faults(base: Config, grid: Sequence[float], test_data: str | None, n_exact:
         yield from _exact_faults(test_data or base.eval_data, n_exact, base)
 
 
+def _closed_faults(path: str | None) -> Iterator[InputError]:
+    """What is wrong with a file of closed questions."""
+    if path is None:
+        return
+    if not Path(path).is_file():
+        yield InputError("is no file", where=f"--closed-questions {path}", fix="give rows of prompt and completion")
+        return
+    try:
+        check_questions(path)
+    except InputErrors as errors:
+        yield from errors.errors
+    except InputError as error:
+        fix = "give rows of prompt and completion" if "plain text" in error.what else error.fix
+        yield InputError(error.what, where=error.where, fix=fix)
+
+
 def _exact_faults(held_out: str | None, n_exact: int, base: Config) -> Iterator[InputError]:
     if held_out is None:
         yield InputError("needs held-out rows of its own", where="--exact-match", fix="give eval_data or --test-data")
@@ -196,7 +241,7 @@ def _strangers(folder: Path) -> list[InputError]:
         return [InputError(f"cannot be read: {error.strerror}", where=where, fix=fix)]
     if found & {"config.yaml", "run.json"}:
         return [InputError("holds a run of finetune", where=where, fix=fix)]
-    own = {*TABLES, *(f"{name}.partial" for name in TABLES), "runs", "tuning", LOCK_NAME}
+    own = {*TABLES, STEPS_NAME, *(f"{name}.partial" for name in (*TABLES, STEPS_NAME)), "runs", "tuning", LOCK_NAME}
     if strange := sorted(found - own):
         return [InputError(f"holds {strange[0]!r}, which is of no comparison", where=where, fix=fix)]
     if found & set(TABLES) and not is_ours(folder):

@@ -12,10 +12,12 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.comparison.figures import FIGURES, Outcome, Row, shown_figures
+from lopt_edge.comparison.paired import differences, paired_table
 from lopt_edge.errors import RunError
 from quant.headers import FolderError, read_json
 
@@ -60,6 +62,8 @@ def settings_lines(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def as_markdown(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str]) -> str:
     """The comparison as Markdown: figures, remarks, learning rates, missing runs, shared settings."""
     parts = ["# Comparison", "", *_markdown_table(main_table(rows)), "", *(f"- {_cell(remark)}" for remark in remarks)]
+    if paired := paired_table(rows):
+        parts += ["", "## Differences, paired by seed", "", *_markdown_table(paired)]
     if tuning := tuning_table(rows):
         parts += ["", "## Learning rates: held-out loss of the first seed", "", *_markdown_table(tuning)]
     if problems := [problem for row in rows for problem in row.problems]:
@@ -95,7 +99,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_json(rows: Sequence[Row], settings: Mapping[str, Any], remarks: Sequence[str]) -> str:
     """The comparison as JSON: every run of each variant."""
-    values = {"shared": dict(settings), "remarks": list(remarks), "variants": [_row_values(row) for row in rows]}
+    paired = {name: {figure: asdict(one) for figure, one in found.items()} for name, found in differences(rows).items()}
+    values = {"shared": dict(settings), "remarks": list(remarks), "variants": [_row_values(row) for row in rows],
+              "differences": paired}  # fmt: skip
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 

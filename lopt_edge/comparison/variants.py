@@ -1,8 +1,8 @@
 """What is compared: `e2e,lopt:k=4,lopt:lr_local=0.1x` as variants, and a variant as the settings of a run.
 
 A variant is METHOD[:key=value...]; its keys are settings of `Config`, so a method that comes later needs nothing here.
-Commas stand between variants, so a list inside one is written with `+` (boundary_layers=3+5). `lr_local=0.1x` is a tenth
-of the run's learning rate, whichever that is.
+Commas stand between variants, so a list inside one is written with `+` (boundary_layers=3+5, reach=0.1:all+1:half).
+`lr_local=0.1x` is a tenth of the run's learning rate, whichever that is.
 
 The rules: what would make the comparison another one (data, seeds, tokens, budgets: `SHARED`) cannot be set for a single
 variant; a setting that has no effect there is a mistake, because the row would carry a name that is not true; and two
@@ -39,6 +39,8 @@ NOT_HERE = {  # settings of the config file that a comparison cannot follow, and
     "boundary_cache": "runs would share what the first one computed",
     "keep_best": "with test data the adapter would be chosen by them",
 }
+FACTORS = ("lr_local", "lr_head")  # 0.1x: a tenth of the run's learning rate
+SCHEDULE = "reach"  # its value has colons and commas of its own
 LONGEST_SLUG = 80
 
 
@@ -69,16 +71,16 @@ class Variant:
     def overrides(self, lr: float) -> dict[str, Any]:
         """The settings over those of the config file. Raises ValueError for a factor that is no number."""
         found: dict[str, Any] = {"method": self.method, "lr": lr, **dict(self.settings)}
-        local = found.get("lr_local")
-        if isinstance(local, str) and local.endswith("x"):
-            found["lr_local"] = float(f"{float(local[:-1]) * float(found['lr']):.12g}")  # 0.1x of 3e-4 is 3e-5
+        for name in FACTORS:
+            if isinstance(rate := found.get(name), str) and rate.endswith("x"):
+                found[name] = float(f"{float(rate[:-1]) * float(found['lr']):.12g}")  # 0.1x of 3e-4 is 3e-5
         return {key: _listed(key, value) for key, value in found.items()}
 
 
 def _listed(key: str, value: Any) -> Any:
     """The value with commas for `+` in a list, and in a text by layer (weights=disk+0-5=resident)."""
     field = Config.model_fields.get(key)
-    takes_list = field is not None and (field.annotation is str or "tuple" in str(field.annotation))
+    takes_list = field is not None and (field.annotation is str or "tuple" in str(field.annotation) or key == SCHEDULE)
     return value.replace("+", ",") if takes_list and key != "method" and isinstance(value, str) else value
 
 
@@ -110,6 +112,9 @@ def _parse(text: str, flag: str) -> Variant:
         )
     settings: dict[str, str] = {}
     for piece in rest:
+        if SCHEDULE in settings and "=" not in piece:
+            settings[SCHEDULE] += f":{piece}"
+            continue
         key, equals, value = (word.strip() for word in piece.partition("="))
         name = SHORT.get(key, key.replace("-", "_"))
         if not equals or not key or not value:
@@ -131,7 +136,7 @@ def resolve(variant: Variant, lr: float, *, base: Config, common: dict[str, Any]
         own = variant.overrides(lr)
     except ValueError:
         raise InputErrors(
-            [InputError("is no number or factor", where=f"{where}: lr or lr_local", fix="write e.g. 1e-4 or 0.1x")]
+            [InputError("is no number or factor", where=f"{where}: lr, lr_local or lr_head", fix="write e.g. 1e-4 or 0.1x")]
         ) from None
     try:
         given = base.model_dump(mode="json", exclude_unset=True)
@@ -169,7 +174,7 @@ def check_variants(variants: Sequence[Variant], base: Config, *, lrs: Sequence[f
 
 def _effective(config: Config) -> dict[str, Any]:
     """The settings, each default replaced by what it comes to."""
-    return {**config.model_dump(), "lr_local": config.local_lr}
+    return {**config.model_dump(), "lr_local": config.local_lr, "lr_head": config.head_lr}
 
 
 def _unequal(variant: Variant, where: str, *, tuned: bool) -> Iterator[InputError]:

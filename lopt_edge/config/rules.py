@@ -43,8 +43,9 @@ def method_errors(config: Config) -> Iterator[Problem]:
     elif config.boundary_cache and config.lora_dropout and config.init_adapter:
         what = "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time"
         yield Problem("boundary_cache", what, "add --lora-dropout 0")
-    if config.min_lr > min(config.lr, config.local_lr if method.local else config.lr):
-        yield Problem("min_lr", "is above the peak learning rate", "lower it, or raise lr (and lr_local)")
+    others = {"lr_local": config.local_lr, "lr_head": config.head_lr}
+    if config.min_lr > min([config.lr, *(rate for name, rate in others.items() if name in method.local)]):
+        yield Problem("min_lr", "is above the peak learning rate", "lower it, or raise lr (and lr_local, lr_head)")
     if config.overwrite:
         yield from _overwrite_errors(config)
     if config.pipeline > 1:
@@ -112,7 +113,7 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append("pipeline_minutes has no effect: pipeline is 1")
     if config.boundary_layers and uncut:
         found.append(f"boundary_layers has no effect: {uncut}")
-    for name in ("lr_local", "local_weight"):
+    for name in ("lr_local", "lr_head", "local_weight"):
         if name in given and name not in method.local:
             found.append(f"{name} has no effect: method {config.method} has no local loss")
     found += method.warnings(config, config)

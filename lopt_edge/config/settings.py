@@ -66,6 +66,7 @@ class Config(MethodOptions):
     )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     lr_local: float | None = Field(None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)")
+    lr_head: float | None = Field(None, gt=0, description="peak learning rate of lopt's aux heads (default: lr)")
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule")
@@ -201,6 +202,11 @@ class Config(MethodOptions):
     def local_lr(self) -> float:
         """The local losses' peak learning rate: as given, or lr over what the method says (docs/methods.md: the study)."""
         return self.lr / METHODS[self.method].local_part if self.lr_local is None else self.lr_local
+
+    @property
+    def head_lr(self) -> float:
+        """The aux heads' peak learning rate: as given, or lr. They are thrown away, so nothing is spoilt by a large one."""
+        return self.lr if self.lr_head is None else self.lr_head
 
     def as_yaml(self) -> str:
         """The resolved settings as YAML, in the order of `field_names`."""

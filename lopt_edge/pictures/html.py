@@ -37,6 +37,8 @@ svg text.soft { fill: var(--soft); }
 .lead { stroke: var(--hue); stroke-width: 0.9; stroke-dasharray: 2 3; opacity: 0.75; }
 .hue0 { --hue: #0072b2; } .hue1 { --hue: #d55e00; } .hue2 { --hue: #009e73; }
 .hue3 { --hue: #cc79a7; } .hue4 { --hue: #e69f00; } .hue5 { --hue: #56b4e9; }
+polyline.lead, .front { fill: none; }
+.front { stroke: var(--soft); stroke-width: 1.2; }
 .whisker { stroke: var(--whisker); stroke-width: 1.4; }
 .dot { fill: var(--hue); stroke: var(--ground); }
 .bar { fill: var(--dot); }

@@ -16,6 +16,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.methods.course import kept_while_read
 from lopt_edge.plan.search.search import Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import against_facts, search_space
@@ -55,9 +56,13 @@ def search_for(config: Config, ground: Ground) -> Search:
     """The planner's search for a run with these settings. Raises InputError(s) for what the model does not allow."""
     course, targets, _ = against_facts(config, ground.facts)
     step, device_type = ground.largest_step(config), ground.profile.device_type
-    dropout = config.lora_dropout > 0
+    dropout, epochs = config.lora_dropout > 0, config.epochs if step.epochs is None else step.epochs
+    if course.caches:
+        course = replace(course, epochs=epochs)
+    elif not dropout:  # which would change a boundary each time
+        course = kept_while_read(course, epochs=epochs)
     workload = Workload(
-        course if step.epochs is None else replace(course, epochs=step.epochs),
+        course,
         LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout),
         step.batches,
         ground.profile,

@@ -12,18 +12,24 @@ import json
 import re
 import shutil
 import sys
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import lopt_edge.comparison.run as comparison
+from lopt_edge.adapters.generation import Sampling, generate_ids
 from lopt_edge.comparison.cells import Job
+from lopt_edge.comparison.closed_questions import AT_ONCE, answered
+from lopt_edge.comparison.closed_questions import main as ask_closed
 from lopt_edge.comparison.exact_match import count_matches, questions
 from lopt_edge.comparison.exact_match import main as ask
-from lopt_edge.comparison.figures import FIGURES, Spread, outcome_of
+from lopt_edge.comparison.figures import FIGURES, Closed, Spread, outcome_of
 from lopt_edge.comparison.study import Study
 from lopt_edge.comparison.variants import Variant, parse_variants, resolve
 from lopt_edge.config.load import load_config
@@ -122,6 +128,8 @@ def test_a_variant_is_a_method_and_settings(root):
     plain, other, lists = variants("e2e, lopt:r=8:lr-local=0.1x:k=4 ,lopt:boundary_layers=1+3:weights=disk+0-1=resident")
     assert other.name == "lopt:k=4:lr_local=0.1x:r=8"
     assert other == variants("lopt:k=4:lora_r=8:lr_local=0.1x")[0], "however it is written"
+    (reaching,) = variants("lopt:reach=0.1:all+1:half:r=8")
+    assert resolve(reaching, 3e-4, base=base, common={}).reach == "0.1:all,1:half"
     assert len({one.slug for one in (plain, other, lists)}) == 3
     assert all(re.fullmatch(r"[A-Za-z0-9=+._-]+", one.slug) for one in (plain, other, lists))
     config = resolve(other, 3e-4, base=base, common={"seed": 2})
@@ -277,7 +285,9 @@ def test_the_tables_agree(compared, root, folder):
     values = json.loads((root / folder / "compare.json").read_text())
     lines = list(csv.DictReader(io.StringIO((root / folder / "compare.csv").read_text())))
     markdown = (root / folder / "compare.md").read_text()
-    heading, *rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    heading, *rows = [
+        line.strip("| ").split(" | ") for line in markdown.partition("## ")[0].splitlines() if line.startswith("| ")
+    ]
     names = [one["variant"] for one in values["variants"]]
     assert [line["variant"] for line in lines] == names == [row[0] for row in rows] == METHODS[: len(rows)]
     for line, one, row in zip(lines, values["variants"], rows, strict=True):
@@ -325,14 +335,14 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(compared, root):
     page = Reader(text)
     assert not page.open
     pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(pictures) == 5
+    assert len(pictures) == 7, "two curves, four plots of dots, one of bars"
     identifiers = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     for picture in pictures:
         assert picture["role"] == "img" and set((picture.get("aria-labelledby") or "").split()) <= identifiers
     dots = [(attributes.get("class") or "").split() for tag, attributes in page.tags if tag == "circle"]
     dots = [classes for classes in dots if classes]  # the points of curves have none
-    assert len(dots) == 8, "two plots of two variants, each at its place and before its name"
-    assert all(dots.count(["dot", hue]) == 4 for hue in ("hue0", "hue1")), "which share a hue"
+    assert len(dots) == 16, "four plots of two variants, each at its place and before its name"
+    assert all(dots.count(["dot", hue]) == 8 for hue in ("hue0", "hue1")), "which share a hue"
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags} and "http" not in text
     assert "prefers-color-scheme: dark" in text
     for row in found.rows:
@@ -373,6 +383,58 @@ def test_exact_match_of_a_run(compared, root, monkeypatch):
     ask((str(cell.folder), path, "3", str(cell.folder / "exact-match.json")))
     assert outcome_of(cell, (path, 3)).figures["exact_match"] == 2 / 3
     assert outcome_of(cell, (path, 2)).figures["exact_match"] is None, "of other rows"
+
+
+def test_closed_questions_are_asked_of_the_base_and_of_each_run(compared, root, run, monkeypatch):
+    """An answer is right if the greedy completion begins with it, which generating it shows token by token."""
+    from lopt_edge.adapters.generation import load_generator
+    from lopt_edge.adapters.perplexity import read_for
+
+    cell = compared[1].rows[0].outcomes[0].cell
+    generator = load_generator(cell.config.model, str(cell.folder), cache_dir=cell.config.cache_dir)
+    path = write_rows(root / "closed.jsonl", AT_ONCE + 4)
+    dataset, eos = read_for(generator, str(path)), generator.tokenizer.eos_token_id
+
+    def greedy(example, n_tokens: int) -> list[int]:
+        asked = example.input_ids[: example.supervised.index(1)]
+        return list(generate_ids(generator.model, asked, Sampling(max_new_tokens=n_tokens), stop=[]))
+
+    examples = []
+    for index, example in enumerate(dataset.examples):  # every second answer is what the model says, then its end
+        first = example.supervised.index(1)
+        n_tokens = len(example.input_ids) - first - 1
+        answer = greedy(example, n_tokens) if index % 2 else example.input_ids[first:-1]
+        examples.append(replace(example, input_ids=array("q", [*example.input_ids[:first], *answer, eos])))
+    found = list(answered(generator, replace(dataset, examples=tuple(examples))))
+    for example, is_right in zip(sorted(examples, key=len), found, strict=True):
+        wanted = list(example.input_ids[example.supervised.index(1) : -1])
+        assert is_right == (greedy(example, len(wanted)) == wanted)
+    assert len(found) > AT_ONCE and sum(found) >= len(found) // 2 and not all(found)
+    share = sum(answered(generator, dataset)) / len(found)
+    words = ("--output", root / "real", "--methods", "e2e", "--seeds", "0", "--closed-questions", path)
+    monkeypatch.setattr(comparison, "run_jobs", lambda new, **rest: [ask_closed(job.words[3:]) for job in new])
+    code, out, err = run(root / "run.yaml", *words)
+    assert code == 0, err
+    heading = next(line for line in out.splitlines() if line.startswith("| variant"))
+    assert "answers before" in heading and "answers after" in heading
+    assert outcome_of(cell, closed=Closed(str(path), 0.0)).figures["answers_after"] == share
+
+
+def test_equal_seconds_are_the_planners_and_kept(root, run, fake):
+    """`frozen` gets more steps than e2e, by as much as the planner finds it faster; and the same the next time."""
+    words = ("--methods", "e2e,frozen", "--seeds", "0,1", "--output", root / "equal", "--equal", "seconds")
+    code, out, err = run(root / "run.yaml", *words)
+    assert code == 0, err
+    steps = json.loads((root / "equal" / "equal-seconds.json").read_text())["steps"]
+    assert steps["e2e"] == 4 and 4 < steps["frozen"] <= 8
+    folder = root / "equal" / "runs" / "frozen" / "lr-0.01"
+    assert yaml.safe_load((folder / "seed-0.yaml").read_text())["max_steps"] == steps["frozen"]
+    assert "UNEQUAL" not in out and f"e2e: 4, frozen: {steps['frozen']}" in out
+    (root / "equal" / "equal-seconds.json").write_text(json.dumps({"reference": "e2e", "steps": {"e2e": 4, "frozen": 9}}))
+    code, _, err = run(root / "run.yaml", *words)
+    assert code == 2 and f"max_steps was {steps['frozen']}, is 9" in " ".join(err.split()), "what was kept is taken"
+    code, _, err = run(root / "run.yaml", *words[:-1], "bytes", "--closed-questions", root / "none.jsonl")
+    assert code == 2 and "'bytes' is unknown" in err and "is no file" in err
 
 
 def test_questions_take_conversations_and_refuse_plain_text(tmp_path):

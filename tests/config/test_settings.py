@@ -296,7 +296,9 @@ def test_settings_without_effect_are_said(changes, names):
 
 
 def test_lambda_under_segment_clipping_names_the_right_knob():
-    assert "lr_local is the knob" in no_effect_warnings(made(method="lopt", local_weight=3))[0]
+    for method in ("lopt", "let-local"):
+        assert "lr_local is the knob" in no_effect_warnings(made(method=method, local_weight=3))[0]
+        assert not no_effect_warnings(made(method=method, local_weight=3, clip_scope="global"))
 
 
 def test_paths_may_be_given_as_paths(tmp_path: Path):

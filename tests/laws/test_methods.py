@@ -91,6 +91,9 @@ CASES = {
     "lopt, opened and some": ("lopt", {"open_every": 4, "local_every": 2}),
     "lopt, never but opened": ("lopt", {"open_every": 2, "local_every": 0}),
     "lopt, never": ("lopt", {"local_every": 0}),
+    "lopt, open at first": ("lopt", {"open_until": 0.5}),
+    "lopt, open at first, then local": ("lopt", {"open_until": 0.5, "local_every": 2}),
+    "lopt, a schedule of reach": ("lopt", {"reach": "0.2:5,0.4:5..2,0.8:2,1:1/2"}),
     "top-layers": ("top-layers", {"train_layers": 2}),
     "top-layers, all": ("top-layers", {"train_layers": DEPTH}),
     "lcsb": ("lcsb", {}),
@@ -131,6 +134,36 @@ def test_a_whole_selection_is_end_to_end(folder):
     for found in (all_selected, opened):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_is_closed_keeps_its_values_and_lets_its_moments_go(folder):
+    """The last half goes on as if nothing had been let go: bitwise as with the states of all layers kept."""
+    found = []
+    for closes in (True, False):
+        bench = make_bench(folder, open_until=0.5)
+        groups = bench.executor.optimizer.groups
+        for step, kind in enumerate(("open", "closed", "closed"), start=1):
+            plan = replace(bench.plans[kind], closed=DEPTH // 2 if closes and kind == "closed" else 0)
+            bench.executor.run(plan, [BATCHES[0]], step=step, learning_rates={0: 1e-2, 1: 1e-2})
+            if step == 1:
+                opened = {name: group.values.clone() for name, group in groups.items()}
+        for (_, layer), group in groups.items():
+            early = layer < DEPTH // 2
+            assert torch.equal(group.values, opened["layer", layer]) == early
+            assert (group.moments is None) == (early and closes)
+        found.append({name: group.values.clone() for name, group in groups.items()})
+        held = dict(bench.executor.optimizer.tensors())["gradients"].numel()
+        assert held == sum(group.n_elements for group in groups.values()) // (2 if closes else 1)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_an_aux_head_learns_at_its_own_rate(folder):
+    bench = make_bench(folder)
+    before = {name: parameter.detach().clone() for name, parameter in bench.names().items()}
+    rates = {0: 0.0, 1: 0.0, ("aux", 0): 1e-2}
+    bench.executor.run(bench.plan, [BATCHES[0]], step=1, learning_rates=rates)
+    moved = {name for name, parameter in bench.names().items() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.startswith("head ")}
 
 
 @pytest.mark.parametrize("num_segments", [2, 3])

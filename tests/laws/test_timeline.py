@@ -51,6 +51,8 @@ METHODS = (
     (34, "lopt", "open", {"open_every": 3}),
     (35, "lopt", None, {"local_loss": "next-token"}),
     (58, "lopt", None, {"boundary_update": "fresh"}),
+    (30, "lopt", "closed", {"open_until": 0.5}),
+    (83, "lopt", "last-1-read", {"reach": "0.5:all,1:1", "boundary_cache": "x"}),
     (244, "segprop", "stage-1", {"stages": 1, "tail_layers": 1}),
     (251, "segprop", "stage-2", {"stages": 2, "tail_layers": 1}),
     (232, "let", "align", {"align_layer": 1}),

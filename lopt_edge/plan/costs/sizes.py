@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -84,7 +84,8 @@ class Sizes:
     lm_head. `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
-    weights of their own, but mixing coefficients.
+    weights of their own, but mixing coefficients. Of the layers before `closed` neither moments nor gradients are there any
+    more.
     """
 
     shape: LayerShape
@@ -93,10 +94,19 @@ class Sizes:
     evaluates: bool = False
     groups: tuple[GroupName, ...] = ()
     replaced: tuple[int, ...] = ()
+    closed: int = 0
+
+    def closing(self, closed: int) -> Sizes:
+        """The sizes once the layers before `closed` train no more."""
+        return self if closed == self.closed else replace(self, closed=closed)
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """The parameter groups that are updated at some time."""
         return self.groups or tuple(group for segment in segments for group in groups_of(segment))
+
+    def open_groups(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
+        """The parameter groups that are updated now or later."""
+        return tuple(group for group in self.groups_of(segments) if group[0] != "layer" or group[1] >= self.closed)
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -109,7 +119,7 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
                 for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
             )
             for layer, blocks in enumerate(facts.forms.layers)
@@ -239,9 +249,10 @@ class Sizes:
             "head": self.vocabulary_buffer_bytes,
         }
         if not gradients_move:
-            found["gradients"] = flat  # one block; where gradients move each group has its own
+            # one block; where gradients move each group has its own
+            found["gradients"] = sum(_aligned(self.group_bytes(group)) for group in self.open_groups(segments))
         if knobs.states == "device":
-            found["optimizer"] = sum(self.states_bytes(group) for group in groups)
+            found["optimizer"] = sum(self.states_bytes(group) for group in self.open_groups(segments))
         return found
 
     @property
@@ -258,7 +269,7 @@ class Sizes:
         """The bytes by lower tier: paged states, and the values before the update that go with them; host copies of
         weights."""
         knobs = self.knobs
-        groups = self.groups_of(segments)
+        groups = self.open_groups(segments)
         found = {"host": sum(self._bytes_at("host")), "disk": self.journal_bytes(segments)}
         if knobs.states == "disk":
             found["disk"] += sum(on_disk(self.states_bytes(group)) for group in groups)
@@ -273,7 +284,7 @@ class Sizes:
         page files."""
         if self.knobs.states == "device" or "disk" not in self.knobs.tiers:
             return 0
-        return sum(on_disk(self.group_bytes(group)) for group in self.groups_of(segments))
+        return sum(on_disk(self.group_bytes(group)) for group in self.open_groups(segments))
 
     @property
     def intact_bytes(self) -> int:
@@ -347,8 +358,12 @@ class Sizes:
     def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
         if kind is None:
             return Vocabularies(self.vocabulary_itemsize, resident)
-        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
-        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+        row_bytes, hidden = BLOCK_TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return (
+            Vocabularies(row_bytes // hidden, resident)
+            if BLOCK_TYPES[kind].is_plain
+            else Vocabularies(1, resident, row_bytes)
+        )
 
     @property
     def head_bytes(self) -> int:

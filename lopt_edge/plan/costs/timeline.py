@@ -113,6 +113,7 @@ class _Replay:
     micro-batch, target)."""
 
     def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> None:
+        sizes = sizes.closing(plan.closed)
         self.plan, self.sizes, self.batches = plan, sizes, batches
         self.live = sizes.persistent(plan)  # bytes by category, now
         self.live["activations"] = beside_bytes + sum(sizes.batch_bytes(batch) for batch in batches)

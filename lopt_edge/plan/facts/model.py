@@ -247,16 +247,10 @@ def _check_quantisation(config: dict[str, Any], where: str) -> bool:
     method = str(quantisation.get("quant_method"))
     if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
         return True
-    if method == "gptq":
-        raise InputError(
-            "this folder is quantised with GPTQ, which lopt-edge cannot train on",
-            where=where,
-            fix="use the full-precision model or its bnb-4bit form; GPTQ will come with the extra 'gptq' (optimum)",
-        )
     raise InputError(
         f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
         where=where,
-        fix="use the full-precision model or its bnb-4bit form (AWQ and GPTQ: the coming extra 'gptq', through optimum)",
+        fix="use the full-precision model, or one in bitsandbytes' 4-bit, GPTQ, AWQ, compressed-tensors, FP8 or GGUF form",
     )
 
 

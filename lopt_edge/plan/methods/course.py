@@ -21,6 +21,7 @@ from lopt_edge.plan.schedule.build import StepKind, groups_of
 from lopt_edge.plan.schedule.ops import GroupName
 
 FILL, READ = "fill", "read"  # the two forms
+MANY_STEPS = 0.05  # of an epoch: a phase that reads less than so much of it again fills no cache
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Course:
     evaluations in a row without a lower held-out loss. `align_weight`: of an alignment beside the task, at the first step;
     `local_fades`: the local losses' rates fall linearly until their phase is over. `ema_momentum`, `cascade_weight`: of the
     averages that a tail is read through, and the share of a loss that crosses into the segment before. `smaller`: the
-    course of another method, to be named where this one does not fit.
+    course of another method, to be named where this one does not fit. `settles`: layers train in one phase and rest in a
+    later one, so what lies before a boundary is known when that begins. `keeps`: such a boundary is cached of itself where
+    a later epoch reads it. `closes_itself`: the first phase ends early once the training loss falls no more as it did.
     """
 
     method: str
@@ -57,6 +60,9 @@ class Course:
     ema_momentum: float = 0.0
     cascade_weight: float = 1.0
     smaller: Course | None = None
+    settles: bool = False
+    keeps: bool = False
+    closes_itself: bool = False
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
         """The kind of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.
@@ -118,6 +124,16 @@ class Course:
         """The layers of which an average of the adapters is kept."""
         return tuple(sorted({layer for kind in self.kinds for segment in kind.segments for layer in segment.tail}))
 
+    @property
+    def learns_before(self) -> bool:
+        """Whether the layers before a cached boundary have learned in the run: the cache is of their values, too."""
+        return self.restarts or self.settles
+
+    @property
+    def caches(self) -> bool:
+        """Whether some kind of step fills a boundary cache."""
+        return any(kind.writes is not None for kind in self.kinds)
+
     @cached_property
     def shares(self) -> tuple[float, ...]:
         """The share of each kind in the steps of a long run that begins with an empty cache."""
@@ -134,17 +150,43 @@ class Course:
 
 
 def cached(course: Course, *, epochs: float) -> Course:
-    """The same course with its boundaries kept. Raises InputError if there is none."""
+    """The same course with its boundaries kept. Raises InputError if there is none.
+
+    Of a course that settles those are kept that a later epoch reads, and the last one, for later runs.
+    """
+    last = {course.phases[-1].cycle[0]} if course.phases else set()
+    found = _with_caches(course, epochs, names=_read_again(course, epochs) | last if course.settles else None)
+    if not found.caches:
+        raise InputError("there is no boundary: all layers train", where="boundary_cache", fix="leave it out")
+    return found
+
+
+def kept_while_read(course: Course, *, epochs: float) -> Course:
+    """The same course, where a closed boundary is kept as long as a later epoch of the run reads it."""
+    names = _read_again(course, epochs)
+    return _with_caches(course, epochs, names=names) if course.keeps and names else course
+
+
+def _read_again(course: Course, epochs: float) -> set[str]:
+    """The kinds of step of the phases that come by an example more than once."""
+    begins = (0.0, *(phase.until for phase in course.phases))
+    return {
+        phase.cycle[0]
+        for phase, begin in zip(course.phases, begins, strict=False)
+        if epochs * (phase.until - begin) > 1 + MANY_STEPS
+    }
+
+
+def _with_caches(course: Course, epochs: float, *, names: set[str] | None) -> Course:
+    """The course with two forms of each kind that has a boundary; `names`: of these alone."""
     kinds: list[StepKind] = []
     for kind in course.kinds:
-        boundary = kind.segments[-1].first
+        boundary = kind.segments[-1].first if names is None or kind.name in names else 0
         forms = (
             replace(kind, name=_form(kind.name, FILL), writes=boundary),
             replace(kind, name=_form(kind.name, READ), reads=boundary),
         )
         kinds += forms if boundary else (kind,)
-    if all(kind.writes is None for kind in kinds):
-        raise InputError("there is no boundary: all layers train", where="boundary_cache", fix="leave it out")
     phases = course.phases or (Phase(1.0, (course.kinds[0].name,)),)
     return replace(course, kinds=tuple(kinds), phases=phases, epochs=epochs)
 

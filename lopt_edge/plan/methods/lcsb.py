@@ -14,6 +14,11 @@ momentum and decay go on; `rest` leaves them and their moments as they are.
 
 Where we deviate: nothing is propagated below the lowest selected layer, since nobody reads it. The paper's code is not
 public: groups are strided through the depth here (a contiguous block would leave whole regions without exact neighbours).
+
+Depth breaks it. On the embedded model (8 layers) it comes near `frozen`; on SmolLM2-135M (30 layers, one seed, untuned) the
+first update raised the loss from 3.11 to 3.91, and the run ended at a held-out 2.59 where e2e reached 1.30. It is not the
+code: its gradients equal an independent single graph of the formula to 1e-6. Their cosine with the true gradient is 0.29 to
+0.63 where few layers are selected. What it would need on a deep model has not been found.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ without adapters unless `--teacher M` names another one with the same tokenizer.
 does not see a loss' weight, so there the segment's learning rate falls linearly to 0 at S_stop instead; after that it has
 no gradients at all (zero ones would let its momentum move it).
 
-Where we deviate: padding is left out of the mean; prompt tokens are in it. The teacher's features are computed once for
-each example before the training and kept on disk in bfloat16, since a step then needs neither a second model nor a second
-pass.
+Our choices, where the paper leaves it open: which layer is aligned (the third), when it stops (half of the run), and that
+the teacher's features are taken after its final norm. Where we deviate: padding is left out of the mean; prompt tokens are
+in it. The teacher's features are computed once for each example before the training and kept on disk in bfloat16, since a
+step then needs neither a second model nor a second pass.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ METHODS = (
         local_course,
         engine=("teacher",),
         cuts=True,
-        local=("lr_local",),
+        warnings=lambda _, run: method.weight_warnings(run),
+        local=("lr_local", "local_weight"),
         phases_follow_steps=True,
     ),
 )

@@ -40,6 +40,8 @@ class RunSettings(Protocol):
     @property
     def boundary_layers(self) -> tuple[int, ...] | None: ...
     @property
+    def choose_segments(self) -> bool: ...
+    @property
     def boundary(self) -> str | None: ...
     @property
     def boundary_cache(self) -> str | None: ...
@@ -89,6 +91,15 @@ def no_warnings(_options: Any, _run: RunSettings) -> Iterator[str]:
     return iter(())
 
 
+def weight_warnings(run: RunSettings) -> Iterator[str]:
+    """The warning of a local loss' weight that an update does not see; a global norm sees it."""
+    if "local_weight" in run.model_fields_set and run.clip > 0 and run.clip_scope == "segment":
+        yield (
+            "local_weight has almost no effect: under per-segment clipping AdamW does not see the gradient's scale; "
+            "lr_local is the knob"
+        )
+
+
 @dataclass(frozen=True)
 class Method:
     """One method by its name.
@@ -97,10 +108,10 @@ class Method:
     options and at the run's settings. `engine`: settings of the engine that only some methods can use, this one among them
     (`teacher`, `boundary`). `cuts`: num_segments and boundary_layers cut its depth; where they do not, `uncut` says what
     does. `pipelined`: its segments may lie in several processes. `caches`: whether some early segment never trains, so that
-    its boundary can be kept. `local`: those of lr_local and local_weight that it uses; `local_part`: lr over so much is
-    lr_local's default. `defaults`: settings with another default than for the others. `meant_by`: settings that mean this
-    method where none is named. `resident`: no layer's weights may be streamed. `phases_follow_steps`: another number of
-    steps moves its phases. `pinned`: settings that decide when its phases end, so a resumed run must keep them.
+    its boundary can be kept. `local`: those of lr_local, lr_head and local_weight that it uses; `local_part`: lr over so
+    much is lr_local's default. `defaults`: settings with another default than for the others. `meant_by`: settings that
+    mean this method where none is named. `resident`: no layer's weights may be streamed. `phases_follow_steps`: another
+    number of steps moves its phases. `pinned`: settings that decide when its phases end, so a resumed run must keep them.
     """
 
     name: str

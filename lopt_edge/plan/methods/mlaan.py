@@ -27,9 +27,10 @@ two segments' saved inputs and the tail's, instead of the whole depth's.
 
 Where we deviate: no learned auxiliary parameters (the paper learns the copies, adds the average to the first of them alone
 and trains classifiers; a LoRA run's later layers and head are there already, and good); the independent loss reads out
-through the same tail, not straight into a classifier; all averages move, the released code moves those of the last tail
-only; a = 0.99 by default (fine-tuning takes hundreds of steps, not hundred thousands); dropout is off in the tail; the
-averages are kept in fp32 and stay out of the adapter folder. `clip_scope segment` clips a segment's summed gradient.
+through the same tail, not straight into a classifier; all averages move (of the released code that for CIFAR alone moves
+those of the last tail only); a = 0.99 by default (fine-tuning takes hundreds of steps, not hundred thousands); dropout is
+off in the tail; the averages are kept in fp32 and stay out of the adapter folder. `clip_scope segment` clips a segment's
+summed gradient.
 
 Measured on the small example (8 layers, examples/study, lr 3e-3, one seed; held-out / retention loss): narrow 1.387 / 4.599
 against e2e's 1.305 / 4.365 and frozen's 1.636 / 4.070; broad 4.106 / 3.636 against 4.083 / 3.598 and 4.109 / 3.594. So it

@@ -33,7 +33,8 @@ class StepKind:
 
     `resting` are parameter groups that are updated without a gradient (their momentum moves them). `reads`, `writes`: the
     layer before which the cached boundary lies, None for none. `teacher`: the step reads a teacher's features; `align`: the
-    layer whose output is drawn to them beside the segment's own loss.
+    layer whose output is drawn to them beside the segment's own loss. The layers before `closed` train no more in this run:
+    what only an update needs of them is let go.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StepKind:
     writes: int | None = None
     teacher: bool = False
     align: int | None = None
+    closed: int = 0
 
 
 def groups_of(segment: Segment) -> list[GroupName]:
@@ -74,7 +76,9 @@ def step_plan(
     if not kind.fresh:
         ops += [Op(Kind.STEP, target, unit=unit) for segment in segments for unit, target in groups_of(segment)]
     ops += [Op(Kind.STEP, target, unit=unit) for unit, target in kind.resting]
-    plan = Plan(method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops), kind=kind.name)
+    plan = Plan(
+        method, segments[-1].last + 1, n_micro_batches, segments, placement, tuple(ops), kind=kind.name, closed=kind.closed
+    )
     averages = tuple(Op(Kind.AVERAGE, layer, unit="layer") for layer in plan.averaged)
     return replace(plan, ops=(*plan.ops, *averages))
 

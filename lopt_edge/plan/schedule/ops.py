@@ -94,7 +94,7 @@ class Plan:
 
     `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time. `kind`
     names the kind of step where a run has several. `own`: the segments of this process of a pipeline, None where one
-    process has them all.
+    process has them all. The layers before `closed` train no more in the run: their optimizer states are gone.
     """
 
     method: str
@@ -107,11 +107,13 @@ class Plan:
     tile: int = TOKEN_TILES[0]
     kind: str = ""
     own: tuple[int, ...] | None = None
+    closed: int = 0
 
     def text(self) -> str:
         """The plan in words, a line for each op after the header: `parse_plan` reads it."""
         counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
         counts += "" if self.own is None else f" own={runs_text(self.own)}"
+        counts += f" closed={self.closed}" if self.closed else ""
         kind = f" kind={self.kind}" if self.kind else ""
         head = [f"plan 4 method={self.method}{kind} {counts}", *(segment.text() for segment in self.segments)]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
@@ -227,7 +229,7 @@ class PlanTextError(ValueError):
 _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _HEAD = re.compile(
     r"plan 4 method=([\w-]+)(?: kind=([\w-]+))? layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})"
-    rf"(?: own=({_LAYERS}))?"
+    rf"(?: own=({_LAYERS}))?(?: closed=(\d{{1,6}}))?"
 )
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
@@ -264,10 +266,11 @@ def parse_plan(text: str) -> Plan:
     n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:6])
     if n_layers > MOST_LAYERS:
         raise PlanTextError(f"line 1: more than {MOST_LAYERS:,} layers")
-    own = _parsed_own(head[7], len(segments))
+    own, closed = _parsed_own(head[7], len(segments)), int(head[8] or 0)
     return Plan(
-        head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own
-    )
+        head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own,
+        closed,
+    )  # fmt: skip
 
 
 def _parsed_own(text: str | None, n_segments: int) -> tuple[int, ...] | None:

@@ -82,6 +82,8 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     if replay.saved:
         (micro_batch, layer), _ = next(iter(replay.saved.items()))
         raise PlanError(f"rule (6): what layer {layer} saved in micro-batch {micro_batch} is never consumed")
+    if any(layer < plan.closed for segment in plan.segments for layer in (*segment.trained, *segment.through)):
+        raise PlanError(f"rule (7): a layer before {plan.closed} trains, and those are closed")
     missing = [group for s in plan.own_segments for group in groups_of(s) if group not in replay.stepped]
     if missing:
         raise PlanError(f"rule (7): group {missing[0][0]} {missing[0][1]} has no STEP")

@@ -44,9 +44,20 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class KindOfStep:
+    """What one of a run's several kinds of step takes, and its share of the steps."""
+
+    name: str
+    share: float
+    device_bytes: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The planner's answer: what `lopt-edge plan --json` prints. `missing` and `would_fit` are empty if it fits.
 
+    `kinds` are the kinds of step, where the method has several: bytes are those of the largest, seconds their mean.
     `longest_context` is in tokens of one sequence, of what the memory holds (the model's own limit aside); None where no
     device budget is known. `items` has every category, most of them often 0.
     """
@@ -72,6 +83,7 @@ class RunPlan:
     step_tokens: int = 0
     n_combinations: int = 0
     notes: tuple[str, ...] = ()
+    kinds: tuple[KindOfStep, ...] = ()
     chosen: Candidate | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -132,8 +144,17 @@ def make_run_plan(
         step_tokens=workload.n_tokens,
         n_combinations=found.n_combinations,
         notes=notes,
+        kinds=tuple(_kinds(workload, chosen)),
         chosen=chosen,
     )
+
+
+def _kinds(workload: Workload, chosen: Candidate) -> Iterator[KindOfStep]:
+    """What each kind of step takes with the chosen settings; none where there is one kind."""
+    for kind, share in zip(workload.kinds, workload.course.shares, strict=True) if len(workload.kinds) > 1 else ():
+        device_bytes = workload.predict(chosen.knobs, kind=kind).device_bytes
+        seconds = three_digits(workload.seconds(chosen.knobs, kind=kind).seconds)
+        yield KindOfStep(kind.name, share, device_bytes, seconds)
 
 
 def _lowest(search: Search, smallest: Candidate, budget: Budget) -> Candidate:
@@ -283,6 +304,13 @@ def summary(found: RunPlan) -> Iterator[str]:
         f"about {_seconds(found.step_seconds)} a step of {found.step_tokens:,} tokens, {found.tokens_per_second:,.0f} "
         f"tokens/s, {moved}"
     )
+    if found.kinds:
+        yield f"kinds of step: {'; '.join(map(_kind_text, found.kinds))}"
+
+
+def _kind_text(kind: KindOfStep) -> str:
+    bytes_text, seconds = format_bytes(kind.device_bytes), _seconds(kind.step_seconds)
+    return f"{kind.name} ({kind.share:.0%} of the steps) {bytes_text}, {seconds}"
 
 
 def _of(found: RunPlan, tier: str) -> str:

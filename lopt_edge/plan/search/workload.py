@@ -135,9 +135,9 @@ class Workload:
             teaching_bytes=taught,
         )
 
-    def seconds(self, knobs: Knobs) -> StepSeconds:
-        """The time of the largest step, in the mean over the kinds of step."""
-        found = [self._seconds(knobs, kind) for kind in self.kinds]
+    def seconds(self, knobs: Knobs, *, kind: StepKind | None = None) -> StepSeconds:
+        """The time of the largest step, in the mean over the kinds of step, or of one of them."""
+        found = [self._seconds(knobs, each) for each in (self.kinds if kind is None else (kind,))]
         if len(found) == 1:
             return found[0]
 

@@ -7,7 +7,7 @@ more step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.step_state import Rates
 
 
 class _Enough(Exception):
@@ -29,7 +30,7 @@ def first_not_finite(
     batches: Sequence[Batch],
     *,
     step: int,
-    learning_rates: Mapping[int, float],
+    learning_rates: Rates,
     align_weight: float = 0.0,
 ) -> str:
     """The text of the first op that leaves a NaN or an infinity in hidden states, loss or gradients; "" if none does."""

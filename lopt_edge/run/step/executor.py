@@ -39,7 +39,7 @@ from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
-from lopt_edge.run.step.step_state import ALIGNED, Cut, StepResult, StepState, present, segments_of
+from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -88,16 +88,17 @@ class Executor:
         batches: Sequence[Batch],
         *,
         step: int,
-        learning_rates: Mapping[int, float],
+        learning_rates: Rates,
         align_weight: float = 0.0,
         start: Cut | None = None,
         between: Callable[[Cut], None] | None = None,
     ) -> StepResult:
         """Run one optimizer step. Raises RunError, which shows the plan around the op that failed.
 
-        `learning_rates` are by segment index, `align_weight` is that of ALIGN ops, and `start` is a cut to go on from.
-        `between` is called before each micro-batch but the first; what it raises ends the step there, and the adapters are
-        those of the last step. In float16 the step is run again with a smaller loss scale if a gradient overflows.
+        `learning_rates` are by segment index (of an aux head by its group, if it has its own), `align_weight` is that of
+        ALIGN ops, and `start` is a cut to go on from. `between` is called before each micro-batch but the first; what it
+        raises ends the step there, and the adapters are those of the last step. In float16 the step is run again with a
+        smaller loss scale if a gradient overflows.
         """
         while True:
             try:
@@ -121,7 +122,7 @@ class Executor:
         batches: Sequence[Batch],
         *,
         step: int,
-        learning_rates: Mapping[int, float],
+        learning_rates: Rates,
         align_weight: float,
         start: Cut | None,
         between: Callable[[Cut], None] | None,
@@ -136,7 +137,7 @@ class Executor:
             early=plan.has_early_steps,
             align_weight=align_weight,
         )
-        self.optimizer.begin_step(segments=segments_of(plan), loss_scale=self.loss_scale)
+        self.optimizer.begin_step(segments=segments_of(plan), loss_scale=self.loss_scale, closed=plan.closed)
         clock, self.state = self.model.clock, state
         clock.step, clock.active = step, True
         first = 0 if start is None else cut_before(plan, start.micro_batch)
@@ -392,7 +393,8 @@ class Executor:
         segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
         if op.unit == "layer" and op.target in state.plan.segments[segment].through:
             self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
-        self.optimizer.step(op.group, lr=state.learning_rates[segment], early=state.early)
+        rates = state.learning_rates
+        self.optimizer.step(op.group, lr=rates[op.group if op.group in rates else segment], early=state.early)
 
     def _average(self, state: StepState, op: Op) -> None:
         present(self.averages).take(op.target, self.optimizer.groups["layer", op.target].values)

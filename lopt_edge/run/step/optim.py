@@ -104,6 +104,7 @@ class SegmentOptimizer:
         self._values = torch.empty(n_elements, dtype=torch.float32, device=mover.device)
         self._gradients: Tensor | None = None  # one block for all groups, where gradients lie on the device
         self._starts = starts
+        self._open_from = 0  # elements: where the gradients' block begins, once early groups are closed
         for name, parameters in groups.items():
             self.groups[name] = self._make_group(name, list(parameters))
         self.norms: dict[int, float] = {}
@@ -123,17 +124,33 @@ class SegmentOptimizer:
 
     # gradients -------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, *, segments: Mapping[GroupName, int], loss_scale: float = 1.0) -> None:
+    def begin_step(self, *, segments: Mapping[GroupName, int], loss_scale: float = 1.0, closed: int = 0) -> None:
         """Begin a step. `segments` gives each group's segment, for the clip norms; a group without one is not updated.
+
+        Of the layers before `closed`, which train no more in this run, moments and room for gradients are let go.
 
         Raises RunError if the last step's undo copies were lost: it is whole, but the next one could not be undone.
         """
         if self.journal_fault is not None:
             fault, self.journal_fault = self.journal_fault, None
             raise RunError(f"the last step's undo copies could not be written: {fault}")
+        if closed:
+            self._close(closed)
         self.norms, self.checked, self.loss_scale = {}, False, loss_scale
         for name, group in self.groups.items():
             group.square_norm, group.updated, group.segment = None, False, segments.get(name, -1)
+
+    def _close(self, closed: int) -> None:
+        open_from = min(start for (unit, target), start in self._starts.items() if unit != "layer" or target >= closed)
+        if open_from == self._open_from:
+            return
+        self._open_from, self._gradients = open_from, None
+        for (unit, target), group in self.groups.items():
+            if unit == "layer" and target < closed:
+                for offloaded in (group.moments, group.journal):
+                    if offloaded is not None:
+                        self.mover.free(offloaded)
+                group.moments = group.journal = None
 
     def accept_gradients(self, name: GroupName, *, own_block: bool) -> None:
         """Make the group ready to add gradients to: zeros at first, later what is there already.
@@ -148,8 +165,8 @@ class SegmentOptimizer:
             flat = torch.zeros(group.n_elements, dtype=torch.float32, device=self.mover.device)
         else:
             if self._gradients is None:
-                self._gradients = torch.empty_like(self._values)
-            flat = self._gradients[self._starts[name] :][: group.n_elements].zero_()
+                self._gradients = torch.empty_like(self._values[self._open_from :])
+            flat = self._gradients[self._starts[name] - self._open_from :][: group.n_elements].zero_()
         group.gradient = OffloadedTensor(flat)
         self._attach(group)
 

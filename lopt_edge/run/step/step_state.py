@@ -21,6 +21,9 @@ from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
 
 T = TypeVar("T")
+Rates = Mapping[
+    int | GroupName, float
+]  # learning rates by segment; of groups that have one of their own (aux heads), by group
 ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
 
 
@@ -57,7 +60,7 @@ class StepState:
     plan: Plan
     batches: Sequence[Batch]
     totals: Totals
-    learning_rates: Mapping[int, float]
+    learning_rates: Rates
     losses: dict[int, float]
     own_blocks: bool  # gradients move: each group's are a tensor of its own
     early: bool  # some STEP comes before the last BACKWARD

@@ -74,6 +74,7 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     before, settled = found.state.get("config"), found.state.get("settled")
     if not isinstance(before, dict) or not isinstance(settled, dict):
         raise InputError("its settings are malformed", where=where, fix="use another checkpoint")
+    config, before = _of_its_time(config, before)
     differences = [
         InputError(f"was {_shown(before.get(name, _default(name)))}, is {value!r} now", where=name)
         for name, value in config.model_dump(mode="json").items()
@@ -85,6 +86,17 @@ def find_start(config: Config) -> tuple[Config, Start | None, list[str]]:
     update = {**{name: settled[name] for name in SETTLED}, "choose_micro_batch": False, "choose_segments": False}
     warnings = [f"a checkpoint was left out: {fault}" for fault in faults]
     return config.model_copy(update=update), Start(found, state), [*warnings, *_changed(config, before, found)]
+
+
+def _of_its_time(config: Config, before: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The settings as a checkpoint of an earlier version meant them: its aux heads had the local losses' rate, and its
+    early segments trained on every step where nothing else was said."""
+    if "lr_head" in before:
+        return config, before
+    rate = config.local_lr if config.lr_head is None else config.lr_head
+    if before.get("local_every") == 1:
+        before = {**before, "local_every": None}  # today's default; there was no boundary that closes, so it means the same
+    return config.model_copy(update={"lr_head": rate}), {**before, "lr_head": rate}
 
 
 def _has_sound_numbers(value: Any) -> bool:

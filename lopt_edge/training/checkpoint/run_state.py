@@ -21,7 +21,14 @@ LEVEL_SHARE = 0.05  # of a new loss in its running level: about the last 20 step
 LEVEL_STEPS = 20  # before a rise is called one
 FAR_DEVIATIONS, FAR_SHARE = 6.0, 0.5  # a loss is far above its level if it is beyond both
 
-LATER = ("intact", "unexplained", "lowest", "waits")  # fields that checkpoints of earlier versions lack
+LATER = (
+    "intact",
+    "unexplained",
+    "lowest",
+    "waits",
+    "first_losses",
+    "last_losses",
+)  # fields that checkpoints of earlier versions lack
 
 
 @dataclass
@@ -70,6 +77,8 @@ class RunState:
     stage_waits: int = 0
     lowest: float | None = None  # with patience: held-out loss so far, and evaluations since it was reached
     waits: int = 0
+    first_losses: list[float] = field(default_factory=list)  # where a boundary closes itself: of the first stretch of steps
+    last_losses: list[float] = field(default_factory=list)  # of the last two stretches
     skip: list[int] = field(default_factory=list)  # steps known to end in numbers that are not finite
     intact: dict[str, float] = field(default_factory=dict)  # method repl: evaluation before layers were replaced
     unexplained: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer and linear layer: shares of a norm

@@ -31,7 +31,7 @@ from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.plan.schedule.processes import Part, parts_of
 from lopt_edge.run.step.batches import Batch, as_message
 from lopt_edge.run.step.executor import Executor
-from lopt_edge.run.step.step_state import Cut, StepResult
+from lopt_edge.run.step.step_state import Cut, Rates, StepResult
 from lopt_edge.training.pipeline.launch import SETUP, Children, ended, torchrun_rank
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Coordinator:
         batches: Sequence[Batch],
         *,
         step: int,
-        learning_rates: dict[int, float],
+        learning_rates: Rates,
         start: Cut | None,
         between: Callable[[Cut], None],
     ) -> StepResult:
@@ -188,7 +188,7 @@ class Coordinator:
                     "step": step,
                     "kind": kind.name,
                     "batches": [as_message(batch) for batch in batches],
-                    "rates": learning_rates,
+                    "rates": list(learning_rates.items()),  # JSON has no keys but strings
                     "start": None if start is None else start.micro_batch,
                 }
             )

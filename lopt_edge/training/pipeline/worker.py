@@ -43,7 +43,7 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
 from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import from_message
-from lopt_edge.run.step.step_state import Cut
+from lopt_edge.run.step.step_state import Cut, Rates
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import HeapWatch, release_free_memory, settle_host_allocator
 from lopt_edge.system.memory import peak_rss_bytes
@@ -144,7 +144,7 @@ class Worker:
         batches = [from_message(values, self.task.device) for values in message["batches"]]
         plan = self.task.plan(len(batches), message["kind"])
         start = None if message["start"] is None else Cut(message["start"], self.losses, self.gradient)
-        rates = {int(segment): rate for segment, rate in message["rates"].items()}
+        rates: Rates = {tuple(of) if isinstance(of, list) else of: rate for of, rate in message["rates"]}
         try:
             self.executor.run(plan, batches, step=message["step"], learning_rates=rates, start=start)
         except NotFinite:

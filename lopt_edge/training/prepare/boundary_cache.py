@@ -3,9 +3,12 @@
 Where the segments before a boundary do not change, their output for an example is always the same: `--boundary-cache
 FOLDER` keeps it, so that from the second time on an example is seen those layers are neither fetched nor run. The folder
 outlives the run and serves every later one with the same model, data, boundary and dtype (another learning rate, say). With
-stages (segprop) the boundary is another one in each, and so are the adapters before it: each stage has a cache in a folder
-of its own, named by the adapters' sum, and the stage before is removed. The bytes are apart from the page files' budget and
-are checked against the free space before the run.
+stages (segprop), and where a boundary closes (reach.py), the adapters before it have learned in the run: each stage has a
+cache in a folder of its own, named by the adapters' sum, and the stage before is removed. Their bytes are checked against
+the free space before the run; those of a named folder are apart from the page files' budget.
+
+A boundary that closes while epochs are left is kept without being asked, in OUTPUT.boundary, until the run is finished: a
+stopped run goes on with it. Its bytes count in the disk budget beside the page files.
 """
 
 from __future__ import annotations
@@ -30,14 +33,16 @@ if TYPE_CHECKING:
     from lopt_edge.training.prepare.inputs import Inputs
 
 STAGE = "stage-"
+OURS = ".boundary"  # behind the output's name: the folder that a run makes for itself, and removes
 
 
 class BoundaryCaches:
     """The caches in the folder that the settings name; one is open at a time."""
 
     def __init__(self, inputs: Inputs) -> None:
-        assert inputs.config.boundary_cache is not None
-        self.inputs, self.root = inputs, Path(inputs.config.boundary_cache)
+        named = inputs.config.boundary_cache
+        self.inputs, self.is_ours = inputs, named is None
+        self.root = Path(f"{inputs.config.output}{OURS}") if named is None else Path(named)
         self.open: FeatureCache | None = None
         self.boundary = -1
 
@@ -56,6 +61,11 @@ class BoundaryCaches:
     def check(self) -> None:
         """Refuse a folder of something else or too little room, before anything is written. Raises InputError(s)."""
         where = f"boundary_cache {self.root}"
+        need = 2 * self.inputs.source.facts.hidden_size * self.inputs.train.n_tokens
+        limit, paged = self.inputs.budget.disk_bytes, self.inputs.predict().disk_bytes
+        if self.is_ours and limit is not None and need + paged > limit:
+            what = f"the closed boundary takes {format_bytes(need)} beside page files of {format_bytes(paged)}"
+            raise InputError(what, where="disk_memory", fix="allow more, or add --no-closed-cache")
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise InputError("is no folder", where=where, fix="name a new folder")
@@ -64,11 +74,10 @@ class BoundaryCaches:
                 return
         except OSError as error:
             raise InputError(f"cannot be used: {error.strerror}", where=where, fix="name another folder") from None
-        need = 2 * self.inputs.source.facts.hidden_size * self.inputs.train.n_tokens
         check_free_space(self.root, need_bytes=need, what="the boundary cache")
 
     def _claim(self) -> None:
-        if self.inputs.course.restarts:
+        if self.inputs.course.learns_before:
             claim(self.root, self.identity(None))
         else:
             (kind,) = (kind for kind in self.inputs.course.kinds if kind.reads is not None)
@@ -84,8 +93,9 @@ class BoundaryCaches:
         return self.open
 
     def _folder(self, boundary: int, executor: Executor) -> Path:
-        if not self.inputs.course.restarts:
+        if not self.inputs.course.learns_before:
             return self.root
+        self.root.mkdir(parents=True, exist_ok=True)
         claim(self.root, self.identity(None))
         digest = hashlib.sha256()
         for (unit, layer), group in executor.optimizer.groups.items():
@@ -130,14 +140,15 @@ def _identity_of(adapter: Path) -> str:
 
 def check_boundary_cache(inputs: Inputs) -> None:
     """Refuse a boundary cache that cannot be used, before anything is written. Raises InputError(s)."""
-    if inputs.config.boundary_cache is not None:
+    if inputs.course.caches:
         BoundaryCaches(inputs).check()
 
 
 @contextmanager
 def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
-    """The caches in the folder that the settings name, locked while it is open; None where none is named."""
-    if inputs.config.boundary_cache is None:
+    """The caches in the folder that the settings name, or in one of the run's own, locked while it is open; None where no
+    step has a use for one. What is the run's own goes when it is finished."""
+    if not inputs.course.caches:
         yield None
         return
     found = BoundaryCaches(inputs)
@@ -146,3 +157,5 @@ def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
             yield found
         finally:
             found.close()
+    if found.is_ours:
+        shutil.rmtree(found.root, ignore_errors=True)

@@ -80,7 +80,7 @@ def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
     _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
-    return inputs, start
+    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs))), start
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +261,13 @@ def _check_stages(inputs: Inputs) -> None:
             where="stages",
             fix="lower --stages, or raise --max-steps or --epochs",
         )
+
+
+def _never_closes(inputs: Inputs) -> Iterator[str]:
+    """A sentence where the run is too short for its last phase: the boundary would never be where it was asked to be."""
+    course, n_steps = inputs.course, inputs.n_steps
+    if course.settles and course.phase(n_steps, n_steps)[0] < len(course.phases) - 1:
+        yield f"the last depth of the schedule is never reached: the run has {n_steps} steps"
 
 
 def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFolder]:

@@ -6,7 +6,7 @@ person can look at them. Nothing is decided here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lopt_edge.data import Window
@@ -15,6 +15,7 @@ from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.diagnosis import first_not_finite
 from lopt_edge.run.step.executor import Executor
+from lopt_edge.run.step.step_state import Rates
 from lopt_edge.system.files import write_json
 from lopt_edge.training.prepare.inputs import Inputs
 
@@ -27,7 +28,7 @@ def dump_not_finite(
     window: Window,
     batches: Sequence[Batch],
     plan: Plan,
-    rates: Mapping[int, float],
+    rates: Rates,
     align_weight: float,
     error: NotFinite,
 ) -> tuple[Path, str]:

@@ -30,7 +30,7 @@ from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.run.step.batches import Batch
-from lopt_edge.run.step.step_state import Cut, StepResult
+from lopt_edge.run.step.step_state import Cut, Rates, StepResult
 from lopt_edge.run.watch.first_steps import N_STEPS
 from lopt_edge.run.watch.memory_report import MemoryMeter
 from lopt_edge.run.watch.memory_report import write_report as write_memory_report
@@ -288,7 +288,7 @@ class Session:
         self._record(step, kind, result, rates, time.perf_counter() - started)
 
     def _not_finite(
-        self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, rates: Mapping[int, float], error: NotFinite
+        self, step: int, window: Window, batches: Sequence[Batch], plan: Plan, rates: Rates, error: NotFinite
     ) -> None:
         """Report where it began (nothing was updated), then go on without this batch, or stop."""
         file, op = dump_not_finite(
@@ -376,7 +376,7 @@ class Session:
         )
         self.progress.note(f"memory report: {files[0]} and {files[1]}")
 
-    def _record(self, step: int, kind: StepKind, result: StepResult, rates: Mapping[int, float], seconds: float) -> None:
+    def _record(self, step: int, kind: StepKind, result: StepResult, rates: Rates, seconds: float) -> None:
         state = self.state
         self._finish(step)
         state.tokens += result.totals.tokens
@@ -407,6 +407,12 @@ class Session:
             metrics["kind"] = kind.name
         if result.align_loss is not None:
             metrics["align_loss"] = result.align_loss
+        closing = self.loaded.kinds.closing(step, result.loss)
+        state.first_losses, state.last_losses = closing.first, closing.last
+        if closing.why:
+            state.stage_ends.append(step)
+            self.progress.note(closing.why)
+            self.context.events.write({"event": "boundary closed", "step": step, "reason": closing.why})
         self._log(metrics)
         self.progress.step(metrics)
         if state.level.add(result.loss):

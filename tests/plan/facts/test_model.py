@@ -268,7 +268,7 @@ def test_numbers_must_be_positive_integers(key, value):
         (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
         (LLAMA | {"num_key_value_heads": 5}, "multiple"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ.*'gptq'"),
+        (LLAMA | {"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq'.*GPTQ, AWQ"),
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes"),
         (LLAMA | {"quantization_config": {}}, "quantised with"),

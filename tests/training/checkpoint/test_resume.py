@@ -56,7 +56,7 @@ OTHERS: dict[str, Any] = {
     "selection": "uniform", "select_ratio": 0.25, "unselected": "rest", "boundary_cache": "x", "replace_layers": (1,),
     "align_until": 0.25, "align_weight": 0.5, "align_layer": 1, "stages": 2, "tail_layers": 1,
     "cycles": 2, "min_lr": 0.1, "lora_rslora": True, "stage_patience": 1, "leap_layers": 2, "ema_momentum": 0.5,
-    "cascade_weight": 0.5,
+    "cascade_weight": 0.5, "lr_head": 0.5, "open_until": 0.25, "reach": "0.5:all,1:half", "closed_cache": False,
 }  # fmt: skip
 
 

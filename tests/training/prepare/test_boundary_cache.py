@@ -47,6 +47,25 @@ def test_the_second_epoch_reads_what_the_first_one_wrote(model, tmp_path, settin
     assert adapter(again) == adapter(config), "reading gives the bits that writing gave"
 
 
+def test_a_boundary_that_closes_is_kept_while_epochs_read_it(model, tmp_path):
+    """In a folder of the run's own, which goes with it; a named one stays, and the same run after it reads it all."""
+    closing = {**STEPS, "epochs": 4, "open_until": 0.5}
+    config = make_config(model, tmp_path, **closing)
+    finetune(config)
+    kinds = [step["kind"] for step in metrics_of(config)[0]]
+    assert kinds == ["open"] * 4 + ["closed-fill"] * 2 + ["closed-read"] * 2
+    assert not list(tmp_path.glob("*.boundary"))
+    for output, wanted in (("named", kinds), ("again", ["open"] * 4 + ["closed-read"] * 4)):
+        other = make_config(model, tmp_path, output=output, boundary_cache=str(tmp_path / "cache"), **closing)
+        finetune(other)
+        assert [step["kind"] for step in metrics_of(other)[0]] == wanted
+        assert adapter(other) == adapter(config)
+    scarce = make_config(model, tmp_path, output="scarce", disk_memory="1000B", **closing)
+    with pytest.raises(InputError, match="disk_memory: the closed boundary takes"):
+        finetune(scarce)
+    assert not Path(scarce.output).exists()
+
+
 def test_a_damaged_cache_is_filled_again_and_changes_nothing(model, tmp_path):
     config = make_config(model, tmp_path, method="frozen", boundary_cache=str(tmp_path / "cache"), **STEPS)
     finetune(config)

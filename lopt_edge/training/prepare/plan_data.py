@@ -1,4 +1,4 @@
-"""What `lopt-edge plan` knows of a run's data: its lengths, so that the answer is in hours of this run.
+"""What a plan knows of a run's data: its lengths, so that the answer is in hours of this run (`plan`, `compare --equal`).
 
 The rule: data that is named and can be read is read as `finetune` reads it, and refused as there; data that cannot be (the
 model is a preset, so there is no tokenizer; the example's file is not there yet) is said not to be, and the plan is that of
