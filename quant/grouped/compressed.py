@@ -3,7 +3,7 @@
 Three of its formats: `pack-quantized`: `X.weight_packed` (O, I * bits / 32) int32, codes with 2^(bits - 1) added,
 `X.weight_zero_point` packed along the outputs; `int-quantized`: `X.weight` int8; `float-quantized`: `X.weight`
 float8_e4m3fn. Each with `X.weight_scale` (O, G), (O, 1) or (1,). Read: compressed_tensors 0.20.1,
-compressors/quantized_compressors and quantization/lifecycle/forward.py (`_dequantize`).
+compressors/pack_quantized/helpers.py, quantization/lifecycle/forward_helpers.py (`_dequantize`).
 
 Not here: sparsity, act-order, and float4 (nvfp4, mxfp4). What a config says of activations is for inference alone.
 """

@@ -142,6 +142,14 @@ def test_what_cannot_be_read_is_refused(tmp_path, form, change, words, command):
     assert code == 2 and words in " ".join(told.split()), told
 
 
+def test_experts_in_such_a_form_are_refused(tmp_path, command):
+    folder = make_folder(tmp_path / "m", "qwen3_moe")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": FORMS["gptq-4"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, told = command("plan", "--model", folder)
+    assert code == 2 and "experts in gptq form" in " ".join(told.split())
+
+
 def test_act_order_out_of_order_is_refused(tmp_path, command):
     folder, _ = make(tmp_path, "gptq-4", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
