@@ -15,7 +15,7 @@ import torch
 
 from quant.files import four_bit_layout, four_bit_tensors, quantization_config, read_tensor
 from quant.folders import new_folder
-from quant.headers import read_headers, read_json
+from quant.headers import TensorEntry, read_headers, read_json
 from quant.shards import write_sharded
 from quant.small_files import copy_small_files
 
@@ -26,20 +26,22 @@ def quantise_folder(
     *,
     should_pack: Callable[[str], bool],
     dtype: torch.dtype,
+    entries: Mapping[str, TensorEntry] | None = None,
     changes: Mapping[str, Any] | None = None,
     unpacked: Sequence[str] = (),
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write `source` in 4-bit form to the new folder `target`, with `changes` of its config.
 
+    `entries` are its tensors, where they are to be written otherwise than its files spell them.
     `dtype` is recorded as the compute dtype and in each quantisation state, `unpacked` as modules that stay as they are.
     Raises FolderError for a broken source.
     """
-    entries = sorted(read_headers(source).values(), key=lambda entry: (entry.path.name, entry.start))
+    ordered = sorted((entries or read_headers(source)).values(), key=lambda entry: (entry.path.name, entry.start))
     config = read_json(source / "config.json")
     with new_folder(target) as partial:
-        layout = four_bit_layout([(entry.name, entry.dtype, entry.shape) for entry in entries], should_pack)
-        stream = ((entry.name, read_tensor(entry)) for entry in entries)
+        layout = four_bit_layout([(entry.name, entry.dtype, entry.shape) for entry in ordered], should_pack)
+        stream = ((entry.name, read_tensor(entry)) for entry in ordered)
         write_sharded(partial, layout, four_bit_tensors(stream, should_pack, dtype=dtype), on_tensor=on_tensor)
         dtype_name = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)

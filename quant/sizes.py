@@ -69,6 +69,14 @@ def rows_at_once(out_features: int, in_features: int) -> int:
     return out_features if in_features % BLOCK_ELEMENTS else min(out_features, max(1, MIXED_ELEMENTS // in_features))
 
 
+def expert_tile(*, on_cpu: bool) -> int:
+    """The number of an expert's tokens that are gathered at a time (quant/experts.py).
+
+    On a CPU few, since the plan must hold as many even where each expert gets a handful.
+    """
+    return 256 if on_cpu else 1024
+
+
 def token_tile(*, on_cpu: bool) -> int:
     """The number of tokens whose block of intermediate features exists at a time (quant/gated_mlp.py).
 

@@ -73,7 +73,7 @@ def run_quantise(options: argparse.Namespace, clock: Any) -> Row:
     from lopt_edge.models.four_bit import four_bit_folder, four_bit_path
 
     model, cache_dir = find_model(str(options.model)), str(options.cache_dir)
-    check_weights(model, tensor_entries(model.path))
+    check_weights(model, tensor_entries(model.path, model.facts))
     if not (four_bit_path(model, cache_dir=cache_dir) / "config.json").exists():
         import bitsandbytes  # noqa: F401  its import takes seconds, and is no part of quantising
 

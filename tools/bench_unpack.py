@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from quant.gguf.types import TYPES
+from quant.gguf.types import BLOCK_TYPES, TYPES
 from quant.gguf.unpack import Scratch, new_scratch
 from quant.gguf.weight import GgufWeight
 from quant.nf4 import pack
 from quant.packed import Packed
 
+GROUPED = ("INT2_G128_F16", "INT4_G128_F16", "INT8_G128_F16", "FP8_G128_F32")  # GPTQ, AWQ, compressed-tensors, FP8
 TABLE = Path(__file__).resolve().parent / "results" / "unpack.csv"
 
 
@@ -31,7 +32,7 @@ def forms(shape: tuple[int, int]) -> dict[str, Packed]:
     torch.manual_seed(0)
     found: dict[str, Packed] = {"NF4": pack(torch.randn(shape))}
     scratch = Scratch(new_scratch(torch.device("cpu")))
-    for kind in TYPES.values():
+    for kind in (*TYPES.values(), *(BLOCK_TYPES[name] for name in GROUPED)):
         blocks = torch.randint(0, 60, (kind.n_bytes(shape),), dtype=torch.uint8)  # scales that are small normal numbers
         found[kind.name] = GgufWeight(blocks, shape, kind, scratch)
     return found

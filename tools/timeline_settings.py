@@ -1,7 +1,8 @@
 """Law 6's workbench: random settings of a run, one step of it watched tensor by tensor, and what the timeline says of it.
 
 Not a test itself. `python -m tools.timeline_settings FIRST LAST [WORD ...]` prints settings by number, `-v` op by op;
-words are families, `dropout` (on the LoRA inputs) and `odd` (odd sizes).
+words are families (one with experts takes the settings of
+all numbers), `dropout` (on the LoRA inputs) and `odd` (odd sizes).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import Timeline, timeline
+from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
@@ -29,6 +31,7 @@ from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
 from tests.laws.bench import Bench, make_bench, random_batch
 from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
+from tools.tiny_quantised import write_quantised
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -53,12 +56,17 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
+    form: str = ""  # another program's quantised form, likewise
 
 
-def random_setting(number: int, *, dropout: bool = False) -> Setting:
-    """The random setting of this number: the same number gives the same one."""
+DENSE = [name for name in FAMILIES if family_of(name).experts is None]  # of which a number draws one
+
+
+def random_setting(number: int, *, dropout: bool = False, family: str = "") -> Setting:
+    """The random setting of this number: the same number gives the same one. `family`: another than it draws."""
     pick = random.Random(number)
-    family = pick.choice(list(FAMILIES))
+    drawn = pick.choice(DENSE)
+    family = family or drawn
     n_layers = pick.choice([2, 3, 5])
     method = pick.choice(["e2e", "lopt", "frozen"])
     apply = pick.choice(["step", "step", "segment", "layer"])
@@ -79,7 +87,7 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
         tuple(pick.randint(longest // 2, longest) for _ in range(pick.choice([1, 1, 2]))) for _ in range(n_micro_batches)
     )
     heads, kv_heads = pick.choice([(4, 2), (4, 4), (8, 2), (2, 1)])
-    names = FUSED if family == "phi3" else LINEARS
+    names = FUSED if family == "phi3" else LINEARS if family in DENSE else LINEARS[:4]
     found = Setting(
         family,
         pick.choice([torch.float32, torch.bfloat16]),
@@ -104,7 +112,21 @@ def random_setting(number: int, *, dropout: bool = False) -> Setting:
         layer_types = [("sliding_attention", "full_attention")[(i + n_layers) % 2] for i in range(n_layers - 1)]
         own = {"layer_types": [*layer_types, "full_attention"], "num_global_key_value_heads": kv_heads}
         return replace(found, changes=found.changes | own)
+    if family_of(family).experts is not None:
+        return _with_experts(found, random.Random(40_000 + number))
     return _with_delta(found, random.Random(30_000 + number)) if family == "qwen3_5_text" else found
+
+
+def _with_experts(found: Setting, pick: random.Random) -> Setting:
+    """The setting with experts, all of which each token goes to: the most that a routing can take, which the plan holds."""
+    n_experts, n_layers = pick.choice([1, 2, 4]), len(found.knobs.weights)
+    changes = {
+        "num_experts": n_experts,
+        "num_local_experts": n_experts,
+        "num_experts_per_tok": n_experts,
+        "moe_intermediate_size": 64 * pick.choice([1, 3]),
+    }
+    return replace(found, changes=found.changes | changes | {"mlp_only_layers": pick.choice([[], [], [n_layers - 1]])})
 
 
 def _with_delta(found: Setting, pick: random.Random) -> Setting:
@@ -131,10 +153,10 @@ def method_setting(number: int, method: str, kind: str | None = None, **options:
     return replace(found, method=method, num_segments=2 if cut else 1, options=options, kind=kind)
 
 
-def odd_setting(number: int) -> Setting:
+def odd_setting(number: int, *, family: str = "") -> Setting:
     """The setting with sizes that real models and data seldom have: odd widths, many or very short sequences."""
     pick = random.Random(10_000 + number)
-    found = random_setting(5_000 + number, dropout=pick.random() < 0.5)
+    found = random_setting(5_000 + number, dropout=pick.random() < 0.5, family=family)
     kind = pick.choice(["widths", "short", "many", "micro-batches"])
     if kind == "widths":
         hidden = pick.choice([64, 128, 192, 384] if found.family == "phi3" else [32, 96, 160, 224, 416])
@@ -219,6 +241,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
     )
     if setting.gguf:
         model = find_model(str(write_gguf(source, folder / "model.gguf", setting.gguf, embedding=setting.gguf[-1]))).path
+    elif setting.form:
+        write_quantised(source, folder / "quantised", setting.form)
+        model = find_model(str(folder / "quantised")).path
     else:
         model = folder / "q"
         quantise_model(find_model(str(source)), model)
@@ -283,7 +308,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         for number in range(int(first), int(last)):
-            setting = odd_setting(number) if "odd" in wanted else random_setting(number, dropout="dropout" in wanted)
+            family = next((word for word in wanted if word in FAMILIES and word not in DENSE), "")
+            odd, dropout = "odd" in wanted, "dropout" in wanted
+            setting = odd_setting(number, family=family) if odd else random_setting(number, dropout=dropout, family=family)
             if set(wanted) - {"dropout", "odd"} and setting.family not in wanted:
                 continue
             found = compare(setting, Path(root))

@@ -20,6 +20,10 @@ FAMILIES: dict[str, dict] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+                  "mlp_only_layers": [2], "use_sliding_window": True, "sliding_window": 8},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8},
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                      "linear_value_head_dim": 32, "tie_word_embeddings": True},
     "gemma2": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
@@ -40,6 +44,8 @@ FAMILIES: dict[str, dict] = {
                                        "original_max_position_embeddings": 8}},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
                 "attention_multiplier": 0.2},
+    "granitemoe": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_local_experts": 4,
+                   "attention_multiplier": 0.2, "num_experts_per_tok": 2, "intermediate_size": 64},
 }  # fmt: skip
 # Multimodal models: the text model inside, and a vision tower of next to nothing.
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
@@ -79,7 +85,7 @@ def tiny_config(family: str, **changes: object) -> object:
         own = {"tie_word_embeddings": inner["tie_word_embeddings"], "image_token_index": 3, "image_token_id": 3, **own}
         return AutoConfig.for_model(family, text_config=inner, vision_config=vision, **own)
     values = {**BASE, **FAMILIES[family], **changes}
-    if family == "phi3":
+    if family in ("phi3", "olmoe"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     return AutoConfig.for_model(family, **values)
 

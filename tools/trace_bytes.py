@@ -41,7 +41,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_log import EventLog
-from trace_step import Case, Trace, cases, delta_cases, make_model, make_segments, run, sizes_of, traced_chunk, variants
+from trace_step import (
+    Case,
+    Trace,
+    cases,
+    delta_cases,
+    make_model,
+    make_segments,
+    run,
+    sizes_of,
+    tile_cases,
+    traced_chunk,
+    traced_tile,
+    variants,
+)
 
 from lopt_edge.plan.costs.shape import more_general
 from lopt_edge.run.model import tiled
@@ -52,22 +65,22 @@ LETTERS = {"s": "sequences", "t": "tokens", "d": "hidden", "h": "heads", "k": "k
            "f": "that of layers without a window", "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1",
            "n": "rows of a tile", "v": "rows of a vocabulary chunk", "l": "a delta rule's key heads",
            "j": "its value heads", "m": "its key_dim", "o": "its value_dim", "c": "its 2 l m + j o",
-           "x": "tokens of a chunk, and those before"}  # fmt: skip
+           "x": "tokens of a chunk, and those before", "y": "experts", "p": "those that a token goes to"}  # fmt: skip
 # Two sets of sizes; each dimension has a prime of its own. `group` is heads / kv_heads (and group + 2 is prime, too), `r`
 # is j / l (and c / l is prime; for that `o` differs where r is 1).
 PRIMES = (
     {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "f": 2 * 71, "i": 58, "n": 31, "v": 41, "group": 5,
-     "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67},
+     "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67, "y": 83, "p": 79},
     {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "f": 2 * 59, "i": 46, "n": 29, "v": 37, "group": 11,
-     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71},
+     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71, "y": 97, "p": 89},
 )  # fmt: skip
 # Smaller ones for a chunk of a delta rule, which is computed.
-NOT_IN_A_CHUNK = dict.fromkeys("tudkefinv", 1) | {"group": 1}
+NOT_IN_A_CHUNK = dict.fromkeys("tudkefinvyp", 1) | {"group": 1}
 CHUNK_PRIMES = (
     {**NOT_IN_A_CHUNK, "s": 3, "l": 5, "r": 7, "m": 11, "o": 13, "o of 1": 19, "x": 67},
     {**NOT_IN_A_CHUNK, "s": 5, "l": 7, "r": 3, "m": 13, "o": 11, "o of 1": 11, "x": 71},
 )
-ORDER = "nstuxdhkqefivlcjmo"
+ORDER = "nstuxdhkqefivlcjmoyp"
 
 
 def product(n_bytes: int, sizes: dict[str, int]) -> str:
@@ -77,7 +90,7 @@ def product(n_bytes: int, sizes: dict[str, int]) -> str:
     if sizes["r"] > 1:
         factors["j"] = (sizes["r"], sizes["l"])
     factors["c"] = (sizes["c"] // sizes["l"], sizes["l"])
-    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdefinvuklmox"}
+    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdefinvuklmoxyp"}
     for letter, (prime, with_it) in factors.items():
         while prime > 1 and rest % (prime * with_it) == 0:
             rest //= prime * with_it
@@ -199,10 +212,10 @@ def special(text: str, case: Case) -> str:
 
     def one(found: re.Match[str]) -> str:
         number, letters = float(found[1]), found[2].replace("s", "" if case.one else "s")
-        if case.heads.endswith("equal"):
+        if case.kv_heads == "equal" or case.heads.endswith(" equal"):
             number, letters = number * 3 ** letters.count("q"), letters.replace("k", "h").replace("q", "h")
             letters = letters.replace("l", "j")
-        elif case.heads == "single":
+        elif case.kv_heads == "single":
             letters = letters.replace("k", "")
         return f"{number:g}{''.join(sorted(letters, key=ORDER.index))}"
 
@@ -242,14 +255,15 @@ def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
     return found[0]
 
 
-def delta_programs(case: Case) -> dict[str, str]:
-    """The programs of a chunk of a delta rule: its values and the state after it, and its gradients."""
-    found = []
-    for sizes in (sizes_of(case, primes) for primes in CHUNK_PRIMES):
-        trace = traced_chunk(case, sizes)
+def inner_programs(case: Case) -> dict[str, str]:
+    """The programs of a chunk of a delta rule (its values and the state after it, and its gradients), or of a tile of an
+    expert's tokens (its values, and its gradients)."""
+    found, trace_of = [], traced_tile if case.heads == "tile" else traced_chunk
+    for sizes in (sizes_of(case, primes) for primes in (PRIMES if case.heads == "tile" else CHUNK_PRIMES)):
+        trace = trace_of(case, sizes)
         found.append({op: merged({"": log_of(trace, op, sizes, numbers={})}, before=False) for op in trace.spans})
     if found[0] != found[1]:
-        raise SystemExit(f"{case.key}: a chunk is not made of products of dimensions: {found}")
+        raise SystemExit(f"{case.key}: it is not made of products of dimensions: {found}")
     return found[0]
 
 
@@ -260,7 +274,7 @@ def table(families: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
         found = without_special({case: programs(case) for case in cases(family)})
         for dtype in (torch.float32, torch.bfloat16):
             found[f"{family} {dtype.itemsize}"] = norm_programs(family, dtype)
-        found |= without_special({case: delta_programs(case) for case in delta_cases(family)})
+        found |= without_special({case: inner_programs(case) for case in (*delta_cases(family), *tile_cases(family))})
         by_case |= found
         if progress:
             print(f"{family}: {len(found)} cases", flush=True)

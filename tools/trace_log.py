@@ -149,6 +149,35 @@ class _MLP(torch.autograd.Function):
         return torch.zeros_like(g).view(x.shape) if ctx.needs_input_grad[0] else None, None, None
 
 
+class OpaqueExperts(nn.Module):
+    """A stand-in for the experts of a layer."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self.log, self.value_needed = log, True
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return _Experts.apply(x, index, weights, self)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, weights: Tensor, experts: OpaqueExperts) -> Tensor:
+        ctx.log = experts.log
+        ctx.save_for_backward(x, index, weights)
+        if not experts.value_needed:
+            return x.new_zeros(1).expand(x.shape)
+        with experts.log.value(True):
+            experts.log.mark("experts_forward")
+            return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, weights = ctx.saved_tensors
+        ctx.log.mark("experts_backward")
+        return torch.zeros_like(x), None, torch.zeros_like(weights), None
+
+
 class OpaqueNorm(nn.Module):
     def __init__(self, log: EventLog) -> None:
         super().__init__()

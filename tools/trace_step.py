@@ -12,12 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from trace_log import Event, EventLog, OpaqueDelta, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
+from trace_log import (
+    Event,
+    EventLog,
+    OpaqueDelta,
+    OpaqueExperts,
+    OpaqueLinear,
+    OpaqueMLP,
+    OpaqueNorm,
+    OpaqueVocabulary,
+    put_attention,
+)
 
 from lopt_edge.plan.costs.layer_bytes import READS_INPUT
 from lopt_edge.plan.costs.shape import HEADS, case_key
 from lopt_edge.plan.facts.families import family_of
-from lopt_edge.plan.facts.families.family import FULL, LINEAR, SLIDING
+from lopt_edge.plan.facts.families.family import FULL, LINEAR, SLIDING, everywhere
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
@@ -29,15 +39,17 @@ from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.tiers.moves import Mover
+from quant.experts import ExpertGradients, backward_tile, forward_tile
 from quant.linear import DropoutClock
 from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import FAMILIES, tiny_config
 
 # Families that may have a window, in SDPA with a mask, and those that may have layers of both kinds of attention.
 WINDOWED = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "smollm3", "olmo3",
-            "exaone4")  # fmt: skip
+            "exaone4", "qwen3_moe", "mixtral")  # fmt: skip
 VALUES_ARE_KEYS = ("gemma4_text",)  # in the layers without a window
 LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
+DENSE, EXPERTS = "", " experts"  # words of a case: what stands behind the attention
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
 PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 DELTA_PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "mlp")
@@ -60,6 +72,16 @@ class Case:
     both: bool = False  # the model has full and sliding attention (only EMBED is traced)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the layer has experts."""
+        return self.heads.endswith(EXPERTS)
+
+    @property
+    def kv_heads(self) -> str:
+        """How many heads of keys there are: the first word of `heads`."""
+        return self.heads.split()[0]
+
+    @property
     def key(self) -> str:
         """The name of the case in plan/costs/layer_bytes.py."""
         return case_key(
@@ -69,7 +91,9 @@ class Case:
 
 def cases(family: str) -> Iterator[Case]:
     """The cases of a family's layers."""
-    yield from _attention_cases(family)
+    yield from _attention_cases(family, DENSE if has_dense(family) else EXPERTS)
+    if has_dense(family) and family_of(family).experts is not None:
+        yield from _attention_cases(family, EXPERTS)
     if family in VALUES_ARE_KEYS:
         for dtype in (torch.float32, torch.bfloat16):
             for one in (False, True):
@@ -88,12 +112,24 @@ def delta_cases(family: str) -> Iterator[Case]:
                 yield Case(family, dtype, f"chunk {heads}", one=one)
 
 
-def _attention_cases(family: str) -> Iterator[Case]:
+def has_dense(family: str) -> bool:
+    """Whether a family has layers with an MLP (all layers but those with experts)."""
+    experts = family_of(family).experts
+    return experts is None or experts.lies_in is not everywhere
+
+
+def tile_cases(family: str) -> Iterator[Case]:
+    """The cases of a tile of an expert's tokens."""
+    for dtype in (torch.float32, torch.bfloat16) if family_of(family).experts is not None else ():
+        yield Case(family, dtype, "tile")
+
+
+def _attention_cases(family: str, what: str) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for masked in (False, True) if family in WINDOWED else (False,):
             for one in (False, True):
                 for heads in HEADS if masked else ("grouped",):  # without a mask attention takes them as they are
-                    yield Case(family, dtype, heads, masked, one)
+                    yield Case(family, dtype, f"{heads}{what}", masked, one)
                 if family in LAYER_TYPES and family in WINDOWED:
                     yield Case(family, dtype, masked=masked, one=one, both=True)
 
@@ -117,6 +153,7 @@ def variants(case: Case) -> dict[tuple[str, str], Variant]:
     `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input).
     """
     names = DELTA_PARTS if case.heads == "delta" else PARTS[case.family]
+    names = tuple(name for name in names if not (name == "mlp" and case.has_experts))
     names = tuple(name for name in names if not (name == "v_proj" and case.heads.endswith("k=v")))
     every, found = frozenset(names), {}
     for name in ("", *(name for name in names if name != "mlp")):
@@ -152,8 +189,8 @@ class NoOptimizer:
 
 def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
     """The value of each letter."""
-    group = 1 if case.heads == "equal" else primes["group"]
-    kv_heads = 1 if case.heads == "single" else primes["k"]
+    group = 1 if case.kv_heads == "equal" else primes["group"]
+    kv_heads = 1 if case.kv_heads == "single" else primes["k"]
     r, o = (1, primes["o of 1"]) if case.heads == "chunk equal" else (primes["r"], primes["o"])
     return {
         **primes,
@@ -182,6 +219,8 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     if case.family in VALUES_ARE_KEYS:
         wider = sizes["f" if case.both else "e"]
         changes |= {"global_head_dim": wider, "num_global_key_value_heads": sizes["k"]}
+    if family_of(case.family).experts is not None and has_dense(case.family):
+        changes |= {"mlp_only_layers": [] if case.has_experts else list(range(n_layers))}
     if case.family == "smollm3":
         changes["no_rope_layers"] = [1] * n_layers  # a layer without rotation takes less
     config = tiny_config(case.family, **changes)
@@ -192,6 +231,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         ("head_dim", "e"),
         ("intermediate_size", "i"),
         *DELTA_SIZES,
+        *(EXPERT_SIZES if case.has_experts else ()),
     ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
     tiled = family_of(case.family).attention == "query tiles"
@@ -202,6 +242,11 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     layers = list(skeleton.layers)
     for index, layer in enumerate(layers):
         _put_stand_ins(layer, facts, index, log)
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:  # of a router
+                owner, _, leaf = name.rpartition(".")
+                ones = torch.ones(parameter.shape, dtype=case.dtype)
+                setattr(layer.get_submodule(owner), leaf, nn.Parameter(ones, requires_grad=False))
         for name, buffer in layer.named_buffers():
             if buffer.is_meta:  # numbers of a layer that a checkpoint has
                 layer.register_buffer(name, torch.ones(buffer.shape, dtype=case.dtype))
@@ -222,6 +267,12 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     )
 
 
+EXPERT_SIZES = (
+    ("num_experts", "y"),
+    ("num_local_experts", "y"),
+    ("num_experts_per_tok", "p"),
+)  # in a config, and their letters
+EXPERT_OPS = ("experts_forward", "experts_backward")
 DELTA_OPS = ("delta_forward", "delta_backward")
 # Sizes of a delta rule in a config, and their letters; the other families ignore them.
 DELTA_SIZES = (("linear_num_key_heads", "l"), ("linear_num_value_heads", "j"), ("linear_key_head_dim", "m"),
@@ -264,18 +315,48 @@ def traced_chunk(case: Case, sizes: dict[str, int]) -> Trace:
     return trace
 
 
+def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
+    """The trace of one tile of a family's experts, and of its gradients."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(case.family, num_hidden_layers=1, **({"mlp_only_layers": []} if has_dense(case.family) else {}))
+    layer = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model.layers[0]
+    gate = next(module for module in layer.modules() if hasattr(module, "_apply_gate"))._apply_gate
+    (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
+    matrices = (torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype))
+    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
+    record = family_of(case.family).experts
+    full = record is not None and record.full_weights
+    weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
+    sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
+    trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
+    with log:
+        log.watch([*matrices, x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP])
+        for name in EXPERT_OPS:
+            log.events.clear()
+            if name == "experts_forward":
+                with torch.no_grad():
+                    forward_tile(gate, matrices, (x, weights), places, y_ND=y)
+            else:
+                backward_tile(gate, matrices, (x, weights, g), places, sums=sums)
+            trace.spans[name] = list(log.events)
+    return trace
+
+
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLog) -> None:
     recomputed_whole, kind = facts.family.post_norm, facts.layer(index)
     linears = kind.linears
     for linear in linears:
         opaque = OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log)
-        opaque.last = linear is linears[-1] and not recomputed_whole
+        opaque.last = linear.name == kind.last_module and not recomputed_whole
         layer.set_submodule(linear.name, opaque)
     if kind.delta is not None:
         put_delta_net(layer, kind)
         core = next(name for name, module in layer.named_modules() if isinstance(module, DeltaCore))
         layer.set_submodule(core, OpaqueDelta(log))
-    if hasattr(layer.mlp, "gate_proj"):
+    if kind.experts is not None:
+        layer.set_submodule(kind.last_module, OpaqueExperts(log))
+    elif hasattr(layer.mlp, "gate_proj"):
         layer.mlp = OpaqueMLP(layer.mlp.down_proj, log)
     for name, module in list(layer.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
@@ -347,7 +428,7 @@ def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> 
 
     constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
     with log, executor.observed(observe):
-        numbers = [buffer for layer in model.layers for buffer in layer.buffers()]
+        numbers = [tensor for layer in model.layers for tensor in (*layer.buffers(), *layer.parameters())]
         log.watch([*constants, *numbers, *head.parameters(), *(p.grad for p in head.parameters())])
         executor.run(plan, [batch], step=1, learning_rates={})
     return trace

@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lopt_edge.adapters.probe import Probe
 from lopt_edge.errors import RunError
 from lopt_edge.models.folder import tensor_entries
-from lopt_edge.run.model.load import Model, fill_parameters, make_skeleton
+from lopt_edge.run.model.load import Model, fill_parameters, make_skeleton, put_experts
 from lopt_edge.run.step.losses import logits
 from lopt_edge.system.memory import available_bytes
 from lopt_edge.units import format_bytes
-from quant.files import tensor_bytes
+from quant.experts import ExpertMatrix, PackedExperts
+from quant.files import read_tensor, tensor_bytes
 from quant.headers import TensorEntry
+from quant.linear import UnpackBuffer
 from quant.untrusted import printable
 
 LARGE_KL = 0.02  # nats a token
@@ -56,7 +58,7 @@ class Divergence:
 def measure(tuned: Model, merged: Path, probe: Probe, *, n_parameters: int) -> Divergence:
     """Compare a merged folder with the adapter on its base. Raises RunError if transformers reads it otherwise than we."""
     dtype, left_out = _affordable(n_parameters)
-    entries = tensor_entries(merged)
+    entries = tensor_entries(merged, tuned.facts)
     ours = make_skeleton(merged, tuned.facts, entries, device=tuned.device, dtype=tuned.dtype)
     sums = _Sums()
     with closing(_through_transformers(merged, probe, dtype, n_columns=tuned.facts.vocab_size)) as theirs:
@@ -169,8 +171,27 @@ def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntr
     frame = model.layer_context(hidden_BTD)
     for index, layer in enumerate(model.layers):
         if entries is not None:
-            fill_parameters(layer, model.facts.layout.layer(index), entries, device=model.device, dtype=model.dtype)
+            _fill_layer(model, index, entries)
         hidden_BTD = model.run_layer(index, hidden_BTD, frame)
         if entries is not None:
             layer.to("meta")
+            for matrix in _matrices_of_experts(layer):
+                matrix.weight = None
     return logits(model, hidden_BTD[0])
+
+
+def _fill_layer(model: Model, index: int, entries: dict[str, TensorEntry]) -> None:
+    """Read a layer's weights in full precision, those of its experts into the modules that run them one by one."""
+    layer, prefix, experts = model.layers[index], model.facts.layout.layer(index), model.facts.layer(index).experts
+    if not _matrices_of_experts(layer):
+        put_experts(layer, experts, buffer=UnpackBuffer())
+    stored = model.facts.layer(index).stored_name
+    fill_parameters(layer, prefix, entries, device=model.device, dtype=model.dtype, stored=stored)
+    names = (name for name, _ in experts.matrices()) if experts is not None else ()
+    for name, matrix in zip(names, _matrices_of_experts(layer), strict=True):
+        matrix.weight = read_tensor(entries[f"{prefix}{name}.weight"]).to(model.dtype)
+
+
+def _matrices_of_experts(layer: nn.Module) -> list[ExpertMatrix]:
+    found = (module.matrices for module in layer.modules() if isinstance(module, PackedExperts))
+    return [matrix for matrices in found for expert in matrices for matrix in expert]

@@ -4,8 +4,9 @@ Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16 (or kept: `d
 (method repl) W = a W1 + b W2 of the layers beside it. W is either the original full-precision weight
 (`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
 the function changes; how far is measured and returned (divergence.py), and written beside the weights. The rule: beside the
-packed model and its adapter, memory holds one full matrix (two in a replaced layer) while writing and one full layer while
-measuring. The folder appears under its name only when complete and read by transformers, where memory suffices for that.
+packed model and its adapter, memory holds one full matrix (two in a replaced layer, all experts' where a checkpoint stacks
+them) while writing and one full layer while measuring. The folder appears under its name only when complete and read by
+transformers, where memory suffices for that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lopt_edge.adapters.divergence import LARGE_KL, Divergence, measure
 from lopt_edge.adapters.merged_files import write_beside
 from lopt_edge.adapters.probe import probe_of
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.models.expert_tensors import as_published
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.models.tokenizer import load_tokenizer
@@ -31,7 +33,7 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.system.files import write_json
-from quant.files import is_packed, read_packed
+from quant.files import is_packed, packed_on_disk, read_packed
 from quant.folders import new_folder
 from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
@@ -121,13 +123,29 @@ def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
 def tensor_shapes(model: Model, base: Path) -> dict[str, tuple[int, ...]]:
     """The tensors of the merged model by name, in the order of `merged_tensors`. Raises InputError."""
     entries = tensor_entries(base)
-    return {name: _full_shape(name, entries, model) for name in sorted(entries) if not _is_quantisation_part(name, entries)}
+    shapes = {name: [_full_shape(part, entries, model) for part in parts] for name, parts in _parts(entries, model).items()}
+    return {name: found[0] if len(found) == 1 else _stacked(found, model) for name, found in shapes.items()}
 
 
 def merged_tensors(model: Model, base: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the merged model, one in memory at a time; `base` is the weights' folder. Raises InputError."""
-    entries = tensor_entries(base)
-    return _merged_tensors([*tensor_shapes(model, base)], entries, model)
+    entries, shapes = tensor_entries(base), tensor_shapes(model, base)
+    for name, parts in _parts(entries, model).items():
+        if len(parts) == 1:
+            yield from _merged_tensors([*parts], entries, model)
+        else:
+            yield name, torch.cat([_read(part, entries) for part in parts]).view(shapes[name])
+
+
+def _parts(entries: dict[str, TensorEntry], model: Model) -> dict[str, tuple[str, ...]]:
+    """The tensors of the merged model, as its maker spells them, and which of the base's are in each."""
+    return as_published((name for name in sorted(entries) if not _is_quantisation_part(name, entries)), model.facts)
+
+
+def _stacked(shapes: list[tuple[int, ...]], model: Model) -> tuple[int, ...]:
+    """The shape of the stack of all experts whose matrices have these shapes, expert by expert."""
+    count = next(kind.experts.count for kind in model.facts.kinds if kind.experts is not None)
+    return (count, sum(rows for rows, *_ in shapes) // count, shapes[0][1])
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
@@ -141,12 +159,16 @@ def _module_of(name: str, model: Model) -> PackedLinear | None:
     if not model.facts.packs(name):
         return None
     layer, path = name.removeprefix(layers).removesuffix(".weight").split(".", 1)
-    module = model.layers[int(layer)].get_submodule(path) if int(layer) < len(model.layers) else None
+    if int(layer) >= len(model.layers) or path not in {linear.name for linear in model.facts.layer(int(layer)).linears}:
+        return None  # an expert's matrix, which has no adapter
+    module = model.layers[int(layer)].get_submodule(path)
     return module if isinstance(module, PackedLinear) else None
 
 
 def _full_shape(name: str, entries: dict[str, TensorEntry], model: Model) -> tuple[int, ...]:
     module = _module_of(name, model)
+    if module is None and is_packed(entries, name):
+        return packed_on_disk(entries, name).shape
     return (module.out_features, module.in_features) if module else entries[name].shape
 
 

@@ -209,7 +209,7 @@ def quantize(
         raise InputError("is in 4 bits already", where=source, fix="use it as it is")
     if folder.exists():
         raise InputError("exists already", where=target, fix="choose a new folder")
-    check_weights(model, tensor_entries(model.path))
+    check_weights(model, tensor_entries(model.path, model.facts))
     with stoppable():
         quantise_model(model, folder, dtype=dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -21,12 +21,16 @@ from lopt_edge.units import format_bytes
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One preset as it is shown. `four_bit_bytes` is the size of its 4-bit folder, `source` where its shape was read."""
+    """One preset as it is shown. `four_bit_bytes` is the size of its 4-bit folder, `source` where its shape was read.
+
+    `n_active` are the parameters that a token meets: all but those of other experts.
+    """
 
     name: str
     hub_id: str
     family: str
     n_parameters: int
+    n_active: int
     four_bit_bytes: int
     max_positions: int | None
     source: str
@@ -43,6 +47,7 @@ def model_rows() -> list[ModelRow]:
                 preset.hub_id,
                 facts.family.name,
                 facts.n_parameters,
+                facts.n_active,
                 facts.folder_bytes(preset.itemsize),
                 facts.max_positions,
                 preset.source,

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.blocks import folder_in_blocks, is_grouped
+from lopt_edge.models.expert_tensors import by_expert
 from lopt_edge.models.gguf import facts_of_gguf, folder_of_gguf, gguf_entries, looks_like_gguf
 from lopt_edge.models.hub import _download, download_gguf, names_gguf
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from quant.grouped.places import PLACES_NAME, block_entries
 from quant.headers import FolderError, TensorEntry, read_headers
 from quant.sizes import DTYPE_BYTES
 from quant.untrusted import check_folder, read_config
@@ -65,12 +68,20 @@ def find_model(name: str, *, revision: str | None = None, tokenizer: str | None 
         config = read_config(path / "config.json")
     except FolderError as error:
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
-    where = str(path / "config.json")
+    where, given = str(path / "config.json"), path
+    if is_grouped(config):
+        unpacked = facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
+        if any(kind.experts for kind in unpacked.kinds):
+            method = config["quantization_config"]["quant_method"]
+            fix = "use the full-precision model: its experts are packed in 4 bits, one by one"
+            raise InputError(f"experts in {method} form are not supported yet", where=where, fix=fix)
+        path = folder_in_blocks(path, config)
+        config = read_config(path / "config.json")
     facts = _of_its_weights(facts_from_config(config, where=where), path)
     if named := config.get("transformers_weights"):  # where transformers would read the weights
         what = f"transformers_weights ({str(named)[:80]!r}) is not supported"
         raise InputError(what, where=where, fix="name the weights' file model.safetensors, and drop the key")
-    return ModelFolder(path, name if commit else str(path.resolve()), facts, commit)
+    return ModelFolder(path, name if commit else str(given.resolve()), facts, commit)
 
 
 def names_a_gguf(name: str) -> bool:
@@ -88,6 +99,9 @@ def _of_its_weights(facts: ModelFacts, folder: Path) -> ModelFacts:
     """The facts, with what the weights' names decide. What cannot be read of them is reported where it is needed."""
     if (entries := gguf_entries(folder)) is not None:
         return facts_of_gguf(facts, entries, where=str(folder))
+    if (folder / PLACES_NAME).exists():
+        entries = tensor_entries(folder)
+        return facts_of_gguf(facts.of_checkpoint(entries), entries, where=str(folder))
     if not facts.tied and not facts.wrapper:
         return facts
     try:
@@ -101,12 +115,16 @@ def told_untied(config: dict[str, Any], facts: ModelFacts) -> dict[str, Any]:
     return {"tie_word_embeddings": False} if config.get("tie_word_embeddings", True) and not facts.tied else {}
 
 
-def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of a model folder. Raises InputError for missing weights or a truncated shard."""
+def tensor_entries(folder: Path, facts: ModelFacts | None = None) -> dict[str, TensorEntry]:
+    """The tensors of a model folder, as they are spelled; with its facts each matrix of an expert has an entry.
+
+    Raises InputError for missing weights or a truncated shard.
+    """
     if (entries := gguf_entries(folder)) is not None:
         return entries
     try:
-        return read_headers(folder)
+        entries = block_entries(folder) or read_headers(folder)
+        return entries if facts is None else by_expert(entries, facts)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or copy the model folder again") from None
 
@@ -137,6 +155,7 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
                 expected[name] = (linear.out_features, linear.in_features)
             elif name not in entries:
                 expected[name] = ()
+        expected |= _expert_shapes(facts, layer, entries)
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None or entry.shape != shape:
@@ -148,6 +167,13 @@ def check_weights(model: ModelFolder, entries: dict[str, TensorEntry]) -> None:
                 where=str(entry.path),
                 fix="use the bfloat16, float16 or float32 form of the model",
             )
+
+
+def _expert_shapes(facts: ModelFacts, layer: int, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's experts by name, of those that are not in 4 bits (whose states say more than a shape)."""
+    experts, prefix = facts.layer(layer).experts, facts.layout.layer(layer)
+    names = ((f"{prefix}{name}.weight", shape) for name, shape in (experts.matrices() if experts else ()))
+    return {name: shape for name, shape in names if f"{name}.absmax" not in entries or name not in entries}
 
 
 HEAD_BYTES = 4096  # of each tensor, in the model's fingerprint

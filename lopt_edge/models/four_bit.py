@@ -37,7 +37,7 @@ def four_bit_folder(
     A copy that is missing is made; `on_tensor` hears each tensor's name, `say` that another process makes it. Raises
     InputError.
     """
-    check_weights(model, tensor_entries(model.path))
+    check_weights(model, tensor_entries(model.path, model.facts))
     target = four_bit_path(model, cache_dir=cache_dir)
     if not model.facts.quantised:
         with suppress(OSError):
@@ -54,7 +54,7 @@ def _make_room(model: ModelFolder, target: Path) -> None:
     """Refuse a disk that has no room for the copy. Raises InputError."""
     from quant.files import four_bit_layout
 
-    stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path).values()]
+    stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path, model.facts).values()]
     need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, model.facts.packs))
     existing = next(path for path in target.absolute().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -95,6 +95,7 @@ def quantise_model(
         quantise_folder(
             model.path,
             target,
+            entries=tensor_entries(model.path, model.facts),
             should_pack=model.facts.packs,
             dtype=recorded,
             changes=told_untied(read_json(model.path / "config.json"), model.facts),

@@ -132,7 +132,13 @@ def target_modules(facts: ModelFacts, targets: Iterable[str]) -> tuple[str, ...]
 
 
 def _check_replaced(course: Course, facts: ModelFacts) -> None:
-    """Refuse to make a layer from others that have other matrices. Raises InputError."""
+    """Refuse to make a layer from others that have other matrices, or one that has experts. Raises InputError."""
+    if found := [i for i in course.replaced if facts.layer(i).experts is not None]:
+        raise InputError(
+            f"layers {', '.join(map(str, found))} have experts, which cannot be made from those beside them",
+            where="replace_layers",
+            fix="use another method",
+        )
     odd = [i for i in course.replaced if not facts.kinds_equal(i - 1, i, i + 1)]
     if odd:
         fine = [i for i in range(1, facts.n_layers - 1) if facts.kinds_equal(i - 1, i, i + 1)]

@@ -1,14 +1,18 @@
-"""The block types of GGUF: how many elements and bytes a block has, and what unpacking takes beside the result. No torch.
+"""Block types, GGUF's and ours: how many elements and bytes a block has, what unpacking takes beside the result. No torch.
 
 A tensor in such a type is a row of blocks: `block_elements` numbers of one row of the matrix in `block_bytes` bytes. Names
 and numbers are those of ggml (ggml.h, `enum ggml_type`, and the block structs of ggml-common.h). The rule: whatever unpacks
 takes its temporaries out of one scratch buffer that a model has once (`scratch_bytes`), whatever the type, so that a plan
 needs no byte formula a type. Types that we do not unpack are named here too, so that a refusal can name them.
+
+`GROUPED` are blocks of our own, for what other formats (GPTQ, AWQ, compressed-tensors, FP8) have as matrices of codes,
+scales and zero points (quant/grouped): a group of a row with its scale before it. No GGUF file has them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 CPU_CHUNK = 1 << 17  # elements unpacked at a time: 512 KiB in fp32 stay near the core
@@ -59,6 +63,19 @@ TYPES = {
         ("MXFP4", 39, 32, 17),
     )
 }
+GROUP_ELEMENTS = (256, 128, 64, 32)  # a larger group of the format is stored as several with the same scale
+SCALE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+CODE_BITS = {"INT2": 2, "INT4": 4, "INT8": 8, "FP8": 8}  # integers are unsigned, with a zero point in the block
+
+
+def _grouped(code: str, elements: int, scale: str) -> BlockType:
+    n_zero = 0 if code == "FP8" else SCALE_BYTES[scale]  # int16 or int32, so that what follows is aligned
+    n_bytes = SCALE_BYTES[scale] + n_zero + elements * CODE_BITS[code] // 8
+    return BlockType(f"{code}_G{elements}_{scale}", -1, elements, n_bytes)
+
+
+GROUPED = {one.name: one for one in (_grouped(*words) for words in product(CODE_BITS, GROUP_ELEMENTS, SCALE_BYTES))}
+BLOCK_TYPES = {**TYPES, **GROUPED}
 BY_NUMBER = {one.number: one for one in TYPES.values()}
 # what ggml has beside, for a refusal
 OTHER_NAMES = {

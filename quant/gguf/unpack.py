@@ -14,12 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.gguf.types import ALIGNMENT, TABLE_BYTES, TABLES_BYTES, TYPES, scratch_bytes
+from quant.gguf.types import ALIGNMENT, CODE_BITS, GROUPED, SCALE_BYTES, TABLE_BYTES, TABLES_BYTES, TYPES, scratch_bytes
 
 # IQ4_NL and IQ4_XS: ggml's kvalues_iq4nl. MXFP4: twice the values of the OCP format E2M1; its scale is half as large.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 TABLES = (IQ4_VALUES, MXFP4_VALUES)
+SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def new_scratch(device: torch.device) -> Tensor:
@@ -72,7 +73,27 @@ Unpack = Callable[[Tensor, Tensor, Scratch], None]
 
 def unpack_blocks(type_name: str, blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
     """Unpack blocks (n, bytes of a block) into `out` (n, elements of a block), fp32."""
-    UNPACK[type_name](blocks, out, scratch)
+    if type_name in GROUPED:
+        _unpack_grouped(type_name, blocks, out, scratch)
+    else:
+        UNPACK[type_name](blocks, out, scratch)
+
+
+def _unpack_grouped(type_name: str, blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
+    """Unpack blocks of `GROUPED`: (code - zero) * scale, rounded to the scale's dtype as the formats' own kernels do."""
+    code, _, scale = type_name.split("_")
+    dtype, size = SCALE_DTYPES[scale], SCALE_BYTES[scale]
+    scales = scratch.take((len(blocks), 1), torch.float32).copy_(blocks[:, :size].view(dtype))
+    if code == "FP8":
+        out.copy_(blocks[:, size:].view(torch.float8_e4m3fn))
+    else:
+        n_bits, codes = CODE_BITS[code], _split(blocks, 2 * size, 1, blocks.shape[1] - 2 * size)
+        out.copy_(codes.flatten(1) if n_bits == 8 else _codes(codes, n_bits, scratch).flatten(1))
+        zeros = blocks[:, size : 2 * size].view(torch.int16 if size == 2 else torch.int32)
+        out.sub_(scratch.take((len(blocks), 1), torch.float32).copy_(zeros))
+    out.mul_(scales)
+    if size == 2:
+        out.copy_(scratch.take(tuple(out.shape), dtype).copy_(out))
 
 
 def _float(blocks: Tensor, start: int, scratch: Scratch) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.files import read_bytes, read_tensor, tensor_bytes
-from quant.gguf.types import TYPES, BlockType, chunk_elements
+from quant.gguf.types import BLOCK_TYPES, BlockType, chunk_elements
 from quant.gguf.unpack import Scratch, new_scratch, unpack_blocks
 from quant.headers import TensorEntry
 
@@ -102,17 +102,17 @@ def shared_scratch(device: torch.device, known: dict[object, Tensor]) -> Tensor:
 
 def gguf_layout(entry: TensorEntry) -> GgufLayout:
     """The layout of a matrix at its place in a GGUF file."""
-    return GgufLayout({"": entry}, (entry.shape[0], entry.shape[1]), TYPES[entry.dtype])
+    return GgufLayout({"": entry}, (entry.shape[0], entry.shape[1]), BLOCK_TYPES[entry.dtype])
 
 
 def read_gguf(entry: TensorEntry) -> Tensor:
     """One tensor in fresh CPU memory: plain numbers as they are stored, blocks in fp32. Raises FolderError."""
-    if entry.dtype not in TYPES or TYPES[entry.dtype].is_plain:
+    if entry.dtype not in BLOCK_TYPES or BLOCK_TYPES[entry.dtype].is_plain:
         return read_tensor(entry)
     blocks = torch.empty(entry.n_bytes, dtype=torch.uint8)
     read_bytes(entry, tensor_bytes(blocks))
-    shape = (entry.n_bytes // TYPES[entry.dtype].n_bytes((entry.shape[-1],)), entry.shape[-1])
-    weight = GgufWeight(blocks, shape, TYPES[entry.dtype], Scratch(new_scratch(torch.device("cpu"))))
+    shape = (entry.n_bytes // BLOCK_TYPES[entry.dtype].n_bytes((entry.shape[-1],)), entry.shape[-1])
+    weight = GgufWeight(blocks, shape, BLOCK_TYPES[entry.dtype], Scratch(new_scratch(torch.device("cpu"))))
     return weight.unpack_into(torch.empty(shape)).view(entry.shape)
 
 

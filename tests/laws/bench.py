@@ -5,14 +5,18 @@ B is drawn at random (a fresh adapter's B is zero, which would hide every error 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
 from lopt_edge.models.folder import find_model
 from lopt_edge.plan.schedule.build import step_plan
@@ -32,9 +36,34 @@ from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.tiers.moves import Delay, Mover
 from lopt_edge.run.tiers.page_file import PageFile
+from quant.headers import SINGLE_NAME
 from tests.plan.plans import make_course
 
 LOCAL_WEIGHT = 10.0
+
+
+def transformers_model(folder: Path) -> nn.Module:
+    """transformers' model of a 4-bit folder, in training mode: in evaluation mode bitsandbytes repacks the weights for
+    another kernel on some CPUs.
+
+    It packs no experts: a model that has some gets all matrices as they unpack, and runs one expert after the other.
+    """
+    facts = find_model(str(folder)).facts
+    kernel = "eager" if facts.family.attention == "query tiles" else "sdpa"
+    if facts.family.experts is None:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).train()
+    plain = folder.with_name(f"{folder.name}-unpacked")
+    if not plain.exists():
+        ours = load_model(folder, facts, device=torch.device("cpu"), dtype=torch.float32)
+        dtype = getattr(torch, facts.recorded_dtype)
+        plain.mkdir()
+        save_file({name: tensor.to(dtype) for name, tensor in merged_tensors(ours, folder)}, plain / SINGLE_NAME,
+                  metadata={"format": "pt"})  # fmt: skip
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (plain / "config.json").write_text(json.dumps(config))
+    options = {"attn_implementation": kernel, "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(plain, **options).train()
 
 
 @dataclass

@@ -5,8 +5,7 @@ bfloat16, we cap them in fp32 (1.5e-3 relative); with its cap they are bitwise e
 it is not whole, has its convolution computed at another width, so fp32 differs in the last bits
 (tests/run/model/test_delta_net.py: whole chunks are bitwise).
 
-Sequences shorter and longer than the sliding window (8 tokens) of the families that have one. transformers runs in training
-mode: in evaluation mode bitsandbytes repacks the weights for another kernel on some CPUs. No model here has dropout.
+Sequences shorter and longer than the sliding window (8 tokens) of the families that have one. No model here has dropout.
 """
 
 from __future__ import annotations
@@ -24,17 +23,16 @@ from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.step.losses import logits
 from quant.headers import INDEX_NAME, SINGLE_NAME
+from tests.laws.bench import transformers_model
 from tools.tiny_models import FAMILIES, make_folder
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
-WINDOWED = ("mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4")
+WINDOWED = ("mistral", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4")
 
 
 def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
     facts = find_model(str(folder)).facts
-    kernel = "eager" if facts.family.attention == "query tiles" else "sdpa"
-    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).train()
-    return load_model(folder, facts, device=torch.device("cpu"), dtype=dtype), theirs
+    return load_model(folder, facts, device=torch.device("cpu"), dtype=dtype), transformers_model(folder)
 
 
 @torch.no_grad()
@@ -92,7 +90,9 @@ def test_a_sequence_does_not_see_its_neighbour_or_its_future(four_bit, family):
     changed[1] = 5
     changed[0, -1] = 7
     again = our_logits(model, changed)
-    torch.testing.assert_close(again[0, :-1], both[0, :-1], rtol=0, atol=0)
+    # an expert's product has its tokens in other rows, where others go to it as well: fp32 may round otherwise there
+    bound = 1e-4 if model.facts.family.experts else 0
+    torch.testing.assert_close(again[0, :-1], both[0, :-1], rtol=bound, atol=bound)
     assert not torch.equal(again[1], both[1])
     torch.testing.assert_close(our_logits(model, LONG[:1]), both[:1], rtol=1e-4, atol=1e-4)
 

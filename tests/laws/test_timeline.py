@@ -13,18 +13,20 @@ A few settings, chosen so that together they reach everything, run by default; 2
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lopt_edge.plan.schedule.effects import Kind
-from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
+from tools.timeline_settings import DENSE, Comparison, Setting, compare, method_setting, odd_setting, random_setting
 from tools.tiny_models import FAMILIES
 
 PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 257, 276, 281)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
+EXPERTS = (0, 7)  # every token goes to all of them: the most that a routing takes
 CATEGORIES = {
     "weights",
     "adapters",
@@ -64,7 +66,8 @@ METHODS = (
 
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
-    return [*plain, *dropped, *(odd_setting(n) for n in ODD)]
+    experts = [random_setting(n, family=family) for family in sorted(set(FAMILIES) - set(DENSE)) for n in EXPERTS]
+    return [*plain, *dropped, *(odd_setting(n) for n in ODD), *experts]
 
 
 def named(settings: list[Setting]) -> list[object]:
@@ -93,6 +96,23 @@ def test_predicted_bytes_of_more_runs(tmp_path, first):
 def test_predicted_bytes_of_odd_runs(tmp_path, first):
     for number in range(first, first + 10):
         check(odd_setting(number), tmp_path)
+
+
+def test_a_routing_that_spreads_takes_no_more(tmp_path):
+    """The plan holds the most; where tokens go to a few experts each, a step takes less, and holds the same."""
+    setting = random_setting(4, family="qwen3_moe")
+    changes = {
+        "num_local_experts": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [],
+    }
+    found = compare(replace(setting, changes=setting.changes | changes), tmp_path)
+    for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):
+        assert 0 <= sum(predicted.held.values()) - sum(measured.held.values()) <= NUMBERS
+        assert measured.peak_bytes <= predicted.peak_bytes + NUMBERS
+    assert 1 <= found.ratio <= 1.2
 
 
 def check(setting: Setting, folder: Path) -> None:

@@ -131,6 +131,20 @@ def test_target_modules():
     assert "q_proj" in caught.value.fix
 
 
+def test_a_model_with_experts_has_adapters_on_its_attention():
+    preset = find_preset("qwen3-30b-a3b")
+    assert preset is not None
+    facts = facts_from_config(preset.config, where="here")
+    assert target_modules(facts, ["all-linear"]) == ("q_proj", "k_proj", "v_proj", "o_proj")
+    with pytest.raises(InputError, match="gate_proj is not in this model") as caught:
+        target_modules(facts, ["q_proj", "gate_proj"])
+    assert "o_proj" in caught.value.fix
+    with pytest.raises(InputErrors) as refused:
+        against_facts(make_config(method="repl", replace_layers=(3,)), facts)
+    assert [error.where for error in refused.value.errors] == ["replace_layers"]
+    assert "layers 3 have experts" in str(refused.value)
+
+
 def test_a_run_against_its_model():
     course, targets, longest = against_facts(make_config(num_segments=2), FACTS)
     assert (len(course.kinds[0].segments), targets) == (2, FACTS.linear_names)

@@ -12,9 +12,10 @@ from importlib.resources import files
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lopt_edge.plan.costs import module_bytes
+from lopt_edge.plan.costs import expert_bytes, module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
+from quant.sizes import expert_tile
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
@@ -146,6 +147,8 @@ class Replay:
             module_bytes.attention_backward(self.heap, self.shape, self.dimensions["t"], self.window)
         elif name.startswith("delta"):
             self._delta(name)
+        elif name.startswith("experts"):
+            self._experts(name)
         elif name == "gather" and self.stored:
             module_bytes.gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
         elif self.shape.blocked:
@@ -184,6 +187,14 @@ class Replay:
         inside.run(self.shape.delta_case(n_sequences), name)
         states = module_bytes.delta_states(self.shape, n_sequences, n_tokens, backward=name == "delta_backward")
         self.heap.touch(states + inside.heap.peak)
+
+    def _experts(self, name: str) -> None:
+        """Take what experts need: they work on a tile of one expert's tokens at a time (quant/experts.py)."""
+        n_tile = min(self._rows, expert_tile(on_cpu=self.shape.kind.computes_on_cores))
+        inside = Replay(self.shape, self.shape.tile_dimensions(n_tile))
+        inside.run(self.shape.tile_case, name)
+        experts = expert_bytes.experts_forward if name == "experts_forward" else expert_bytes.experts_backward
+        experts(self.heap, self.shape, self._rows, tile=inside.heap.peak)
 
     def _blocked_mlp(self, name: str, *, value: bool) -> None:
         if name != "mlp_forward":

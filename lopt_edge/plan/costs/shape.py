@@ -41,6 +41,11 @@ class LayerShape:
         """The linear layers, in the order in which they run."""
         return self.layer.linears
 
+    @property
+    def mlp_linears(self) -> list[LinearFacts]:
+        """The linear layers of its MLP, where it has one and no experts."""
+        return [linear for linear in self.linears if linear.name.startswith("mlp.")]
+
     def of_layer(self, index: int) -> LayerShape:
         """The shape of decoder layer `index` of the same model."""
         return self.of_kind(self.facts.kind_of_layer[index])
@@ -87,6 +92,8 @@ class LayerShape:
                  "v": min(self.kind.vocabulary_chunk, facts.vocab_size)}  # fmt: skip
         if (delta := layer.delta) is not None:
             found |= {"c": delta.conv_features, "j": delta.n_value_heads, "o": delta.value_dim}
+        if (experts := layer.experts) is not None:
+            found |= {"y": experts.count, "p": experts.active}
         return found
 
     def delta_dimensions(self, n_sequences: int) -> Dimensions:
@@ -102,6 +109,17 @@ class LayerShape:
         assert delta is not None
         heads = "equal" if delta.n_key_heads == delta.n_value_heads else "grouped"
         return case_key(self.facts.family.name, self.itemsize, f"chunk {heads}", one=n_sequences == 1)
+
+    def tile_dimensions(self, n_rows: int) -> Dimensions:
+        """The sizes that the letters of the programs of an expert's tile stand for."""
+        experts = self.layer.experts
+        assert experts is not None
+        return {"n": n_rows, "d": experts.hidden, "i": experts.inner}
+
+    @property
+    def tile_case(self) -> str:
+        """The key of the programs of an expert's tile."""
+        return case_key(self.facts.family.name, self.itemsize, "tile")
 
     def masked(self, layer_type: str, n_tokens: int) -> bool:
         """Whether a layer of this type gets a mask (transformers makes none where the attention kernel's own does)."""
@@ -120,6 +138,7 @@ class LayerShape:
         layer = self.layer
         heads = "equal" if layer.n_kv_heads == layer.n_heads else "single" if layer.n_kv_heads == 1 else "grouped"
         heads = f"{heads} k=v" if layer.values_are_keys else heads
+        heads = f"{heads} experts" if layer.experts is not None else heads
         heads = "two kinds" if two_kinds else heads if layer.delta is None else "delta"
         return case_key(self.facts.family.name, self.itemsize, heads, masked=masked, one=n_sequences == 1)
 
@@ -139,9 +158,9 @@ HEADS = ("grouped", "single", "equal")
 
 
 def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:
-    """The key of a case in the table. `heads` is one of HEADS (with "k=v" where values are keys), or "two kinds" (of
-    attention, for EMBED), or "delta" (a rule in the place of attention), or "chunk" with one of HEADS (a chunk of such a
-    rule), or "" (a norm)."""
+    """The key of a case in the table. `heads` is one of HEADS (with "k=v" where values are keys, with "experts" where they
+    are there), or "two kinds" (of attention, for EMBED), or "delta" (a rule in the place of attention), or "chunk" with one
+    of HEADS (a chunk of such a rule), or "tile" (an expert's), or "" (a norm)."""
     words = [family, "4" if itemsize == 4 else "2", heads, "masked" * masked, "one" * one]
     return " ".join(word for word in words if word)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 from lopt_edge.plan.costs.layer_bytes import (
@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -65,9 +65,10 @@ def _aligned(n_bytes: int) -> int:
     return ceil(n_bytes / ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache(maxsize=64)
 def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
     """The bytes of a layer's buffer of packed weights, and of the codes among them."""
-    sizes = [packed_sizes((linear.out_features, linear.in_features)) for linear in kind.linears]
+    sizes = [packed_sizes(shape) for shape in kind.matrix_shapes]
     pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
     return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
 
@@ -118,7 +119,7 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(TYPES[block].n_bytes((linear.out_features, linear.in_features)))
+                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
                 for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
             )
             for layer, blocks in enumerate(facts.forms.layers)
@@ -153,12 +154,15 @@ class Sizes:
         """
         facts, shape = self.shape.facts, self.shape
         linears = {linear for kind in facts.kinds for linear in kind.linears}
-        found = [x.in_features * x.out_features for x in linears if not (shape.blocked and x.name.startswith("mlp."))]
+        kinds = [shape.of_kind(kind) for kind in range(len(facts.kinds))]
+        found = [x.in_features * x.out_features for x in linears if not x.name.startswith("mlp.")]
+        found += [x.in_features * x.out_features for one in kinds if not one.blocked for x in one.mlp_linears]
+        found += [kind.experts.n_packed for kind in facts.kinds if kind.experts is not None]
         if self.replaced:
             found += [2 * mixed_elements(linear) for linear in linears]
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
-        if shape.blocked or (replace(shape, targets=()).blocked and (frozen or dropless)):
+        if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
             found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
         return max(found) * shape.itemsize
 
@@ -354,8 +358,12 @@ class Sizes:
     def _stored(self, kind: str | None, *, resident: bool) -> Vocabularies:
         if kind is None:
             return Vocabularies(self.vocabulary_itemsize, resident)
-        row_bytes, hidden = TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
-        return Vocabularies(row_bytes // hidden, resident) if TYPES[kind].is_plain else Vocabularies(1, resident, row_bytes)
+        row_bytes, hidden = BLOCK_TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
+        return (
+            Vocabularies(row_bytes // hidden, resident)
+            if BLOCK_TYPES[kind].is_plain
+            else Vocabularies(1, resident, row_bytes)
+        )
 
     @property
     def head_bytes(self) -> int:

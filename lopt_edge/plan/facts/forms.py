@@ -1,19 +1,23 @@
-"""The block types in which a GGUF model's matrices are stored: they differ from layer to layer, and so do their bytes.
+"""The block types in which a model's matrices are stored: they differ from layer to layer, and so do their bytes.
 
-By arithmetic on the types' block sizes alone (quant/gguf/types.py). No torch.
+Those of a GGUF file, or of another program's folder that was laid out in blocks. By arithmetic on the types' block sizes
+alone (quant/gguf/types.py). No torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant.gguf.types import TYPES
+from quant.gguf.types import BLOCK_TYPES, CODE_BITS, GROUPED
 
 # times the seconds of NF4 that unpacking to fp32 takes on a CPU (tools/results/unpack.csv)
 UNPACK_TIMES = {
-    "F32": 0.4, "F16": 0.3, "BF16": 0.3, "Q4_0": 2.8, "Q4_1": 2.6, "Q5_0": 4.0, "Q5_1": 4.2, "Q8_0": 1.0, "Q2_K": 4.2,
-    "Q3_K": 7.0, "Q4_K": 3.3, "Q5_K": 5.6, "Q6_K": 3.0, "IQ4_NL": 2.2, "IQ4_XS": 4.1, "MXFP4": 3.0,
+    "F32": 0.3, "F16": 0.3, "BF16": 0.3, "Q4_0": 2.0, "Q4_1": 2.2, "Q5_0": 2.8, "Q5_1": 2.8, "Q8_0": 0.7, "Q2_K": 3.0,
+    "Q3_K": 6.7, "Q4_K": 3.6, "Q5_K": 5.2, "Q6_K": 2.8, "IQ4_NL": 2.6, "IQ4_XS": 4.5, "MXFP4": 3.8,
 }  # fmt: skip
+UNPACK_TIMES_OF_CODES = {"INT2": 2.4, "INT4": 2.1, "INT8": 1.3, "FP8": 3.4}  # of groups, by what their codes are
+assert set(UNPACK_TIMES_OF_CODES) == set(CODE_BITS)
+UNPACK_TIMES |= {name: UNPACK_TIMES_OF_CODES[name.partition("_")[0]] for name in GROUPED}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Forms:
     def packed(self) -> bool:
         """Whether anything is stored in blocks of several numbers, so that unpacking needs its scratch buffer."""
         kinds = {self.embedding, self.head, *(kind for layer in self.layers for kind in layer)}
-        return not all(TYPES[kind].is_plain for kind in kinds)
+        return not all(BLOCK_TYPES[kind].is_plain for kind in kinds)
 
     @property
     def unpack_times(self) -> float:

@@ -7,12 +7,12 @@ comes from the config through the family's record; nothing here compares a `mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, Family
+from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, Experts, Family
 from quant.sizes import packed_sizes
 
 
@@ -61,8 +61,47 @@ class DeltaFacts:
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """The experts of a layer, in the place of an MLP: `count` gated MLPs of `inner` features; a token goes to `active`.
+
+    `module` is transformers' module of the layer that has them, `renames` what its names begin with there and in
+    checkpoints, `stored` the names of the matrices, {} for the number. `full_weights`: those of a token's experts are fp32.
+    """
+
+    count: int
+    active: int
+    hidden: int
+    inner: int
+    module: str
+    renames: tuple[tuple[str, str], ...]
+    stored: tuple[str, ...]
+    full_weights: bool
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of a tensor of the layer."""
+        return next((to + name.removeprefix(own) for own, to in self.renames if name.startswith(own)), name)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The shapes (out, in) of an expert's matrices; the last one writes the hidden states."""
+        n_reading = len(self.stored) - 1
+        return (*[(2 * self.inner // n_reading, self.hidden)] * n_reading, (self.hidden, self.inner))
+
+    @property
+    def n_packed(self) -> int:
+        """The parameters of one expert."""
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    def matrices(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the name in the layer and the shape of each matrix, expert by expert."""
+        for expert in range(self.count):
+            yield from zip((name.format(expert) for name in self.stored), self.shapes, strict=True)
+
+
+@dataclass(frozen=True)
 class LayerFacts:
-    """What the decoder layers of one kind have. `delta`: in the place of attention, whose heads then mean nothing.
+    """What the decoder layers of one kind have. `delta`: in the place of attention, whose heads then mean nothing;
+    `experts`: in the place of an MLP.
 
     `small_elements` counts the numbers of norms, biases and whatever else of a layer is not packed.
     """
@@ -73,6 +112,16 @@ class LayerFacts:
     head_dim: int
     small_elements: int
     delta: DeltaFacts | None = None
+    experts: ExpertFacts | None = None
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of a tensor of the layer."""
+        return name if self.experts is None else self.experts.stored_name(name)
+
+    @property
+    def last_module(self) -> str:
+        """The path of the module whose output is the last that the layer adds to its hidden states."""
+        return self.linears[-1].name if self.experts is None else f"{self.experts.module}.experts"
 
     @property
     def values_are_keys(self) -> bool:
@@ -82,14 +131,28 @@ class LayerFacts:
     @property
     def n_packed(self) -> int:
         """The number of parameters that are stored in 4 bits."""
-        return sum(linear.in_features * linear.out_features for linear in self.linears)
+        experts = 0 if self.experts is None else self.experts.count * self.experts.n_packed
+        return sum(linear.in_features * linear.out_features for linear in self.linears) + experts
+
+    @property
+    def n_idle(self) -> int:
+        """The number of those that a token does not meet: of the experts to which it does not go."""
+        return 0 if self.experts is None else (self.experts.count - self.experts.active) * self.experts.n_packed
+
+    @property
+    def matrix_shapes(self) -> Iterator[tuple[int, int]]:
+        """The shapes (out, in) of all its matrices, in the order in which they lie in its buffer."""
+        yield from ((linear.out_features, linear.in_features) for linear in self.linears)
+        if self.experts is not None:
+            yield from (shape for _, shape in self.experts.matrices())
 
     @property
     def packed_bytes(self) -> int:
         """The bytes of its matrices in 4 bits."""
-        return sum(packed_sizes((linear.out_features, linear.in_features)).total_bytes for linear in self.linears)
+        return sum(packed_sizes(shape).total_bytes for shape in self.matrix_shapes)
 
 
+MOST_EXPERTS, MOST_FEATURES = 4096, 2**16  # of a layer, and inside an expert: more is no model
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 DELTA_KEYS = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
               "linear_conv_kernel_dim")  # fmt: skip
@@ -99,6 +162,7 @@ def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type:
     """What a layer has, of a config in which heads are said. Raises InputError for numbers that do not go together."""
     own = _checked(family.overrides(known, layer, layer_type), where)
     delta = _delta(known, where) if layer_type == LINEAR else None
+    experts = _experts(known, family.experts, layer, where)
     n_heads, n_kv_heads, head_dim = ({**known, **own}[key] for key in HEAD_KEYS)
     if n_heads % n_kv_heads:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
@@ -117,18 +181,20 @@ def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type:
     linears = tuple(
         LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
         for name, reads, writes, bias, unless in family.projections_of(layer_type)
-        if not (unless and known.get(unless))
+        if not (unless and known.get(unless)) and not (experts and name.startswith(f"{experts.module}."))
     )
     small = (
         family.scalars + family.norms * known["hidden_size"] + sum(linear.out_features for linear in linears if linear.bias)
     )
+    if experts is not None:
+        small += experts.count * experts.hidden  # the router
     if delta is not None:
         small += delta.small_elements
     elif family.qk_norm == "head":
         small += 2 * head_dim
     elif family.qk_norm == "projection":
         small += sizes["q"] + sizes["kv"]
-    return LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, delta)
+    return LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, delta, experts)
 
 
 def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -145,3 +211,22 @@ def _delta(known: Mapping[str, Any], where: str) -> DeltaFacts:
     if found.n_value_heads % found.n_key_heads:
         raise InputError("linear_num_value_heads is not a multiple of linear_num_key_heads", where=where)
     return found
+
+
+def _experts(known: Mapping[str, Any], family: Experts | None, layer: int, where: str) -> ExpertFacts | None:
+    if family is None or not family.lies_in(known, layer):
+        return None
+    count, active = (_first(known, keys, where, most=MOST_EXPERTS) for keys in (family.count, family.active))
+    inner = _first(known, family.inner, where, most=MOST_FEATURES)
+    if active > count:
+        raise InputError(f"{family.active[0]} {active} is more than the {count} experts", where=where)
+    names = family.module, family.renames, family.stored
+    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights)
+
+
+def _first(known: Mapping[str, Any], keys: tuple[str, ...], where: str, *, most: int) -> int:
+    """The number under the first of these keys that is there. Raises InputError."""
+    value = next((known[key] for key in keys if known.get(key) is not None), None)
+    if type(value) is not int or not 1 <= value <= most:
+        raise InputError(f"{keys[0]} must be an integer from 1 to {most}, not {str(value)[:40]!r}", where=where)
+    return value

@@ -22,7 +22,8 @@ from lopt_edge.plan.facts.layers import DELTA_KEYS, LayerFacts, layer_kind
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
-             "no_rope_layer_interval", "max_window_layers", "full_attention_interval")  # fmt: skip
+             "no_rope_layer_interval", "max_window_layers", "full_attention_interval",
+             "decoder_sparse_step")  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -62,8 +63,12 @@ class ModelFacts:
 
     @cached_property
     def linear_names(self) -> tuple[str, ...]:
-        """The short names of the linear layers of all decoder layers, each once, in the order in which they run."""
-        return tuple(dict.fromkeys(linear.short_name for kind in self.kinds for linear in kind.linears))
+        """The short names of the linear layers that may have adapters, each once, in the order in which they run."""
+        experts = self.family.experts
+        without = f"{experts.module}." if experts is not None and experts.takes_names else None
+        linears = (linear for kind in self.kinds for linear in kind.linears)
+        names = (linear.short_name for linear in linears if without is None or not linear.name.startswith(without))
+        return tuple(dict.fromkeys(names))
 
     @property
     def attention_types(self) -> tuple[str, ...]:
@@ -84,6 +89,11 @@ class ModelFacts:
         """The number of parameters of the language model."""
         layers = [self.layer(index) for index in range(self.n_layers)]
         return sum(layer.n_packed + layer.small_elements for layer in layers) + self._n_around
+
+    @property
+    def n_active(self) -> int:
+        """The number of parameters without the experts to which a token does not go: all of them in a dense model."""
+        return self.n_parameters - sum(self.layer(index).n_idle for index in range(self.n_layers))
 
     def folder_bytes(self, itemsize: int) -> int:
         """The bytes of its 4-bit folder, where the rest is stored in `itemsize` bytes a number."""
@@ -115,7 +125,8 @@ class ModelFacts:
 
     @cached_property
     def _packed_names(self) -> frozenset[str]:
-        return frozenset(linear.name for kind in self.kinds for linear in kind.linears)
+        experts = (name for kind in self.kinds if kind.experts for name, _ in kind.experts.matrices())
+        return frozenset([*(linear.name for kind in self.kinds for linear in kind.linears), *experts])
 
     @property
     def is_inner(self) -> bool:
@@ -157,6 +168,8 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where, DELTA_KEYS if LINEAR in family.layer_types else ())
+    if not isinstance(known.get("mlp_only_layers", []), list):
+        raise InputError("mlp_only_layers must be a list of layers", where=where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
@@ -234,16 +247,10 @@ def _check_quantisation(config: dict[str, Any], where: str) -> bool:
     method = str(quantisation.get("quant_method"))
     if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
         return True
-    if method == "gptq":
-        raise InputError(
-            "this folder is quantised with GPTQ, which lopt-edge cannot train on",
-            where=where,
-            fix="use the full-precision model or its bnb-4bit form; GPTQ will come with the extra 'gptq' (optimum)",
-        )
     raise InputError(
         f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
         where=where,
-        fix="use the full-precision model or its bnb-4bit form (AWQ and GPTQ: the coming extra 'gptq', through optimum)",
+        fix="use the full-precision model, or one in bitsandbytes' 4-bit, GPTQ, AWQ, compressed-tensors, FP8 or GGUF form",
     )
 
 

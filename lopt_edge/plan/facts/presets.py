@@ -19,6 +19,7 @@ from typing import Any
 # litgpt does not say which models tie lm_head to the embedding: that follows from the published sizes
 # (tests/plan/facts/test_presets.py).
 _LITGPT = "config.json, as in Lightning-AI/litgpt litgpt/config.py at 26857050"
+_SLIME = "scripts/models in THUDM/slime"
 _N_NEAR = 3
 
 
@@ -70,6 +71,15 @@ def _qwen3(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     )
 
 
+def _qwen3_moe(name: str, hub_id: str, *shape: int, inner: int) -> Preset:
+    d, f, n, h, kv = shape
+    return _preset(
+        name, hub_id, "qwen3_moe", (151936, d, f, n, h, kv), tied=False, positions=40960, head_dim=128, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=inner, use_sliding_window=False,
+        source=f"{_SLIME} at f8879db2; positions as of Qwen3's dense models",
+    )  # fmt: skip
+
+
 def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     d, f, n, h, kv = shape
     return _preset(name, hub_id, "llama", (128256, d, f, n, h, kv), tied=tied, positions=131072, head_dim=d // h)
@@ -90,7 +100,6 @@ def _qwen3_5(name: str, hub_id: str, *shape: int, n_value_heads: int, tied: bool
     )
 
 
-_SLIME = "scripts/models in THUDM/slime"
 # The model cards of 3.1 give the same sizes.
 _GRANITE_2B = "config.json, as copied in huggingface.co/unsloth/granite-3.2-2b-instruct at 918d2374"
 _GRANITE_8B = "config.json, as copied in huggingface.co/huihui-ai/granite-3.2-8b-instruct-abliterated"
@@ -107,6 +116,14 @@ _ALL = (
     _qwen3("qwen3-8b", "Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, tied=False),
     _qwen3("qwen3-14b", "Qwen/Qwen3-14B", 5120, 17408, 40, 40, 8, tied=False),
     _qwen3("qwen3-32b", "Qwen/Qwen3-32B", 5120, 25600, 64, 64, 8, tied=False),
+    _preset("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", "mixtral", (32000, 4096, 14336, 32, 32, 8), tied=False,
+            positions=32768, num_local_experts=8, num_experts_per_tok=2),
+    # inside an expert: from its published size
+    _preset("olmoe-1b-7b", "allenai/OLMoE-1B-7B-0924", "olmoe", (50304, 2048, 1024, 16, 16, 16), tied=False,
+            positions=4096, num_experts=64, num_experts_per_tok=8,
+            source="the defaults of transformers' OlmoeConfig; features inside an expert from its published size"),
+    _qwen3_moe("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 2048, 6144, 48, 32, 4, inner=768),
+    _qwen3_moe("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 4096, 12288, 94, 64, 4, inner=1536),
     _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,
              source=f"{_SLIME} at f8879db2; value heads from its published size"),
     _qwen3_5("qwen3.5-9b", "Qwen/Qwen3.5-9B", 4096, 12288, 32, 16, 4, n_value_heads=32, tied=False,

@@ -1,8 +1,8 @@
 """A model as units that run one by one: token embedding, decoder layers, and what the head needs.
 
 The layers are transformers' own modules, built without weights, in which every Linear is replaced by a `PackedLinear`, the
-gated MLP by a `PackedGatedMLP`, a gated delta rule by a `DeltaNet`, and every other parameter is read from the folder in
-the compute dtype. The rule: layer-by-layer logits equal `AutoModelForCausalLM`'s (design law 4;
+gated MLP by a `PackedGatedMLP`, experts by `PackedExperts`, a gated delta rule by a `DeltaNet`, and every other parameter
+is read from the folder in the compute dtype. The rule: layer-by-layer logits equal `AutoModelForCausalLM`'s (design law 4;
 tests/laws/test_families.py). A 4-bit folder is never requantised (what it left unpacked stays so); no adapter is made here.
 
 Dropout that a config may ask for inside attention or residuals is off: layers run in evaluation mode; the only dropout of
@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
-from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import ExpertFacts, LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run.model import query_tiles
@@ -33,7 +33,8 @@ from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
-from lopt_edge.run.tiers.weights import Weights, lay_out
+from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
+from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.gguf.weight import gguf_layout
@@ -145,8 +146,8 @@ class Model:
 
         torch's non-reentrant checkpointing stops early to the same effect.
         """
-        name = self.facts.layer(layer).linears[-1].name
-        last = cast(PackedLinear, self.layers[layer].get_submodule(name))  # or a tracer's stand-in
+        module = self.layers[layer].get_submodule(self.facts.layer(layer).last_module)
+        last = cast(PackedLinear | PackedExperts, module)  # or a tracer's stand-in
         last.value_needed = self.facts.family.post_norm
         try:
             return self.run_layer(layer, hidden_BTD, frame)
@@ -167,28 +168,32 @@ def load_model(
 
     `placement` says where a plan has each unit's weights (default: all layers resident); `mover` carries what is streamed.
     """
-    entries = tensor_entries(folder)
+    entries = tensor_entries(folder, facts)
     knobs = default_knobs(facts, device.type)
     placement = placement or placement_of(knobs)
     buffer = UnpackBuffer()
     shared: dict[object, Tensor] = {}
     head = dict(placement)["head"]
     model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
-    layouts, maps, places = {}, {}, dict(placement)
+    layouts, places = {}, dict(placement)
+    maps: dict[int, dict[str, Tensor]] = {}
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
         for index in model.here:
             layer = model.layers[index]
-            prefix, matrices = facts.layout.layer(index), []
+            prefix, matrices = facts.layout.layer(index), list[tuple[HoldsWeight, PackedOnDisk]]()
             for module_index, linear in enumerate(facts.layer(index).linears):
                 packed, on_disk = _packed_linear(linear, prefix, entries, model=model, buffer=buffer)
                 packed.position = (index, module_index)
                 layer.set_submodule(linear.name, packed)
                 if on_disk is not None:
                     matrices.append((packed, on_disk))
-                    maps[id(on_disk)] = on_disk.shared(device, shared)
+            for matrix, on_disk in _packed_experts(layer, facts.layer(index).experts, prefix, entries, model, buffer):
+                matrices.append((matrix, on_disk))
+            maps |= {id(on_disk): on_disk.shared(device, shared) for _, on_disk in matrices}
             layouts[index] = lay_out(matrices)
-            fill_parameters(layer, prefix, entries, device=device, dtype=dtype)
+            stored = facts.layer(index).stored_name
+            fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
             _tile_norms(layer)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
@@ -307,24 +312,61 @@ def _packed_linear(
 ) -> tuple[PackedLinear, PackedOnDisk | None]:
     """The module of a linear layer, and where its weight lies on disk; None if the weight is in the module already."""
     packed = PackedLinear(linear.in_features, linear.out_features, buffer=buffer)
-    on_disk: PackedOnDisk | None = None
-    weight: PackedOnDisk | Packed | Tensor
-    name, shape = f"{prefix}{linear.name}.weight", (linear.out_features, linear.in_features)
-    if is_packed(entries, name):
-        weight = on_disk = packed_on_disk(entries, name)
-    elif model.facts.forms is not None:
-        weight = on_disk = gguf_layout(_entry(entries, name, shape))
-    elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
-        weight = packed.weight = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
-    else:
-        weight = packed.weight = pack(read_tensor(_entry(entries, name)).to(model.device))
-    if tuple(weight.shape) != shape:
-        raise FolderError(f"{name} has shape {tuple(weight.shape)}, not what config.json says")
+    shape = (linear.out_features, linear.in_features)
+    packed.weight, on_disk = _weight(f"{prefix}{linear.name}.weight", shape, entries, model)
     if linear.bias:
         bias = read_tensor(_entry(entries, f"{prefix}{linear.name}.bias", (linear.out_features,)))
         packed.bias = bias.to(device=model.device, dtype=model.dtype)
     packed.clock = model.clock
     return packed, on_disk
+
+
+def _weight(
+    name: str, shape: tuple[int, int], entries: dict[str, TensorEntry], model: Model
+) -> tuple[Packed | Tensor | None, PackedOnDisk | None]:
+    """A matrix in memory, or where it lies on disk: one of the two. Raises FolderError."""
+    on_disk: PackedOnDisk | None = None
+    found: Packed | Tensor | None = None
+    if is_packed(entries, name):
+        on_disk = packed_on_disk(entries, name)
+    elif model.facts.forms is not None:
+        on_disk = gguf_layout(_entry(entries, name, shape))
+    elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
+        found = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
+    else:
+        found = pack(read_tensor(_entry(entries, name)).to(model.device))
+    if (weight := found if on_disk is None else on_disk) is not None and tuple(weight.shape) != shape:
+        raise FolderError(f"{name} has shape {tuple(weight.shape)}, not what config.json says")
+    return found, on_disk
+
+
+def _packed_experts(
+    layer: nn.Module,
+    facts: ExpertFacts | None,
+    prefix: str,
+    entries: dict[str, TensorEntry],
+    model: Model,
+    buffer: UnpackBuffer,
+) -> Iterator[tuple[ExpertMatrix, PackedOnDisk]]:
+    """Put packed experts into a layer that has some; yields those matrices that lie on disk, and where."""
+    for name, matrix in put_experts(layer, facts, buffer=buffer):
+        matrix.weight, on_disk = _weight(f"{prefix}{name}.weight", matrix.shape, entries, model)
+        if on_disk is not None:
+            yield matrix, on_disk
+
+
+def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBuffer) -> list[tuple[str, ExpertMatrix]]:
+    """Put `PackedExperts` in the place of a layer's own, if it has any; returns the (still empty) matrices by name."""
+    if facts is None:
+        return []
+    path = f"{facts.module}.experts"
+    own: Any = layer.get_submodule(path)
+    named = [(name, ExpertMatrix(shape)) for name, shape in facts.matrices()]
+    n_each, matrices = len(facts.stored), [matrix for _, matrix in named]
+    by_expert = [matrices[start : start + n_each] for start in range(0, len(matrices), n_each)]
+    gate = cast(Gate, own._apply_gate)  # transformers': the activation, and what a family does beside it
+    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer))
+    return named
 
 
 def _tile_norms(layer: nn.Module) -> None:
@@ -345,7 +387,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
     """
-    mlp = layer.get_submodule("mlp")
+    mlp = getattr(layer, "mlp", None)
     found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)
@@ -358,18 +400,26 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
 
 def fill_parameters(
-    module: nn.Module, prefix: str, entries: dict[str, TensorEntry], *, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    prefix: str,
+    entries: dict[str, TensorEntry],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Callable[[str], str] = str,
 ) -> None:
     """Replace every meta tensor of `module` that is stored by the folder's, frozen, in the compute dtype.
+
+    `stored` says what the folder calls a tensor, where that is not its name here.
 
     Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        value = read_tensor(_entry(entries, prefix + name, tuple(tensor.shape))).to(device=device, dtype=dtype)
+        value = read_tensor(_entry(entries, prefix + stored(name), tuple(tensor.shape))).to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
-        stored = nn.Parameter(value, requires_grad=False) if name in parameters else value
-        setattr(module.get_submodule(owner), leaf, stored)
+        found = nn.Parameter(value, requires_grad=False) if name in parameters else value
+        setattr(module.get_submodule(owner), leaf, found)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise InputError(f"this model needs {left[0]!r}, which its folder does not hold", where="model")

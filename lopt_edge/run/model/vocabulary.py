@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lopt_edge.errors import InputError
 from quant.files import TORCH_DTYPES, read_bytes, tensor_bytes
-from quant.gguf.types import TYPES
+from quant.gguf.types import BLOCK_TYPES
 from quant.gguf.unpack import Scratch
 from quant.gguf.weight import GgufWeight, shared_scratch
 from quant.headers import TensorEntry
@@ -40,7 +40,7 @@ class Vocabulary:
         self.entry, self.device, self.dtype = entry, device, dtype
         self.n_rows, self.n_columns = entry.shape
         self.row_bytes = entry.n_bytes // self.n_rows
-        self.type = None if entry.dtype in TORCH_DTYPES else TYPES[entry.dtype]
+        self.type = None if entry.dtype in TORCH_DTYPES else BLOCK_TYPES[entry.dtype]
         self.stored_dtype = torch.uint8 if self.type else TORCH_DTYPES[entry.dtype]
         self._scratch = Scratch(shared_scratch(device, {} if shared is None else shared)) if self.type else None
         self.matrix_VD: Tensor | None = self._read(0, self._empty(self.n_rows)).to(device) if resident else None

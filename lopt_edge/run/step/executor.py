@@ -283,7 +283,8 @@ class Executor:
             state.target_BTD = hidden_BTD if held_here else None
         if op.keep in (Keep.GRAPH, Keep.PAGES):
             state.hidden_BTD = None  # the graph keeps what it needs
-            constants = present(state.layer_context).tensors()
+            frozen = [one for one in self.model.layers[op.target].parameters() if not one.requires_grad]
+            constants = [*present(state.layer_context).tensors(), *frozen]  # a router saves a view of its own
             graph = LayerGraph(self.mover, movable=op.keep is Keep.PAGES, constants=constants)
             state.graphs[key] = graph
             state.hidden_BTD = self._run_with_graph(state, op, graph, hidden_BTD, run=self.model.run_layer)

@@ -1,8 +1,9 @@
 """The decoder layers' packed weights: resident, or streamed through a small ring of buffers.
 
 A layer's packed parts lie in one flat buffer of bytes (of NF4: 7 linear layers x codes, block scales, scales of scales;
-64-byte aligned), and each linear layer's packed matrix is a set of views into it. `fetch` begins to fill a free buffer, and
-`wait` ends that and binds the views, `evict` unbinds them, so that a layer that computes without its weights fails loudly.
+64-byte aligned; behind them those of all its experts), and each packed matrix is a set of views into it. `fetch` begins
+to fill a free buffer, and `wait` ends that and binds the views, `evict` unbinds them, so that a layer that computes without
+its weights fails loudly.
 A buffer is overwritten only after the computing stream has passed the point of its eviction. On the CPU bytes come by
 positioned reads from the 4-bit files; on CUDA from pinned host copies, or from disk through a pinned staging buffer.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ from torch import Tensor
 from lopt_edge.run.tiers.moves import Mover, result_of
 from quant.files import read_bytes, tensor_bytes
 from quant.headers import TensorEntry
-from quant.linear import PackedLinear
-from quant.packed import PackedOnDisk
+from quant.packed import Packed, PackedOnDisk
 
 ALIGNMENT = 64
+
+
+class HoldsWeight(Protocol):
+    """Whatever computes with a matrix: a linear layer, an expert."""
+
+    weight: Packed | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,11 @@ class Piece:
 class LayerLayout:
     """The places of a layer's weights in its buffer; `matrices` are (module, its layout on disk, its pieces)."""
 
-    matrices: tuple[tuple[PackedLinear, PackedOnDisk, tuple[Piece, ...]], ...]
+    matrices: tuple[tuple[HoldsWeight, PackedOnDisk, tuple[Piece, ...]], ...]
     n_bytes: int
 
 
-def lay_out(matrices: Iterable[tuple[PackedLinear, PackedOnDisk]]) -> LayerLayout:
+def lay_out(matrices: Iterable[tuple[HoldsWeight, PackedOnDisk]]) -> LayerLayout:
     """Lay the streamed parts of a layer's matrices one behind the other, each at a multiple of ALIGNMENT bytes."""
     position, found = 0, []
     for module, on_disk in matrices:

@@ -116,7 +116,9 @@ def _read_files(config: Config) -> _Files:
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )
-    check_weights(source, tensor_entries(source.path))  # a missing or truncated shard is reported before the data is read
+    check_weights(
+        source, tensor_entries(source.path, source.facts)
+    )  # a missing or truncated shard is reported before the data is read
     if config.init_adapter:
         check_adapter_folder(Path(config.init_adapter))
         check_plain_adapter(Path(config.init_adapter))

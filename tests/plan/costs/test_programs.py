@@ -138,8 +138,12 @@ def test_every_case_has_sound_programs(family):
     assert masks
     for itemsize, heads, masked, one in product((4, 2), HEADS, masks, (False, True)):
         shape = make_shape(family, itemsize=itemsize, targets=()).with_attention
-        for op in [*EVERY_OP, "backward from o_proj", *(["backward from mlp"] if family != "phi3" else [])]:
-            check_program(shape, case_key(family, itemsize, heads, masked=masked, one=one), op)
+        for kind in range(len(shape.facts.kinds)) if RECORDS[family].experts else [shape.layer_kind]:
+            of_kind = shape.of_kind(kind)
+            experts = of_kind.layer.experts is not None
+            key = case_key(family, itemsize, f"{heads} experts" if experts else heads, masked=masked, one=one)
+            for op in [*EVERY_OP, "backward from o_proj", *([] if experts or family == "phi3" else ["backward from mlp"])]:
+                check_program(of_kind, key, op)
 
 
 @pytest.mark.parametrize("family", [name for name, record in RECORDS.items() if LINEAR in record.layer_types])

@@ -200,3 +200,21 @@ def test_bytes_moved_are_the_sum_of_the_plans_movements(case):
     up, down = (sum(costs.moved_bytes(op, plan) for op in plan.ops if op.kind in kinds) for kinds in ways)
     assert (found.bytes_up, found.bytes_down, found.bytes_moved) == (up, down, up + down)
     assert found.compute_seconds <= found.seconds * (1 + 1e-9)
+
+
+def test_experts_cost_what_tokens_go_to():
+    """Of 128 experts one token goes to 8; 2,048 go to all. A pass unpacks each once, and a backward does so again."""
+    facts = make_facts("qwen3-30b-a3b", 1)
+    kind = facts.kinds[0]
+    assert kind.experts is not None
+    outside = kind.n_packed - kind.experts.count * kind.experts.n_packed
+    sizes = Sizes(LayerShape(facts, 4, 1, ("q_proj",)), make_knobs(1))
+    for n_tokens, n_experts in ((1, 8), (2048, 128)):
+        batch = MicroBatchSize(1, n_tokens, max(1, n_tokens - 1))
+        found = Costs(sizes, [batch], endless(unpack_rate=1e9)).layer(0, batch)
+        assert found.forward == pytest.approx((outside + n_experts * kind.experts.n_packed) / 1e9, rel=1e-3)
+        assert found.backward == pytest.approx(found.forward) and found.again == pytest.approx(outside / 1e9)
+        products = Costs(sizes, [batch], endless(matmul_flops={"float32": 1e12, "bfloat16": 1e12})).layer(0, batch)
+        rows = n_tokens * 8 + FEW_ROWS * n_experts
+        least = 2 * ((n_tokens + FEW_ROWS) * outside + rows * kind.experts.n_packed) / 1e12
+        assert least <= products.forward <= 1.01 * least + 1e-4

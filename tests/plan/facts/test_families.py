@@ -23,7 +23,7 @@ from lopt_edge.plan.costs.programs import program
 from lopt_edge.plan.costs.shape import case_key
 from lopt_edge.plan.facts import families
 from lopt_edge.plan.facts.families import FAMILIES, family_of
-from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, ROOT_OF_HIDDEN, Family
+from lopt_edge.plan.facts.families.family import ALWAYS, LINEAR, ROOT_OF_HIDDEN, Family, everywhere
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from tools.tiny_models import tiny_config
 
@@ -72,7 +72,9 @@ def test_a_record_is_complete(family):
 
 
 def test_a_family_has_programs(family):
-    assert program(case_key(family.name, 2, "grouped"), "graph") and program(case_key(family.name, 4), "norm_forward")
+    all_experts = family.experts is not None and family.experts.lies_in is everywhere
+    assert program(case_key(family.name, 2, "grouped experts" if all_experts else "grouped"), "graph")
+    assert program(case_key(family.name, 4), "norm_forward")
 
 
 def test_an_unknown_family_is_refused():
@@ -128,6 +130,7 @@ def test_what_is_not_packed_is_counted(theirs):
     facts, _, model = theirs
     for index, layer in enumerate(model.get_submodule(facts.layout.decoder).layers):
         packed = {f"{linear.name}.weight" for linear in facts.layer(index).linears}
+        packed |= {name for name, _ in facts.family.experts.stacks} if facts.family.experts else set()
         small = sum(tensor.numel() for name, tensor in layer.state_dict().items() if name not in packed)
         assert small == facts.layer(index).small_elements
 

@@ -42,7 +42,9 @@ def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
 def layer_types(config: Any) -> tuple[str, ...]:
     if config.model_type in BY_LAYER:
         return tuple(config.layer_types)
-    windowed = config.model_type in ("mistral", "ministral3", "phi3") and config.sliding_window is not None
+    windowed = (
+        config.model_type in ("mistral", "ministral3", "phi3", "qwen3_moe", "mixtral") and config.sliding_window is not None
+    )
     return ("sliding_attention" if windowed else "full_attention",) * config.num_hidden_layers
 
 
@@ -266,7 +268,7 @@ def test_numbers_must_be_positive_integers(key, value):
         (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
         (LLAMA | {"num_key_value_heads": 5}, "multiple"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ.*'gptq'"),
+        (LLAMA | {"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq'.*GPTQ, AWQ"),
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes"),
         (LLAMA | {"quantization_config": {}}, "quantised with"),

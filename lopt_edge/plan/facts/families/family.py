@@ -81,6 +81,39 @@ def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None
     return SLIDING if (layer + 1) % 4 else FULL
 
 
+def everywhere(_config: Mapping[str, Any], _layer: int) -> bool:
+    """Whether a layer has experts, where all layers have."""
+    return True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts that layers have in the place of an MLP: many gated MLPs, and a router that sends each token to a few.
+
+    `count`, `active`, `inner`: keys of the config (the first of them that it has) for how many there are, for how many a
+    token goes to, and for the features inside one. `lies_in`: which layers have them.
+    `module` is transformers' module in the layer, with the router and the `experts`; what its name begins with is no
+    projection of such a layer. `renames`: what names in it begin with in transformers, and in checkpoints instead.
+    `stored`: the names of an expert's matrices, {} being its number, in a published checkpoint or (`publishes_stacks`) in
+    our 4-bit folders: those that read the hidden states, and last the one that writes them. `stacks`: where one tensor has
+    all experts, the names that it may have (published ones first), and how many of the matrices stand in it one under the
+    other. `takes_names`: peft takes the names of an MLP's matrices for those of experts in this family, so that no MLP of
+    it can have an adapter. `full_weights`: the router gives the experts' weights in fp32, whatever the compute dtype.
+    """
+
+    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    active: tuple[str, ...] = ("num_experts_per_tok",)
+    inner: tuple[str, ...] = ("moe_intermediate_size",)
+    lies_in: Callable[[Mapping[str, Any], int], bool] = everywhere
+    module: str = "mlp"
+    renames: tuple[tuple[str, str], ...] = ()
+    stored: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
+    stacks: tuple[tuple[str, int], ...] = (("mlp.experts.gate_up_proj", 2), ("mlp.experts.down_proj", 1))
+    takes_names: bool = True
+    full_weights: bool = False
+    publishes_stacks: bool = False
+
+
 @dataclass(frozen=True)
 class Layout:
     """The places of a model's parts: in a checkpoint by name, and in transformers' class.
@@ -120,7 +153,7 @@ class Family:
     `overrides`: the numbers of heads that one layer has instead of the config's. `refuses`: keys that may not be set, and
     what they would mean.
     `projections`: the linear layers of a decoder layer, in the order in which they run; `projections_by_type`: those of
-    layers of the types in which they are others.
+    layers of the types in which they are others. `experts`: what some or all layers have in the place of an MLP.
 
     What lies around the layers:
     `embedding_factor`: ROOT_OF_HIDDEN (rounded to the compute dtype), a key of the config, or nothing.
@@ -140,6 +173,7 @@ class Family:
     asks: tuple[str, ...] = ()
     projections: tuple[Projection, ...] = (*attention(), *gated_mlp())
     projections_by_type: Mapping[str, tuple[Projection, ...]] = field(default_factory=dict)
+    experts: Experts | None = None
     layer_type: LayerType = full
     overrides: Overrides = none
     refuses: Mapping[str, str] = field(default_factory=dict)

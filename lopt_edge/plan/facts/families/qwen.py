@@ -1,5 +1,6 @@
-"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone. Qwen 3.5: gated attention in
-every fourth layer, and a gated delta rule in the others; it is published with a vision tower around it, as VL models are.
+"""Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone; with experts (Qwen 3 MoE)
+that of all layers. Qwen 3.5: gated attention in every fourth layer, and a gated delta rule in the others; it is published
+with a vision tower around it, as VL models are.
 
 The text model inside a VL model is that of its time: its rotary tables have three positions a token (time, height, width),
 which are equal for text."""
@@ -14,11 +15,13 @@ from lopt_edge.plan.facts.families.family import (
     FULL,
     LINEAR,
     SLIDING,
+    Experts,
     Family,
     Projection,
     Wrapper,
     attention,
     gated_mlp,
+    windowed,
 )
 
 _ASKS = ("use_sliding_window", "layer_types")
@@ -47,7 +50,27 @@ _QWEN3 = Family(
     layer_type=_upper_layers,
     qk_norm="head",
 )
+
+
+def _sparse(config: Mapping[str, Any], layer: int) -> bool:
+    return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
+
+
 _BIAS = "attention_bias"
+_QWEN3_MOE = Family(
+    "qwen3_moe",
+    defaults={
+        "num_key_value_heads": 4, "num_attention_heads": 32, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 24, "vocab_size": 151936, "max_position_embeddings": 32768, "sliding_window": 4096,
+        "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    asks=("use_sliding_window",),
+    projections=(*attention(bias=_BIAS, out_bias=_BIAS), *gated_mlp()),
+    layer_type=windowed,
+    qk_norm="head",
+    experts=Experts(lies_in=_sparse),
+)  # fmt: skip
 _QWEN3_5 = Family(
     "qwen3_5_text",
     defaults={
@@ -76,7 +99,7 @@ _QWEN3_5 = Family(
     qk_norm="head",
 )  # fmt: skip
 
-FAMILIES = (_QWEN2, _QWEN3, _QWEN3_5)
+FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE, _QWEN3_5)
 # Hubs have Qwen2-VL's and 2.5-VL's text as if it stood alone, its config flat and its names under "model.".
 _FLAT = (("model.language_model.", "lm_head.weight"), ("model.", "lm_head.weight"))
 WRAPPERS = (

@@ -1,0 +1,47 @@
+"""AWQ in its `gemm` version: codes of 4 bits in groups of inputs, packed in words along the outputs, as `X.qweight`.
+
+`X.qweight` (I, O / 8) int32, `X.qzeros` (G, O / 8) int32, `X.scales` (G, O) float16. The eight codes of a word are of the
+outputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on. Read: AutoAWQ's awq/utils/packing_utils.py.
+
+Not here: the versions gemv, marlin and exllama, whose words lie otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from quant.grouped.laid_out import Grouped, unpacked_words
+from quant.headers import FolderError
+
+SUFFIX = "qweight"
+PARTS = ("qweight", "qzeros", "scales")
+PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of outputs 0 to 7 among the codes of a word
+
+
+def check(config: dict[str, Any]) -> str:
+    """What of a quantization_config cannot be read here; "" if all can."""
+    if config.get("bits", config.get("w_bit", 4)) != 4:
+        return f"bits is {str(config.get('bits'))[:20]!r}, known is 4"
+    version = str(config.get("version", "gemm")).lower()
+    return "" if version == "gemm" else f"version {version[:40]!r} is not known (gemm)"
+
+
+def read(part: Callable[[str], Tensor | None], config: dict[str, Any], *, where: str) -> Grouped:
+    """One matrix; `part` gives a tensor by the last word of its name. Raises FolderError."""
+    words, zero_words, scales_GO = part("qweight"), part("qzeros"), part("scales")
+    if words is None or zero_words is None or scales_GO is None:
+        raise FolderError(f"{where}: qweight, qzeros or scales is missing")
+    n_groups, n_outputs = scales_GO.shape
+    if words.shape[1] * 8 != n_outputs or zero_words.shape != (n_groups, words.shape[1]) or len(words) % n_groups:
+        raise FolderError(f"{where}: qweight, qzeros and scales do not belong together (is the group size right?)")
+    zeros_GO = _in_order(zero_words).int()
+    return Grouped(_in_order(words).T.contiguous(), scales_GO.T.contiguous(), zeros_GO.T.contiguous(), 4)
+
+
+def _in_order(words: Tensor) -> Tensor:
+    """The codes of words in the order of their outputs."""
+    codes = unpacked_words(words, 4, dim=1).view(len(words), -1, 8)
+    return codes[:, :, list(PLACES)].reshape(len(words), -1)
