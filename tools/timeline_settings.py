@@ -55,6 +55,8 @@ class Setting:
     stored: torch.dtype = torch.float32  # of the vocabulary
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
+    device: str = "cpu"
+    has_flash: bool = True  # of that device
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
 
@@ -253,6 +255,7 @@ def compare(setting: Setting, root: Path) -> Comparison:
         num_segments=setting.num_segments,
         n_micro_batches=len(setting.lengths),
         dtype=setting.dtype,
+        device=setting.device,
         knobs=setting.knobs,
         page_dir=folder,
         targets=setting.targets,
@@ -262,8 +265,12 @@ def compare(setting: Setting, root: Path) -> Comparison:
         **setting.options,
     )
     vocabulary = setting.changes.get("vocab_size", 320)
-    short = [random_batch((8,) * len(lengths), vocab=vocabulary) for lengths in setting.lengths]  # quick, for moments alone
-    batches = [random_batch(lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
+    short = [
+        random_batch((8,) * len(lengths), vocab=vocabulary, device=setting.device) for lengths in setting.lengths
+    ]  # quick, for moments alone
+    batches = [
+        random_batch(lengths, seed=i, vocab=vocabulary, device=setting.device) for i, lengths in enumerate(setting.lengths)
+    ]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
     lengths = [length for batch in batches for length in batch.lengths]
     cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
@@ -295,7 +302,9 @@ def _numbered(batches: list[Batch], index: int) -> tuple[int, ...]:
 
 def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[Batch]) -> Timeline:
     targets = setting.targets or facts.linear_names
-    shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
+    itemsize, dropout = setting.dtype.itemsize, setting.dropout > 0
+    shape = LayerShape(facts, itemsize, setting.rank, targets, device_type=setting.device, dropout=dropout)
+    shape = replace(shape, has_flash=setting.has_flash)
     groups = tuple(bench.executor.optimizer.groups)
     replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
     sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
+from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN
 from lopt_edge.plan.facts.layers import ExpertFacts, LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
-from lopt_edge.run.model import query_tiles
+from lopt_edge.run.model import fused_attention, query_tiles
 from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -110,7 +111,7 @@ class Model:
             "inputs_embeds": hidden_BTD,
             "attention_mask": None,
             "past_key_values": cache,
-            "position_ids": positions,
+            "position_ids": None,  # else transformers looks for packed sequences in their values, and a GPU's host waits
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = self.facts.attention_types
@@ -270,6 +271,9 @@ def make_skeleton(
     from transformers import AutoConfig
 
     layout, attention = facts.layout, "sdpa"
+    if kind_of(device.type).attention_bytes:
+        fused_attention.register()
+        attention = fused_attention.NAME
     if facts.family.attention == "query tiles":
         query_tiles.register()
         attention = query_tiles.NAME
