@@ -38,7 +38,7 @@ def method_errors(config: Config) -> Iterator[Problem]:
             what = f"belongs to method {' or '.join(owners)}, this is {config.method}"
             yield Problem(name, what, f"add --method {owners[0]}, or leave {name} out")
     if config.boundary_cache and not method.caches(config):
-        fix = "use --method frozen, top-layers or segprop, or lopt with --local-every 0 and no --open-every"
+        fix = "use --method frozen, top-layers or segprop, or lopt with --open-until, or with --local-every 0"
         yield Problem("boundary_cache", "needs early segments that never train", fix)
     elif config.boundary_cache and config.lora_dropout and config.init_adapter:
         what = "cannot be with lora_dropout where adapters lie before the boundary: dropout changes it each time"

@@ -110,7 +110,6 @@ def test_inside_a_window_with_other_paging_afterwards(runs, tmp_path, stop_in, m
         {"open_until": 0.5, "n_rows": 4, "max_steps": 5},
         {"reach": "0.5:all,0.8:3,1:half", "optimizer": "adamw8bit"},
         {"reach": "auto", "max_steps": 12, "lr": 3e-2},
-        {"open_until": 0.5, "local_every": 1, "lr_head": 0.03},
         {"boundary_update": "fresh"},
         {"method": "segprop", "tail_layers": 1, "stages": 3},
         {"method": "let", "align_layer": 1},

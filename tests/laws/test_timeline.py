@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from lopt_edge.plan.schedule.effects import Kind
-from tools.timeline_settings import DENSE, Comparison, Setting, compare, method_setting, odd_setting, random_setting
+from tools.timeline_settings import Comparison, Setting, compare, method_setting, odd_setting, random_setting
 from tools.tiny_models import FAMILIES
 
 PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 257, 276, 281)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
-EXPERTS = (0, 7)  # every token goes to all of them: the most that a routing takes
+# Every token goes to all experts: the most that a routing takes.
+EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,)}
 CATEGORIES = {
     "weights",
     "adapters",
@@ -66,7 +67,7 @@ METHODS = (
 
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
-    experts = [random_setting(n, family=family) for family in sorted(set(FAMILIES) - set(DENSE)) for n in EXPERTS]
+    experts = [random_setting(n, family=family) for family, numbers in EXPERTS.items() for n in numbers]
     return [*plain, *dropped, *(odd_setting(n) for n in ODD), *experts]
 
 

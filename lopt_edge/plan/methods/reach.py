@@ -8,8 +8,8 @@ the bottom, as FreezeOut closes them (arXiv 1706.04983, whose layers have a time
 
 `auto` closes half of the depth by itself, at the latest at half of the run: as soon as a stretch of steps (a twentieth of
 the run) has lowered the training loss by less than a twentieth of all that it has fallen. So it is open while the task's
-first, large part is learned. The norm of the early layers' gradients was looked at instead and says nothing of the kind: on
-the embedded model it does not fall at all while `open_until` still pays.
+first, large part is learned. The norm of e2e's gradient was looked at instead: on SmolLM2-135M it falls to a third within
+ten steps, on the embedded model, where `open_until` pays, not at all. How `auto` compares has not been measured.
 
 What follows from a schedule is here: layers that are never reached have no adapters (`none`), those that are not reached
 now rest, and those that were and never will be again are closed: their moments are let go (run/step/optim.py), and their

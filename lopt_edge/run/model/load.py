@@ -391,7 +391,7 @@ def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
     """
-    mlp = getattr(layer, "mlp", None)
+    mlp: Any = getattr(layer, "mlp", None)
     found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     parts = [part for part in found if isinstance(part, PackedLinear)]
     sizes = dict(block_elements)

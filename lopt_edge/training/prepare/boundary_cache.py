@@ -24,7 +24,7 @@ from lopt_edge.errors import InputError, RunError
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.run.model.adapter_config import ADAPTER_NAME, read_adapter_config
 from lopt_edge.run.step.executor import Executor
-from lopt_edge.run.tiers.feature_cache import FeatureCache, claim
+from lopt_edge.run.tiers.feature_cache import IDENTITY_NAME, FeatureCache, claim
 from lopt_edge.system.file_systems import check_free_space
 from lopt_edge.system.lock import output_lock
 from lopt_edge.units import format_bytes
@@ -69,12 +69,23 @@ class BoundaryCaches:
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise InputError("is no folder", where=where, fix="name a new folder")
-            if self.root.is_dir() and any(self.root.iterdir()):
+            if self.root.is_dir() and any(self.root.iterdir()) and not self.is_left_over:
                 self._claim()
                 return
         except OSError as error:
             raise InputError(f"cannot be used: {error.strerror}", where=where, fix="name another folder") from None
         check_free_space(self.root, need_bytes=need, what="the boundary cache")
+
+    @property
+    def is_left_over(self) -> bool:
+        """Whether the folder is what another run of this output left when it was stopped; then it is removed."""
+        if not (self.is_ours and (self.root / IDENTITY_NAME).is_file()):
+            return False
+        try:
+            claim(self.root, self.identity(None))
+        except InputError:
+            return True
+        return False
 
     def _claim(self) -> None:
         if self.inputs.course.learns_before:
@@ -152,6 +163,8 @@ def boundary_caches(inputs: Inputs) -> Iterator[BoundaryCaches | None]:
         yield None
         return
     found = BoundaryCaches(inputs)
+    if found.is_left_over:
+        shutil.rmtree(found.root, ignore_errors=True)
     with output_lock(found.root, setting="boundary_cache"):
         try:
             yield found

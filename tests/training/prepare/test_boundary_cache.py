@@ -9,7 +9,7 @@ import pytest
 from lopt_edge import finetune
 from lopt_edge.errors import InputError
 from lopt_edge.run.model.lora import ADAPTER_NAME
-from lopt_edge.run.tiers.feature_cache import ROWS_NAME
+from lopt_edge.run.tiers.feature_cache import IDENTITY_NAME, ROWS_NAME
 from lopt_edge.system.lock import output_lock
 from lopt_edge.training.checkpoint.folder import name_of
 from tools.tiny_runs import log_of, make_config, make_model, metrics_of
@@ -51,10 +51,17 @@ def test_a_boundary_that_closes_is_kept_while_epochs_read_it(model, tmp_path):
     """In a folder of the run's own, which goes with it; a named one stays, and the same run after it reads it all."""
     closing = {**STEPS, "epochs": 4, "open_until": 0.5}
     config = make_config(model, tmp_path, **closing)
+    left = Path(f"{config.output}.boundary")  # of a run of that name that was stopped, on other data
+    left.mkdir()
+    (left / IDENTITY_NAME).write_text("{}")
     finetune(config)
     kinds = [step["kind"] for step in metrics_of(config)[0]]
     assert kinds == ["open"] * 4 + ["closed-fill"] * 2 + ["closed-read"] * 2
     assert not list(tmp_path.glob("*.boundary"))
+    (tmp_path / "strange.boundary").mkdir()
+    (tmp_path / "strange.boundary" / "mine.txt").write_text("")
+    with pytest.raises(InputError, match=r"holds 'mine\.txt', but no cache"):
+        finetune(make_config(model, tmp_path, output="strange", **closing))
     for output, wanted in (("named", kinds), ("again", ["open"] * 4 + ["closed-read"] * 4)):
         other = make_config(model, tmp_path, output=output, boundary_cache=str(tmp_path / "cache"), **closing)
         finetune(other)
