@@ -118,7 +118,7 @@ class _MixedFunction(torch.autograd.Function):
 def _product(layer: PackedLinear, flat: Tensor) -> Tensor:
     """The product x (a W1 + b W2)^T, plus the bias: (N, out)."""
     mixture = _mixture(layer)
-    (a, b), rows = mixture.mix.tolist(), Rows((mixture.before, mixture.after), flat.dtype)
+    (a, b), rows = mixture.mix.cpu().tolist(), Rows((mixture.before, mixture.after), flat.dtype)
     y = flat.new_empty(len(flat), layer.out_features)
     for block in rows.blocks():
         first, second = rows.read(block)
@@ -129,18 +129,21 @@ def _product(layer: PackedLinear, flat: Tensor) -> Tensor:
 def _gradients(layer: PackedLinear, flat: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients dx (N, in), without LoRA's share, and (da, db) (2,) fp32."""
     mixture = _mixture(layer)
-    rows = Rows((mixture.before, mixture.after), g.dtype)
+    (a, b), rows = (
+        mixture.mix.cpu().tolist(),
+        Rows((mixture.before, mixture.after), g.dtype),
+    )  # a GPU's host waits
     dx, dmix = torch.empty_like(flat), torch.zeros(2, dtype=torch.float32, device=g.device)
     for block in rows.blocks():
-        _add_block(mixture.mix, rows.read(block), flat, g[:, block], dx=dx, dmix=dmix, first=block.start == 0)
+        _add_block((a, b), rows.read(block), flat, g[:, block], dx=dx, dmix=dmix, first=block.start == 0)
     return dx, dmix
 
 
 def _add_block(
-    mix: Tensor, weights: tuple[Tensor, ...], flat: Tensor, g: Tensor, *, dx: Tensor, dmix: Tensor, first: bool
+    mix: tuple[float, float], weights: tuple[Tensor, ...], flat: Tensor, g: Tensor, *, dx: Tensor, dmix: Tensor, first: bool
 ) -> None:
     """Add a block's share to the gradients; in a function of its own, so that nothing lives on into the next block."""
-    (a, b), (before, after) = mix.tolist(), weights
+    (a, b), (before, after) = mix, weights
     gradient = g.t() @ flat  # (J, in)
     dmix[0] += _inner(gradient, before)
     dmix[1] += _inner(gradient, after)

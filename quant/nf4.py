@@ -153,9 +153,10 @@ def unpack_part(
 def _unpack_codes(weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """Dequantise whole blocks; `codes` and `scales` are in the order of `out`'s elements."""
     if not weight.codes.is_cpu:
-        torch.ops.bitsandbytes.dequantize_4bit.out(
-            codes.view(-1, 1), scales, weight.block_elements, weight.quant_type, out.shape, out.dtype, out=out
-        )
+        # The kernel reads on from the first element; the scales of a single column of blocks are a view with steps.
+        operation, scales = torch.ops.bitsandbytes.dequantize_4bit.out, scales.contiguous()
+        packed, form = codes.contiguous().view(-1, 1), (weight.block_elements, weight.quant_type)
+        operation(packed, scales, *form, out.shape, out.dtype, out=out)
         return out
     flat = out.view(-1)
     pairs = _pair_table(tuple(weight.code_map.tolist()))

@@ -66,3 +66,10 @@ def test_float16_with_loss_scale_follows_float32(four_bit):
     for name, gradient in reference.items():
         error = (scaled[name] / bench.executor.loss_scale - gradient).norm() / gradient.norm()
         assert error < 0.05, name
+
+
+def test_the_device_is_proved():
+    from lopt_edge.doctor.prove import prove
+
+    found = list(prove(torch.device("cuda", torch.cuda.current_device())))
+    assert all(proof.passed for proof in found), [proof for proof in found if not proof.passed]

@@ -56,6 +56,8 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)  # the method's own
     kind: str | None = None  # of step that is watched, where a run has several
     packed: bool = False  # a micro-batch's sequences lie in one row
+    device: str = "cpu"
+    has_flash: bool = True  # of that device
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
 
@@ -262,6 +264,7 @@ def compare(setting: Setting, root: Path) -> Comparison:
         num_segments=setting.num_segments,
         n_micro_batches=len(setting.lengths),
         dtype=setting.dtype,
+        device=setting.device,
         knobs=setting.knobs,
         page_dir=folder,
         targets=setting.targets,
@@ -271,7 +274,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
         **setting.options,
     )
     vocabulary = setting.changes.get("vocab_size", 320)
-    short = [random_batch((8,) * len(lengths), vocab=vocabulary) for lengths in setting.lengths]  # quick, for moments alone
+    short = [
+        random_batch((8,) * len(lengths), vocab=vocabulary, device=setting.device) for lengths in setting.lengths
+    ]  # quick, for moments alone
     batches = [_batch(setting, lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
     lengths = [length for batch in batches for length in batch.lengths]
@@ -293,7 +298,7 @@ def compare(setting: Setting, root: Path) -> Comparison:
 
 def _batch(setting: Setting, lengths: tuple[int, ...], *, seed: int, vocab: int) -> Batch:
     if not setting.packed:
-        return random_batch(lengths, seed=seed, vocab=vocab)
+        return random_batch(lengths, seed=seed, vocab=vocab, device=setting.device)
     return in_a_row([random_batch((length,), seed=seed + at, vocab=vocab) for at, length in enumerate(lengths)])
 
 
@@ -310,7 +315,9 @@ def _numbered(batches: list[Batch], index: int) -> tuple[int, ...]:
 
 def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[Batch]) -> Timeline:
     targets = setting.targets or facts.linear_names
-    shape = LayerShape(facts, setting.dtype.itemsize, setting.rank, targets, dropout=setting.dropout > 0)
+    itemsize, dropout = setting.dtype.itemsize, setting.dropout > 0
+    shape = LayerShape(facts, itemsize, setting.rank, targets, device_type=setting.device, dropout=dropout)
+    shape = replace(shape, has_flash=setting.has_flash)
     groups = tuple(bench.executor.optimizer.groups)
     replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
     sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)

@@ -334,11 +334,12 @@ def schema_command() -> None:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="measure a sound machine for the planner (20 s)")] = False,
+    prove: Annotated[bool, typer.Option("--prove", help="hold the device's arithmetic against float64")] = False,
 ) -> None:
     """Check this machine: versions, devices, memory per tier, and a real 4-bit forward and backward."""
     from lopt_edge.cli.doctor_page import doctor_page
 
-    if not doctor_page(out, as_json=as_json, measure=measure):
+    if not doctor_page(out, as_json=as_json, measure=measure, prove=prove):
         raise typer.Exit(1)
 
 

@@ -88,8 +88,8 @@ def _layer_errors(device_name: str, dtype_name: str) -> dict[str, float]:
     assert layer.lora_a is not None and layer.lora_b is not None
     gradients = {"dx": leaf.grad, "dA": layer.lora_a.grad, "dB": layer.lora_b.grad}
     found = {"y": y, **{name: tensor for name, tensor in gradients.items() if tensor is not None}}
-    errors = {name: _relative(found[name], tensor) for name, tensor in exact.items()}
-    return {"weight": _relative(unpacked, weight.double()), **errors}
+    errors = {name: relative(found[name], tensor) for name, tensor in exact.items()}
+    return {"weight": relative(unpacked, weight.double()), **errors}
 
 
 def exact_weight(packed: PackedWeight) -> Tensor:
@@ -116,5 +116,6 @@ def _exact_layer(weight: Tensor, bias: Tensor, x: Tensor, g: Tensor, a: Tensor, 
     return {"y": y.detach(), "dx": dx, "dA": da, "dB": db}
 
 
-def _relative(found: Tensor, exact: Tensor) -> float:
+def relative(found: Tensor, exact: Tensor) -> float:
+    """The error |found - exact| / |exact|; `exact` is in float64 on the CPU."""
     return float((found.detach().cpu().double() - exact).norm() / exact.norm())

@@ -15,7 +15,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.facts.profile import DeviceProfile
+from lopt_edge.plan.facts.profile import DeviceProfile, has_flash
 from lopt_edge.plan.methods.course import kept_while_read
 from lopt_edge.plan.search.search import Search
 from lopt_edge.plan.search.workload import Workload
@@ -61,9 +61,11 @@ def search_for(config: Config, ground: Ground) -> Search:
         course = replace(course, epochs=epochs)
     elif not dropout:  # which would change a boundary each time
         course = kept_while_read(course, epochs=epochs)
+    shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
+    shape = replace(shape, has_flash=has_flash(ground.profile))
     workload = Workload(
         course,
-        LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout),
+        shape,
         step.batches,
         ground.profile,
         ground.library_bytes,

@@ -18,7 +18,7 @@ to be asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import AUTO, CPU, CUDA, DEVICE_TYPES, DeviceKind, in_words, kind_of
 from lopt_edge.system.memory import available_bytes, cap_data_bytes, peak_rss_bytes, ram_bytes, resident_bytes
 from lopt_edge.system.processor import processor_name
@@ -38,7 +39,7 @@ class SideStream(Protocol):
     """A stream of copies beside the computing one. A mark is a point of either stream that has yet to be passed."""
 
     def record_event(self) -> Any:
-        """Put a mark on this stream and return it; its `synchronize()` waits in this thread until the stream is past it."""
+        """Put a mark on this stream and return it: `query()` says whether the stream is past it, `synchronize()` waits."""
 
     def mark_compute(self) -> Any:
         """Put a mark on the computing stream and return it."""
@@ -108,6 +109,9 @@ class Device(Protocol):
 
     def dtype_names(self) -> tuple[str, ...]:
         """The names of the compute dtypes that a run may use on this device."""
+
+    def attention_kernel(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        """The fused kernel (plan/costs/tiles.py) that attention without a mask is to call; None: torch shall choose."""
 
     def made_current(self) -> AbstractContextManager[Any]:
         """A context inside which kernels of other libraries, too, run on this device."""
@@ -193,6 +197,9 @@ class Host:
     def dtype_names(self) -> tuple[str, ...]:
         return ("float32", "bfloat16")
 
+    def attention_kernel(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
     def made_current(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -275,6 +282,13 @@ class Cuda:
     def dtype_names(self) -> tuple[str, ...]:
         return ("float32", "float16", *(["bfloat16"] if self._has_bfloat16() else []))
 
+    def attention_kernel(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Flash attention wants half precision and sm80. Both kernels want heads of whole 16 bytes (AMD's are untested)."""
+        if torch.version.hip or head_dim * dtype.itemsize % 16:
+            return None
+        flash = dtype.itemsize == 2 and head_dim <= FLASH_WIDEST and self._has_bfloat16()
+        return FLASH if flash else EFFICIENT
+
     def _has_bfloat16(self) -> bool:
         with self.made_current():
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -312,10 +326,16 @@ class Cuda:
         return _CudaStream(self.device)
 
     def pin(self, block: Tensor) -> bool:
-        return int(_cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+        with self.made_current():  # a worker's current device is the first one, whose driver context would cost memory
+            if int(_cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0:
+                return True
+            with suppress(RuntimeError):  # the refusal stays behind, and the next launch raises it: let that be this one
+                torch.ones(1, device=self.device)
+        return False
 
     def unpin(self, block: Tensor) -> None:
-        _cudart().cudaHostUnregister(block.data_ptr())
+        with self.made_current():
+            _cudart().cudaHostUnregister(block.data_ptr())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -13,6 +13,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,7 @@ def test_pinned_memory_that_is_refused_falls_back_to_pageable(monkeypatch):
     pool = PinnedPool(torch.device("cuda"))
     driver = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     with pytest.warns(UserWarning, match="pageable"):
         block = pool.take(1000)
     assert block.nbytes == 1000 and pool.pinned_bytes == 0

@@ -425,7 +425,7 @@ def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabulari
         cast = c * (c != stored.itemsize)
         if row := stored.packed_row_bytes:
             n_rows = n_ids if stored.head_resident else min(n_ids, facts.vocab_size)
-            heap.take(0 if stored.head_resident else 8 * n_rows + 8 * n_ids)
+            heap.take(0 if stored.head_resident else 8 * n_rows * (not shape.kind.host_is_below) + 8 * n_ids)
             heap.take(n_rows * (row + facts.hidden_size * c))
             heap.take(0 if stored.head_resident else n_ids * facts.hidden_size * c)
             return
@@ -433,6 +433,6 @@ def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabulari
             heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
             return
         n_unique, in_ram = min(n_ids, facts.vocab_size), not shape.kind.host_is_below
-        heap.take(8 * n_unique + 8 * n_ids)
+        heap.take(8 * n_unique * in_ram + 8 * n_ids)
         heap.take(n_unique * facts.hidden_size * (stored.itemsize + cast if in_ram else c))
         heap.take(n_ids * facts.hidden_size * c)

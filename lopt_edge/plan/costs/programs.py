@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lopt_edge.plan.costs import expert_bytes, module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
+from lopt_edge.plan.costs.tiles import backward_bytes, forward_bytes, heads_at_once
 from quant.sizes import expert_tile
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+BEFORE_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 Product = tuple[float, str]  # a coefficient and letters
 
 
@@ -92,7 +94,7 @@ class Replay:
         in_mlp = {linear.short_name for linear in shape.linears if linear.name.startswith("mlp.")}
         self.lora = frozenset(linear.short_name for linear in shape.linears if shape.saves(linear.short_name))
         self.lora |= {"mlp"} if in_mlp & self.lora else set()
-        self.is_backward = False
+        self.is_backward = self.in_attention = False
         self.alive: dict[str, int] = {}
         self.result = ""  # name of the output
 
@@ -100,11 +102,14 @@ class Replay:
         """Run an op's program. `graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph
         stays to the end."""
         number, tokens, self.is_backward = 0, program(case, op), op.startswith("backward")
+        beside, self.in_attention = self._attention_bytes(masked=" masked" in case), False
         for position, token in enumerate(tokens):
             skipped = token.value and not value
             if token.kind == "+":
                 self.alive[str(number)] = self.heap.take(0 if skipped else self.bytes_of(token.product))
                 number += 1
+                if self.in_attention:
+                    self.heap.touch(beside)
             elif token.kind == "-":
                 stays = token.unless & self.lora or (paged and token.name != "grad" and not token.name.isdigit())
                 if not stays:
@@ -114,6 +119,18 @@ class Replay:
             elif not skipped or token.name == "mlp_forward":
                 after = self._released_next(tokens[position + 1 :]) if token.name.startswith("mlp_backward") else 0
                 self._mark(token, graph=graph, value=not skipped, paged=paged, after=after)
+
+    def _attention_bytes(self, *, masked: bool) -> int:
+        """The bytes that fused attention takes beside its results. The program has no mark for it, so they are taken
+        wherever it may be: between its inputs and the product that follows, and the same way back."""
+        kernel, layer = self.shape.fused_kernel, self.shape.layer
+        if kernel is None or masked or "t" not in self.dimensions:
+            return 0
+        group = layer.n_heads // layer.n_kv_heads
+        sizes = {"group": group, "head_dim": layer.head_dim, "itemsize": self.shape.itemsize}
+        device_type, n_kv_heads = self.shape.device_type, layer.n_kv_heads
+        at_once = heads_at_once(kernel, self._rows, n_kv_heads=n_kv_heads, device_type=device_type, **sizes)
+        return at_once * (backward_bytes if self.is_backward else forward_bytes)(kernel, self._rows, **sizes)
 
     def drop(self, name: str) -> None:
         """Release what lives under this name, if anything does."""
@@ -138,6 +155,10 @@ class Replay:
     def _mark(self, token: Token, *, graph: bool, value: bool, paged: bool, after: int) -> None:
         name, _, of = token.name.partition(":")
         arguments = [self.bytes_of(product) for product in token.arguments]
+        if self.is_backward:
+            self.in_attention = of == "o_proj" and name == "lora_backward"
+        else:
+            self.in_attention = (self.in_attention or of in BEFORE_ATTENTION) and of != "o_proj"
         if of:
             self._linear(name, of)
         elif name.startswith("norm"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
 from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
@@ -19,7 +20,8 @@ class LayerShape:
     """The shape of a layer, of which the programs are functions. `itemsize` is the compute dtype's, `targets` are the
     linear layers with LoRA.
 
-    `mixed`: its weights are mixtures of others' (quant/mixed.py). `layer_kind` says which of the model's kinds of layers.
+    `mixed`: its weights are mixtures of others' (quant/mixed.py). `layer_kind` says which of the model's kinds of layers,
+    `has_flash` whether flash attention runs on the device in half precision.
     """
 
     facts: ModelFacts
@@ -30,6 +32,7 @@ class LayerShape:
     dropout: bool = False
     mixed: bool = False
     layer_kind: int = 0
+    has_flash: bool = True
 
     @property
     def layer(self) -> LayerFacts:
@@ -69,6 +72,13 @@ class LayerShape:
     def attention_kernel(self) -> str:
         """The attention that the layer runs with: torch's scaled_dot_product_attention, or run/model/query_tiles.py."""
         return self.facts.family.attention
+
+    @property
+    def fused_kernel(self) -> str | None:
+        """The kernel by whose name attention without a mask is called; None where torch chooses."""
+        if not self.kind.attention_bytes or self.attention_kernel != "sdpa" or self.layer.delta is not None:
+            return None
+        return FLASH if self.itemsize == 2 and self.has_flash and self.layer.head_dim <= FLASH_WIDEST else EFFICIENT
 
     def saves(self, short_name: str) -> bool:
         """Whether a linear layer keeps its input for the backward."""

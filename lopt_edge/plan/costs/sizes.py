@@ -191,7 +191,8 @@ class Sizes:
             return in_memory * row + rows * facts.hidden_size * c
         stored = self._stored_head.itemsize
         if self.knobs.head == "resident":
-            return facts.vocab_size * facts.hidden_size * stored
+            differs = c != stored or not self.shape.has_flash  # there half precision is float16, most models are bfloat16
+            return facts.vocab_size * facts.hidden_size * stored + rows * facts.hidden_size * c * differs
         cast = c if c != stored or self.shape.kind.host_is_below else 0
         on_device = 0 if self.shape.kind.host_is_below else stored
         return rows * facts.hidden_size * (on_device + cast)
@@ -313,7 +314,8 @@ class Sizes:
     def batch_bytes(self, batch: MicroBatchSize) -> int:
         """The bytes of token ids, supervised positions and targets, and of the positions of real tokens where there is
         padding."""
-        return 8 * batch.n_rows + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
+        ids = 0 if self.shape.kind.host_is_below else 8 * batch.n_rows  # they stay in host memory
+        return ids + 16 * batch.n_supervised + (8 * batch.n_real_most if batch.padded else 0)
 
     def layer_context_bytes(self, batch: MicroBatchSize) -> int:
         """The bytes of positions, rotary tables and masks, which live as long as the micro-batch."""

@@ -38,6 +38,7 @@ class DeviceKind:
 
     vocabulary_chunk: int  # rows of the lm_head multiplied at a time
     score_bytes: int  # of a tile's attention scores in fp32 (run/model/query_tiles.py)
+    attention_bytes: int  # that a fused backward may take beside its gradients (fused_attention.py); 0: torch chooses
     norm_tile_bytes: int  # of a tile's rows in a norm (run/model/tiled.py)
 
     library_bytes: int  # of the process before its first tensor, where they count
@@ -66,6 +67,7 @@ CPU = DeviceKind(
     # and take less: 540, 574, 579, 608 MiB of peak.
     vocabulary_chunk=1024,
     score_bytes=4 * MIB,
+    attention_bytes=0,
     norm_tile_bytes=MIB,  # few enough for the caches
     library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
     context_bytes=0,
@@ -93,6 +95,7 @@ CUDA = DeviceKind(
     watcher="nvidia-smi",
     vocabulary_chunk=8192,  # a GPU wants larger products
     score_bytes=32 * MIB,
+    attention_bytes=256 * MIB,  # of an 8B all heads up to 6,000 tokens; beyond that a part is work enough
     norm_tile_bytes=32 * MIB,  # enough work for a kernel
     library_bytes=0,
     context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)

@@ -137,6 +137,11 @@ def _si(rate: float) -> str:
     return f"{rate:.3g} "
 
 
+def has_flash(profile: DeviceProfile) -> bool:
+    """Whether flash attention runs on the device: on GPUs with bfloat16 units (from NVIDIA's sm80 on)."""
+    return "bfloat16" in profile.attention_by_dtype
+
+
 def profile_of_card(card: Card) -> DeviceProfile:
     """A profile from nominal rates. On an Apple chip lopt-edge computes on the CPU: there the default rates stand in."""
     if card.kind in ("apple", "cpu"):

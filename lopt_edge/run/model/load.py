@@ -115,8 +115,13 @@ class Model:
         if lengths is not None:
             return self._context_of_a_row(hidden_BTD, Sequences(lengths))
         positions = torch.arange(start, start + hidden_BTD.shape[1], device=self.device).unsqueeze(0)
-        arguments = {"config": self.config, "inputs_embeds": hidden_BTD, "attention_mask": None}
-        arguments |= {"past_key_values": cache, "position_ids": positions}
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": hidden_BTD,
+            "attention_mask": None,
+            "past_key_values": cache,
+            "position_ids": None,  # else transformers looks for packed sequences in their values, and a GPU's host waits
+        }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         rotary = self._rotary(hidden_BTD, positions)
         masks = {kind: make[kind](**arguments) for kind in self.facts.attention_types}

@@ -11,7 +11,7 @@ The rule: on the CPU values and gradients are bitwise those of each sequence alo
 it (tests/run/model/test_sequences.py). Except where a sequence is longer than a layer's window and heads share keys: there
 transformers repeats the keys, and sums their gradients in another order.
 
-No dropout, no cache, one row: packed micro-batches have no other. Without sequences transformers' own attention runs.
+No dropout, no cache, one row: packed micro-batches have no other. Without sequences fused_attention.py decides what runs.
 
 Shapes: 1 row, H heads, T tokens of the row, E features of a head; n tokens of a sequence.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lopt_edge.run.device import device_of
+from lopt_edge.run.model import fused_attention
 
 NAME = "lopt_edge_sequences"
 LEAST_CAPABILITY = 8.0  # of a card that has flash attention, which varlen_attn is made of
@@ -82,12 +83,7 @@ def attend(
     `sequences` says what lies in the row: query (1, H, T, E), key and value (1, H / G, T, E). None: no packing.
     """
     if sequences is None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
-        )
-        return found
+        return fused_attention.attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = device_of(query.device)
     if device.kind.computes_on_cores and query.shape[-1] == value.shape[-1]:

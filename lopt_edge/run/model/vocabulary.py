@@ -54,7 +54,7 @@ class Vocabulary:
         matrix is indexed by torch, which checks.)
         """
         if self.matrix_VD is not None:
-            found = self.matrix_VD[ids_N]
+            found = self.matrix_VD[ids_N.to(self.device)]
             return found.to(self.dtype) if self.type is None else self._unpack(found)
         unique, inverse = torch.unique(ids_N.cpu(), return_inverse=True)
         if len(unique) and not (unique[0] >= 0 and unique[-1] < self.n_rows):  # they are sorted
@@ -77,9 +77,6 @@ class Vocabulary:
         """
         for start in range(0, self.n_rows, n_rows):
             count = min(n_rows, self.n_rows - start)
-            if self.matrix_VD is not None and self.type is None:
-                yield start, self.matrix_VD[start : start + count].to(self.dtype)
-                continue
             if self.matrix_VD is not None:
                 yield start, self._in_compute_dtype(self.matrix_VD[start : start + count])
                 continue

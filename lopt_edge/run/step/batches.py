@@ -19,7 +19,8 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch on the device: token ids (B, T), and which positions are supervised; all tensors are int64.
+    """A micro-batch: token ids (B, T) on the host, which reads their rows, and on the device which positions are
+    supervised; all tensors are int64.
 
     `supervised_N` are the flat positions (into B x T) whose next token is a target, `targets_N` those targets, `real_N` the
     flat positions of non-padding tokens (None: no padding). `examples` and `lengths` say which example of the data each row
@@ -69,7 +70,7 @@ def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Seque
     n_tokens = sum(micro_batch.lengths)
     real_N = None if micro_batch.packed else _real_positions(micro_batch.lengths, ids_BT.shape[1])
     return Batch(
-        ids_BT=ids_BT.to(device),
+        ids_BT=ids_BT,
         supervised_N=supervised_N.to(device),
         targets_N=targets_flat[supervised_N].to(device),
         real_N=None if real_N is None else real_N.to(device),

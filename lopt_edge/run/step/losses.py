@@ -55,7 +55,7 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
             (normed_ND @ rows_VD.t()).float()
             for _, rows_VD in model.lm_head.chunks(kind_of(hidden_ND.device.type).vocabulary_chunk)
         ]
-    scores = torch.cat(chunks, dim=1).mul_(form.factor)
+    scores = _scaled(torch.cat(chunks, dim=1), form.factor)
     return scores if form.soft_cap is None else scores.div_(form.soft_cap).tanh_().mul_(form.soft_cap)
 
 
@@ -93,7 +93,7 @@ def online_cross_entropy(
     target_slope_N = torch.ones(n_tokens, 1, dtype=dtype, device=device)
     sum_ND = torch.zeros(normed_ND.shape, dtype=dtype, device=device) if need_grad else None
     for start, rows_VD in lm_head.chunks(kind_of(normed_ND.device.type).vocabulary_chunk):
-        scores_NV = (normed_ND @ rows_VD.t()).float().mul_(form.factor)
+        scores_NV = _scaled((normed_ND @ rows_VD.t()).float(), form.factor)
         slope_NV = None
         if form.soft_cap is not None:
             scores_NV.div_(form.soft_cap).tanh_()
@@ -123,8 +123,13 @@ def online_cross_entropy(
     if sum_ND is None:
         return loss, None
     target_rows_ND = lm_head.rows(targets_N).float()
-    grad_ND = sum_ND.div_(normaliser_N).sub_(target_rows_ND.mul_(target_slope_N)).mul_(form.factor)
+    grad_ND = _scaled(sum_ND.div_(normaliser_N).sub_(target_rows_ND.mul_(target_slope_N)), form.factor)
     return loss, grad_ND.to(normed_ND.dtype)
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor, multiplied in its place; most families have no factor, and logits are large."""
+    return tensor if factor == 1.0 else tensor.mul_(factor)
 
 
 def alignment(hidden_ND: Tensor, teacher_ND: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

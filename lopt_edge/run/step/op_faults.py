@@ -15,9 +15,12 @@ from lopt_edge.errors import LoptError, NotFinite, OutOfMemory, RunError
 from lopt_edge.plan.schedule.ops import Plan
 
 LESS_MEMORY = "lower --max-seq-len or --batch-size, or page more (--weights, --saved-inputs, --optimizer-states)"
-# The last two are oneDNN's words (torch's matrix products on the CPU) where its own workspace is refused.
-REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "CUDA out of memory",
-            "could not create a primitive", "could not create a memory object")  # fmt: skip
+# The third line has oneDNN's words (torch's matrix products on the CPU) where its own workspace is refused, the last those
+# of CUDA's libraries: a kernel's own memory, and a handle's, are not the allocator's to refuse.
+REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate memory",
+            "CUDA out of memory", "HIP out of memory", "CUDA error: out of memory", "HIP error: out of memory",
+            "could not create a primitive", "could not create a memory object",
+            "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")  # fmt: skip
 
 
 def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> RunError:

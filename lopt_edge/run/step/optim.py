@@ -261,9 +261,10 @@ class SegmentOptimizer:
         for group in self.groups.values():
             if group.square_norm is not None:
                 squares.setdefault(group.segment, []).append(group.square_norm)
-        self.norms = {
-            segment: math.sqrt(torch.stack(found).sum().item()) / self.loss_scale for segment, found in squares.items()
-        }
+        if not squares:
+            return
+        sums = torch.stack([torch.stack(found).sum() for found in squares.values()]).cpu().tolist()  # one wait for a GPU
+        self.norms = {segment: math.sqrt(value) / self.loss_scale for segment, value in zip(squares, sums, strict=True)}
         for segment, norm in self.norms.items():
             if not math.isfinite(norm):
                 raise NotFinite(f"the gradient of segment {segment} is not finite; nothing was updated")

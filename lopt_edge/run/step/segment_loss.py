@@ -53,7 +53,9 @@ class SegmentLosses:
     ) -> tuple[Tensor, float]:
         """The gradient (B, T, D) of the segment's loss times `loss_scale`, and the loss before its weight.
 
-        Each tile's loss goes through `check`, as `finite` is one. The gradients of aux heads are accumulated on the way.
+        The loss goes through `check`, as `finite` is one. It is added up on the device and read once, since a GPU's host
+        waits for a number; in float64, where the sum of fp32 numbers has the bits of Python's. The gradients of aux heads
+        are accumulated on the way.
         """
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
@@ -61,19 +63,21 @@ class SegmentLosses:
             grad_BTD, value = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
             return grad_BTD, value / factor
         rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
-        flat_ND, value = output.hidden_BTD.flatten(0, 1), 0.0
+        flat_ND = output.hidden_BTD.flatten(0, 1)
+        total = torch.zeros((), dtype=torch.float64, device=flat_ND.device)
         grad_ND = torch.zeros_like(flat_ND)
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
         for start in range(0, len(positions), output.tile):
             tile_N = positions[start : start + output.tile]
-            grad_ND[tile_N], tile_value = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
-            value += check(tile_value, "local" if output.segment.is_local else "task")
+            grad_ND[tile_N], loss = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
+            total += loss
+        value = check(total.item(), "local" if output.segment.is_local else "task")
         return grad_ND.view_as(output.hidden_BTD), value
 
     def _tile(
         self, output: SegmentOutput, leaf_ND: Tensor, tile_N: Tensor, *, start: int, factor: float
-    ) -> tuple[Tensor, float]:
-        """The gradient (N, D) of a tile, and its loss."""
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient (N, D) of a tile, and its loss (fp32 scalar)."""
         segment = output.segment
         leaf_ND.requires_grad_()
         with torch.enable_grad():
@@ -85,19 +89,20 @@ class SegmentLosses:
                 denominator = output.totals.tokens * self.model.facts.hidden_size
             loss = loss * (1.0 / denominator)
             torch.autograd.backward(loss if factor == 1.0 else loss * factor)
-        return present(leaf_ND.grad), loss.item()
+        return present(leaf_ND.grad), loss.detach()
 
 
 def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
     """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss."""
-    hidden_ND, teacher_ND, value = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1), 0.0
+    hidden_ND, teacher_ND = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
     positions = torch.arange(len(hidden_ND), device=hidden_ND.device) if rows_N is None else rows_N
     for start in range(0, len(positions), output.tile):
         tile_N = positions[start : start + output.tile]
         loss, grad_ND[tile_N] = alignment(hidden_ND[tile_N], teacher_ND[tile_N], scale=scale)
-        value += finite(loss.item(), "alignment")
-    return grad_ND.view_as(output.hidden_BTD), value
+        total += loss
+    return grad_ND.view_as(output.hidden_BTD), finite(total.item(), "alignment")
 
 
 def finite(value: float, which: str) -> float:

@@ -4,8 +4,9 @@ Neither the input nor the output is kept here: the gradient of the input is caug
 gradient of the output is fed in at its end by a seed and belongs to autograd alone from there on (so that it is freed as
 soon as it is used). The graph keeps what autograd saved and nothing else.
 A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one offloaded tensor,
-shared by all tensors that view it. Frozen parameters, LoRA matrices and what all layers share (rotary tables, masks) are
-not the graph's own and stay. `page_out` / `page_in` begin to move all offloaded tensors, `wait` ends that.
+shared by all tensors that view it. Frozen parameters, LoRA matrices, what all layers share (rotary tables, masks) and
+what does not lie on the device are not the graph's own and stay. `page_out` / `page_in` begin to move all offloaded
+tensors, `wait` ends that.
 
 The rule: moving changes no bit. A page that is asked for while it is below raises, it is never fetched silently.
 """
@@ -61,7 +62,7 @@ class LayerGraph:
 
     def __init__(self, mover: Mover, *, movable: bool = False, constants: Iterable[Tensor] = ()) -> None:
         self.mover, self.movable = mover, movable
-        self.constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        self.constants = {tensor.untyped_storage()._cdata for tensor in constants}
         self.pages: dict[int, OffloadedTensor] = {}
         self.input_grad: Tensor | None = None
         self.root: Tensor | None = None
@@ -85,8 +86,9 @@ class LayerGraph:
 
     def _save(self, tensor: Tensor) -> Tensor | View:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if isinstance(tensor, nn.Parameter) or address in self.constants or not tensor.numel():
+        address = storage._cdata  # of the storage itself: an address of bytes is not one where there are none
+        elsewhere = tensor.device.type != self.mover.device.type  # it would come back on the device
+        if isinstance(tensor, nn.Parameter) or address in self.constants or elsewhere or not tensor.numel():
             return tensor
         if address not in self.pages:
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)

@@ -141,9 +141,10 @@ class Weights:
 
     def evict(self, layer: int) -> None:
         """Unbind a fetched layer's weights, and let its buffer be overwritten."""
-        buffer, job, _ = self._taken.pop(layer)
+        buffer, job, event = self._taken.pop(layer)
         if job is not None and not job.done():
             job.exception()  # after a fault elsewhere: never hand out a buffer that is still being written
+        self.mover.before_compute(event)  # the same where no WAIT came: who gets the buffer's memory next computes later
         for module, _, _ in self.layouts[layer].matrices:
             module.weight = None
         self._free.append(buffer)

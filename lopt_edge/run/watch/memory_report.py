@@ -72,8 +72,8 @@ class MemoryMeter:
         seen: set[int] = set()
         for category, tensor in held_tensors(self.executor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen and tensor.device.type == self.device.type:
-                seen.add(storage.data_ptr())
+            if storage._cdata not in seen and tensor.device.type == self.device.type:
+                seen.add(storage._cdata)
                 held[category] = held.get(category, 0) + storage.nbytes()
         held["activations"] = held.get("activations", 0) + max(0, live - sum(held.values()))
         self.rows.append(MeasuredOp(op.text(), held, live))

@@ -250,3 +250,18 @@ def test_recomputation_includes_its_forward_and_paging_holds_to_the_end():
     assert kept <= paged < recomputed
     assert recomputed <= kept + graph.rest + graph.within
     assert backward_within(run, "graph", 1000) == kept + 1000
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3"])
+def test_fused_attention_on_a_gpu_takes_its_workspace(family):
+    """With many heads in a narrow model attention sets the peak, and its backward is counted: flash's less than the
+    memory-efficient kernel's, which a card without bfloat16 units runs; none where torch chooses (the CPU)."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    facts = facts_from_config(tiny_config(family, **heads).to_dict(), where="here")
+
+    def backward(**changes: Any) -> int:
+        shape = LayerShape(facts, 2, 4, facts.linear_names, **changes)
+        return backward_within(LayerRun(shape, 1, 2000, masked=False, first=False), "input", 0)
+
+    on_cpu, flash, efficient = backward(), backward(device_type="cuda"), backward(device_type="cuda", has_flash=False)
+    assert efficient > flash >= on_cpu + 4 * 2000 * 32 * 128, "dq of all heads in fp32 is a part of it"

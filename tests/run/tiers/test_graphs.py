@@ -148,12 +148,12 @@ def test_parameters_and_constants_are_not_paged(mover):
     """Trained or frozen, the layers' own and what all of them share: paging it would free nothing."""
     layer = Layer()
     graph, _ = run_forward(layer, mover, movable=True)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (layer.norm, layer.a, layer.b, layer.table)}
+    own = {tensor.untyped_storage()._cdata for tensor in (layer.norm, layer.a, layer.b, layer.table)}
     assert not own & set(graph.pages)
     unknown = LayerGraph(mover, movable=True)
     with torch.enable_grad(), unknown.recording():
         unknown.end(layer(unknown.begin(HIDDEN, needs_gradient=True)))
-    assert layer.table.untyped_storage().data_ptr() in unknown.pages, "a constant that is not named is a page like others"
+    assert layer.table.untyped_storage()._cdata in unknown.pages, "a constant that is not named is a page like others"
 
 
 def test_a_graph_that_does_not_move_has_no_pages(mover):
