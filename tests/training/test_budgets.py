@@ -54,10 +54,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(data: Path, root: Path, name: str, *more: object) -> list[str]:
-    """`finetune` in two quick steps, large ones and of a high rank, so that a step takes more than saving does."""
+    """`finetune` in two quick steps, large ones and of a high rank, so that a step takes more than saving does.
+
+    A budget may decide whether sequences are packed, which changes bits: here none are."""
     found = ["finetune", "--model", TINY, "--data", data, "--output", root / name, "--cache-dir", root / "cache",
              "--max-seq-len", 256, "--max-steps", 2, "--batch-size", 12, "--grad-accum", 1, "--lora-r", 64,
-             "--device", "cpu", "--compute-dtype", "float32", "--verbose", *more]  # fmt: skip
+             "--device", "cpu", "--compute-dtype", "float32", "--no-packing", "--verbose", *more]  # fmt: skip
     return [str(word) for word in found]
 
 

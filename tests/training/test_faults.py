@@ -13,13 +13,11 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lopt_edge import finetune
 from lopt_edge.config.settings import Config
@@ -293,22 +291,6 @@ def test_with_a_checkpoint_from_before_a_truncated_page_file_costs_one_step(scen
     with pytest.raises(RunError, match=r"step-000002.*lopt-edge resume"):
         finetune(config)
     scene.goes_on(config)
-
-
-def test_pinned_memory_that_is_refused_falls_back_to_pageable(monkeypatch):
-    """The driver's refusal is simulated (there is no GPU here): one warning, plain memory from then on."""
-    from types import SimpleNamespace
-
-    from lopt_edge.run.tiers.pinned import PinnedPool
-
-    pool = PinnedPool(torch.device("cuda"))
-    driver = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda *_: 0)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    with pytest.warns(UserWarning, match="pageable"):
-        block = pool.take(1000)
-    assert block.nbytes == 1000 and pool.pinned_bytes == 0
-    assert pool.take(2000).nbytes == 2000
 
 
 @pytest.mark.long
