@@ -130,7 +130,7 @@ def _attention_cases(family: str, what: str) -> Iterator[Case]:
             for one in (False, True):
                 for heads in HEADS if masked else ("grouped",):  # without a mask attention takes them as they are
                     yield Case(family, dtype, f"{heads}{what}", masked, one)
-                if family in LAYER_TYPES and family in WINDOWED:
+                if family in LAYER_TYPES and (family in WINDOWED or family_of(family).attention != "sdpa"):
                     yield Case(family, dtype, masked=masked, one=one, both=True)
 
 
