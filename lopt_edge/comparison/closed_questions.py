@@ -10,8 +10,6 @@ Not here: answers in other words, and knowledge that training teaches.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 from lopt_edge.comparison.exact_match import questions
 from lopt_edge.config.load import load_config
 from lopt_edge.errors import InputError
+from lopt_edge.system.files import write_json
 
 if TYPE_CHECKING:
     from lopt_edge.adapters.generation import TextGenerator
@@ -81,9 +80,7 @@ def main(words: Sequence[str]) -> None:
     """Count the answers; the words are RUN-FOLDER QUESTIONS RESULT.json [base]."""
     folder, path, target, *rest = words
     found = count_answers(Path(folder), path, of_base=rest == [OF_BASE])
-    partial = Path(f"{target}.partial")
-    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    write_json(Path(target), found)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Not here: other measures than equality, and speed.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ from lopt_edge.data import Conversation, PromptCompletion, detect_format, to_row
 from lopt_edge.data.formats import DataFormat
 from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import InputError
+from lopt_edge.system.files import write_json
 
 if TYPE_CHECKING:
     from lopt_edge.adapters.generation import TextGenerator
@@ -87,9 +86,7 @@ def main(words: Sequence[str]) -> None:
     """Count the matches; the words are RUN-FOLDER DATA-FILE N RESULT.json."""
     folder, path, n_rows, target = words
     found = count_matches(Path(folder), path, int(n_rows))
-    partial = Path(f"{target}.partial")
-    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    write_json(Path(target), found)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import CACHE_VARIABLE, default_cache
-from lopt_edge.units import format_bytes
+from lopt_edge.models.cache import CACHE_VARIABLE, check_room, default_cache
 from quant.folders import remove_stale
 from quant.grouped.places import METHODS, PLACES_NAME
 from quant.headers import FolderError, read_headers
@@ -47,7 +45,8 @@ def folder_in_blocks(source: Path, config: dict[str, Any]) -> Path:
         remove_stale(target)
         if (target / PLACES_NAME).exists():
             return target
-        _check_room(target, sum(entry.n_bytes for entry in entries.values()))
+        n_bytes, fix = sum(entry.n_bytes for entry in entries.values()), f"free space, or set {CACHE_VARIABLE}"
+        check_room(target, n_bytes, what="the copy in blocks", where=str(target.parent), fix=fix)
         lay_out_folder(source, target)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download the folder again, or use another form of it") from None
@@ -57,11 +56,3 @@ def folder_in_blocks(source: Path, config: dict[str, Any]) -> Path:
         what = f"the copy in blocks cannot be written: {error.strerror}"
         raise InputError(what, where=str(default_cache()), fix=f"free space there, or set {CACHE_VARIABLE}") from None
     return target
-
-
-def _check_room(target: Path, n_bytes: int) -> None:
-    existing = next(path for path in target.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < n_bytes:
-        what = f"the copy in blocks needs {format_bytes(n_bytes)}, {format_bytes(free)} are free there"
-        raise InputError(what, where=str(target.parent), fix=f"free space, or set {CACHE_VARIABLE}")

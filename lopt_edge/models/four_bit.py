@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from pathlib import Path
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import default_cache
+from lopt_edge.models.cache import check_room, default_cache
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries, told_untied
-from lopt_edge.units import format_bytes
 from quant.folders import remove_stale, wait_for
 from quant.headers import FolderError, TensorEntry, read_json
 from quant.sizes import DTYPE_BYTES
@@ -56,14 +54,8 @@ def _make_room(model: ModelFolder, target: Path) -> None:
 
     stored = [(entry.name, entry.dtype, entry.shape) for entry in tensor_entries(model.path, model.facts).values()]
     need = sum(prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in four_bit_layout(stored, model.facts.packs))
-    existing = next(path for path in target.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < need:
-        raise InputError(
-            f"the 4-bit copy needs {format_bytes(need)}, {format_bytes(free)} are free there",
-            where=f"cache_dir {target.parent}",
-            fix="free space, or choose another --cache-dir",
-        )
+    fix = "free space, or choose another --cache-dir"
+    check_room(target, need, what="the 4-bit copy", where=f"cache_dir {target.parent}", fix=fix)
 
 
 def four_bit_path(model: ModelFolder, *, cache_dir: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Blocks of GGUF unpacked in torch, on any device: the arithmetic of each type.
+"""Blocks of GGUF, and of our own groups, unpacked in torch, on any device: the arithmetic of each type.
 
 The rule: in fp32 the result equals the `gguf` package's `dequantize` bit for bit (tests/quant/gguf/test_unpack.py), so each
 product and each sum is rounded where it rounds there, and none is fused. The formats are ggml's block structs
@@ -10,11 +10,21 @@ Shapes: n blocks; codes are bytes, `out` (n, elements of a block) is fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quant.gguf.types import ALIGNMENT, CODE_BITS, GROUPED, SCALE_BYTES, TABLE_BYTES, TABLES_BYTES, TYPES, scratch_bytes
+from quant.gguf.types import (
+    ALIGNMENT,
+    BLOCK_TYPES,
+    CODE_BITS,
+    GROUPED,
+    SCALE_BYTES,
+    TABLE_BYTES,
+    TABLES_BYTES,
+    scratch_bytes,
+)
 
 # IQ4_NL and IQ4_XS: ggml's kvalues_iq4nl. MXFP4: twice the values of the OCP format E2M1; its scale is half as large.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -73,10 +83,7 @@ Unpack = Callable[[Tensor, Tensor, Scratch], None]
 
 def unpack_blocks(type_name: str, blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
     """Unpack blocks (n, bytes of a block) into `out` (n, elements of a block), fp32."""
-    if type_name in GROUPED:
-        _unpack_grouped(type_name, blocks, out, scratch)
-    else:
-        UNPACK[type_name](blocks, out, scratch)
+    UNPACK[type_name](blocks, out, scratch)
 
 
 def _unpack_grouped(type_name: str, blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
@@ -276,4 +283,5 @@ UNPACK: dict[str, Unpack] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k,
     "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
-assert set(UNPACK) == {name for name, one in TYPES.items() if not one.is_plain}
+UNPACK |= {name: partial(_unpack_grouped, name) for name in GROUPED}
+assert set(UNPACK) == {name for name, one in BLOCK_TYPES.items() if not one.is_plain}

@@ -1,4 +1,4 @@
-"""A weight matrix in the blocks of a GGUF file: where it lies there, and unpacking it, or some of its rows or columns.
+"""A weight matrix in blocks, of a GGUF file or of our own: where it lies, and unpacking it, or some of its rows or columns.
 
 The blocks stay as they are in the file. The rule: one chunk is unpacked at a time, in the scratch buffer that all matrices
 of a model share, so nothing is allocated here; in fp32 the result is that of the `gguf` package bit for bit, in half
