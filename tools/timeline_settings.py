@@ -18,6 +18,7 @@ import torch
 
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
+from lopt_edge.objectives import OBJECTIVES
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import Timeline, timeline
@@ -28,7 +29,7 @@ from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
-from tests.laws.bench import Bench, in_a_row, make_bench, random_batch
+from tests.laws.bench import Bench, as_choices, in_a_row, make_bench, random_batch
 from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
 from tools.tiny_quantised import write_quantised
@@ -60,6 +61,7 @@ class Setting:
     has_flash: bool = True  # of that device
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
+    objective: str = ""  # of preferences; of pairs each micro-batch has an even number of sequences
 
 
 DENSE = [name for name in FAMILIES if family_of(name).experts is None]  # of which a number draws one
@@ -279,6 +281,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
     ]  # quick, for moments alone
     batches = [_batch(setting, lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
+    if setting.objective:
+        bench.executor.losses.objective = OBJECTIVES[setting.objective]
+        short, batches = ([as_choices(batch, setting.objective) for batch in some] for some in (short, batches))
     lengths = [length for batch in batches for length in batch.lengths]
     cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
     teacher = FeatureCache(_new(folder / "teacher"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)

@@ -94,6 +94,16 @@ def test_predicted_bytes_of_other_methods_are_the_tracked_ones(tmp_path, number,
     check(method_setting(number, method, kind, **options), tmp_path)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_predicted_bytes_of_preferences_are_the_tracked_ones(tmp_path, objective):
+    """Padded pairs of which one is longer than a tile, and labelled rows in one row."""
+    lengths = ((90, 41, 70, 66), (33, 12)) if objective == "dpo" else ((60, 41, 17),)
+    setting = random_setting(1)
+    knobs = replace(setting.knobs, token_tile=48, gradients="device", apply="step")
+    setting = replace(setting, objective=objective, lengths=lengths, knobs=knobs, packed=objective == "kto")
+    check(replace(setting, family="llama", method="e2e", num_segments=1, targets=None), tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(400, 560, 10))
 def test_predicted_bytes_of_more_runs(tmp_path, first):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lopt_edge.errors import NotFinite, PeerLost
+from lopt_edge.objectives import Objective
 from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
@@ -38,7 +39,8 @@ from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
-from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
+from lopt_edge.run.step.preference_loss import add_measured, measured_means
+from lopt_edge.run.step.segment_loss import SegmentGradient, SegmentLosses, SegmentOutput, aligned, finite
 from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
@@ -64,9 +66,10 @@ class Executor:
         averages: Averages | None = None,
         cascade_weight: float = 1.0,
         loss_scale: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.losses = SegmentLosses(model, heads, local_weight=local_weight)
+        self.losses = SegmentLosses(model, heads, local_weight=local_weight, objective=objective)
         self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
         self.mover = optimizer.mover
         self.observers: list[Observer] = []
@@ -321,15 +324,18 @@ class Executor:
         segment = state.plan.segments[op.target]
         if segment.has_head:
             self._accept(state, ("aux", op.target))
-        state.grad_BTD, value = self._gradient(state, op, segment)
-        state.losses[op.target] += value
+        found = self._gradient(state, op, segment)
+        state.grad_BTD = found.grad_BTD
+        state.losses[op.target] += found.loss
+        add_measured(state.losses, found.measured)
+        del found
         state.target_BTD = None
         if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
         if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
 
-    def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, float]:
+    def _gradient(self, state: StepState, op: Op, segment: Segment) -> SegmentGradient:
         """The gradient and the loss of a segment; in a function of its own, so that nothing in it lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
 
@@ -413,6 +419,7 @@ class Executor:
             grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
             align_loss=state.losses.get(ALIGNED),
+            choices=measured_means(state.losses, self.losses.objective),
         )
 
     def _exchange(self, state: StepState, link: Link) -> None:
