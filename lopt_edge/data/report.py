@@ -64,7 +64,8 @@ def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_example
     shown = dataset.examples[: max(n_examples, 2 * dataset.together)]  # two pairs, where there are pairs
     if shown:
         legend = Text("\nThe first examples; ")
-        legend.append(f"{OPEN}what the model learns to write{CLOSE}", style="green").append(" is marked:")
+        what = "the replies that are compared" if dataset.labels else "what the model learns to write"
+        legend.append(f"{OPEN}{what}{CLOSE}", style="green").append(f" {'are' if dataset.labels else 'is'} marked:")
         parts.append(legend)
     for index, example in enumerate(shown):
         label = f"{_label(dataset, index)}, " if dataset.labels else ""

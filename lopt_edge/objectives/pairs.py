@@ -15,7 +15,7 @@ ORPO (arXiv 2403.07691, eqs. 4 to 7), without a reference; m = s / n is the mean
     odds = e^m / (1 - e^m);     z = log odds_w - log odds_l;     loss = -s_w / T - lambda log sigmoid(z) / N
     reward = lambda m
 The paper's likelihood is of the chosen reply given the prompt, so the prompt's tokens are no targets here; TRL's trainer
-counts them (trl/experimental/orpo, read at 1.0).
+counts them (trl/experimental/orpo, read at 1.16).
 
 All three differentiate by hand; d log sigmoid(z) / dz = sigmoid(-z).
 """

@@ -25,7 +25,7 @@ class Choices:
     """The preferences among a micro-batch's sequences, an entry for each: whether it is preferred, its supervised tokens,
     and its summed log-probability under the reference (none where the objective reads none).
 
-    `together` sequences in a row are a pair, the preferred one first. `baseline` is of the whole window (objectives/kto).
+    `together` sequences in a row are a pair, the preferred one first. `baseline` is of the whole window (KTO).
     """
 
     preferred: tuple[bool, ...]

@@ -40,8 +40,17 @@ from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.step.preference_loss import add_measured, measured_means
-from lopt_edge.run.step.segment_loss import SegmentGradient, SegmentLosses, SegmentOutput, aligned, finite
-from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, present, segments_of
+from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
+from lopt_edge.run.step.step_state import (
+    ALIGNED,
+    Cut,
+    Rates,
+    SegmentGradient,
+    StepResult,
+    StepState,
+    present,
+    segments_of,
+)
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor

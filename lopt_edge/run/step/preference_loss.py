@@ -16,7 +16,6 @@ and taken up again, and the one big batch come to the same. Shapes: B sequences,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,19 +26,10 @@ from lopt_edge.objectives.objective import Window as ChoiceTotals
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Choices, Totals
 from lopt_edge.run.step.losses import task_loss
-from lopt_edge.run.step.step_state import FIRST_MEASURED, present
+from lopt_edge.run.step.step_state import FIRST_MEASURED, SegmentGradient, present
 
 SHOWN = ("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy", "logps_chosen", "logps_rejected")
 MEASURED = ("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", "n_chosen", "n_rejected", "n_right")
-
-
-@dataclass(frozen=True, eq=False)
-class ChoiceGradient:
-    """The gradient (B, T, D), the loss, and the sums of what is measured, by the names of `MEASURED`."""
-
-    grad_BTD: Tensor
-    loss: float
-    measured: Mapping[str, float]
 
 
 def choice_gradient(
@@ -52,7 +42,7 @@ def choice_gradient(
     tile: int,
     loss_scale: float,
     check: Callable[[float, str], float],
-) -> ChoiceGradient:
+) -> SegmentGradient:
     """The gradient of a micro-batch's part of the objective times `loss_scale`; the loss goes through `check`."""
     flat_ND, share = hidden_BTD.flatten(0, 1), 1.0 / max(1, totals.supervised)
     grad_ND = torch.zeros_like(flat_ND)
@@ -69,7 +59,7 @@ def choice_gradient(
     loss = check(judged.loss, "task")
     for place, slope in zip(batch.places, judged.slopes, strict=True):
         grad_ND[place].mul_(-slope / share)
-    return ChoiceGradient(grad_ND.view_as(hidden_BTD), loss, measured(scored, judged, choices.together))
+    return SegmentGradient(grad_ND.view_as(hidden_BTD), loss, measured(scored, judged, choices.together))
 
 
 def _tile(model: Model, leaf_ND: Tensor, targets_N: Tensor, *, scale: float, each_N: Tensor) -> Tensor:

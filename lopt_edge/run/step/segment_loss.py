@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
 from lopt_edge.run.step.preference_loss import choice_gradient
-from lopt_edge.run.step.step_state import present
+from lopt_edge.run.step.step_state import SegmentGradient, present
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,6 @@ class SegmentOutput:
     target_BTD: Tensor | None
     teacher_BTD: Tensor | None
     tile: int
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentGradient:
-    """The gradient (B, T, D) of a segment's loss, the loss before its weight, and what is measured of preferences
-    (sums)."""
-
-    grad_BTD: Tensor
-    loss: float
-    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 class SegmentLosses:
@@ -79,7 +69,7 @@ class SegmentLosses:
         are accumulated on the way.
         """
         if output.segment.loss == "task" and self.objective is not None:
-            found = choice_gradient(
+            return choice_gradient(
                 self.model,
                 self.objective,
                 output.hidden_BTD,
@@ -89,7 +79,6 @@ class SegmentLosses:
                 loss_scale=loss_scale,
                 check=check,
             )
-            return SegmentGradient(found.grad_BTD, found.loss, found.measured)
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":

@@ -45,6 +45,16 @@ class StepResult:
 
 
 @dataclass(frozen=True, eq=False)
+class SegmentGradient:
+    """The gradient (B, T, D) of a segment's loss, the loss before its weight, and the sums of what is measured of
+    preferences, by name."""
+
+    grad_BTD: Tensor
+    loss: float
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Cut:
     """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
 

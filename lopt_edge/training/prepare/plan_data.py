@@ -50,7 +50,15 @@ class PlannedData:
 
         config, workload = asked.config, asked.search.workload
         order = (config.batch_size, config.grad_accum)
-        return duration(config, workload, found.chosen.knobs, train=self.train, evaluated=self.evaluated, order=order)
+        return duration(
+            config,
+            workload,
+            found.chosen.knobs,
+            train=self.train,
+            evaluated=self.evaluated,
+            order=order,
+            mismatched=self.mismatched,
+        )
 
     def words(self, expected: Duration | None) -> Iterator[str]:
         """The sentences on how long the run takes, or why that is not known."""

@@ -41,8 +41,15 @@ def six_facts(inputs: Inputs) -> list[Fact]:
 def run_duration(inputs: Inputs) -> Duration:
     """The predicted duration of the run on its own data."""
     evaluated = list(inputs.evaluated.values())
+    beside = list(inputs.mismatched.values())
     return duration(
-        inputs.config, inputs.workload, inputs.knobs, train=inputs.train, evaluated=evaluated, order=inputs.order
+        inputs.config,
+        inputs.workload,
+        inputs.knobs,
+        train=inputs.train,
+        evaluated=evaluated,
+        order=inputs.order,
+        mismatched=beside,
     )
 
 
