@@ -70,11 +70,7 @@ def find_model(name: str, *, revision: str | None = None, tokenizer: str | None 
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
     where, given = str(path / "config.json"), path
     if is_grouped(config):
-        unpacked = facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
-        if any(kind.experts for kind in unpacked.kinds):
-            method = config["quantization_config"]["quant_method"]
-            fix = "use the full-precision model: its experts are packed in 4 bits, one by one"
-            raise InputError(f"experts in {method} form are not supported yet", where=where, fix=fix)
+        facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
         path = folder_in_blocks(path, config)
         config = read_config(path / "config.json")
     facts = _of_its_weights(facts_from_config(config, where=where), path)
@@ -99,8 +95,8 @@ def _of_its_weights(facts: ModelFacts, folder: Path) -> ModelFacts:
     """The facts, with what the weights' names decide. What cannot be read of them is reported where it is needed."""
     if (entries := gguf_entries(folder)) is not None:
         return facts_of_gguf(facts, entries, where=str(folder))
-    if (folder / PLACES_NAME).exists():
-        entries = tensor_entries(folder)
+    if facts.forms is not None or (folder / PLACES_NAME).exists():
+        entries = tensor_entries(folder, facts)
         return facts_of_gguf(facts.of_checkpoint(entries), entries, where=str(folder))
     if not facts.tied and not facts.wrapper:
         return facts
