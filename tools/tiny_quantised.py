@@ -46,7 +46,8 @@ def write_quantised(source: Path, target: Path, form: str, *, seed: int = 0) -> 
     config = json.loads((target / "config.json").read_text())
     spec = dict(FORMS[form])
     tensors, values = load_file(target / "model.safetensors"), {}
-    for name in [one for one in tensors if ".layers." in one and tensors[one].ndim == 2]:
+    inside = [one for one in tensors if ".layers." in one and tensors[one].ndim == 2]
+    for name in [one for one in inside if not one.endswith(".mlp.gate.weight")]:  # a router is left out, as published
         matrix = name.removesuffix(".weight")
         parts, values[name] = _WRITERS[spec["quant_method"]](tensors.pop(name), spec, generator)
         tensors |= {f"{matrix}.{part}": tensor.contiguous() for part, tensor in parts.items()}
