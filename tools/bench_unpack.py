@@ -20,8 +20,8 @@ import torch
 from quant.gguf.types import BLOCK_TYPES, TYPES
 from quant.gguf.unpack import Scratch, new_scratch
 from quant.gguf.weight import GgufWeight
-from quant.mxfp4 import KIND as MXFP4
-from quant.mxfp4 import Mxfp4Weight
+from quant.mxfp4.stacks import KIND as MXFP4
+from quant.mxfp4.weight import Mxfp4Weight
 from quant.nf4 import pack
 from quant.packed import Packed
 

@@ -39,7 +39,8 @@ from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import PackedLinear
 from quant.mixed import Mixture
-from quant.mxfp4 import is_mxfp4, read_mxfp4
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import read_mxfp4
 from quant.nf4 import unpack_into
 from quant.shards import write_sharded
 from quant.sizes import DTYPE_BYTES

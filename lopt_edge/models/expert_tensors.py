@@ -14,7 +14,7 @@ from math import prod
 from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from quant.headers import FolderError, TensorEntry
-from quant.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, cut_stacks
+from quant.mxfp4.stacks import BLOCKS_SUFFIX, SCALES_SUFFIX, cut_stacks
 
 
 def by_expert(entries: Mapping[str, TensorEntry], facts: ModelFacts) -> dict[str, TensorEntry]:

@@ -5,7 +5,7 @@ and numbers are those of ggml (ggml.h, `enum ggml_type`, and the block structs o
 takes its temporaries out of one scratch buffer that a model has once (`scratch_bytes`), whatever the type, so that a plan
 needs no byte formula a type. Types that we do not unpack are named here too, so that a refusal can name them.
 
-`SPLIT` is no block type: a matrix in two tensors, which files other than GGUF's have (quant/mxfp4.py).
+`SPLIT` is no block type: a matrix in two tensors, which files other than GGUF's have (quant/mxfp4).
 
 `GROUPED` are blocks of our own, for what other formats (GPTQ, AWQ, compressed-tensors, FP8) have as matrices of codes,
 scales and zero points (quant/grouped): a group of a row with its scale before it. No GGUF file has them.

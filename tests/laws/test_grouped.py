@@ -47,8 +47,12 @@ def make(folder: Path, form: str, **changes: object) -> tuple[Path, dict[str, Te
 @pytest.mark.parametrize("form", FORMS)
 def test_every_matrix_is_what_its_format_says(tmp_path, form):
     folder, values = make(tmp_path, form, num_hidden_layers=1)
-    found = find_model(str(folder))
-    assert found.name == str(folder) and found.facts.quantised
+    told, root = list[str](), tmp_path / "cache"
+    before = find_model(str(folder), lay_out=False, say=told.append)
+    assert not told and not root.exists(), "a plan reads headers, and writes nothing"
+    found = find_model(str(folder), say=told.append)
+    assert len(told) == 1 and str(found.path) in told[0] and before.facts == found.facts
+    assert found.name == before.name == str(folder) and found.facts.quantised
     entries = tensor_entries(found.path)
     scratch = new_scratch(CPU)
     for name, expected in values.items():
@@ -144,6 +148,10 @@ def test_what_cannot_be_read_is_refused(tmp_path, form, change, words, command):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))
+    for lay_out in (False, True):
+        with pytest.raises(InputError) as refusal:
+            find_model(str(folder), lay_out=lay_out, say=lambda text: None)
+        assert words in str(refusal.value)
     code, _, told = command("plan", "--model", folder)
     assert code == 2 and words in " ".join(told.split()), told
 
@@ -188,11 +196,12 @@ def test_experts_in_several_forms_are_refused(tmp_path):
         facts_of_gguf(found.facts, entries, where="here")
 
 
-def test_act_order_out_of_order_is_refused(tmp_path, command):
+def test_act_order_out_of_order_is_refused(tmp_path):
     folder, _ = make(tmp_path, "gptq-4", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     name = next(one for one in tensors if one.endswith("g_idx"))
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, folder / "model.safetensors")
-    code, _, told = command("plan", "--model", folder)
-    assert code == 2 and "act-order" in told and name.removesuffix(".g_idx") in " ".join(told.split())
+    with pytest.raises(InputError, match="act-order") as refusal:
+        find_model(str(folder), say=lambda text: None)
+    assert name.removesuffix(".g_idx") in str(refusal.value)

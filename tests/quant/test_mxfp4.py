@@ -12,7 +12,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from quant.gguf.types import CPU_CHUNK
 from quant.gguf.unpack import Scratch, new_scratch
 from quant.headers import FolderError, read_headers
-from quant.mxfp4 import SCALES, Mxfp4Weight, cut_stacks, mxfp4_on_disk, read_mxfp4
+from quant.mxfp4.stacks import SCALES, cut_stacks
+from quant.mxfp4.weight import Mxfp4Weight, mxfp4_on_disk, read_mxfp4
 
 CPU = torch.device("cpu")
 NAMES = [f"experts.{number}.down_proj.weight" for number in range(3)]

@@ -41,7 +41,8 @@ from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.gguf.weight import gguf_layout, read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
-from quant.mxfp4 import is_mxfp4, mxfp4_on_disk
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import mxfp4_on_disk
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
 

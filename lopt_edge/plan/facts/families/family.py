@@ -101,7 +101,7 @@ class Experts:
     it can have an adapter. `full_weights`: the router gives the experts' weights in fp32, whatever the compute dtype.
     `transposed`: a stack has its matrices, one in each, as (in, out). `biases`: the names in transformers' module of the
     experts of what is added to their products, a tensor for all of them; `router_bias`: the router adds something, too.
-    `in_mxfp4`: there are folders with NAME_blocks and NAME_scales in the place of each stack (quant/mxfp4.py).
+    `in_mxfp4`: there are folders with NAME_blocks and NAME_scales in the place of each stack (quant/mxfp4).
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
