@@ -1,11 +1,11 @@
 """Processes of the tests that start warm: forked off one that has imported torch and transformers, and nothing of ours.
 
 These imports take six seconds of a core in each process that trains, and the suite starts a hundred of them. `Popen` is
-subprocess' own, but that a command `[sys.executable, "-c", CODE, *words]` or `[sys.executable, FILE, *words]` is not
-executed anew: a nursery, one for a pytest worker, forks a process that takes the command's words, environment, folder and
-streams, imports our packages from where PYTHONPATH says, and runs the code as `__main__`. It is a child of the caller (who
-takes orphans, PR_SET_CHILD_SUBREAPER), so its exit code, its signals and its end are what they are of any other. Each has a
-nursery of its own, so what it starts is warm, too.
+subprocess' own, but that a command of Python with a file, `-c CODE` or `-m MODULE` is not executed anew: a nursery, one for
+a pytest worker, forks a process that takes the command's words, environment, folder and streams, imports our packages from
+where PYTHONPATH says, and runs the code as `__main__`. It is a child of the caller (who takes orphans,
+PR_SET_CHILD_SUBREAPER), so its exit code, its signals and its end are what they are of any other. Each has a nursery of its
+own, so what it starts is warm, too.
 
 Not for what is measured or read at start: peak memory, seconds, the environment that Python, or huggingface_hub when it is
 imported, reads. Elsewhere than on Linux, and for any other command, the process is executed as usual.
@@ -150,11 +150,16 @@ def become(request: dict[str, Any]) -> tuple[str, str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     first, *words = request["words"]
-    code, file, folder = words[0], "<string>", ""
-    if first != "-c":
+    file, folder = first, os.path.dirname(os.path.abspath(first))
+    if first in ("-c", "-m"):
+        code, *words = words
+        file, folder = "<string>", ""
+        if first == "-m":
+            code = f"import runpy; runpy.run_module({code!r}, run_name='__main__', alter_sys=True)"
+    else:
         with open(first, encoding="utf-8") as source:
-            code, file, folder = source.read(), first, os.path.dirname(os.path.abspath(first))
-    sys.argv[:] = [first, *(words[1:] if first == "-c" else words)]
+            code = source.read()
+    sys.argv[:] = [first, *words]
     sys.path[:0] = [folder, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     import torch
 

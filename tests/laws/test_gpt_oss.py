@@ -89,7 +89,7 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, number):
     check(replace(random_setting(number, family=FAMILY), form="mxfp4", targets=None), tmp_path)
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_run_and_its_merged_model(tmp_path):
     """Two steps on the published folder; what is merged onto it is read by transformers, in the published stacks."""
     write_mxfp4(make_model(tmp_path / "source", FAMILY), tmp_path / "published")
