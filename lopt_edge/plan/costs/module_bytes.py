@@ -192,6 +192,10 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
     c, head_dim = shape.itemsize, shape.layer.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
+        if shape.facts.family.sinks:  # in a column of their own
+            heap.touch(2 * group * n * (m + 1) * c)  # scores, and their softmax
+            heap.touch(group * n * (m + 1 + head_dim) * c)
+            continue
         heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
         heap.touch((scores + group * n * head_dim) * c)
 
@@ -204,6 +208,11 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
         heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
         for n, m, group in _tile_sizes(shape, n_tokens, window):
             scores, product = group * n * m, m * head_dim * c
+            if shape.facts.family.sinks:
+                whole = group * n * (m + 1) * c
+                heap.touch(3 * whole)  # softmax, its gradient, that of the scores
+                heap.touch(whole + max(product, group * n * head_dim * c))
+                continue
             heap.touch(scores * (2 * c + 4 * cast + 4))  # tanh, scores, in fp32, and their softmax
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients

@@ -166,7 +166,7 @@ class Costs:
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
+            profile.unpack_rate / (1.0 if forms is None else sizes.shape.facts.unpack_times),
             profile.op_overhead_seconds,
         )
 

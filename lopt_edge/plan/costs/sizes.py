@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import BLOCK_TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
 from quant.sizes import BLOCK_FEATURES, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -131,10 +131,10 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
-                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+                n_matrices * sum(_aligned(n_bytes) for n_bytes in parts_bytes(form, matrix))
+                for form, matrix, n_matrices in facts.stored_matrices(layer)
             )
-            for layer, blocks in enumerate(facts.forms.layers)
+            for layer in range(facts.n_layers)
         )
 
     def _bytes_at(self, *places: str) -> list[int]:

@@ -38,9 +38,11 @@ from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
 from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
-from quant.gguf.weight import gguf_layout
+from quant.gguf.weight import gguf_layout, read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import mxfp4_on_disk
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
 
@@ -346,6 +348,8 @@ def _weight(
     found: Packed | Tensor | None = None
     if is_packed(entries, name):
         on_disk = packed_on_disk(entries, name)
+    elif is_mxfp4(entries, name):
+        on_disk = mxfp4_on_disk(entries, name)
     elif model.facts.forms is not None:
         on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
@@ -382,7 +386,8 @@ def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBu
     n_each, matrices = len(facts.stored), [matrix for _, matrix in named]
     by_expert = [matrices[start : start + n_each] for start in range(0, len(matrices), n_each)]
     gate = cast(Gate, own._apply_gate)  # transformers': the activation, and what a family does beside it
-    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer))
+    biases = {name: own.get_parameter(name) for name in facts.biases}  # read with the layer's other small tensors
+    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer, biases=biases))
     return named
 
 
@@ -433,7 +438,8 @@ def fill_parameters(
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        value = read_tensor(_entry(entries, prefix + stored(name), tuple(tensor.shape))).to(device=device, dtype=dtype)
+        value = read_gguf(_entry(entries, prefix + stored(name), tuple(tensor.shape)))  # a router may lie in blocks
+        value = value.to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         found = nn.Parameter(value, requires_grad=False) if name in parameters else value
         setattr(module.get_submodule(owner), leaf, found)
