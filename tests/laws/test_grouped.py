@@ -109,7 +109,7 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, number, form):
     check(replace(setting, family="qwen3", changes=changes, form=form, targets=None), tmp_path)
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_run_names_the_folder_and_its_merged_model_is_whole(tmp_path):
     write_quantised(make_model(tmp_path / "source"), tmp_path / "quantised", "awq")
     config = make_config(tmp_path / "quantised", tmp_path, method="e2e", max_steps=2)
