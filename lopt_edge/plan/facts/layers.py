@@ -66,6 +66,7 @@ class ExpertFacts:
 
     `module` is transformers' module of the layer that has them, `renames` what its names begin with there and in
     checkpoints, `stored` the names of the matrices, {} for the number. `full_weights`: those of a token's experts are fp32.
+    `biases`: the names in the experts' module of what is added to the products, in the order of the matrices.
     """
 
     count: int
@@ -76,6 +77,7 @@ class ExpertFacts:
     renames: tuple[tuple[str, str], ...]
     stored: tuple[str, ...]
     full_weights: bool
+    biases: tuple[str, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor of the layer."""
@@ -187,13 +189,15 @@ def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type:
         family.scalars + family.norms * known["hidden_size"] + sum(linear.out_features for linear in linears if linear.bias)
     )
     if experts is not None:
-        small += experts.count * experts.hidden  # the router
+        small += experts.count * (experts.hidden + bool(family.experts and family.experts.router_bias))  # the router
+        small += experts.count * sum(rows for rows, _ in experts.shapes if experts.biases)
     if delta is not None:
         small += delta.small_elements
     elif family.qk_norm == "head":
         small += 2 * head_dim
     elif family.qk_norm == "projection":
         small += sizes["q"] + sizes["kv"]
+    small += n_heads * family.sinks
     return LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, delta, experts)
 
 
@@ -221,7 +225,7 @@ def _experts(known: Mapping[str, Any], family: Experts | None, layer: int, where
     if active > count:
         raise InputError(f"{family.active[0]} {active} is more than the {count} experts", where=where)
     names = family.module, family.renames, family.stored
-    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights)
+    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights, family.biases)
 
 
 def _first(known: Mapping[str, Any], keys: tuple[str, ...], where: str, *, most: int) -> int:

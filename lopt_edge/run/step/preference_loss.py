@@ -41,9 +41,11 @@ def choice_gradient(
     *,
     tile: int,
     loss_scale: float,
-    check: Callable[[float, str], float],
 ) -> SegmentGradient:
-    """The gradient of a micro-batch's part of the objective times `loss_scale`; the loss goes through `check`."""
+    """The gradient of a micro-batch's part of the objective times `loss_scale`, its loss, and what is measured of it.
+
+    The formula is the host's, so a GPU's host waits for the sums once a micro-batch.
+    """
     flat_ND, share = hidden_BTD.flatten(0, 1), 1.0 / max(1, totals.supervised)
     grad_ND = torch.zeros_like(flat_ND)
     losses_N = torch.empty(batch.n_supervised, dtype=torch.float32, device=flat_ND.device)
@@ -56,7 +58,7 @@ def choice_gradient(
     choices = present(batch.choices)
     scored = scored_sequences(choices, sequence_sums(losses_N, choices.n_targets))
     judged = objective.judged(scored, present(totals.window))
-    loss = check(judged.loss, "task")
+    loss = torch.tensor(judged.loss, dtype=torch.float64, device=flat_ND.device)
     for place, slope in zip(batch.places, judged.slopes, strict=True):
         grad_ND[place].mul_(-slope / share)
     return SegmentGradient(grad_ND.view_as(hidden_BTD), loss, measured(scored, judged, choices.together))
