@@ -186,6 +186,7 @@ def predict(
     evaluated = evaluating = 0
     if evaluation is not None:
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.layer_context_bytes(evaluation) + sizes.batch_bytes(evaluation)
+        passing += sizes.all_keys_bytes(evaluation)
         most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
         evaluating = max(most, sizes.loss_within(evaluation, task=True))
         evaluated = steady + passing + evaluating + sizes.intact_bytes

@@ -22,7 +22,7 @@ from lopt_edge.plan.costs.layer_bytes import (
 )
 from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import KEPT, LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
@@ -92,8 +92,8 @@ def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of everything that a run has, by arithmetic. `vocabulary_itemsize` is that of the stored embedding and
-    lm_head. `evaluates`: the run has held-out data.
+    """The bytes of everything that a run has. `vocabulary_itemsize` is that of the stored embedding and lm_head.
+    `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
     weights of their own, but mixing coefficients. Of the layers before `closed` neither moments nor gradients are there any
@@ -157,7 +157,8 @@ class Sizes:
         """The bytes of norms, biases and the like of all layers, which are always resident."""
         facts = self.shape.facts
         here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
-        return (sum(layer.small_elements for layer in here) + facts.hidden_size) * self.shape.itemsize
+        norms = facts.hidden_size + (facts.own_inputs.width if facts.own_inputs else 0)
+        return (sum(layer.small_elements for layer in here) + norms) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -175,7 +176,7 @@ class Sizes:
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
-            found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
+            found.append(3 * min(BLOCK_FEATURES, max(one.layer.inner for one in kinds)) * facts.hidden_size)
         return max(found) * shape.itemsize
 
     @property
@@ -301,8 +302,7 @@ class Sizes:
 
     @property
     def intact_bytes(self) -> int:
-        """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
-        intact."""
+        """The bytes of the buffers through which the weights of layers come that will be replaced."""
         return min(2, len(self.replaced)) * max((self.bytes_of_layers[layer] for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
@@ -336,7 +336,8 @@ class Sizes:
         hidden = self.hidden_bytes(batch)
         cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
         one = batch.longest * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
-        return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
+        again = hidden if self.shape.facts.own_inputs else 0  # embeddings, for the context in the making as in EMBED
+        return max(hidden + one, self._embed(batch)[0] + again if reads else 0)
 
     def align_within(self, batch: MicroBatchSize) -> int:
         """The most bytes within ALIGN: the gradient, and of a tile both sides, in fp32 where they are not, and their
@@ -400,6 +401,22 @@ class Sizes:
             tile=self.knobs.token_tile,
         )
 
+    # keys and values that layers share ---------------------------------------------------------------------------------
+
+    def keys_bytes(self, batch: MicroBatchSize, layer: int) -> int:
+        """The bytes of the keys and values of a layer, where later layers attend to them; else 0."""
+        one = self.shape.facts.layer(layer)
+        return 2 * batch.n_rows * one.n_kv_heads * one.head_dim * self.shape.itemsize * (one.keys == KEPT)
+
+    def all_keys_bytes(self, batch: MicroBatchSize) -> int:
+        """The bytes of all of them."""
+        return sum(self.keys_bytes(batch, layer) for layer in range(self.shape.facts.n_layers))
+
+    def key_gradient_bytes(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
+        """The bytes of the gradients that a layer's backward gives to another's keys and values; 0 if none."""
+        source = self.shape.facts.source_of.get(layer)
+        return self.keys_bytes(batch, source) if source is not None and source in segment.reached else 0
+
     # layers ----------------------------------------------------------------------------------------------------------
 
     def forward_within(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
@@ -429,4 +446,5 @@ class Sizes:
             first,
             shape.window(kind, batch.longest, in_a_row=bool(lengths)),
             lengths,
+            shape.facts.gives_back(layer, segment.reached),
         )

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
-from lopt_edge.plan.facts.layers import ExpertFacts, LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import ExpertFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
 from lopt_edge.run.model import query_tiles, sequences
-from lopt_edge.run.model.delta_net import DeltaNet
+from lopt_edge.run.model.context import LayerContext
+from lopt_edge.run.model.in_place import block_mlp, put_delta_net, tile_norms
+from lopt_edge.run.model.own_inputs import OwnInputs
 from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -37,30 +39,11 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
 from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
-from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.gguf.weight import gguf_layout
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
-
-
-@dataclass(eq=False)
-class LayerContext:
-    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type.
-
-    `sequences`: what lies in the one row, by layer type; empty where each sequence has a row of its own.
-    """
-
-    position_ids_1T: Tensor
-    rotary: dict[str, tuple[Tensor, Tensor]]
-    masks: dict[str, Tensor | None]
-    sequences: dict[str, Sequences]
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that all layers share, so that no layer's graph owns them."""
-        tables = [table for pair in self.rotary.values() for table in pair]
-        return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
 
 
 class FarLayers(Protocol):
@@ -92,6 +75,7 @@ class Model:
     here: tuple[int, ...] = ()  # the layers that this process has
     far: FarLayers | None = None  # where the others are
     scratch: Tensor | None = None  # in which GGUF blocks are unpacked
+    own_inputs: OwnInputs | None = None
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -103,12 +87,31 @@ class Model:
         return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
     def layer_context(
-        self, hidden_BTD: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Any = None, start: int = 0
+        self,
+        hidden_BTD: Tensor,
+        ids_BT: Tensor | None = None,
+        *,
+        embedded: bool = True,
+        lengths: tuple[int, ...] | None = None,
+        cache: Any = None,
+        start: int = 0,
     ) -> LayerContext:
-        """The context of positions start .. start + T - 1; a mask is None where the kernel's own causal mask does.
+        """The context of tokens at positions start .. start + T - 1; `embedded`: the hidden states are their embeddings.
+        Some models' layers are told of the tokens anew, by their ids.
+
+        `lengths`: of several sequences in one row; positions restart at each, and attention makes its own masks.
+        """
+        context = self._positions(hidden_BTD, lengths=lengths, cache=cache, start=start)
+        if self.own_inputs is not None:
+            assert ids_BT is not None
+            embedded_BTD = hidden_BTD if embedded else self.embed(ids_BT)
+            context.own_inputs_BTLP = self.own_inputs.of(ids_BT, embedded_BTD)
+        return context
+
+    def _positions(self, hidden_BTD: Tensor, *, lengths: tuple[int, ...] | None, cache: Any, start: int) -> LayerContext:
+        """The positions, rotary tables and masks; a mask is None where the kernel's own causal mask does.
 
         Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
-        `lengths`: of several sequences in one row; positions restart at each, and attention makes its own masks.
         """
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -148,8 +151,15 @@ class Model:
             past_key_values=cache,
             use_cache=cache is not None,
             **({"sequences": frame.sequences[kind]} if frame.sequences else {}),
+            **self._beside(layer, frame),
         )
         return output[0] if isinstance(output, tuple) else output
+
+    def _beside(self, layer: int, frame: LayerContext) -> dict[str, Any]:
+        """What only some families' layers are called with: a token's own input, others' keys and values."""
+        own = frame.own_inputs_BTLP
+        found: dict[str, Any] = {} if own is None else {"per_layer_input": own[:, :, layer]}
+        return found | ({"shared_kv_states": frame.keys} if self.facts.key_sources else {})
 
     def run_all(
         self, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None, layers: Sequence[int] | None = None
@@ -213,10 +223,10 @@ def load_model(
             layouts[index] = lay_out(matrices)
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
-            _tile_norms(layer)
+            tile_norms(layer)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
-            _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
+            block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
@@ -300,6 +310,9 @@ def make_skeleton(
         raise _unusable(folder, error) from None
     try:
         fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
+        if facts.own_inputs is not None:
+            norm = skeleton.per_layer_projection_norm
+            fill_parameters(norm, layout.own_inputs.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
 
@@ -308,6 +321,11 @@ def make_skeleton(
     def vocabulary(name: str, *, resident: bool) -> Vocabulary:
         return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
 
+    own: OwnInputs | None = None
+    if facts.own_inputs is not None:
+        table, matrix = (vocabulary(name, resident=False) for name in layout.own_inputs[:2])
+        norm = TokenTiled(skeleton.per_layer_projection_norm)
+        own = OwnInputs(table, matrix, norm, facts.n_layers, facts.own_inputs.width)
     return Model(
         facts=facts,
         config=config,
@@ -321,6 +339,7 @@ def make_skeleton(
         clock=DropoutClock(),
         mover=mover or Mover(device),
         here=tuple(range(facts.n_layers)),
+        own_inputs=own,
     )
 
 
@@ -384,36 +403,6 @@ def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBu
     gate = cast(Gate, own._apply_gate)  # transformers': the activation, and what a family does beside it
     layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer))
     return named
-
-
-def _tile_norms(layer: nn.Module) -> None:
-    """Put every norm of a layer into a `TokenTiled`."""
-    for name, module in list(layer.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            layer.set_submodule(name, TokenTiled(module))
-
-
-def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
-    """Put a `DeltaNet` in the place of the family's gated delta rule."""
-    name = facts.linears[0].name.rpartition(".")[0]
-    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
-
-
-def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
-    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
-
-    `block_elements`: quantisation block of each packed linear layer, by the module's id.
-    """
-    mlp: Any = getattr(layer, "mlp", None)
-    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    parts = [part for part in found if isinstance(part, PackedLinear)]
-    sizes = dict(block_elements)
-    for part in parts:
-        if part.weight is not None and not isinstance(part.weight, Tensor):
-            sizes[id(part)] = part.weight.block_elements
-    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
-        gate, up, down = parts
-        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
 
 
 def fill_parameters(

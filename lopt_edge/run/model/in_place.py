@@ -1,0 +1,47 @@
+"""Modules of ours put in the place of transformers' own, in a layer whose linear layers are packed already.
+
+The rule: what is put there computes the same (its own file says how closely), keeps less, and is a module that the planner
+has a formula for. What is not met here stays as transformers has it. No weight is read here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lopt_edge.plan.facts.layers import LayerFacts
+from lopt_edge.run.model.delta_net import DeltaNet
+from lopt_edge.run.model.tiled import TokenTiled
+from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.linear import PackedLinear
+
+
+def tile_norms(layer: nn.Module) -> None:
+    """Put every norm of a layer into a `TokenTiled`."""
+    for name, module in list(layer.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            layer.set_submodule(name, TokenTiled(module))
+
+
+def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
+    """Put a `DeltaNet` in the place of the family's gated delta rule."""
+    name = facts.linears[0].name.rpartition(".")[0]
+    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
+
+
+def block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
+    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
+
+    `block_elements`: quantisation block of each packed linear layer, by the module's id.
+    """
+    mlp: Any = getattr(layer, "mlp", None)
+    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    parts = [part for part in found if isinstance(part, PackedLinear)]
+    sizes = dict(block_elements)
+    for part in parts:
+        if part.weight is not None and not isinstance(part.weight, Tensor):
+            sizes[id(part)] = part.weight.block_elements
+    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
+        gate, up, down = parts
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
