@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import hypothesis
 import pytest
+
+from tests import warm
 
 hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine gives no seconds
 hypothesis.settings.load_profile("ours")
@@ -127,6 +130,14 @@ def forked_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = divergence.subprocess
     monkeypatch.setattr(divergence, "subprocess", SimpleNamespace(Popen=Forked, PIPE=real.PIPE))
+
+
+@pytest.fixture(scope="module")
+def warm_children() -> Iterator[None]:
+    """The processes that a module starts with Python code, or that ours start for it, begin warm (tests/warm.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", warm.Popen)
+        yield
 
 
 @pytest.fixture

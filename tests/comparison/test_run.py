@@ -39,6 +39,8 @@ from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import four_bit_folder
 from tools.tiny_runs import make_model, write_rows
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 FAKE = """
 import json, sys, yaml
 from pathlib import Path

@@ -40,9 +40,12 @@ from lopt_edge.run.step.batches import as_message, from_message
 from lopt_edge.run.step.step_state import StepResult
 from lopt_edge.run.watch.memory_report import MemoryMeter
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS
+from tests import warm
 from tests.laws.bench import Bench, make_bench, random_batch
 from tests.plan.plans import make_knobs, make_segments
 from tools.tiny_runs import log_of, make_config, make_model
+
+pytestmark = pytest.mark.usefixtures("warm_children")
 
 BATCHES = [random_batch((11, 7), seed=1), random_batch((9, 9), seed=2)]
 PAGED = {"weights": "disk", "activations": "page", "saved_inputs": "disk", "optimizer_states": "disk", "gradients": "disk"}
@@ -259,9 +262,7 @@ def one_process(model, tmp_path_factory) -> Config:
 
 
 def no_children() -> bool:
-    return not [
-        child for child in psutil.Process().children() if "lopt_edge.training.pipeline.worker" in " ".join(child.cmdline())
-    ]
+    return not [child for child in psutil.Process().children() if child.name() == warm.CHILD.decode()]
 
 
 def test_a_run_and_its_checkpoints_are_those_of_one_process(model, one_process, tmp_path):
@@ -294,9 +295,7 @@ def when_steps(config: Config, n: int, act: Callable[[], None]) -> threading.Thr
 
 
 def worker() -> psutil.Process:
-    return next(
-        child for child in psutil.Process().children() if "lopt_edge.training.pipeline.worker" in " ".join(child.cmdline())
-    )
+    return next(child for child in psutil.Process().children() if child.name() == warm.CHILD.decode())
 
 
 def test_a_killed_process_ends_the_run_with_a_checkpoint_and_so_does_sigterm(model, tmp_path):

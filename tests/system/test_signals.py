@@ -31,6 +31,8 @@ from lopt_edge.training.prepare import read as preparation
 from lopt_edge.training.session import loaded, saving, session
 from tools.tiny_runs import make_config, make_model
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 PHASES: dict[str, tuple[Any, str, str]] = {
     "reading": (preparation, "load_dataset", "interrupted by"),
     "quantising": (loaded, "four_bit_folder", "nothing was trained yet; go on with: lopt-edge resume"),

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools.draw_architecture import circles, levels, picture, reduced, room_graph
+
+pytestmark = pytest.mark.usefixtures("warm_children")
 
 ROOT = Path(__file__).parents[2]
 FILES = {

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-llama"
 

@@ -15,6 +15,8 @@ import pytest
 from lopt_edge.data import load_dataset
 from lopt_edge.models.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 

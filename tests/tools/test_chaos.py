@@ -25,6 +25,8 @@ from lopt_edge.run.model.lora import ADAPTER_NAME
 from lopt_edge.system.files import write_json
 from lopt_edge.training.checkpoint.folder import CHECKPOINTS, MANIFEST, STATE, name_of, new_checkpoint
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = {"kills": 5, "in-checkpoint": 1, "in-pages": 1, "in-loading": 1, "steps": 4}
 

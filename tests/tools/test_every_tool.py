@@ -13,6 +13,8 @@ import torch
 from lopt_edge.models.folder import check_weights, find_model, tensor_entries
 from tools.tiny_models import make_folder
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 @pytest.fixture
 def bench(run_tool) -> Callable[..., tuple[int, str, str, list[dict[str, str]]]]:

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 ROOT = Path(__file__).parents[2]
 OLD = "ratio,seconds_ratio,within_budget,error\n1.05,0.9,yes,\n1.08,,yes,\n,,no,exit code 1\n"
 

@@ -22,6 +22,8 @@ from lopt_edge.plan.methods import METHODS, option_classes, owners_of
 from lopt_edge.plan.methods.method import Options
 from tools.tiny_runs import make_config, make_model, metrics_of
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 PACKAGE = Path(lopt_edge.__file__).parent
 TOY = '''"""Toy: the first `--toy-layers` layers rest, and the others learn the task on every other step only."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import lopt_edge
@@ -19,6 +20,8 @@ from lopt_edge.plan.schedule.effects import COMPUTE, EFFECTS, ITEMS, Kind, effec
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.validate import _RULES
 from tools.tiny_runs import make_config, make_model
+
+pytestmark = pytest.mark.usefixtures("warm_children")
 
 PACKAGE = Path(lopt_edge.__file__).parent
 ROW = """    (Kind.TOY, ""): Effect(
