@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
@@ -85,51 +84,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(end.value.code or 0), captured.out, captured.err
 
     return call
-
-
-@pytest.fixture
-def forked_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that reads a merged folder through transformers is forked off this one, which has imported all that it
-    needs: 0.2 s instead of 6. It runs the same program; tests/adapters/test_export.py starts the real one as well."""
-    from lopt_edge.adapters import divergence, read_merged
-
-    class Forked:
-        """As much of subprocess.Popen as the caller takes."""
-
-        def __init__(self, command: list[str], *, stderr: Any, **_: Any) -> None:
-            assert command[1:] == ["-m", read_merged.__name__]
-            asked, answered = os.pipe(), os.pipe()
-            self.pid = os.fork()
-            if self.pid == 0:
-                code = 1
-                try:
-                    for number, source in enumerate((asked[0], answered[1], stderr.fileno())):
-                        os.dup2(source, number)
-                    os.close(asked[1])
-                    sys.stdin, sys.stderr = os.fdopen(0), os.fdopen(2, "w", buffering=1)
-                    read_merged.main()
-                    code = 0
-                except BaseException as error:
-                    os.write(2, f"{type(error).__name__}: {error}".encode())
-                finally:
-                    os._exit(code)
-            os.close(asked[0])
-            os.close(answered[1])
-            self.stdin, self.stdout = os.fdopen(asked[1], "wb"), os.fdopen(answered[0], "rb")
-
-        def kill(self) -> None:
-            if self.pid:
-                os.kill(self.pid, signal.SIGKILL)
-
-        def wait(self) -> int:
-            if self.pid:
-                self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                self.pid = 0
-                self.stdout.close()
-            return self.code
-
-    real = divergence.subprocess
-    monkeypatch.setattr(divergence, "subprocess", SimpleNamespace(Popen=Forked, PIPE=real.PIPE))
 
 
 @pytest.fixture(scope="module")

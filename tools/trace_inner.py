@@ -12,7 +12,7 @@ from trace_step import DELTA_SIZES, Case, Trace, has_dense
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import LINEAR
 from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
-from quant.experts import ExpertGradients, backward_tile, forward_tile
+from quant.experts import Expert, ExpertGradients, backward_tile, forward_tile
 from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import tiny_config
 
@@ -56,21 +56,25 @@ def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
     layer = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model.layers[0]
     gate = next(module for module in layer.modules() if hasattr(module, "_apply_gate"))._apply_gate
     (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
-    matrices = (torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype))
-    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
     record = family_of(case.family).experts
+    sizes_of_biases = (2 * i, d) if record is not None and record.biases else ()
+    biases = (torch.zeros(size, dtype=dtype) for size in sizes_of_biases)
+    expert = Expert(torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype), *biases)
+    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
     full = record is not None and record.full_weights
     weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
     sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
     trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
     with log:
-        log.watch([*matrices, x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP])
+        log.watch(
+            [*(tensor for tensor in expert if tensor is not None), x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP]
+        )
         for name in EXPERT_OPS:
             log.events.clear()
             if name == "experts_forward":
                 with torch.no_grad():
-                    forward_tile(gate, matrices, (x, weights), places, y_ND=y)
+                    forward_tile(gate, expert, (x, weights), places, y_ND=y)
             else:
-                backward_tile(gate, matrices, (x, weights, g), places, sums=sums)
+                backward_tile(gate, expert, (x, weights, g), places, sums=sums)
             trace.spans[name] = list(log.events)
     return trace

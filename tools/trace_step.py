@@ -36,8 +36,8 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.delta_net import DeltaCore
-from lopt_edge.run.model.in_place import put_delta_net
 from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.placed import put_delta_net
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead

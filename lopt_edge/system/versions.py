@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.metadata import version
 
 PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -9,4 +10,10 @@ PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safet
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that matter to a run, by name."""
-    return {name: version(name) for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@lru_cache
+def _version(name: str) -> str:
+    """Read once: a package's metadata take 10 ms to parse, and a run asks five times."""
+    return version(name)

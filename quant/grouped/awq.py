@@ -16,17 +16,7 @@ from torch import Tensor
 from quant.grouped.laid_out import Grouped, unpacked_words
 from quant.headers import FolderError
 
-SUFFIX = "qweight"
-PARTS = ("qweight", "qzeros", "scales")
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of outputs 0 to 7 among the codes of a word
-
-
-def check(config: dict[str, Any]) -> str:
-    """What of a quantization_config cannot be read here; "" if all can."""
-    if config.get("bits", config.get("w_bit", 4)) != 4:
-        return f"bits is {str(config.get('bits'))[:20]!r}, known is 4"
-    version = str(config.get("version", "gemm")).lower()
-    return "" if version == "gemm" else f"version {version[:40]!r} is not known (gemm)"
 
 
 def read(part: Callable[[str], Tensor | None], config: dict[str, Any], *, where: str) -> Grouped:

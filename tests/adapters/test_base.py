@@ -69,7 +69,7 @@ def test_a_base_that_is_not_there(run, tmp_path, command, base):
     assert code == 0 and "warning" not in told
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_base_that_moved_is_given(run, tmp_path):
     config, adapter = run
     moved, said = shutil.copytree(config.model, tmp_path / "moved"), list[str]()

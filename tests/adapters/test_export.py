@@ -20,6 +20,8 @@ from lopt_edge.adapters.probe import PROBE_TEXT
 from lopt_edge.errors import RunError
 from tools.tiny_runs import REPLIES, make_config, make_model, write_rows
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 USED = "{% for message in messages %}<bos>{{ message['role'] }}: {{ message['content'] }}<end>\n{% endfor %}" \
        "{% if add_generation_prompt %}<bos>assistant: {% endif %}"  # fmt: skip
 
@@ -87,7 +89,6 @@ def test_a_merged_folder_is_the_base_with_what_was_trained(base, run, tmp_path):
     assert told["mean_kl"] == found.divergence.mean_kl > 0 and told["n_tokens"] == found.divergence.n_tokens > 20
 
 
-@pytest.mark.usefixtures("forked_reader")
 def test_the_divergence_is_told_with_what_to_do(run, tmp_path, command, monkeypatch):
     monkeypatch.setattr("lopt_edge.adapters.merge.LARGE_KL", 1e-12)
     for onto, dtype, advice in (
@@ -106,7 +107,6 @@ def test_the_divergence_is_told_with_what_to_do(run, tmp_path, command, monkeypa
 
 
 @pytest.mark.parametrize("case", ["another data file", "no data file", "no run.json", "no held-out rows"])
-@pytest.mark.usefixtures("forked_reader")
 def test_without_held_out_rows_a_fixed_text_is_read_and_why_is_told(run, tmp_path, case):
     adapter = shutil.copytree(run.output, tmp_path / "adapter")
     told = json.loads((adapter / "run.json").read_text())

@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_an_adapter(models, tmp_path):
     assert all(not torch.equal(moved[name], before[name]) for name in before)
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_rslora_adapter_of_peft_goes_on_as_it_is(models, tmp_path, stop_in):
     """peft makes it, we train on from it (stopped and resumed), peft loads the result: alpha / sqrt(r) all the way."""
     base = AutoModelForCausalLM.from_pretrained(models["float32"])

@@ -209,7 +209,7 @@ def our_model(config: Any) -> Any:
     ).model
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_the_exported_model_gives_our_logits(run, tmp_path):
     mine = our_logits(our_model(run), IDS)
     merged = export(run.output, merged=tmp_path / "merged", onto="dequantized", dtype="float32", cache_dir=run.cache_dir)

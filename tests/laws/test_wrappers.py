@@ -125,7 +125,7 @@ def test_peft_puts_the_adapter_on_the_published_class(runs, name):
 
 
 @pytest.mark.parametrize(("name", "onto"), [*zip(WRAPPERS, cycle(["original", "dequantized"]), strict=False)])
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_merged_folder_keeps_the_rest(runs, tmp_path, name, onto):
     """Each wrapper onto one base, in turn: where its tensors lie and what they are made of do not know of each other."""
     config = runs[name]

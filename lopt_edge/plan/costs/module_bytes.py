@@ -19,16 +19,15 @@ from lopt_edge.plan.costs.tiles import _tile, _tile_queries
 from lopt_edge.plan.facts.layers import LinearFacts
 from quant.sizes import (
     BLOCK_ELEMENTS,
-    BLOCK_FEATURES,
     DELTA_CHUNK,
     DELTA_STATES_APART,
     UNPACK_CHUNK,
+    adds_apart,
     rows_at_once,
-    token_tile,
 )
 
 if TYPE_CHECKING:
-    from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+    from lopt_edge.plan.costs.shape import LayerShape
 
 
 class Heap:
@@ -119,17 +118,17 @@ def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int
 def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int, *, need_x: bool) -> None:
     """Take what LoRA adds to a backward once dx is there: dA and dB."""
     c, r, n_in, n_out = shape.itemsize, shape.rank, linear.in_features, linear.out_features
-    cast = c != 4
+    cast, apart = c != 4, adds_apart(itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
     with heap.call():
         if shape.dropout:
             heap.take(2 * n_rows * n_in * c)  # the mask, and the dropped input
         heap.take(n_in * r * c if cast else 0)
         heap.touch(n_out * r * c * cast + n_rows * r * c)
         heap.take(n_rows * r * c)  # g B^T
-        heap.touch(n_in * r * c + n_in * r * 4 * cast)
+        heap.touch(n_in * r * (c + 4) * apart)
         heap.take(n_in * r * 4)  # dA
-        heap.touch(n_rows * r * c + n_out * r * c)
-        heap.touch(n_out * r * c + n_out * r * 4 * cast)
+        heap.touch(n_rows * r * c + n_out * r * (c if apart else 4))
+        heap.touch(n_out * r * (c + 4) * apart)
         heap.take(n_out * r * 4)  # dB
         if shape.dropout and need_x:
             heap.take(n_rows * n_in * c)
@@ -192,6 +191,10 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
     c, head_dim = shape.itemsize, shape.layer.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
+        if shape.facts.family.sinks:  # in a column of their own
+            heap.touch(2 * group * n * (m + 1) * c)  # scores, and their softmax
+            heap.touch(group * n * (m + 1 + head_dim) * c)
+            continue
         heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
         heap.touch((scores + group * n * head_dim) * c)
 
@@ -204,6 +207,11 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
         heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
         for n, m, group in _tile_sizes(shape, n_tokens, window):
             scores, product = group * n * m, m * head_dim * c
+            if shape.facts.family.sinks:
+                whole = group * n * (m + 1) * c
+                heap.touch(3 * whole)  # softmax, its gradient, that of the scores
+                heap.touch(whole + max(product, group * n * head_dim * c))
+                continue
             heap.touch(scores * (2 * c + 4 * cast + 4))  # tanh, scores, in fp32, and their softmax
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
@@ -263,8 +271,10 @@ class _Pass:
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
         self.hidden, self.on_cpu = shape.facts.hidden_size, shape.kind.computes_on_cores
-        self.width = min(BLOCK_FEATURES, shape.layer.inner)
-        self.tile = min(token_tile(on_cpu=self.on_cpu), n_rows)
+        self.width = min(shape.pieces.features, shape.layer.inner)
+        self.tile = min(shape.pieces.tokens, n_rows)
+        self.is_whole = self.width == shape.layer.inner
+        self.apart = adds_apart(itemsize=self.c, on_cpu=self.on_cpu)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
         for linear in self.linears if shape.facts.forms is None else ():
@@ -300,12 +310,14 @@ def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
         run = _Pass(heap, shape, n_rows)
         c, hidden, down_rank = run.c, run.hidden, run.ranks[2]
         cast = c != 4
-        heap.take(n_rows * hidden * 4 + n_rows * down_rank * 4)
+        heap.take(n_rows * (hidden + down_rank) * (c if run.is_whole else 4))
         run.weights()
         inner = run.tile * run.width * c
-        heap.touch(2 * inner)
-        heap.touch(inner + run.tile * max(hidden * cast, down_rank) * c)
-        heap.touch(n_rows * (down_rank + hidden) * c if cast and down_rank else 0)
+        heap.touch((3 if shape.pieces.joined else 2) * inner)
+        if run.is_whole:
+            return
+        heap.touch(inner + run.tile * max(hidden, down_rank) * c * run.apart)
+        heap.touch(n_rows * (down_rank * cast + hidden * run.apart) * c if down_rank else 0)
         heap.touch(n_rows * hidden * c if cast else 0)
 
 
@@ -321,15 +333,15 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
         run.weights()
         inner = run.tile * run.width * c
         heap.touch(6 * inner)
-        heap.touch(4 * inner + max(run.tile, run.width) * down_rank * c)
-        heap.touch(
-            2 * inner + max(max(run.tile, run.width) * max(gate_rank, up_rank), run.tile * hidden * (need_x and cast)) * c
-        )
+        with_factors = 5 if shape.pieces.joined else 4  # gate and up go together, or gate before up
+        most = max(run.tile, run.width)
+        heap.touch(with_factors * inner + most * down_rank * c * run.apart)
+        heap.touch(2 * inner + max(most * max(gate_rank, up_rank), run.tile * hidden * need_x) * c * run.apart)
         low = n_rows * max(gate_rank, up_rank) * c if cast else 0
         earlier = low if gate_rank and up_rank else 0  # the loop's variable
-        heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * (need_x and cast)) * c)
+        heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * need_x) * c * run.apart)
         heap.take(low)
-        heap.touch((n_rows * cast + hidden) * down_rank * c)
+        heap.touch((n_rows * cast + hidden * run.apart) * down_rank * c)
         heap.touch(n_rows * hidden * c if need_x and cast else 0)
 
 
@@ -412,36 +424,3 @@ def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: 
             run.backward(heap, gate, need_x=x_trains)
             heap.free(inner)
             heap.touch(2 * x * x_trains)
-
-
-# run/model/vocabulary.py
-# -----------------------------------------------------------------------------------------------------
-
-
-def gather_rows(
-    heap: Heap,
-    shape: LayerShape,
-    n_ids: int,
-    *,
-    stored: Vocabularies,
-    n_columns: int | None = None,
-    n_known: int | None = None,
-) -> None:
-    """Take what reading rows by id needs, each id its own row at worst: of the embedding, or of a table of `n_known` rows
-    of `n_columns`."""
-    c, width, n_known = shape.itemsize, n_columns or shape.facts.hidden_size, n_known or shape.facts.vocab_size
-    with heap.call():
-        cast = c * (c != stored.itemsize)
-        if row := stored.packed_row_bytes:
-            n_rows = n_ids if stored.head_resident else min(n_ids, n_known)
-            heap.take(0 if stored.head_resident else 8 * n_rows * (not shape.kind.host_is_below) + 8 * n_ids)
-            heap.take(n_rows * (row + width * c))
-            heap.take(0 if stored.head_resident else n_ids * width * c)
-            return
-        if stored.head_resident:
-            heap.take(n_ids * width * (stored.itemsize + cast))
-            return
-        n_unique, in_ram = min(n_ids, n_known), not shape.kind.host_is_below
-        heap.take(8 * n_unique * in_ram + 8 * n_ids)
-        heap.take(n_unique * width * (stored.itemsize + cast if in_ram else c))
-        heap.take(n_ids * width * c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lopt_edge.plan.costs.module_bytes import gather_rows
+from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.programs import Replay

@@ -16,6 +16,7 @@ from lopt_edge.plan.costs import expert_bytes, module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
 from lopt_edge.plan.costs.tiles import backward_bytes, forward_bytes, heads_at_once
+from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
 from quant.sizes import expert_tile
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Replay:
         elif name.startswith("experts"):
             self._experts(name)
         elif name == "gather" and self.stored:
-            module_bytes.gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
+            gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
         elif self.shape.blocked:
             self._blocked_mlp(name, value=value)
         else:
@@ -202,6 +203,10 @@ class Replay:
     def norm(self, name: str, n_rows: int, width: int) -> None:
         """Take what a norm needs: it works on a tile of rows at a time (run/model/tiled.py)."""
         tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
+        if self.shape.kind.fuses_norms and self.shape.facts.family.plain_norms:
+            n_values = (n_rows > tile) + (name == "norm_backward")  # a tile's result, and the norm again
+            self.heap.touch(min(tile, n_rows) * (4 + n_values * width * self.shape.itemsize))
+            return
         inside = Replay(self.shape, {"n": min(tile, n_rows), "d": width})
         inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize), name)
         self.heap.touch(inside.heap.peak)

@@ -22,14 +22,14 @@ from lopt_edge.plan.costs.layer_bytes import (
 )
 from lopt_edge.plan.costs.module_bytes import mixed_elements
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
-from lopt_edge.plan.facts.layers import KEPT, LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import BLOCK_TYPES, scratch_bytes
-from quant.sizes import BLOCK_FEATURES, packed_sizes
+from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
+from quant.sizes import MlpPieces, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
 MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
@@ -85,6 +85,12 @@ def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
     return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
 
 
+@lru_cache(maxsize=64)
+def _in_pieces(shape: LayerShape, pieces: MlpPieces) -> LayerShape:
+    """The shape with these pieces, the same object each time: a search compares shapes a million times."""
+    return shape if pieces == shape.pieces else replace(shape, pieces=pieces)
+
+
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
     """The most that so many bytes take of a page file in so many pieces: each is rounded up to a grain."""
     return (ceil(n_bytes / DISK_GRAIN) + n_pieces - 1) * DISK_GRAIN
@@ -131,10 +137,10 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
-                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+                n_matrices * sum(_aligned(n_bytes) for n_bytes in parts_bytes(form, matrix))
+                for form, matrix, n_matrices in facts.stored_matrices(layer)
             )
-            for layer, blocks in enumerate(facts.forms.layers)
+            for layer in range(facts.n_layers)
         )
 
     def _bytes_at(self, *places: str) -> list[int]:
@@ -176,7 +182,7 @@ class Sizes:
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
-            found.append(3 * min(BLOCK_FEATURES, max(one.layer.inner for one in kinds)) * facts.hidden_size)
+            found.append(3 * min(self.knobs.mlp_block, max(one.layer.inner for one in kinds)) * facts.hidden_size)
         return max(found) * shape.itemsize
 
     @property
@@ -401,22 +407,6 @@ class Sizes:
             tile=self.knobs.token_tile,
         )
 
-    # keys and values that layers share ---------------------------------------------------------------------------------
-
-    def keys_bytes(self, batch: MicroBatchSize, layer: int) -> int:
-        """The bytes of the keys and values of a layer, where later layers attend to them; else 0."""
-        one = self.shape.facts.layer(layer)
-        return 2 * batch.n_rows * one.n_kv_heads * one.head_dim * self.shape.itemsize * (one.keys == KEPT)
-
-    def all_keys_bytes(self, batch: MicroBatchSize) -> int:
-        """The bytes of all of them."""
-        return sum(self.keys_bytes(batch, layer) for layer in range(self.shape.facts.n_layers))
-
-    def key_gradient_bytes(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
-        """The bytes of the gradients that a layer's backward gives to another's keys and values; 0 if none."""
-        source = self.shape.facts.source_of.get(layer)
-        return self.keys_bytes(batch, source) if source is not None and source in segment.reached else 0
-
     # layers ----------------------------------------------------------------------------------------------------------
 
     def forward_within(self, batch: MicroBatchSize, layer: int, segment: Segment) -> int:
@@ -431,8 +421,13 @@ class Sizes:
         """The most bytes within a layer's backward, in which `fresh` bytes of gradients are made."""
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
+    @cached_property
+    def in_pieces(self) -> LayerShape:
+        """The shape with the pieces in which its MLP runs."""
+        return _in_pieces(self.shape, mlp_pieces(self.knobs, self.shape.device_type))
+
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.shape.of_layer(layer)
+        shape = self.in_pieces.of_layer(layer)
         shape = shape if segment.loss != "none" else replace(shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+from lopt_edge.plan.costs.key_bytes import key_gradient_bytes, keys_bytes
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
 from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
@@ -129,8 +130,8 @@ class _Replay:
             "hidden": lambda op: sizes.hidden_bytes(batch_of[op.micro_batch]),
             "layer context": lambda op: sizes.layer_context_bytes(batch_of[op.micro_batch]),
             "graph": self._graph_bytes,
-            "keys": lambda op: sizes.keys_bytes(batch_of[op.micro_batch], op.target),
-            "key gradients": lambda op: sizes.key_gradient_bytes(batch_of[op.micro_batch], op.target, plan.scope(op)),
+            "keys": lambda op: keys_bytes(sizes, batch_of[op.micro_batch], op.target),
+            "key gradients": lambda op: key_gradient_bytes(sizes, batch_of[op.micro_batch], op.target, plan.scope(op)),
             "states": lambda op: sizes.states_bytes(op.group),
             "gradients": lambda op: sizes.group_bytes(op.group),
         }  # fmt: skip

@@ -66,6 +66,7 @@ class ExpertFacts:
 
     `module` is transformers' module of the layer that has them, `renames` what its names begin with there and in
     checkpoints, `stored` the names of the matrices, {} for the number. `full_weights`: those of a token's experts are fp32.
+    `biases`: the names in the experts' module of what is added to the products, in the order of the matrices.
     """
 
     count: int
@@ -76,6 +77,7 @@ class ExpertFacts:
     renames: tuple[tuple[str, str], ...]
     stored: tuple[str, ...]
     full_weights: bool
+    biases: tuple[str, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor of the layer."""
@@ -211,13 +213,15 @@ def layer_kind(
     )
     small += known["hidden_size"] * bool(own_input)  # the norm behind what it is told
     if experts is not None:
-        small += experts.count * experts.hidden  # the router
+        small += experts.count * (experts.hidden + bool(family.experts and family.experts.router_bias))  # the router
+        small += experts.count * sum(rows for rows, _ in experts.shapes if experts.biases)
     if delta is not None:
         small += delta.small_elements
     elif family.qk_norm == "head":
         small += (1 if keys == SHARED else 2) * head_dim
     elif family.qk_norm == "projection":
         small += sizes["q"] + sizes["kv"]
+    small += n_heads * family.sinks
     found = LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, inner, delta, experts, keys, bool(own_input))
     if found.values_are_keys and own_input:
         raise InputError(f"{family.own_inputs} beside values that are keys is not supported", where=where)
@@ -263,7 +267,7 @@ def _experts(known: Mapping[str, Any], family: Experts | None, layer: int, where
     if active > count:
         raise InputError(f"{family.active[0]} {active} is more than the {count} experts", where=where)
     names = family.module, family.renames, family.stored
-    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights)
+    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights, family.biases)
 
 
 def _first(known: Mapping[str, Any], keys: tuple[str, ...], where: str, *, most: int) -> int:

@@ -9,21 +9,24 @@ without a record is refused with the list of those that have one. No torch, no t
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
 from lopt_edge.plan.facts.families.family import LINEAR, SLIDING, Family, Layout, Wrapper
-from lopt_edge.plan.facts.forms import Forms
+from lopt_edge.plan.facts.forms import UNPACK_TIMES, Forms
 from lopt_edge.plan.facts.layers import DELTA_KEYS, KEPT, OWN, SHARED, LayerFacts, OwnInputs, key_sources, layer_kind
+from quant.gguf.types import SPLIT, parts_bytes
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
              "no_rope_layer_interval", "max_window_layers", "full_attention_interval",
              "decoder_sparse_step")  # fmt: skip
+MXFP4 = "mxfp4"  # `quant_method` of a folder that is read as it is, as bitsandbytes'
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -52,7 +55,7 @@ class ModelFacts:
     rotary_turn: int | None = None  # a sequence of so many tokens has other rotary frequencies than a shorter one
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
-    forms: Forms | None = None  # of a GGUF file: the types of its matrices
+    forms: Forms | None = None  # the types of its matrices, where they lie in blocks that are not NF4's
     own_inputs: OwnInputs | None = None
     key_sources: tuple[tuple[int, int], ...] = ()  # (layer, the earlier one to whose keys and values it attends)
 
@@ -85,6 +88,23 @@ class ModelFacts:
         names = (linear.short_name for linear in linears if without is None or not linear.name.startswith(without))
         return tuple(dict.fromkeys(names))
 
+    def stored_matrices(self, layer: int) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Yield the block type and the shape of a layer's matrices, and how many there are of each; of those with forms."""
+        if self.forms is not None:
+            kind = self.layer(layer)
+            for form, linear in zip(self.forms.layers[layer], kind.linears, strict=True):
+                yield form, (linear.out_features, linear.in_features), 1
+            if kind.experts is not None:
+                for form, shape in zip(self.forms.experts_of(layer), kind.experts.shapes, strict=True):
+                    yield form, shape, kind.experts.count
+
+    @cached_property
+    def unpack_times(self) -> float:
+        """How many times the seconds of NF4 its matrices take to unpack, in the mean of their elements."""
+        found = [one for layer in range(self.n_layers) for one in self.stored_matrices(layer)]
+        n_elements = [prod(shape) * n_matrices for _, shape, n_matrices in found]
+        return sum(UNPACK_TIMES[form] * n for (form, _, _), n in zip(found, n_elements, strict=True)) / sum(n_elements)
+
     @property
     def attention_types(self) -> tuple[str, ...]:
         """The types of its layers that have attention, sorted."""
@@ -114,6 +134,9 @@ class ModelFacts:
         """The bytes of its 4-bit folder, where the rest is stored in `itemsize` bytes a number."""
         layers = [self.layer(index) for index in range(self.n_layers)]
         packed = sum(layer.packed_bytes for layer in layers)
+        if self.forms is not None:
+            stored = (one for index in range(self.n_layers) for one in self.stored_matrices(index))
+            packed = sum(n_matrices * sum(parts_bytes(form, shape)) for form, shape, n_matrices in stored)
         return packed + itemsize * (sum(layer.small_elements for layer in layers) + self._n_around)
 
     @property
@@ -181,7 +204,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     """The facts in a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    quantised = _check_quantisation(config, where)
+    quantisation = _quantisation(config, where)
     wrapper, outer = _wrapper_of(config), config
     if wrapper is not None:
         config = _text_config(config, wrapper, where)
@@ -215,9 +238,11 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         keys[max(layer for layer in range(n_layers) if layer_types[layer] == kind and layer not in sources)] = KEPT
     layers = [layer_kind(known, family, i, each, keys=keys[i], where=where) for i, each in enumerate(layer_types)]
     kinds = tuple(dict.fromkeys(layers))
+    if quantisation == MXFP4 and not all(kind.experts and family.experts and family.experts.in_mxfp4 for kind in kinds):
+        raise _unknown_quantisation(MXFP4, where)
     architectures = outer.get("architectures")
     dtype = outer.get("dtype") or outer.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
-    return ModelFacts(
+    found = ModelFacts(
         model_type=family.name,
         architecture=printable_name(str(architectures[0])[:80])
         if isinstance(architectures, list) and architectures
@@ -235,7 +260,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         layer_types=layer_types,
         sliding_window=window,
         recorded_dtype=str(dtype).removeprefix("torch."),
-        quantised=quantised,
+        quantised=bool(quantisation),
         max_positions=known.get("max_position_embeddings"),
         rotary_dim=_rotary_dim(known, family, head_dim, where),
         rotary_turn=_rotary_turn(known),
@@ -244,6 +269,15 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         own_inputs=own_inputs,
         key_sources=tuple(sources.items()),
     )
+    return replace(found, forms=_experts_in_mxfp4(found)) if quantisation == MXFP4 else found
+
+
+def _experts_in_mxfp4(facts: ModelFacts) -> Forms:
+    """The forms of a folder whose experts are in MXFP4, and all else in half precision; its tensors may say float32."""
+    layers = [facts.layer(index) for index in range(facts.n_layers)]
+    plain = tuple(("BF16",) * len(layer.linears) for layer in layers)
+    packed = tuple((next(iter(SPLIT)),) * len(layer.experts.stored if layer.experts else ()) for layer in layers)
+    return Forms(plain, "BF16", "BF16", packed)
 
 
 def _own_inputs(known: dict[str, Any], family: Family, where: str) -> OwnInputs | None:
@@ -312,15 +346,19 @@ def _is_tied(known: dict[str, Any], outer: dict[str, Any], wrapper: Wrapper | No
     return bool(outer.get("tie_word_embeddings", wrapper.ties) or (wrapper.is_flat and inner))
 
 
-def _check_quantisation(config: dict[str, Any], where: str) -> bool:
-    """Whether it is a bitsandbytes 4-bit folder (True) or full precision (False); every other form is refused by name."""
+def _quantisation(config: dict[str, Any], where: str) -> str:
+    """The form of a folder: bitsandbytes' 4-bit one, MXFP4, or "" (full precision); others are refused by name."""
     quantisation = config.get("quantization_config")
     if not isinstance(quantisation, dict):
-        return False
+        return ""
     method = str(quantisation.get("quant_method"))
-    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
-        return True
-    raise InputError(
+    if method == MXFP4 or (method == "bitsandbytes" and quantisation.get("load_in_4bit")):
+        return method
+    raise _unknown_quantisation(method, where)
+
+
+def _unknown_quantisation(method: str, where: str) -> InputError:
+    return InputError(
         f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
         where=where,
         fix="use the full-precision model, or one in bitsandbytes' 4-bit, GPTQ, AWQ, compressed-tensors, FP8 or GGUF form",

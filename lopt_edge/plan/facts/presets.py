@@ -80,6 +80,17 @@ def _qwen3_moe(name: str, hub_id: str, *shape: int, inner: int) -> Preset:
     )  # fmt: skip
 
 
+def _gpt_oss(name: str, hub_id: str, *, n_layers: int, n_experts: int) -> Preset:
+    """A model that is published with its experts in MXFP4, and planned so."""
+    return _preset(
+        name, hub_id, "gpt_oss", (201088, 2880, 2880, n_layers, 64, 8), tied=False, positions=131072, head_dim=64,
+        num_local_experts=n_experts, num_experts_per_tok=4, sliding_window=128,
+        quantization_config={"quant_method": "mxfp4"},
+        source="the defaults of transformers' GptOssConfig, which are the larger model's; layers and experts of the "
+               "smaller one from EchoCog/gpt-oss-20b docs/gpt-oss-20b-architecture.md",
+    )  # fmt: skip
+
+
 def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     d, f, n, h, kv = shape
     return _preset(name, hub_id, "llama", (128256, d, f, n, h, kv), tied=tied, positions=131072, head_dim=d // h)
@@ -135,6 +146,8 @@ _ALL = (
             source="the defaults of transformers' OlmoeConfig; features inside an expert from its published size"),
     _qwen3_moe("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 2048, 6144, 48, 32, 4, inner=768),
     _qwen3_moe("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 4096, 12288, 94, 64, 4, inner=1536),
+    _gpt_oss("gpt-oss-20b", "openai/gpt-oss-20b", n_layers=24, n_experts=32),
+    _gpt_oss("gpt-oss-120b", "openai/gpt-oss-120b", n_layers=36, n_experts=128),
     _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,
              source=f"{_SLIME} at f8879db2; value heads from its published size"),
     _qwen3_5("qwen3.5-9b", "Qwen/Qwen3.5-9B", 4096, 12288, 32, 16, 4, n_value_heads=32, tied=False,

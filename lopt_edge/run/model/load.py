@@ -27,11 +27,11 @@ from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
 from lopt_edge.plan.facts.layers import ExpertFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, mlp_pieces, placement_of
 from lopt_edge.run.model import query_tiles, sequences
 from lopt_edge.run.model.context import LayerContext
-from lopt_edge.run.model.in_place import block_mlp, put_delta_net, tile_norms
 from lopt_edge.run.model.own_inputs import OwnInputs
+from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
 from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -39,11 +39,14 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
 from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
-from quant.gguf.weight import gguf_layout
+from quant.gguf.weight import gguf_layout, read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import mxfp4_on_disk
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
+from quant.sizes import MlpPieces
 
 
 class FarLayers(Protocol):
@@ -192,14 +195,16 @@ def load_model(
     dtype: torch.dtype,
     placement: tuple[tuple[str, str], ...] | None = None,
     mover: Mover | None = None,
+    pieces: MlpPieces | None = None,
 ) -> Model:
     """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
 
-    `placement` says where a plan has each unit's weights (default: all layers resident); `mover` carries what is streamed.
+    `placement` says where a plan has each unit's weights (default: all layers resident), `pieces` how MLPs are computed
+    (default: as the device's kind does in the least memory); `mover` carries what is streamed.
     """
     entries = tensor_entries(folder, facts)
     knobs = default_knobs(facts, device.type)
-    placement = placement or placement_of(knobs)
+    placement, pieces = placement or placement_of(knobs), pieces or mlp_pieces(knobs, device.type)
     buffer = UnpackBuffer()
     shared: dict[object, Tensor] = {}
     head = dict(placement)["head"]
@@ -223,10 +228,10 @@ def load_model(
             layouts[index] = lay_out(matrices)
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
-            tile_norms(layer)
+            tile_norms(layer, facts.family)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
-            block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
+            block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
@@ -365,6 +370,8 @@ def _weight(
     found: Packed | Tensor | None = None
     if is_packed(entries, name):
         on_disk = packed_on_disk(entries, name)
+    elif is_mxfp4(entries, name):
+        on_disk = mxfp4_on_disk(entries, name)
     elif model.facts.forms is not None:
         on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
@@ -401,7 +408,8 @@ def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBu
     n_each, matrices = len(facts.stored), [matrix for _, matrix in named]
     by_expert = [matrices[start : start + n_each] for start in range(0, len(matrices), n_each)]
     gate = cast(Gate, own._apply_gate)  # transformers': the activation, and what a family does beside it
-    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer))
+    biases = {name: own.get_parameter(name) for name in facts.biases}  # read with the layer's other small tensors
+    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer, biases=biases))
     return named
 
 
@@ -422,7 +430,8 @@ def fill_parameters(
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        value = read_tensor(_entry(entries, prefix + stored(name), tuple(tensor.shape))).to(device=device, dtype=dtype)
+        value = read_gguf(_entry(entries, prefix + stored(name), tuple(tensor.shape)))  # a router may lie in blocks
+        value = value.to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         found = nn.Parameter(value, requires_grad=False) if name in parameters else value
         setattr(module.get_submodule(owner), leaf, found)

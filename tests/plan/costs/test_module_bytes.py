@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
 from lopt_edge.plan.facts.layers import LinearFacts
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ from quant.headers import read_header
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.mixed import Mixture
 from quant.nf4 import PackedWeight, pack, unpack_part, unpack_scales
+from quant.sizes import PIECES, MlpPieces
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANK = 4
@@ -52,11 +54,18 @@ def measured(call: Callable[[], Any], *given: Tensor | None) -> tuple[int, int]:
 
 
 def make_shape(
-    dtype: torch.dtype, *, hidden: int = 128, inner: int = 192, targets: tuple[str, ...] = MLP, dropout: bool = False
+    dtype: torch.dtype,
+    *,
+    hidden: int = 128,
+    inner: int = 192,
+    targets: tuple[str, ...] = MLP,
+    dropout: bool = False,
+    pieces: MlpPieces = PIECES,
 ) -> LayerShape:
     config = {"model_type": "llama", "vocab_size": 99, "hidden_size": hidden, "intermediate_size": inner,
               "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
-    return LayerShape(facts_from_config(config, where="here"), dtype.itemsize, RANK, targets, dropout=dropout)
+    facts = facts_from_config(config, where="here")
+    return LayerShape(facts, dtype.itemsize, RANK, targets, dropout=dropout, pieces=pieces)
 
 
 def make_linear(facts: LinearFacts, shape: LayerShape, buffer: UnpackBuffer) -> PackedLinear:
@@ -176,7 +185,7 @@ def test_a_mixture_takes_blocks_of_rows(n_in, n_out, dtype):
 def make_mlp(shape: LayerShape) -> PackedGatedMLP:
     buffer = UnpackBuffer()
     linears = (make_linear(facts, shape, buffer) for facts in module_bytes.mlp_linears(shape))
-    return PackedGatedMLP(*linears, act_fn=nn.SiLU())
+    return PackedGatedMLP(*linears, act_fn=nn.SiLU(), pieces=shape.pieces)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +201,18 @@ def make_mlp(shape: LayerShape) -> PackedGatedMLP:
     ],
 )
 def test_the_blocked_mlp(targets, hidden, inner, n_rows, dtype):
-    shape = make_shape(dtype, hidden=hidden, inner=inner, targets=targets)
+    check_mlp(make_shape(dtype, hidden=hidden, inner=inner, targets=targets), n_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [MlpPieces(64, 32, joined=True), MlpPieces(192, 32), MlpPieces(192, 32, joined=True)])
+@pytest.mark.parametrize("targets", [MLP, ("up_proj",), ()])
+def test_other_pieces_of_the_mlp(targets, pieces, dtype):
+    check_mlp(make_shape(dtype, inner=192, targets=targets, pieces=pieces), 70)
+
+
+def check_mlp(shape: LayerShape, n_rows: int) -> None:
+    dtype, hidden, targets = DTYPES[shape.itemsize == 2], shape.facts.hidden_size, shape.targets
     mlp = make_mlp(shape)
     x, g = (torch.randn(n_rows, hidden).to(dtype) for _ in range(2))
     mlp(x)
@@ -252,7 +272,7 @@ def test_the_rows_of_a_vocabulary(tmp_path, n_ids, stored, dtype, resident):
     entry = read_header(tmp_path / "x.safetensors")["matrix"]
     vocabulary = Vocabulary(entry, device=torch.device("cpu"), dtype=dtype, resident=resident)
     ids, heap = torch.arange(n_ids), Heap()  # each id its own row: the worst
-    module_bytes.gather_rows(heap, make_shape(dtype), n_ids, stored=Vocabularies(stored.itemsize, resident))
+    gather_rows(heap, make_shape(dtype), n_ids, stored=Vocabularies(stored.itemsize, resident))
     found = measured(lambda: vocabulary.rows(ids), ids, *vocabulary.tensors())
     assert found == (heap.peak, n_ids * 128 * dtype.itemsize)
     assert heap.live == 0

@@ -95,7 +95,7 @@ def test_keys_of_the_config_exist(family, theirs):
     assert hasattr(config, "final_logit_softcapping") == bool(family.logit_cap)
     assert hasattr(config, "embedding_multiplier") == (family.embedding_factor not in ("", ROOT_OF_HIDDEN))
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    assert family.attention == ("query tiles" if capped else "sdpa")
+    assert family.attention == ("query tiles" if capped or family.sinks else "sdpa")
 
 
 def test_the_parts_lie_where_the_layout_says(family, theirs):

@@ -50,10 +50,15 @@ PUBLISHED = {
     "qwen3.5-0.8b": 0.75,
     "qwen3.5-9b": 8.95,
     "qwen3.5-27b": 27,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 116.8,
 }
 
 
-ACTIVE = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "mixtral-8x7b": 12.9, "olmoe-1b-7b": 1.3}  # of them, for a token
+# of them, for a token
+ACTIVE = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "mixtral-8x7b": 12.9, "olmoe-1b-7b": 1.3,
+          # OpenAI leaves the embedding out (3.6 and 5.1)
+          "gpt-oss-20b": 3.61 + 0.58, "gpt-oss-120b": 5.13 + 0.58}  # fmt: skip
 
 
 def facts_of(preset: Preset) -> ModelFacts:
@@ -74,10 +79,10 @@ def test_shape_gives_the_published_size(preset):
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_facts(preset):
     facts = facts_of(preset)
-    assert not facts.quantised and facts.max_positions >= 4096
+    assert facts.quantised == (facts.model_type == "gpt_oss") and facts.max_positions >= 4096
     assert facts.recorded_dtype == ("float32" if preset.name == "olmo-2-7b" else "bfloat16")
     assert preset.source and preset.hub_id.count("/") == 1
-    windowed = facts.model_type in ("gemma2", "gemma3_text", "gemma4_text", "phi3")
+    windowed = facts.model_type in ("gemma2", "gemma3_text", "gemma4_text", "phi3", "gpt_oss")
     assert (facts.sliding_window is not None) == windowed
 
 

@@ -102,6 +102,9 @@ class Experts:
     all experts, the names that it may have (published ones first), and how many of the matrices stand in it one under the
     other. `takes_names`: peft takes the names of an MLP's matrices for those of experts in this family, so that no MLP of
     it can have an adapter. `full_weights`: the router gives the experts' weights in fp32, whatever the compute dtype.
+    `transposed`: a stack has its matrices, one in each, as (in, out). `biases`: the names in transformers' module of the
+    experts of what is added to their products, a tensor for all of them; `router_bias`: the router adds something, too.
+    `in_mxfp4`: there are folders with NAME_blocks and NAME_scales in the place of each stack (quant/mxfp4).
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -115,6 +118,10 @@ class Experts:
     takes_names: bool = True
     full_weights: bool = False
     publishes_stacks: bool = False
+    transposed: bool = False
+    biases: tuple[str, ...] = ()
+    router_bias: bool = False
+    in_mxfp4: bool = False
 
 
 class OwnInputNames(NamedTuple):
@@ -192,9 +199,11 @@ class Family:
 
     What lies within them, as far as bytes and kernels depend on it:
     `attention`: torch's scaled_dot_product_attention, or run/model/query_tiles.py where scores have a soft cap, for which
-    torch has no fused kernel on the CPU (transformers' own is its eager attention).
+    torch has no fused kernel on the CPU (transformers' own is its eager attention), or where there are sinks.
+    `sinks`: attention has a number for each head that takes part in the softmax of its scores, and gives no value.
     `norms`: of the hidden size, in a layer. `qk_norm`: those of queries and keys have the size of a head, of the whole
-    projection, or there are none. `post_norm`: the layer reads its last projection's output once more, so whoever runs it
+    projection, or there are none. `plain_norms`: a norm is x / rms(x) times its weight, which torch has in one kernel.
+    `post_norm`: the layer reads its last projection's output once more, so whoever runs it
     again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
     """
 
@@ -219,8 +228,10 @@ class Family:
     attention: Literal["sdpa", "query tiles"] = "sdpa"
     norms: int = 2
     qk_norm: Literal["", "head", "projection"] = ""
+    plain_norms: bool = True
     post_norm: bool = False
     scalars: int = 0
+    sinks: bool = False
     layout: Layout = Layout()
 
     @property

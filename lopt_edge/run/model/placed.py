@@ -1,7 +1,7 @@
-"""Modules of ours put in the place of transformers' own, in a layer whose linear layers are packed already.
+"""Puts our norms, gated MLPs and delta rules in the place of a decoder layer's own, once its linear layers are ours.
 
-The rule: what is put there computes the same (its own file says how closely), keeps less, and is a module that the planner
-has a formula for. What is not met here stays as transformers has it. No weight is read here.
+The rule: what stands in a place computes what stood there, up to the rounding that its own file states. Whether a module
+can be replaced is decided here, in what pieces it then works is not. Experts are load.py's.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lopt_edge.plan.facts.families.family import Family
 from lopt_edge.plan.facts.layers import LayerFacts
 from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.linear import PackedLinear
+from quant.sizes import MlpPieces
 
 
-def tile_norms(layer: nn.Module) -> None:
+def tile_norms(layer: nn.Module, family: Family) -> None:
     """Put every norm of a layer into a `TokenTiled`."""
     for name, module in list(layer.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            layer.set_submodule(name, TokenTiled(module))
+            layer.set_submodule(name, TokenTiled(module, is_plain=family.plain_norms))
 
 
 def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
@@ -30,7 +32,7 @@ def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
     layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
 
 
-def block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
+def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces) -> None:
     """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
@@ -42,6 +44,8 @@ def block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
     for part in parts:
         if part.weight is not None and not isinstance(part.weight, Tensor):
             sizes[id(part)] = part.weight.block_elements
-    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
+    if len(parts) != 3 or not all(id(part) in sizes for part in parts):
+        return
+    if all(blocks_fit(part.in_features, sizes[id(part)], pieces.features) for part in parts):
         gate, up, down = parts
-        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"), pieces=pieces)
