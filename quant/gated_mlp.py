@@ -3,11 +3,13 @@
 It runs in blocks of J intermediate features: J rows of G and U and the same J columns of D are unpacked, used for all
 tokens (in tiles of tokens), and dropped. So each weight is unpacked once a pass, into a buffer of J rows instead of the
 whole matrix, and no tensor of (tokens x intermediate) is made. Blocks of features instead of tiles of tokens alone, because
-a tile of tokens would need all three whole matrices unpacked, or unpacked again for every tile.
+a tile of tokens would need all three whole matrices unpacked, or unpacked again for every tile. How large the pieces are
+(`MlpPieces`) is a memory setting: on a GPU one block of all features has the fewest kernels, and sums nothing up.
 
 The graph keeps x alone. The backward runs the blocks again and computes all gradients by hand; when a layer is recomputed
-only for its backward (`value_needed = False`) the forward computes nothing. y and dx are sums over blocks, taken in fp32:
-equal to the plain product up to the rounding of J-wise partial sums, and always the same for the same input.
+only for its backward (`value_needed = False`) the forward computes nothing. y and dx are sums over blocks, taken in fp32
+(quant/products.py): equal to the plain product up to the rounding of J-wise partial sums, and always the same for the same
+input and the same pieces.
 With dropout on the LoRA inputs, or where a weight is made of other layers' (quant/mixed.py), the plain layers are used
 instead, whole intermediate and all.
 
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 
 from quant.linear import PackedLinear
 from quant.packed import Packed
-from quant.sizes import BLOCK_FEATURES, token_tile
+from quant.products import add_product
+from quant.sizes import PIECES, MlpPieces
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -33,9 +36,18 @@ Activation = Callable[[Tensor], Tensor]
 class PackedGatedMLP(nn.Module):
     """A gated MLP in the place of a layer's own; its linears stay reachable under the names of the family's module."""
 
-    def __init__(self, gate_proj: PackedLinear, up_proj: PackedLinear, down_proj: PackedLinear, act_fn: Activation) -> None:
+    def __init__(
+        self,
+        gate_proj: PackedLinear,
+        up_proj: PackedLinear,
+        down_proj: PackedLinear,
+        act_fn: Activation,
+        *,
+        pieces: MlpPieces = PIECES,
+    ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+        self.pieces = pieces
 
     def forward(self, x: Tensor) -> Tensor:
         """The output (..., D) for x (..., D). Raises RuntimeError if a weight is not resident."""
@@ -48,9 +60,10 @@ class PackedGatedMLP(nn.Module):
         return y
 
 
-def blocks_fit(n_columns: int, block_elements: int) -> bool:
-    """Whether rows and columns can be cut from a packed matrix: at every cut a quantisation block must end."""
-    return n_columns % block_elements == 0 and BLOCK_FEATURES % block_elements == 0
+def blocks_fit(n_columns: int, block_elements: int, features: int) -> bool:
+    """Whether rows and columns can be cut from a packed matrix, blocks of `features` columns: at every cut a quantisation
+    block must end."""
+    return n_columns % block_elements == 0 and features % block_elements == 0
 
 
 class _Pass:
@@ -67,37 +80,59 @@ class _Pass:
         ]
         self.low_NR = [None if pair is None else x_ND @ pair[0] for pair in self.lora[:2]]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one block has all features, so that nothing is summed over blocks."""
+        return self.mlp.pieces.features >= self.mlp.gate_proj.out_features
+
     def blocks(self) -> Iterator[slice]:
-        n_features = self.mlp.gate_proj.out_features
-        for start in range(0, n_features, BLOCK_FEATURES):
-            yield slice(start, min(start + BLOCK_FEATURES, n_features))
+        n_features, size = self.mlp.gate_proj.out_features, self.mlp.pieces.features
+        for start in range(0, n_features, size):
+            yield slice(start, min(start + size, n_features))
 
     def tiles(self) -> Iterator[slice]:
-        size = token_tile(on_cpu=self.x_ND.is_cpu)
+        size = self.mlp.pieces.tokens
         for start in range(0, len(self.x_ND), size):
             yield slice(start, start + size)
 
-    def weights(self, block: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The matrices G (J, D), U (J, D) and D (D, J) of a block, in one shared buffer."""
+    def weights(self, block: slice) -> tuple[Tensor, Tensor]:
+        """The matrices [G; U] (2 J, D) and D (D, J) of a block, in one shared buffer."""
         width, hidden = block.stop - block.start, self.x_ND.shape[1]
         out = self.mlp.down_proj.out_features
         flat = self.mlp.gate_proj.buffer.view((1, width * (2 * hidden + out)), self.x_ND.dtype, self.x_ND.device)[0]
-        gate, up = (flat[i * width * hidden : (i + 1) * width * hidden].view(width, hidden) for i in (0, 1))
+        gate_up = flat[: 2 * width * hidden].view(2 * width, hidden)
         down = flat[2 * width * hidden :].view(out, width)
-        for target, packed, scales in zip((gate, up), self.packed, self.scales, strict=False):
+        for target, packed, scales in zip(gate_up.chunk(2), self.packed, self.scales, strict=False):
             packed.unpack_part(scales, target, rows=block)
         self.packed[2].unpack_part(self.scales[2], down, columns=block)
-        return gate, up, down
+        return gate_up, down
 
-    def project(self, which: int, tile: slice, weight_JD: Tensor, block: slice) -> Tensor:
+    def project(self, which: int, tile: slice, gate_up: Tensor, block: slice) -> Tensor:
         """The product x G^T (`which` 0) or x U^T (1) of a tile and block, with LoRA and bias: (tile, J)."""
+        return self._completed(which, tile, block, self.x_ND[tile] @ gate_up.chunk(2)[which].t())
+
+    def project_both(self, tile: slice, gate_up: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Both products of a tile and block; if they are joined, as halves of one tensor."""
+        if not self.mlp.pieces.joined:
+            return self.project(0, tile, gate_up, block), self.project(1, tile, gate_up, block)
+        gate_NJ, up_NJ = (self.x_ND[tile] @ gate_up.t()).chunk(2, dim=1)
+        return self._completed(0, tile, block, gate_NJ), self._completed(1, tile, block, up_NJ)
+
+    def _completed(self, which: int, tile: slice, block: slice, y: Tensor) -> Tensor:
+        """A product with the bias and LoRA branch of its linear layer added in its place."""
         linear, pair, low_NR = self.linears[which], self.lora[which], self.low_NR[which]
-        y = self.x_ND[tile] @ weight_JD.t()
         if linear.bias is not None:
             y += linear.bias[block]
         if pair is not None and low_NR is not None:
             y.addmm_(low_NR[tile], pair[1][:, block], alpha=linear.scale)
         return y
+
+    def inner(self, tile: slice, gate_up: Tensor, block: slice) -> Tensor:
+        """The intermediate act(gate) * up of a tile and block; unless joined, gate is let go before up is there."""
+        if self.mlp.pieces.joined:
+            gate_NJ, up_NJ = self.project_both(tile, gate_up, block)
+            return self.mlp.act_fn(gate_NJ).mul_(up_NJ)
+        return self.mlp.act_fn(self.project(0, tile, gate_up, block)).mul_(self.project(1, tile, gate_up, block))
 
 
 def _resident(linear: PackedLinear) -> Packed:
@@ -126,8 +161,10 @@ class _GatedMLPFunction(torch.autograd.Function):
 def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
     run, down = _Pass(mlp, x_ND), mlp.down_proj
     lora = run.lora[2]
-    sum_ND = torch.zeros(len(x_ND), down.out_features, dtype=torch.float32, device=x_ND.device)
-    low_NR = None if lora is None else torch.zeros(len(x_ND), lora[0].shape[1], device=x_ND.device)
+    rank = 0 if lora is None else lora[0].shape[1]
+    make, dtype = (torch.empty, x_ND.dtype) if run.is_whole else (torch.zeros, torch.float32)
+    sum_ND = make(len(x_ND), down.out_features, dtype=dtype, device=x_ND.device)
+    low_NR = None if lora is None else make(len(x_ND), rank, dtype=dtype, device=x_ND.device)
     for block in run.blocks():
         weights = run.weights(block)
         for tile in run.tiles():
@@ -135,20 +172,30 @@ def _forward(mlp: PackedGatedMLP, x_ND: Tensor) -> Tensor:
     if down.bias is not None:
         sum_ND += down.bias
     if lora is not None and low_NR is not None:
-        _add_product(sum_ND, low_NR.to(x_ND.dtype), lora[1], alpha=down.scale)
+        if run.is_whole:
+            sum_ND.addmm_(low_NR, lora[1], alpha=down.scale)
+        else:
+            add_product(sum_ND, low_NR.to(x_ND.dtype), lora[1], alpha=down.scale)
     return sum_ND.to(x_ND.dtype)
 
 
 def _forward_tile(
-    run: _Pass, block: slice, tile: slice, *, weights: tuple[Tensor, ...], sum_ND: Tensor, low_NR: Tensor | None
+    run: _Pass, block: slice, tile: slice, *, weights: tuple[Tensor, Tensor], sum_ND: Tensor, low_NR: Tensor | None
 ) -> None:
     """Add a tile's share of a block; in a function of its own, so that no intermediate lives on into the next tile."""
-    gate_JD, up_JD, down_DJ = weights
+    gate_up, down_DJ = weights
     lora = run.lora[2]
-    inner_NJ = run.mlp.act_fn(run.project(0, tile, gate_JD, block)).mul_(run.project(1, tile, up_JD, block))
-    _add_product(sum_ND[tile], inner_NJ, down_DJ.t())
-    if lora is not None and low_NR is not None:
-        low_NR[tile] += inner_NJ @ lora[0][block]
+    inner_NJ = run.inner(tile, gate_up, block)
+    if run.is_whole:
+        torch.mm(inner_NJ, down_DJ.t(), out=sum_ND[tile])
+    else:
+        add_product(sum_ND[tile], inner_NJ, down_DJ.t())
+    if lora is None or low_NR is None:
+        return
+    if run.is_whole:
+        torch.mm(inner_NJ, lora[0], out=low_NR[tile])
+    else:
+        add_product(low_NR[tile], inner_NJ, lora[0][block])
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,21 +246,21 @@ def _backward(
         if adapter is None:
             continue
         low_grad = adapter.low_sum_NR.to(x_ND.dtype)
-        adapter.da.add_(x_ND.t() @ low_grad)
+        add_product(adapter.da, x_ND.t(), low_grad)
         if sums.dx_ND is not None:
-            _add_product(sums.dx_ND, low_grad, adapter.a.t(), alpha=linear.scale)
+            add_product(sums.dx_ND, low_grad, adapter.a.t(), alpha=linear.scale)
     if sums.down is not None:
-        sums.down.db.add_(sums.down.low_sum_NR.to(g_ND.dtype).t() @ g_ND)
+        add_product(sums.down.db, sums.down.low_sum_NR.to(g_ND.dtype).t(), g_ND)
     grads: list[Tensor | None] = []
     for linear, adapter in zip(run.linears, (sums.gate, sums.up, sums.down), strict=True):
         grads += [None, None] if adapter is None else [matrix.mul_(linear.scale) for matrix in (adapter.da, adapter.db)]
     return None if sums.dx_ND is None else sums.dx_ND.to(x_ND.dtype), grads
 
 
-def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, ...]) -> None:
+def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, Tensor]) -> None:
     """Add one tile's share of one block to the sums; at most six (tile, J) tensors exist at a time."""
-    gate_JD, up_JD, down_DJ = weights
-    gate_NJ, up_NJ = run.project(0, tile, gate_JD, block), run.project(1, tile, up_JD, block)
+    gate_up, down_DJ = weights
+    gate_NJ, up_NJ = run.project_both(tile, gate_up, block)
     d_inner_NJ = sums.g_ND[tile] @ down_DJ
     down = sums.down
     if down is not None:
@@ -226,23 +273,15 @@ def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *
     del gate_NJ, leaf_NJ
     if down is not None:
         inner_NJ = up_NJ.mul_(active_NJ)
-        down.low_sum_NR[tile] += inner_NJ @ down.a[block]
-        down.da[block] += inner_NJ.t() @ down.low_NR[tile]
+        add_product(down.low_sum_NR[tile], inner_NJ, down.a[block])
+        add_product(down.da[block], inner_NJ.t(), down.low_NR[tile])
         del inner_NJ
     del up_NJ
     d_up_NJ = d_inner_NJ.mul_(active_NJ)
     del active_NJ, d_inner_NJ
-    for adapter, d_NJ, weight_JD in ((sums.gate, d_gate_NJ, gate_JD), (sums.up, d_up_NJ, up_JD)):
+    for adapter, d_NJ, weight_JD in zip((sums.gate, sums.up), (d_gate_NJ, d_up_NJ), gate_up.chunk(2), strict=True):
         if adapter is not None:
-            adapter.db[:, block] += adapter.low_NR[tile].t() @ d_NJ
-            adapter.low_sum_NR[tile] += d_NJ @ adapter.b[:, block].t()
+            add_product(adapter.db[:, block], adapter.low_NR[tile].t(), d_NJ)
+            add_product(adapter.low_sum_NR[tile], d_NJ, adapter.b[:, block].t())
         if sums.dx_ND is not None:
-            _add_product(sums.dx_ND[tile], d_NJ, weight_JD)
-
-
-def _add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> None:
-    """Add alpha a b to `sum_`, which is in fp32."""
-    if a.dtype == torch.float32:
-        sum_.addmm_(a, b, alpha=alpha)
-    else:
-        sum_.add_(a @ b, alpha=alpha)
+            add_product(sums.dx_ND[tile], d_NJ, weight_JD)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.packed import Packed
+from quant.products import product_in_fp32
 
 
 class UnpackBuffer:
@@ -157,9 +158,9 @@ def lora_gradients(
     a_cast = a.to(g.dtype)
     g_b = g @ b.to(g.dtype).t()  # (tokens, r)
     if needed[0]:
-        da = (flat.t() @ g_b).to(a.dtype).mul_(layer.scale)
+        da = product_in_fp32(flat.t(), g_b).mul_(layer.scale)
     if needed[1]:
-        db = ((flat @ a_cast).t() @ g).to(b.dtype).mul_(layer.scale)
+        db = product_in_fp32((flat @ a_cast).t(), g).mul_(layer.scale)
     if dx is not None:
         if mask is None:
             dx.addmm_(g_b, a_cast.t(), alpha=layer.scale)

@@ -18,7 +18,6 @@ CODE_MAP_BYTES = 16 * 4
 NESTED_MAP_BYTES = 256 * 4
 MIXED_ELEMENTS = 1 << 20  # of each matrix, unpacked at a time where matrices are mixed
 UNPACK_CHUNK = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
-BLOCK_FEATURES = 1024  # of the intermediate ones, computed at a time (quant/gated_mlp.py)
 DELTA_CHUNK = 64  # tokens of a delta rule at a time (run/model/delta_net.py), as many as transformers takes
 DELTA_STATES_APART = 8  # chunks from one kept state to the next
 
@@ -77,9 +76,19 @@ def expert_tile(*, on_cpu: bool) -> int:
     return 256 if on_cpu else 1024
 
 
-def token_tile(*, on_cpu: bool) -> int:
-    """The number of tokens whose block of intermediate features exists at a time (quant/gated_mlp.py).
+@dataclass(frozen=True)
+class MlpPieces:
+    """The pieces in which a gated MLP is computed (quant/gated_mlp.py): blocks of so many intermediate features, tiles of
+    so many tokens. `joined`: gate and up are one product, which takes a third tensor of a piece's size in the forward."""
 
-    A GPU wants larger products than a CPU.
-    """
-    return 1024 if on_cpu else 4096
+    features: int = 1024
+    tokens: int = 1024
+    joined: bool = False
+
+
+PIECES = MlpPieces()  # where nothing else is asked for
+
+
+def adds_apart(*, itemsize: int, on_cpu: bool) -> bool:
+    """Whether a product that is added to an fp32 sum is made beside it first (quant/products.py)."""
+    return itemsize != 4 and on_cpu

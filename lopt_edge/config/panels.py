@@ -22,7 +22,7 @@ PANELS = {
         "revision", "tokenizer", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
         "escape_special_tokens", "eval_data", "eval_every", "keep_best", "patience", "retention_data", "system"),
     "Memory": ("host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs", "optimizer_states",
-               "gradients", "apply", "prefetch", "token_tile", "page_dir", "force"),
+               "gradients", "apply", "prefetch", "token_tile", "mlp_block", "mlp_tile", "page_dir", "force"),
     "Checkpoints and reports": ("save_every", "save_minutes", "keep", "resume", "track", "memory_report", "push_to_hub"),
     METHODS_PANEL: ("method", "num_segments", "boundary_layers", "choose_segments", "lr_local", "lr_head", "local_weight",
                     "boundary_cache", "pipeline", "pipeline_minutes"),

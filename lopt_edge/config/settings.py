@@ -127,6 +127,10 @@ class Config(MethodOptions):
     )
     prefetch: int = Field(1, ge=0, le=8, description="how many layers ahead a movement begins")
     token_tile: int | None = Field(None, ge=16, le=65536, description="tokens of a loss at a time (default: chosen)")
+    mlp_block: int | None = Field(
+        None, ge=256, le=1 << 20, multiple_of=256, description="features of an MLP computed at a time (default: chosen)"
+    )
+    mlp_tile: int | None = Field(None, ge=16, le=65536, description="tokens of an MLP computed at a time (default: chosen)")
     device_memory: str | None = Field(None, description="budget, e.g. 24GB, 8GiB, 80% of what is free")
     host_memory: str | None = Field(None, description="budget of host memory beside a GPU")
     disk_memory: str | None = Field(None, description="budget of page files")

@@ -1,9 +1,9 @@
 """`lopt-edge doctor --prove`: the parts that a device could get wrong, each run there and held against float64 on the CPU.
 
 For the first minutes on a card nobody has run on: attention by each kernel that the device takes, whole and a few heads at
-a time; the blocked MLP on 4-bit weights, with a last block of one quantisation block; movements to every tier and back
-while the device computes; pinning beyond its limit; and a budget that must refuse. Inputs are drawn from fixed seeds. A
-proof never raises: what it met is its `fault`. Together they take seconds on a GPU.
+a time; a norm; the MLP on 4-bit weights, whole and in blocks, the last one of one quantisation block; movements to every
+tier and back while the device computes; pinning beyond its limit; and a budget that must refuse. Inputs are drawn from
+fixed seeds. A proof never raises: what it met is its `fault`. Together they take seconds on a GPU.
 
 Not proved here: whole models, speed, and a plan's bytes. tests/test_cuda.py and the benches in tools/ do that.
 """
@@ -26,6 +26,7 @@ from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line, relativ
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
 from lopt_edge.run.device import DTYPES, Device, device_of
 from lopt_edge.run.model.fused_attention import KERNELS, fused
+from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.step.op_faults import is_out_of_memory
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 from lopt_edge.run.tiers.page_file import PageFile
@@ -33,6 +34,7 @@ from lopt_edge.run.tiers.pinned import PinnedPool
 from quant.gated_mlp import PackedGatedMLP
 from quant.linear import PackedLinear, UnpackBuffer
 from quant.nf4 import pack
+from quant.sizes import PIECES, MlpPieces
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 300, 8, 2, 64
 HIDDEN, INTERMEDIATE, RANK, SCALE = 128, 1088, 8, 2.0  # the last block has 64 features
@@ -74,7 +76,10 @@ def _all(own: Device) -> Iterator[tuple[str, float, Callable[[], float]]]:
         dtype, bound = DTYPES[name], BOUNDS[name]
         for kernel in _kernels(own, dtype):
             yield f"attention, {kernel or 'torch'}, {name}", bound, partial(_attention, own, dtype, kernel)
-        yield f"blocked MLP on 4 bits, {name}", bound, partial(_mlp, own, dtype)
+        yield f"norm, {name}", bound, partial(_norm, own, dtype)
+        for words, features in (("blocked", PIECES.features), ("whole", INTERMEDIATE)):
+            pieces = MlpPieces(features, joined=own.kind.joins_products)
+            yield f"{words} MLP on 4 bits, {name}", bound, partial(_mlp, own, dtype, pieces)
     for tier in ("host", "disk") if own.kind.host_is_below else ("disk",):
         yield f"movements to {tier} and back", 0.0, partial(_movements, own, tier)
     if own.kind.host_is_below:
@@ -116,7 +121,27 @@ def _torchs_own(inputs: list[Tensor]) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def _mlp(own: Device, dtype: torch.dtype) -> float:
+class _RMSNorm(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x * scale).to(x.dtype)
+
+
+def _norm(own: Device, dtype: torch.dtype) -> float:
+    x, weight, gradient = (_draw(*shape, dtype=dtype, seed=30) for shape in ((TOKENS, HIDDEN), (HIDDEN,), (TOKENS, HIDDEN)))
+    y = torch.nn.functional.rms_norm(x.requires_grad_(), (HIDDEN,), weight, 1e-6)
+    expected = [y.detach(), *torch.autograd.grad(y, x, gradient)]
+    leaf = x.detach().to(own.device, dtype).requires_grad_()
+    found = TokenTiled(_RMSNorm(weight.to(own.device, dtype)), is_plain=True)(leaf)
+    ours = [found.detach(), *torch.autograd.grad(found, leaf, gradient.to(own.device, dtype))]
+    return max(relative(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
+
+
+def _mlp(own: Device, dtype: torch.dtype, pieces: MlpPieces) -> float:
     sizes, buffer = ((HIDDEN, INTERMEDIATE), (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN)), UnpackBuffer()
     linears, exact_weights, exact_adapters = [], [], []
     for seed, (n_in, n_out) in enumerate(sizes):
@@ -139,7 +164,7 @@ def _mlp(own: Device, dtype: torch.dtype) -> float:
     leaves = [x, *(matrix for pair in exact_adapters for matrix in pair)]
     expected = [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
     leaf = x.detach().to(own.device, dtype).requires_grad_()
-    found = PackedGatedMLP(linears[0], linears[1], linears[2], silu)(leaf)
+    found = PackedGatedMLP(linears[0], linears[1], linears[2], silu, pieces=pieces)(leaf)
     ours = [leaf, *(matrix for one in linears for matrix in (one.lora_a, one.lora_b) if matrix is not None)]
     gradients = torch.autograd.grad(found, ours, gradient.to(own.device, dtype))
     return max(relative(mine, theirs) for mine, theirs in zip([found, *gradients], expected, strict=True))

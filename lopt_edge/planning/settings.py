@@ -15,7 +15,7 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.knobs import ACTIVATIONS, TOKEN_TILES, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.schedule.knobs import ACTIVATIONS, MLP_PIECES, TOKEN_TILES, WEIGHTS, Knobs, per_layer
 from lopt_edge.plan.search.search import Candidate, Space, three_digits
 
 MOST_SEGMENTS = 8
@@ -163,7 +163,8 @@ def fixed_knobs(config: Config, facts: ModelFacts) -> dict[str, Any]:
     n_layers = facts.n_layers
     found: dict[str, Any] = {"optimizer": config.optimizer, "apply": config.apply}
     found |= {"prefetch": config.prefetch} if "prefetch" in config.model_fields_set else {}
-    found |= {} if config.token_tile is None else {"token_tile": config.token_tile}
+    sizes = {"token_tile": config.token_tile, "mlp_block": config.mlp_block, "mlp_tile": config.mlp_tile}
+    found |= {name: size for name, size in sizes.items() if size is not None}
     if METHODS[config.method].resident:
         found["weights"] = ("resident",) * n_layers  # the method's problems() refuse others
     elif config.weights != "auto":
@@ -260,6 +261,8 @@ def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
     longest = max(config.max_seq_len, config.row_tokens or 0) if config.packing else config.batch_size * config.max_seq_len
     if config.token_tile not in (None, TOKEN_TILES[0]) and longest <= min(config.token_tile, TOKEN_TILES[0]):
         yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
+    if config.mlp_tile is not None and longest <= min(config.mlp_tile, MLP_PIECES[1]):
+        yield f"mlp_tile has no effect: no micro-batch has more than {longest} tokens"
     if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:
         yield "saved_inputs has no effect: no layer is recomputed from its saved input"
     if "gradients" in given and knobs.gradients != "device" and config.apply == "layer":

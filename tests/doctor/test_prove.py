@@ -19,7 +19,12 @@ def test_this_machine_is_proved(command):
     found = json.loads(out)["proofs"]
     assert code == 0 and all(one["passed"] for one in found), found
     names = {one["name"] for one in found}
-    assert {"attention, torch, float32", "blocked MLP on 4 bits, bfloat16", "movements to disk and back"} <= names
+    assert {
+        "attention, torch, float32",
+        "whole MLP on 4 bits, bfloat16",
+        "norm, float32",
+        "movements to disk and back",
+    } <= names
     assert all(0 < one["error"] <= one["bound"] for one in found if one["bound"]), "an error of 0 proves nothing"
 
 
@@ -31,7 +36,7 @@ def test_what_is_wrong_is_named(monkeypatch, broken, named):
     wrong = {"silu": torch.relu, "is_out_of_memory": lambda error: False}[broken]
     if broken == "silu":  # the device computes another function than the reference
         real = proofs.PackedGatedMLP
-        monkeypatch.setattr(proofs, "PackedGatedMLP", lambda *parts: real(*parts[:3], wrong))
+        monkeypatch.setattr(proofs, "PackedGatedMLP", lambda *parts, pieces: real(*parts[:3], wrong, pieces=pieces))
     else:
         monkeypatch.setattr(proofs, broken, wrong)
     wanted = [(name, bound, work) for name, bound, work in proofs._all(device_of(CPU)) if name == named]

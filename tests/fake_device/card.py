@@ -5,6 +5,7 @@ written, masks of padding are made. A call with one goes to torch's FakeTensorMo
 raises where tensors of two devices meet; what comes back to the host is a real tensor of zeros. So a whole step runs, and
 what is looked at is what a card would be asked to do:
 - `kernels`: how many calls each op of the plan launches (views and empty tensors launch none)
+- `n_bytes`: what those read and write, by op and name: each input and each output once, of a view what it spans
 - `waits`: where the host would wait for the card, by op of the plan and by what waits: a number read (`.item()`, `bool`), a
   shape that depends on values, a copy that is not asked to run beside or whose host side is not pinned
 What is played beside it: streams and events (they do nothing), the driver's registering of memory (a ledger), the card's
@@ -54,10 +55,11 @@ class FakeCard(TorchDispatchMode):
         self.tracker = MemoryTracker("cuda")  # stands for the allocator's counters; it is never a mode here
         self.kernels: Counter[str] = Counter()
         self.names: Counter[tuple[str, str]] = Counter()
+        self.n_bytes: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
 
     def clear(self) -> None:
-        for counter in (self.kernels, self.names, self.waits):
+        for counter in (self.kernels, self.names, self.n_bytes, self.waits):
             counter.clear()
 
     def wait(self, why: str) -> None:
@@ -85,24 +87,26 @@ class FakeCard(TorchDispatchMode):
                 raise RuntimeError("CUDA error: a refusal was left behind")
             self.kernels[self.op] += 1
             self.names[self.op, name] += 1
-        if (own := OWN.get(str(func))) is not None:
-            with self.fake:
-                result = own(*args, **kwargs)
-            self.tracker.watch(one for one in _leaves([result]) if isinstance(one, Tensor))
-            return result
-        if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
-            with self.fake:
-                args_of, kwargs_of = tree_map(_as_shape, args), tree_map(_as_shape, kwargs)
-                result = func(*args_of, **kwargs_of)
-        else:
-            with self.fake:
-                result = func(*args, **kwargs)
+        result = self._shape_of(func, args, kwargs, tensors)
+        if name not in NO_KERNEL:
+            self.n_bytes[self.op, name] += _moved_bytes(name, args, kwargs, result)
         if result is None:
             return None
         self.tracker.watch(one for one in _leaves([result]) if isinstance(one, Tensor))
+        if str(func) in OWN:
+            return result
         if name.endswith("_") or "out" in kwargs:  # what was written to is handed back as it was, real or not
             return kwargs.get("out", args[0] if args else result)
         return _on_host(result) if isinstance(result, Tensor) else tree_map(_on_host, result)
+
+    def _shape_of(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """What a call gives, without values."""
+        with self.fake:
+            if (own := OWN.get(str(func))) is not None:
+                return own(*args, **kwargs)
+            if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
+                args, kwargs = tree_map(_as_shape, args), tree_map(_as_shape, kwargs)
+            return func(*args, **kwargs)
 
     def _look(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         if name in SHAPES_FROM_VALUES:
@@ -134,6 +138,20 @@ class FakeCard(TorchDispatchMode):
 def _leaves(given: list[Any]) -> list[Any]:
     """The arguments, those in lists too; torch's own tree walk takes longer than all else here."""
     return [leaf for one in given for leaf in (_leaves([*one]) if isinstance(one, list | tuple) else (one,))]
+
+
+def _moved_bytes(name: str, args: Any, kwargs: Any, result: Any) -> int:
+    """The bytes that a kernel reads and writes."""
+    given = args[1:] if name in ("copy_", "zero_", "fill_") else args
+    reads = _leaves([*given, *(value for key, value in kwargs.items() if key != "out")])
+    writes = [kwargs["out"]] if "out" in kwargs else args[:1] if name.endswith("_") else _leaves([result])
+    return sum(_touched(one) for one in (*reads, *writes) if isinstance(one, Tensor) and one.device.type == "cuda")
+
+
+def _touched(tensor: Tensor) -> int:
+    """The bytes of a tensor's numbers, those that a view repeats once."""
+    sides = (size for size, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
+    return math.prod(sides) * tensor.element_size()
 
 
 def _number(dtype: torch.dtype) -> bool | int | float:
@@ -178,15 +196,44 @@ def _quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[T
     return torch.empty_like(values, dtype=torch.uint8), torch.empty(n_blocks, device=values.device)
 
 
+def _added_product(
+    sum_: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor, alpha: float = 1.0
+) -> Tensor:
+    """cuBLAS' product in half precision that adds to an fp32 sum, which torch takes as `self` from 2.10 on."""
+    assert sum_.dtype == out.dtype == out_dtype == torch.float32 and a.dtype == b.dtype and a.dtype.itemsize == 2
+    assert sum_.shape == out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
+    assert sum_ is out, "else the sum is copied"
+    return out
+
+
+def _wide_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    assert out_dtype == torch.float32 and a.dtype == b.dtype and a.dtype.itemsize == 2 and a.shape[1] == b.shape[0]
+    return torch.empty(a.shape[0], b.shape[1], dtype=out_dtype, device=CARD)
+
+
+def _rms_norm(x: Tensor, width: list[int], weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    assert x.is_contiguous() and x.dtype == weight.dtype and list(weight.shape) == width == [x.shape[-1]]
+    return torch.empty_like(x), torch.empty(*x.shape[:-1], 1, device=CARD)
+
+
+def _rms_norm_backward(g: Tensor, x: Tensor, width: list[int], rstd: Tensor, weight: Tensor, mask: list[bool]) -> Any:
+    assert g.shape == x.shape and rstd.numel() * x.shape[-1] == x.numel() and mask == [True, False]
+    return torch.empty_like(x), None
+
+
 OWN = {
+    "aten.addmm.dtype_out": _added_product,
+    "aten.mm.dtype": _wide_product,
+    "aten._fused_rms_norm.default": _rms_norm,
+    "aten._fused_rms_norm_backward.default": _rms_norm_backward,
     "bitsandbytes.dequantize_4bit.out": _dequantize_4bit,
     "bitsandbytes.dequantize_blockwise.default": _dequantize_blockwise,
     "bitsandbytes.quantize_blockwise.default": _quantize_blockwise,
 }
-_library = torch.library.Library("aten", "IMPL")
-_library.impl(
-    "silu_backward", lambda grad, x: torch.empty_like(x), "CUDA"
-)  # one kernel there; here it would be taken apart
+_library = torch.library.Library("aten", "IMPL")  # one kernel each there; here they would be taken apart
+_library.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
+_library.impl("_fused_rms_norm", _rms_norm, "CUDA")
+_library.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
 
 
 # what is played ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ depend on lengths below a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from tests.fake_device.card import FakeCard, installed
+from tests.fake_device.one_layer import count_layer
 from tests.laws.bench import make_bench, random_batch
 from tools.timeline_settings import Setting, compare
 from tools.tiny_models import FAMILIES, make_folder
@@ -93,7 +94,10 @@ MORE = {
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 1088, "num_attention_heads": 8, "vocab_size": 1500}
 LAW_6 = {
-    "bytes, flash": (Setting("llama", BRAIN, ((300, 200),), knobs_of(2), "lopt", 2, SHAPE, device="cuda"), (8, 9)),
+    "bytes, flash": (
+        Setting("llama", BRAIN, ((300, 200),), knobs_of(2, mlp_block=1088), "lopt", 2, SHAPE, device="cuda"),
+        (8, 9),
+    ),
     "bytes, kept": (
         Setting("qwen3", BRAIN, ((300,),), knobs_of(2, activations="keep"), changes=SHAPE, device="cuda"),
         (8, 9),
@@ -174,6 +178,18 @@ class Bed:
         cache = FeatureCache(_new(self.root, name), identity={}, lengths=lengths, width=64)
         cache.write(range(len(lengths)), torch.ones(len(lengths), max(lengths), 64))
         return cache
+
+
+def findings(bed: Bed, name: str) -> dict[str, Any]:
+    """What a case found, by its name; `layer PRESET TOKENS BLOCK` counts one layer (one_layer.py)."""
+    if name.startswith("layer "):
+        _, preset, *numbers = name.split()
+        n_tokens, block = map(int, numbers)
+        found = count_layer(bed.root, preset=preset, n_tokens=n_tokens, block=block)
+        return {"ops": [{**asdict(one), "bytes_outside": one.bytes_outside} for one in found]}
+    if name in LAW_6:
+        return bed.law_6(*LAW_6[name])
+    return {"kinds": bed.run({**CASES, **MORE}[name])}
 
 
 def _new(root: Path, name: str) -> Path:

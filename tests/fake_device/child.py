@@ -20,13 +20,13 @@ def main() -> None:
     import torch
     import transformers.modeling_utils  # noqa: F401  # its annotations name what the card plays
 
-    from tests.fake_device.cases import CASES, LAW_6, MORE, Bed
+    from tests.fake_device.cases import Bed, findings
 
     torch.set_num_threads(1)
     bed = Bed(Path(root))
     for name in names:
         try:
-            found = bed.law_6(*LAW_6[name]) if name in LAW_6 else {"kinds": bed.run({**CASES, **MORE}[name])}
+            found = findings(bed, name)
         except Exception as error:
             found = {"error": "".join(traceback.format_exception(error))[-4000:]}
         print(json.dumps({"name": name, **found}), flush=True)

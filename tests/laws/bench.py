@@ -21,7 +21,7 @@ from lopt_edge.data import MicroBatch
 from lopt_edge.models.folder import find_model
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
@@ -160,7 +160,10 @@ def make_bench(
         validate(plan, clip_scope=clip_scope if clip else "none")
     plan = next(iter(plans.values()))
     placement = loading_placement(knobs, course.replaced)
-    model = load_model(folder, facts, device=torch.device(device), dtype=dtype, placement=placement, mover=mover)
+    pieces = mlp_pieces(knobs, device)
+    model = load_model(
+        folder, facts, device=torch.device(device), dtype=dtype, placement=placement, mover=mover, pieces=pieces
+    )
     fit_layers(model, course.replaced)
     for layer in course.replaced:  # weights drawn at random explain nothing of each other: what is fitted is next to 0
         for index, (_, mixture) in enumerate(mixtures(model, layer)):

@@ -77,6 +77,7 @@ def cases(draw: st.DrawFn, *, max_layers: int = 8) -> Case:
         prefetch=draw(st.integers(0, 3)),
         head=draw(st.sampled_from(["resident", "disk"])),
         token_tile=draw(st.sampled_from(TOKEN_TILES)),
+        mlp_block=draw(st.sampled_from([1024, 4096, 256])),
     )
     return Case(
         method=draw(st.sampled_from(["lopt", "e2e", "frozen"])),

@@ -8,16 +8,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant import gated_mlp
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.linear import PackedLinear, UnpackBuffer
 from quant.nf4 import pack
+from quant.sizes import PIECES, MlpPieces
 
 HIDDEN, INNER, TOKENS = 128, 320, 50
 
 
 def make_mlp(
-    dtype: torch.dtype, *, lora: tuple[bool, bool, bool] = (True, True, True), bias: bool = False
+    dtype: torch.dtype,
+    *,
+    lora: tuple[bool, bool, bool] = (True, True, True),
+    bias: bool = False,
+    pieces: MlpPieces = PIECES,
 ) -> PackedGatedMLP:
     generator, buffer = torch.Generator().manual_seed(1), UnpackBuffer()
 
@@ -31,7 +35,7 @@ def make_mlp(
         return layer
 
     parts = (linear(HIDDEN, INNER, lora[0]), linear(HIDDEN, INNER, lora[1]), linear(INNER, HIDDEN, lora[2]))
-    return PackedGatedMLP(*parts, act_fn=nn.SiLU())
+    return PackedGatedMLP(*parts, act_fn=nn.SiLU(), pieces=pieces)
 
 
 def run(mlp: PackedGatedMLP, x: torch.Tensor, g: torch.Tensor, *, blocked: bool) -> dict[str, torch.Tensor]:
@@ -47,10 +51,10 @@ def run(mlp: PackedGatedMLP, x: torch.Tensor, g: torch.Tensor, *, blocked: bool)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("lora", [(True, True, True), (True, False, False), (False, False, True), (False, False, False)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_equals_the_plain_composition(monkeypatch, dtype, bound, lora, bias):
-    monkeypatch.setattr(gated_mlp, "BLOCK_FEATURES", 128)  # 128 + 128 + 64
-    monkeypatch.setattr(gated_mlp, "token_tile", lambda on_cpu: 16)
-    mlp = make_mlp(dtype, lora=lora, bias=bias)
+@pytest.mark.parametrize("pieces", [MlpPieces(128, 16), MlpPieces(128, 16, joined=True), MlpPieces(INNER, 16, joined=True)])
+def test_equals_the_plain_composition(pieces, dtype, bound, lora, bias):
+    """In blocks of 128 + 128 + 64 features, and of all of them."""
+    mlp = make_mlp(dtype, lora=lora, bias=bias, pieces=pieces)
     x, g = torch.randn(2, TOKENS // 2, HIDDEN).to(dtype), torch.randn(2, TOKENS // 2, HIDDEN).to(dtype)
     plain, blocked = run(mlp, x, g, blocked=False), run(mlp, x, g, blocked=True)
     assert plain.keys() == blocked.keys()
@@ -69,10 +73,9 @@ def test_a_recomputed_layer_gives_the_same_gradients_without_a_value():
     assert all(torch.equal(value, with_value[name]) for name, value in without.items())
 
 
-def test_no_whole_intermediate(monkeypatch):
+def test_no_whole_intermediate():
     """No op's result has (tokens x intermediate) elements, forward or backward."""
-    monkeypatch.setattr(gated_mlp, "BLOCK_FEATURES", 64)
-    mlp, n_tokens = make_mlp(torch.float32), 1000
+    mlp, n_tokens = make_mlp(torch.float32, pieces=MlpPieces(features=64)), 1000
     x, g = torch.randn(n_tokens, HIDDEN), torch.randn(n_tokens, HIDDEN)
     largest = 0
 
@@ -91,5 +94,6 @@ def test_no_whole_intermediate(monkeypatch):
 
 def test_large_quantisation_blocks_are_not_cut():
     """A foreign folder may use blocks of 4096: its columns cannot be cut, so it keeps the plain MLP."""
-    assert blocks_fit(8192, 64)
-    assert not blocks_fit(8192, 4096)
+    assert blocks_fit(8192, 64, PIECES.features)
+    assert not blocks_fit(8192, 4096, PIECES.features)
+    assert blocks_fit(8192, 4096, 8192)

@@ -19,12 +19,11 @@ from lopt_edge.plan.costs.tiles import _tile, _tile_queries
 from lopt_edge.plan.facts.layers import LinearFacts
 from quant.sizes import (
     BLOCK_ELEMENTS,
-    BLOCK_FEATURES,
     DELTA_CHUNK,
     DELTA_STATES_APART,
     UNPACK_CHUNK,
+    adds_apart,
     rows_at_once,
-    token_tile,
 )
 
 if TYPE_CHECKING:
@@ -119,17 +118,17 @@ def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int
 def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int, *, need_x: bool) -> None:
     """Take what LoRA adds to a backward once dx is there: dA and dB."""
     c, r, n_in, n_out = shape.itemsize, shape.rank, linear.in_features, linear.out_features
-    cast = c != 4
+    cast, apart = c != 4, adds_apart(itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
     with heap.call():
         if shape.dropout:
             heap.take(2 * n_rows * n_in * c)  # the mask, and the dropped input
         heap.take(n_in * r * c if cast else 0)
         heap.touch(n_out * r * c * cast + n_rows * r * c)
         heap.take(n_rows * r * c)  # g B^T
-        heap.touch(n_in * r * c + n_in * r * 4 * cast)
+        heap.touch(n_in * r * (c + 4) * apart)
         heap.take(n_in * r * 4)  # dA
-        heap.touch(n_rows * r * c + n_out * r * c)
-        heap.touch(n_out * r * c + n_out * r * 4 * cast)
+        heap.touch(n_rows * r * c + n_out * r * (c if apart else 4))
+        heap.touch(n_out * r * (c + 4) * apart)
         heap.take(n_out * r * 4)  # dB
         if shape.dropout and need_x:
             heap.take(n_rows * n_in * c)
@@ -272,8 +271,10 @@ class _Pass:
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
         self.hidden, self.on_cpu = shape.facts.hidden_size, shape.kind.computes_on_cores
-        self.width = min(BLOCK_FEATURES, shape.facts.intermediate_size)
-        self.tile = min(token_tile(on_cpu=self.on_cpu), n_rows)
+        self.width = min(shape.pieces.features, shape.facts.intermediate_size)
+        self.tile = min(shape.pieces.tokens, n_rows)
+        self.is_whole = self.width == shape.facts.intermediate_size
+        self.apart = adds_apart(itemsize=self.c, on_cpu=self.on_cpu)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
         for linear in self.linears if shape.facts.forms is None else ():
@@ -309,12 +310,14 @@ def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
         run = _Pass(heap, shape, n_rows)
         c, hidden, down_rank = run.c, run.hidden, run.ranks[2]
         cast = c != 4
-        heap.take(n_rows * hidden * 4 + n_rows * down_rank * 4)
+        heap.take(n_rows * (hidden + down_rank) * (c if run.is_whole else 4))
         run.weights()
         inner = run.tile * run.width * c
-        heap.touch(2 * inner)
-        heap.touch(inner + run.tile * max(hidden * cast, down_rank) * c)
-        heap.touch(n_rows * (down_rank + hidden) * c if cast and down_rank else 0)
+        heap.touch((3 if shape.pieces.joined else 2) * inner)
+        if run.is_whole:
+            return
+        heap.touch(inner + run.tile * max(hidden, down_rank) * c * run.apart)
+        heap.touch(n_rows * (down_rank * cast + hidden * run.apart) * c if down_rank else 0)
         heap.touch(n_rows * hidden * c if cast else 0)
 
 
@@ -330,15 +333,15 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
         run.weights()
         inner = run.tile * run.width * c
         heap.touch(6 * inner)
-        heap.touch(4 * inner + max(run.tile, run.width) * down_rank * c)
-        heap.touch(
-            2 * inner + max(max(run.tile, run.width) * max(gate_rank, up_rank), run.tile * hidden * (need_x and cast)) * c
-        )
+        with_factors = 5 if shape.pieces.joined else 4  # gate and up go together, or gate before up
+        most = max(run.tile, run.width)
+        heap.touch(with_factors * inner + most * down_rank * c * run.apart)
+        heap.touch(2 * inner + max(most * max(gate_rank, up_rank), run.tile * hidden * need_x) * c * run.apart)
         low = n_rows * max(gate_rank, up_rank) * c if cast else 0
         earlier = low if gate_rank and up_rank else 0  # the loop's variable
-        heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * (need_x and cast)) * c)
+        heap.touch(earlier + low + max(hidden * rank, n_rows * hidden * need_x) * c * run.apart)
         heap.take(low)
-        heap.touch((n_rows * cast + hidden) * down_rank * c)
+        heap.touch((n_rows * cast + hidden * run.apart) * down_rank * c)
         heap.touch(n_rows * hidden * c if need_x and cast else 0)
 
 

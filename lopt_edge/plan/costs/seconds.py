@@ -74,11 +74,22 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
     if shape.layer.delta is not None:
         one_by_one = batch.in_a_row or (batch.n_tokens,)
         chunks = overhead * sum(ceil(n_tokens / DELTA_CHUNK) for n_tokens in one_by_one)
+    blocks = _block_seconds(shape, rates, rows)
+    forward, backward = forward + blocks, backward + 2 * blocks
     return LayerSeconds(
         forward + FORWARD_PASSES * hidden + overhead + chunks,
         backward + BACKWARD_PASSES * hidden + overhead + CHUNK_BACKWARD * chunks,
         again + FORWARD_PASSES / 2 * hidden + chunks,
     )
+
+
+def _block_seconds(shape: LayerShape, rates: _Rates, n_rows: int) -> float:
+    """The seconds that an MLP's blocks beyond the first add to a forward: launches, and a pass over the fp32 sum."""
+    each, facts, pieces = shape.kind.block_seconds, shape.facts, shape.pieces
+    if not each or not shape.blocked:
+        return 0.0
+    n_more = ceil(facts.intermediate_size / pieces.features) - 1
+    return n_more * (each * ceil(n_rows / pieces.tokens) + 8 * n_rows * facts.hidden_size / rates.bandwidth)
 
 
 def _expert_seconds(experts: ExpertFacts, rates: _Rates, n_rows: int, unpack: float) -> LayerSeconds:
@@ -175,9 +186,9 @@ class Costs:
         kind = self.sizes.shape.facts.kind_of_layer[index]
         key = (kind, batch, trains, mixed)
         if key not in self._layers:  # shapes are slow to compare, and a plan asks for each of its ops
-            shape = replace(self.sizes.shape.of_kind(kind), mixed=mixed)
+            shape = replace(self.sizes.in_pieces.of_kind(kind), mixed=mixed)
             if not trains:
-                shape = LayerShape(shape.facts, shape.itemsize, shape.rank, (), shape.device_type, layer_kind=kind)
+                shape = replace(shape, targets=(), dropout=False, mixed=False)
             self._layers[key] = _layer_seconds(shape, self.rates, batch)
         return self._layers[key]
 

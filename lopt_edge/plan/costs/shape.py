@@ -12,7 +12,7 @@ from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
 from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
-from quant.sizes import DELTA_CHUNK
+from quant.sizes import DELTA_CHUNK, PIECES, MlpPieces
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class LayerShape:
     """The shape of a layer, of which the programs are functions. `itemsize` is the compute dtype's, `targets` are the
     linear layers with LoRA.
 
-    `mixed`: its weights are mixtures of others' (quant/mixed.py). `layer_kind` says which of the model's kinds of layers,
-    `has_flash` whether flash attention runs on the device in half precision.
+    `mixed`: its weights are mixtures of others' (quant/mixed.py). `pieces`: those of its MLP. `layer_kind` says which of
+    the model's kinds of layers, `has_flash` whether flash attention runs on the device in half precision.
     """
 
     facts: ModelFacts
@@ -33,6 +33,7 @@ class LayerShape:
     mixed: bool = False
     layer_kind: int = 0
     has_flash: bool = True
+    pieces: MlpPieces = PIECES
 
     @property
     def layer(self) -> LayerFacts:

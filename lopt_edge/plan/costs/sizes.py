@@ -25,11 +25,11 @@ from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
 from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
-from quant.sizes import BLOCK_FEATURES, packed_sizes
+from quant.sizes import MlpPieces, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
 MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
@@ -83,6 +83,12 @@ def _packed_bytes(kind: LayerFacts) -> tuple[int, int]:
     sizes = [packed_sizes(shape) for shape in kind.matrix_shapes]
     pieces = ((one.codes_bytes, one.absmax_bytes, one.nested_absmax_bytes) for one in sizes)
     return sum(_aligned(piece) for each in pieces for piece in each), sum(one.codes_bytes for one in sizes)
+
+
+@lru_cache(maxsize=64)
+def _in_pieces(shape: LayerShape, pieces: MlpPieces) -> LayerShape:
+    """The shape with these pieces, the same object each time: a search compares shapes a million times."""
+    return shape if pieces == shape.pieces else replace(shape, pieces=pieces)
 
 
 def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
@@ -175,7 +181,7 @@ class Sizes:
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
-            found.append(3 * min(BLOCK_FEATURES, facts.intermediate_size) * facts.hidden_size)
+            found.append(3 * min(self.knobs.mlp_block, facts.intermediate_size) * facts.hidden_size)
         return max(found) * shape.itemsize
 
     @property
@@ -414,8 +420,13 @@ class Sizes:
         """The most bytes within a layer's backward, in which `fresh` bytes of gradients are made."""
         return backward_within(self._run(batch, layer, segment), kept.value, fresh)
 
+    @cached_property
+    def in_pieces(self) -> LayerShape:
+        """The shape with the pieces in which its MLP runs."""
+        return _in_pieces(self.shape, mlp_pieces(self.knobs, self.shape.device_type))
+
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.shape.of_layer(layer)
+        shape = self.in_pieces.of_layer(layer)
         shape = shape if segment.loss != "none" else replace(shape, targets=())
         shape = replace(shape, mixed=True) if layer in self.replaced else shape
         shape = replace(shape, dropout=False) if layer in segment.tail else shape

@@ -40,6 +40,10 @@ class DeviceKind:
     score_bytes: int  # of a tile's attention scores in fp32 (run/model/query_tiles.py)
     attention_bytes: int  # that a fused backward may take beside its gradients (fused_attention.py); 0: torch chooses
     norm_tile_bytes: int  # of a tile's rows in a norm (run/model/tiled.py)
+    fuses_norms: bool  # torch has one kernel for a norm there
+    mlp_blocks: tuple[int, ...]  # features of an MLP at a time, the fastest first (quant/gated_mlp.py); 0: all of them
+    mlp_tile: int  # tokens of an MLP at a time
+    joins_products: bool  # gate and up are one product
 
     library_bytes: int  # of the process before its first tensor, where they count
     context_bytes: int  # of the driver before the first tensor, beside the allocator's
@@ -49,6 +53,7 @@ class DeviceKind:
     saving_bytes: int  # of code that is loaded when a run saves, where code counts
     later_part: int  # one part in so many is added for what comes after the watched steps (plan/costs/correction.py)
     op_overhead_seconds: float  # of a layer
+    block_seconds: float  # of launching what a further block of an MLP adds to a forward; 0: it adds none
 
     measured_products: tuple[tuple[int, int, int], ...]  # (rows, in, out): micro-batches and layers (doctor/measure.py)
     measured_dtypes: tuple[str, ...]
@@ -69,6 +74,10 @@ CPU = DeviceKind(
     score_bytes=4 * MIB,
     attention_bytes=0,
     norm_tile_bytes=MIB,  # few enough for the caches
+    fuses_norms=False,
+    mlp_blocks=(1024,),
+    mlp_tile=1024,
+    joins_products=False,  # a third tensor for nothing
     library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
     context_bytes=0,
     # With the heap trimmed before each op a process takes 22 to 29 MiB beside library and tensors, whatever the shape (20
@@ -80,6 +89,7 @@ CPU = DeviceKind(
     saving_bytes=3 * MIB,  # 0.2 to 2.7 above the steps' peak (examples/tiny-llama); peft, which took 43, is not imported
     later_part=50,
     op_overhead_seconds=1.2e-3,  # measured (doctor/measure.py) on an AMD EPYC core
+    block_seconds=0.0,
     measured_products=((512, 2048, 2048), (256, 4096, 4096)),
     measured_dtypes=("float32", "bfloat16"),
     measured_tokens=1024,
@@ -97,6 +107,10 @@ CUDA = DeviceKind(
     score_bytes=32 * MIB,
     attention_bytes=256 * MIB,  # of an 8B all heads up to 6,000 tokens; beyond that a part is work enough
     norm_tile_bytes=32 * MIB,  # enough work for a kernel
+    fuses_norms=True,
+    mlp_blocks=(0, 4096, 1024),
+    mlp_tile=4096,  # a GPU wants larger products than a CPU
+    joins_products=True,
     library_bytes=0,
     context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)
     slack_bytes=96 * MIB,  # cuBLAS workspaces
@@ -105,6 +119,7 @@ CUDA = DeviceKind(
     saving_bytes=0,
     later_part=100,
     op_overhead_seconds=3e-4,  # unmeasured: Python takes as long as there, but most of it passes while the device computes
+    block_seconds=1e-4,  # unmeasured: a dozen launches (tools/count_kernels.py) of 8 us
     measured_products=((2048, 2048, 2048), (2048, 4096, 4096)),
     measured_dtypes=("float32", "bfloat16", "float16"),
     measured_tokens=2048,

@@ -2,9 +2,12 @@
 the user's.
 
 The rule: no knob changes the arithmetic. Losses and gradients are bitwise those of the all-resident, all-device run
-(design law 3), with two exceptions: `adamw8bit` keeps its moments in 8 bits, and a `token_tile` sums a loss in other
-portions. In fp32 gradients of two tiles agree within 1e-5 of their norm, bitwise where one tile holds all tokens that have
-a loss.
+(design law 3), with three exceptions: `adamw8bit` keeps its moments in 8 bits, a `token_tile` sums a loss in other
+portions, and `mlp_block` and `mlp_tile` do so with an MLP's products. In fp32 gradients of two sizes agree within 1e-5 of
+their norm, bitwise where one tile holds all tokens that have a loss.
+
+A larger block of the MLP takes more memory and fewer kernels: one of all features sums nothing up (quant/gated_mlp.py).
+On a CPU it gains nothing, so there the smallest is the only one that the search knows.
 
 A smaller tile is for short sequences on little memory, where the loss is a step's peak (8B, LoPT, 512 tokens: tiles of 256
 take 2.1% less of the least that can be, 0.1% of what a card of 8 GB takes). From 2,048 tokens on a backward is the peak.
@@ -21,6 +24,7 @@ from typing import Literal
 from lopt_edge.errors import InputError
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
+from quant.sizes import PIECES, MlpPieces
 
 Tier = Literal["device", "host", "disk"]
 Apply = Literal["step", "segment", "layer"]
@@ -28,6 +32,7 @@ Optimizer = Literal["adamw", "adamw8bit"]
 WEIGHTS = ("resident", "host", "disk")
 ACTIVATIONS = ("keep", "recompute", "page")
 ELSEWHERE = "elsewhere"  # the place of a unit that another process of a pipeline has
+MLP_PIECES = (PIECES.features, PIECES.tokens)  # features and tokens at a time, where nothing else is chosen
 TOKEN_TILES = (1024, 512, 256)  # tokens whose chunk of logits exists at a time: the fastest first
 
 
@@ -36,7 +41,8 @@ class Knobs:
     """The memory settings of a run. `weights` and `activations` have one entry a layer. `prefetch` is how many layers ahead
     a movement begins.
 
-    `token_tile` is of the losses, in steps and evaluations.
+    `token_tile` is of the losses, in steps and evaluations. `mlp_block` is how many intermediate features of an MLP, and
+    `mlp_tile` of how many tokens, are computed at a time.
     """
 
     weights: tuple[str, ...]
@@ -50,6 +56,8 @@ class Knobs:
     prefetch: int = 1
     head: str = "disk"
     token_tile: int = TOKEN_TILES[0]
+    mlp_block: int = MLP_PIECES[0]
+    mlp_tile: int = MLP_PIECES[1]
 
     @property
     def ring(self) -> int:
@@ -70,7 +78,13 @@ class Knobs:
         return (
             f"weights {in_runs(self.weights)}; activations {in_runs(self.activations)}; saved inputs {self.saved_inputs}; "
             f"{self.optimizer} states {self.states}; gradients {self.gradients}; updates by {self.apply}{tile}"
+            f"{pieces_in_words(self.mlp_block, self.mlp_tile)}"
         )
+
+
+def pieces_in_words(features: int, tokens: int) -> str:
+    """The pieces of an MLP as they stand at the end of a line; nothing where they are those of a CPU."""
+    return "" if (features, tokens) == MLP_PIECES else f"; MLPs in blocks of {features} x {tokens} tokens"
 
 
 def in_runs(choices: tuple[str, ...]) -> str:
@@ -85,8 +99,29 @@ def in_runs(choices: tuple[str, ...]) -> str:
 def default_knobs(facts: ModelFacts, device_type: str) -> Knobs:
     """The settings with everything on the device and one layer recomputed at a time. On a CPU the lm_head is read in chunks
     from its file: it would be the largest tensor in memory."""
-    n_layers, head = facts.n_layers, "resident" if kind_of(device_type).host_is_below else "disk"
-    return Knobs(("resident",) * n_layers, ("recompute",) * n_layers, head=head)
+    n_layers, kind = facts.n_layers, kind_of(device_type)
+    head = "resident" if kind.host_is_below else "disk"
+    return Knobs(
+        ("resident",) * n_layers, ("recompute",) * n_layers, head=head, mlp_block=mlp_blocks(facts, device_type)[-1],
+        mlp_tile=kind.mlp_tile,
+    )  # fmt: skip
+
+
+def mlp_blocks(facts: ModelFacts, device_type: str) -> tuple[int, ...]:
+    """The blocks of intermediate features that a search may take, the fastest and largest first; one of those that have all
+    features, and one where the model has no gated MLP."""
+    names = {linear.short_name for kind in facts.kinds for linear in kind.linears}
+    if not {"gate_proj", "up_proj", "down_proj"} <= names:
+        return (PIECES.features,)
+    most, found = facts.intermediate_size, dict[int, int]()
+    for size in kind_of(device_type).mlp_blocks:
+        found.setdefault(min(size or most, most), size or most)
+    return tuple(found.values())
+
+
+def mlp_pieces(knobs: Knobs, device_type: str) -> MlpPieces:
+    """The pieces in which MLPs run with these knobs."""
+    return MlpPieces(knobs.mlp_block, knobs.mlp_tile, kind_of(device_type).joins_products)
 
 
 def placement_of(knobs: Knobs) -> tuple[tuple[str, str], ...]:

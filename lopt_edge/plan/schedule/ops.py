@@ -1,9 +1,9 @@
 """The op list: one optimizer step as a flat tuple of small frozen ops, with a text form, a parser and a hash.
 
 A plan's text is its whole content: `parse_plan(plan.text()) == plan`. It opens with a header (method, kind of step, depth,
-number of micro-batches, buffers for streamed layers, tokens of a loss' tile, the segments, where each unit's weights lie),
-then one op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing here decides (methods
-and passes do) or runs (run/step/executor.py does).
+number of micro-batches, buffers for streamed layers, tokens of a loss' tile, pieces of an MLP, the segments, where each
+unit's weights lie), then one op a line. A person can read it, a test can state it, a checkpoint can name its hash. Nothing
+here decides (methods and passes do) or runs (run/step/executor.py does).
 
     EMBED mb=0
     FORWARD 3 mb=0 keep=input
@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Any
 
 from lopt_edge.plan.schedule.effects import ITEMS, Effect, Kind, effect_of
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES
+from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES
 from lopt_edge.plan.schedule.segments import LOSSES, MOST_LAYERS, Segment, parse_runs, runs_text
 
 MOST_IN_FLIGHT = 2  # boundaries that a process has sent and the next one has not taken
@@ -92,9 +92,10 @@ class Plan:
     """The plan of one kind of optimizer step. `placement` gives each unit's weights a tier: resident, or streamed from a
     tier.
 
-    `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time. `kind`
-    names the kind of step where a run has several. `own`: the segments of this process of a pipeline, None where one
-    process has them all. The layers before `closed` train no more in the run: their optimizer states are gone.
+    `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time, `mlp`
+    the features and tokens of an MLP's pieces. `kind` names the kind of step where a run has several. `own`: the segments
+    of this process of a pipeline, None where one process has them all. The layers before `closed` train no more in the run:
+    their optimizer states are gone.
     """
 
     method: str
@@ -108,10 +109,12 @@ class Plan:
     kind: str = ""
     own: tuple[int, ...] | None = None
     closed: int = 0
+    mlp: tuple[int, int] = MLP_PIECES
 
     def text(self) -> str:
         """The plan in words, a line for each op after the header: `parse_plan` reads it."""
         counts = f"layers={self.n_layers} micro_batches={self.n_micro_batches} ring={self.ring} tile={self.tile}"
+        counts += "" if self.mlp == MLP_PIECES else f" mlp={self.mlp[0]}x{self.mlp[1]}"
         counts += "" if self.own is None else f" own={runs_text(self.own)}"
         counts += f" closed={self.closed}" if self.closed else ""
         kind = f" kind={self.kind}" if self.kind else ""
@@ -229,7 +232,7 @@ class PlanTextError(ValueError):
 _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _HEAD = re.compile(
     r"plan 4 method=([\w-]+)(?: kind=([\w-]+))? layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})"
-    rf"(?: own=({_LAYERS}))?(?: closed=(\d{{1,6}}))?"
+    rf"(?: mlp=(\d{{1,6}})x(\d{{1,6}}))?(?: own=({_LAYERS}))?(?: closed=(\d{{1,6}}))?"
 )
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
@@ -266,10 +269,11 @@ def parse_plan(text: str) -> Plan:
     n_layers, n_micro_batches, ring, tile = (int(number) for number in head.groups()[2:6])
     if n_layers > MOST_LAYERS:
         raise PlanTextError(f"line 1: more than {MOST_LAYERS:,} layers")
-    own, closed = _parsed_own(head[7], len(segments)), int(head[8] or 0)
+    own, closed = _parsed_own(head[9], len(segments)), int(head[10] or 0)
+    mlp = (int(head[7]), int(head[8])) if head[7] else MLP_PIECES
     return Plan(
         head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own,
-        closed,
+        closed, mlp,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 
 def arrange(plan: Plan, knobs: Knobs) -> Plan:
     """The plan with all of `knobs` carried out."""
-    plan = replace(plan, tile=knobs.token_tile)
+    plan = replace(plan, tile=knobs.token_tile, mlp=(knobs.mlp_block, knobs.mlp_tile))
     for one_pass in (
         choose_activations,
         move_pages,

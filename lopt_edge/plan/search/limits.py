@@ -18,7 +18,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.cards import CARDS, Card
 from lopt_edge.plan.facts.device_kinds import kind_of
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, mlp_blocks
 from lopt_edge.plan.search.search import QUARTERS, Bounds, Candidate, Search, last_layers
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
@@ -97,6 +97,7 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
     wanted: dict[str, Any] = {
         "weights": (below,) * n_layers, "activations": ("recompute",) * n_layers, "saved_inputs": below, "states": below,
         "gradients": below, "head": "disk", "prefetch": 0, "token_tile": TOKEN_TILES[-1],
+        "mlp_block": mlp_blocks(space.facts, space.device_type)[-1],
     }  # fmt: skip
     low = replace(knobs, **{name: value for name, value in wanted.items() if name not in fixed})
     if not limited:

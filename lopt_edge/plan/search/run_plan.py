@@ -19,7 +19,7 @@ from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, in_runs, mlp_blocks, pieces_in_words
 from lopt_edge.plan.search.limits import longest_context, nearest_that_fit, smallest_card
 from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from lopt_edge.plan.search.workload import Workload
@@ -27,8 +27,8 @@ from lopt_edge.units import format_bytes
 
 HALF = 0.5  # of the chosen plan's device memory: an alternative is looked for below it
 LEAST_SHOWN = 0.01  # of a step's seconds: what is faster or slower by less is not said to be so
-REPORTED = ("weights", "activations", "saved_inputs", "states", "gradients", "head", "prefetch", "token_tile", "optimizer",
-            "apply")  # fmt: skip
+REPORTED = ("weights", "activations", "saved_inputs", "states", "gradients", "head", "prefetch", "token_tile", "mlp_block",
+            "mlp_tile", "optimizer", "apply")  # fmt: skip
 NAMES = {"states": "optimizer_states"}  # knobs whose setting has another name
 
 
@@ -229,6 +229,7 @@ def _reasons(search: Search, chosen: Candidate, budget: Budget, *, fits: bool) -
     plain: dict[str, Any] = {
         "weights": fastest.weights, "activations": ("keep",) * facts.n_layers, "saved_inputs": "device", "states": "device",
         "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": fastest.token_tile,
+        "mlp_block": mlp_blocks(facts, search.space.device_type)[0],
     }  # fmt: skip
     for name in REPORTED:
         value = getattr(chosen.knobs, name)
@@ -328,4 +329,5 @@ def described(knobs: Mapping[str, Any]) -> str:
     """The memory settings on one line; `knobs` are as in a RunPlan."""
     shown = ("weights", "activations", "saved_inputs", "optimizer_states", "gradients")
     tile = f"; losses of {knobs['token_tile']} tokens at a time" if knobs["token_tile"] != TOKEN_TILES[0] else ""
-    return "; ".join(f"{name.replace('_', ' ')} {knobs[name]}" for name in shown) + tile
+    pieces = pieces_in_words(knobs["mlp_block"], knobs["mlp_tile"])
+    return "; ".join(f"{name.replace('_', ' ')} {knobs[name]}" for name in shown) + tile + pieces

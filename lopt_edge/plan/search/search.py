@@ -4,8 +4,9 @@ Branch and bound. The combinations and their order depend on the run only, never
 deterministic, and a larger budget never gives a slower plan (what fitted still fits; seconds count in three digits). Each
 combination has a lower bound of its seconds (arithmetic, or one channel's movements) and of its device bytes (what is
 steady, and where a segment turns round). They are taken in the order of that bound, and the walk ends where no later one
-can be faster than the best that fits. Only what passes the bounds is arranged, timed and replayed exactly. A smaller tile
-of the loss, which is never faster, is tried where a combination does not fit and the loss is its peak.
+can be faster than the best that fits. Only what passes the bounds is arranged, timed and replayed exactly. Smaller blocks
+of the MLP, which are never faster, are tried where a combination does not fit, and then smaller tiles of the loss, if that
+is its peak.
 
 How near the optimum: layers are streamed from the end of the depth in quarters, graphs kept from the end in quarters, each
 other thing on one tier. tests/plan/search/test_search.py compares with all per-layer choices on small models and states the
@@ -29,7 +30,7 @@ from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import StepKind, groups_of
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, Tier, default_knobs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, Tier, default_knobs, mlp_blocks
 from lopt_edge.plan.schedule.ops import Keep
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.plan.search.workload import Workload
@@ -60,9 +61,9 @@ class Found:
 class Space:
     """The combinations that the search may choose. `fixed` knobs do not vary; `said` are those that the user set.
 
-    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest tile of
-    the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved least often goes
-    first. `tiled` gives those with smaller tiles.
+    Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest block of
+    the MLP and tile of the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved
+    least often goes first. `tiled` gives those with smaller blocks, then with smaller tiles as well.
     """
 
     facts: ModelFacts
@@ -71,7 +72,8 @@ class Space:
     said: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[Knobs]:
-        n_layers, start = self.facts.n_layers, default_knobs(self.facts, self.device_type)
+        n_layers = self.facts.n_layers
+        start = replace(default_knobs(self.facts, self.device_type), mlp_block=mlp_blocks(self.facts, self.device_type)[0])
         host_is_below = kind_of(self.device_type).host_is_below
         below: Tier = "host" if host_is_below else "disk"
         axes: dict[str, Sequence[Any]] = {
@@ -102,9 +104,14 @@ class Space:
         return any(found and name not in self.fixed for name, found in wasted.items())
 
     def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
-        """The combination itself, then with ever smaller tiles of the loss."""
+        """The combination itself, then with ever smaller blocks of the MLP, then with ever smaller tiles of the loss."""
         smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
-        return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
+        blocks = () if "mlp_block" in self.fixed else self._blocks_below(knobs.mlp_block)
+        cut = [knobs, *(replace(knobs, mlp_block=block) for block in blocks)]
+        return *cut, *(replace(cut[-1], token_tile=tile) for tile in smaller)
+
+    def _blocks_below(self, block: int) -> tuple[int, ...]:
+        return tuple(size for size in mlp_blocks(self.facts, self.device_type) if size < block)
 
     def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
         """The combination's further forms, with ever more of it on disk; it itself is not among them."""
@@ -168,8 +175,7 @@ class Search:
         if not self._may_win(knobs, budget, best):
             return None
         most = budget.device_bytes
-        held = (form for form in self._tiles(knobs) if most is None or self.prediction(form).device_bytes <= most)
-        found = next(held, None)
+        found = next((form for form in self._tiles(knobs) if self._is_held(form, most)), None)
         if found is None:
             return None
         knobs = found
@@ -179,6 +185,10 @@ class Search:
             if self.prediction(form).fits(budget):
                 return self.candidate(form)
         return None
+
+    def _is_held(self, form: Knobs, most: int | None) -> bool:
+        """Whether the device holds a form; the bound is asked first, since it is cheaper."""
+        return most is None or (self.bounds.device_bytes(form) <= most and self.prediction(form).device_bytes <= most)
 
     def _forms(self, knobs: Knobs, budget: Budget) -> Iterator[Knobs]:
         """The combination as it is, and with ever more of it on disk, as far as the host may hold it by its bound."""
@@ -193,10 +203,12 @@ class Search:
         return form is not None and not self._is_slower(form, best)
 
     def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
-        """The combination itself, and with smaller tiles as long as the loss or the evaluation is at the peak."""
-        for form in self.space.tiled(knobs):
+        """The combination itself, with smaller blocks, and with smaller tiles as long as the loss or the evaluation is at
+        the peak."""
+        forms = self.space.tiled(knobs)
+        for form in forms:
             yield form
-            if not self.prediction(form).at_loss:
+            if form.mlp_block == forms[-1].mlp_block and form != forms[-1] and not self.prediction(form).at_loss:
                 break
 
     def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
@@ -259,12 +271,16 @@ def three_digits(seconds: float) -> float:
 
 def _moves_more(knobs: Knobs, best: Knobs) -> bool:
     """Whether a combination differs from the best only in moving more things: that is not faster."""
-    if (knobs.prefetch != best.prefetch and best.ring + len(best.tiers)) or knobs.token_tile > best.token_tile:
+    if (knobs.prefetch != best.prefetch and best.ring + len(best.tiers)) or _has_larger_pieces(knobs, best):
         return False
     pairs = [*zip(knobs.weights, best.weights, strict=True), *zip(knobs.activations, best.activations, strict=True),
              (knobs.saved_inputs, best.saved_inputs), (knobs.states, best.states), (knobs.gradients, best.gradients),
              (knobs.head, best.head)]  # fmt: skip
     return all(here == there or there in ("device", "resident", "keep") for here, there in pairs)
+
+
+def _has_larger_pieces(knobs: Knobs, best: Knobs) -> bool:
+    return knobs.token_tile > best.token_tile or knobs.mlp_block > best.mlp_block
 
 
 def _run(kind: StepKind) -> tuple[Segment, ...]:
@@ -310,7 +326,15 @@ class Bounds:
         """The least time of a step: all arithmetic, or all bytes of the busier channel; without prefetching one after the
         other."""
         few = knobs.gradients == "device"  # which micro-batches are timed
-        key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, knobs.token_tile, few)
+        key: tuple[Any, ...] = (
+            "computed",
+            knobs.activations,
+            knobs.head,
+            knobs.optimizer,
+            knobs.token_tile,
+            knobs.mlp_block,
+            few,
+        )
         computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
         key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
         up, down = self._once(key, lambda: self._moved(self._costs(knobs), knobs))
@@ -371,9 +395,9 @@ class Bounds:
         """The least device bytes: what lives through the step, and the most that a segment needs where it turns round."""
         sizes = self.workload.sizes(knobs)
         moving = knobs.gradients != "device" and knobs.apply != "layer"
-        key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch)
+        key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch, knobs.mlp_block)
         steady = self._once(key, lambda: sum(sizes.steady(self._segments, gradients_move=moving).values()))
-        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile)
+        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile, knobs.mlp_block)
         turning = self._once(key, lambda: self._turning(sizes, knobs))
         slack = slack_bytes(sizes.shape.device_type, turning)
         return steady + turning + slack + self.workload.library_bytes

@@ -27,17 +27,16 @@ from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
 from lopt_edge.plan.facts.layers import ExpertFacts, LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, placement_of
+from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, mlp_pieces, placement_of
 from lopt_edge.run.model import query_tiles, sequences
 from lopt_edge.run.model.delta_net import DeltaNet
+from lopt_edge.run.model.placed import block_mlp, tile_norms
 from lopt_edge.run.model.sequences import Sequences
-from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
 from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
-from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.gguf.weight import gguf_layout, read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
@@ -45,6 +44,7 @@ from quant.mxfp4.stacks import is_mxfp4
 from quant.mxfp4.weight import mxfp4_on_disk
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
+from quant.sizes import MlpPieces
 
 
 @dataclass(eq=False)
@@ -184,14 +184,16 @@ def load_model(
     dtype: torch.dtype,
     placement: tuple[tuple[str, str], ...] | None = None,
     mover: Mover | None = None,
+    pieces: MlpPieces | None = None,
 ) -> Model:
     """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
 
-    `placement` says where a plan has each unit's weights (default: all layers resident); `mover` carries what is streamed.
+    `placement` says where a plan has each unit's weights (default: all layers resident), `pieces` how MLPs are computed
+    (default: as the device's kind does in the least memory); `mover` carries what is streamed.
     """
     entries = tensor_entries(folder, facts)
     knobs = default_knobs(facts, device.type)
-    placement = placement or placement_of(knobs)
+    placement, pieces = placement or placement_of(knobs), pieces or mlp_pieces(knobs, device.type)
     buffer = UnpackBuffer()
     shared: dict[object, Tensor] = {}
     head = dict(placement)["head"]
@@ -215,10 +217,10 @@ def load_model(
             layouts[index] = lay_out(matrices)
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
-            _tile_norms(layer)
+            tile_norms(layer, facts.family)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
-            _block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices})
+            block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
@@ -391,34 +393,10 @@ def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBu
     return named
 
 
-def _tile_norms(layer: nn.Module) -> None:
-    """Put every norm of a layer into a `TokenTiled`."""
-    for name, module in list(layer.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            layer.set_submodule(name, TokenTiled(module))
-
-
 def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
     """Put a `DeltaNet` in the place of the family's gated delta rule."""
     name = facts.linears[0].name.rpartition(".")[0]
     layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
-
-
-def _block_mlp(layer: nn.Module, block_elements: dict[int, int]) -> None:
-    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
-
-    `block_elements`: quantisation block of each packed linear layer, by the module's id.
-    """
-    mlp: Any = getattr(layer, "mlp", None)
-    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    parts = [part for part in found if isinstance(part, PackedLinear)]
-    sizes = dict(block_elements)
-    for part in parts:
-        if part.weight is not None and not isinstance(part.weight, Tensor):
-            sizes[id(part)] = part.weight.block_elements
-    if len(parts) == 3 and all(id(part) in sizes and blocks_fit(part.in_features, sizes[id(part)]) for part in parts):
-        gate, up, down = parts
-        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"))
 
 
 def fill_parameters(

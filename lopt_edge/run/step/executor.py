@@ -31,6 +31,7 @@ from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.device import device_of
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import LayerContext, Model
 from lopt_edge.run.step.batches import Batch, window_totals
@@ -38,8 +39,8 @@ from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
-from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, finite
-from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, present, segments_of
+from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, name_of_loss, take_losses
+from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, UnreadLoss, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -167,11 +168,16 @@ class Executor:
         """Let the caller look at the step where nothing of a micro-batch is alive; not after early updates."""
         begins = state.plan.ops[cut_before(state.plan, op.micro_batch)].pass_index == op.pass_index
         if op.micro_batch and begins and not (state.inputs or state.graphs or self.optimizer.any_updated):
-            between(Cut(op.micro_batch, dict(state.losses), self.optimizer.gradient_copy))
+
+            def losses() -> dict[int, float]:
+                self._read_losses(state)
+                return dict(state.losses)
+
+            between(Cut(op.micro_batch, losses, self.optimizer.gradient_copy))
 
     def _go_on(self, state: StepState, start: Cut, movements: Movements) -> None:
         """Bring losses, gradients and streamed weights to where the ops before the cut left them."""
-        state.losses.update(start.losses)
+        state.losses.update(start.losses())
         for group in self.optimizer.groups:
             if (flat := start.gradient(group)) is not None:
                 self.optimizer.put_gradient(group, flat, own_block=state.own_blocks)
@@ -254,8 +260,7 @@ class Executor:
         weight = state.align_weight * self.loss_scale
         output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
         state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
-        if weight:
-            state.losses[ALIGNED] = state.losses.get(ALIGNED, 0.0) + value / weight
+        self._note_loss(state, UnreadLoss(ALIGNED, "alignment", op.text(), value, weight))
         state.teacher_BTD = None
 
     def _receive(self, state: StepState, op: Op) -> None:
@@ -273,7 +278,7 @@ class Executor:
         link.flush()
         if state.fault is None:
             try:
-                self.optimizer.check_finite()
+                self._check_finite(state)
             except NotFinite as error:
                 state.fault, state.fault_op = error, op.text()
         link.agree(state.fault, state.fault_op)
@@ -322,29 +327,33 @@ class Executor:
         if segment.has_head:
             self._accept(state, ("aux", op.target))
         state.grad_BTD, value = self._gradient(state, op, segment)
-        state.losses[op.target] += value
+        self._note_loss(state, UnreadLoss(op.target, name_of_loss(segment), op.text(), value))
         state.target_BTD = None
         if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
         if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
 
-    def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, float]:
+    def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, Tensor]:
         """The gradient and the loss of a segment; in a function of its own, so that nothing in it lives on."""
         target_BTD = self._target(state, op, segment.first) if segment.has_head else None
+        return self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
 
-        def check(value: float, which: str) -> float:
-            try:
-                return finite(value, which)
-            except NotFinite as error:
-                if self.link is None:
-                    raise
-                if state.fault is None:  # the others count on this process until all agree
-                    state.fault, state.fault_op = error, op.text()
-                return value
+    def _note_loss(self, state: StepState, loss: UnreadLoss) -> None:
+        """Keep a loss, to be read with the norms; on cores it is read now, so that a bad one ends the step here."""
+        state.unread.append(loss)
+        if device_of(self.model.device).kind.computes_on_cores:
+            self._read_losses(state)
 
-        output = self._output(state, op, segment, target_BTD)
-        return self.losses.gradient(output, loss_scale=self.loss_scale, check=check)
+    def _read_losses(self, state: StepState) -> None:
+        if state.unread:
+            values = torch.stack([loss.value for loss in state.unread]).cpu().tolist()
+            take_losses(state, values, alone=self.link is None)
+
+    def _check_finite(self, state: StepState) -> None:
+        """Read all losses and norms at once. Raises NotFinite, of a loss before that of a gradient."""
+        beside, alone = [loss.value for loss in state.unread], self.link is None
+        self.optimizer.check_finite(beside, told=lambda values: take_losses(state, values, alone=alone))
 
     def _output(self, state: StepState, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
         n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
@@ -397,6 +406,9 @@ class Executor:
         segment = op.target if op.unit == "aux" else state.plan.segment_of(op.target).index
         if op.unit == "layer" and op.target in state.plan.segments[segment].through:
             self._accept(state, op.group)  # no gradient came: a zero one, so that its momentum moves it
+        if state.unread:
+            self._check_finite(state)
+            self.optimizer.checked = not state.early
         rates = state.learning_rates
         self.optimizer.step(op.group, lr=rates[op.group if op.group in rates else segment], early=state.early)
 
@@ -405,6 +417,7 @@ class Executor:
 
     def _result(self, state: StepState) -> StepResult:
         segments = state.plan.segments
+        self._read_losses(state)
         if self.link is not None:
             self._exchange(state, self.link)
         return StepResult(

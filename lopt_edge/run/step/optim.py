@@ -22,7 +22,7 @@ Both damaged within one step is beyond it: `roll_back` says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -255,15 +255,22 @@ class SegmentOptimizer:
 
     # updates ---------------------------------------------------------------------------------------------------------
 
-    def check_finite(self) -> None:
-        """Compute the norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN."""
+    def check_finite(
+        self, beside: Sequence[Tensor] = (), *, told: Callable[[list[float]], None] = lambda values: None
+    ) -> None:
+        """Compute the norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN.
+
+        `beside` are numbers in float64 that are read in the same wait; `told` gets their values before a norm is looked at.
+        """
         squares: dict[int, list[Tensor]] = {}
         for group in self.groups.values():
             if group.square_norm is not None:
                 squares.setdefault(group.segment, []).append(group.square_norm)
-        if not squares:
+        if not squares and not beside:
             return
-        sums = torch.stack([torch.stack(found).sum() for found in squares.values()]).cpu().tolist()  # one wait for a GPU
+        read = torch.stack([*(torch.stack(found).sum().double() for found in squares.values()), *beside]).cpu().tolist()
+        told(read[len(squares) :])
+        sums = read[: len(squares)]  # one wait for a GPU
         self.norms = {segment: math.sqrt(value) / self.loss_scale for segment, value in zip(squares, sums, strict=True)}
         for segment, norm in self.norms.items():
             if not math.isfinite(norm):

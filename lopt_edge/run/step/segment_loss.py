@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, N selected tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
-from lopt_edge.run.step.step_state import present
+from lopt_edge.run.step.step_state import StepState, present
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,20 +48,17 @@ class SegmentLosses:
     def __init__(self, model: Model, heads: Mapping[int, ReconstructHead], *, local_weight: float) -> None:
         self.model, self.heads, self.local_weight = model, heads, local_weight
 
-    def gradient(
-        self, output: SegmentOutput, *, loss_scale: float, check: Callable[[float, str], float]
-    ) -> tuple[Tensor, float]:
-        """The gradient (B, T, D) of the segment's loss times `loss_scale`, and the loss before its weight.
+    def gradient(self, output: SegmentOutput, *, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """The gradient (B, T, D) of the segment's loss times `loss_scale`, and the loss before its weight (a scalar).
 
-        The loss goes through `check`, as `finite` is one. It is added up on the device and read once, since a GPU's host
-        waits for a number; in float64, where the sum of fp32 numbers has the bits of Python's. The gradients of aux heads
-        are accumulated on the way.
+        The loss is added up and stays on the device, since a GPU's host waits for a number; in float64, where the sum of
+        fp32 numbers has the bits of Python's. The gradients of aux heads are accumulated on the way.
         """
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":
-            grad_BTD, value = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
-            return grad_BTD, value / factor
+            grad_BTD, total = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
+            return grad_BTD, total / factor
         rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
         flat_ND = output.hidden_BTD.flatten(0, 1)
         total = torch.zeros((), dtype=torch.float64, device=flat_ND.device)
@@ -71,8 +68,7 @@ class SegmentLosses:
             tile_N = positions[start : start + output.tile]
             grad_ND[tile_N], loss = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
             total += loss
-        value = check(total.item(), "local" if output.segment.is_local else "task")
-        return grad_ND.view_as(output.hidden_BTD), value
+        return grad_ND.view_as(output.hidden_BTD), total
 
     def _tile(
         self, output: SegmentOutput, leaf_ND: Tensor, tile_N: Tensor, *, start: int, factor: float
@@ -92,8 +88,9 @@ class SegmentLosses:
         return present(leaf_ND.grad), loss.detach()
 
 
-def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
-    """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss."""
+def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss (a
+    scalar on the device)."""
     hidden_ND, teacher_ND = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1)
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
@@ -102,11 +99,27 @@ def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, float]:
         tile_N = positions[start : start + output.tile]
         loss, grad_ND[tile_N] = alignment(hidden_ND[tile_N], teacher_ND[tile_N], scale=scale)
         total += loss
-    return grad_ND.view_as(output.hidden_BTD), finite(total.item(), "alignment")
+    return grad_ND.view_as(output.hidden_BTD), total
 
 
-def finite(value: float, which: str) -> float:
-    """The loss itself. Raises NotFinite, which names the loss, if it is infinite or NaN."""
-    if not math.isfinite(value):
-        raise NotFinite(f"the {which} loss is not finite ({value}); nothing was updated", of_loss=True)
-    return value
+def name_of_loss(segment: Segment) -> str:
+    """What a message calls the loss of a segment."""
+    return "alignment" if segment.loss == "align" else "local" if segment.is_local else "task"
+
+
+def take_losses(state: StepState, values: Sequence[float], *, alone: bool) -> None:
+    """Add up the losses of a step that were read.
+
+    Raises NotFinite for an infinite or NaN one; unless `alone`, in a pipeline, it is kept until all processes agree.
+    """
+    unread, state.unread = state.unread, []
+    for loss, value in zip(unread, values, strict=True):
+        if loss.weight:
+            state.losses[loss.segment] = state.losses.get(loss.segment, 0.0) + value / loss.weight
+        if math.isfinite(value):
+            continue
+        fault = NotFinite(f"the {loss.name} loss is not finite ({value}); nothing was updated", of_loss=True)
+        if alone:
+            raise fault
+        if state.fault is None:
+            state.fault, state.fault_op = fault, loss.op

@@ -45,12 +45,27 @@ class StepResult:
 class Cut:
     """A step between two micro-batches: the next one, the losses so far by segment (or ALIGNED), the accumulated gradients.
 
-    `gradient` gives a group's gradient as a flat fp32 tensor on the CPU, None for a group that has none.
+    Both are asked for, since a GPU's host waits for them. `gradient` gives a group's gradient as a flat fp32 tensor on the
+    CPU, None for a group that has none.
     """
 
     micro_batch: int
-    losses: Mapping[int, float]
+    losses: Callable[[], Mapping[int, float]]
     gradient: Callable[[GroupName], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class UnreadLoss:
+    """A loss that lies on the device: of a segment (or ALIGNED), what a message calls it, and the op that computed it.
+
+    `weight` is what its value was multiplied by.
+    """
+
+    segment: int
+    name: str
+    op: str
+    value: Tensor
+    weight: float = 1.0
 
 
 @dataclass(eq=False)
@@ -73,6 +88,7 @@ class StepState:
     teacher_BTD: Tensor | None = None
     aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
     cleaned: bool = False
+    unread: list[UnreadLoss] = field(default_factory=list)
     fault: NotFinite | None = None  # in a pipeline: reported when the processes agree
     fault_op: str = ""
     inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.knobs import Knobs, placement_of
+from lopt_edge.plan.schedule.knobs import Knobs, mlp_pieces, placement_of
 from lopt_edge.plan.schedule.ops import GroupName, Plan
 from lopt_edge.plan.schedule.processes import Part, own_knobs, parts_of
 from lopt_edge.plan.schedule.validate import validate
@@ -102,7 +102,13 @@ class Worker:
         self.task, self.link, self.mover = task, link, mover
         folder, _ = four_bit_folder(task.source, cache_dir=task.config.cache_dir)
         self.model = load_model(
-            folder, task.source.facts, device=task.device, dtype=task.dtype, placement=placement_of(task.knobs), mover=mover
+            folder,
+            task.source.facts,
+            device=task.device,
+            dtype=task.dtype,
+            placement=placement_of(task.knobs),
+            mover=mover,
+            pieces=mlp_pieces(task.knobs, task.device.type),
         )
         self.executor, _ = build_executor(task, self.model, adapter=setup["adapter"])
         self.executor.link = link
@@ -143,7 +149,7 @@ class Worker:
     def _step(self, message: dict[str, Any]) -> None:
         batches = [from_message(values, self.task.device) for values in message["batches"]]
         plan = self.task.plan(len(batches), message["kind"])
-        start = None if message["start"] is None else Cut(message["start"], self.losses, self.gradient)
+        start = None if message["start"] is None else Cut(message["start"], lambda: self.losses, self.gradient)
         rates: Rates = {tuple(of) if isinstance(of, list) else of: rate for of, rate in message["rates"]}
         try:
             self.executor.run(plan, batches, step=message["step"], learning_rates=rates, start=start)

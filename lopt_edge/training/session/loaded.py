@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.data import micro_batches_of
 from lopt_edge.models.four_bit import folder_bytes, four_bit_folder
+from lopt_edge.plan.schedule.knobs import mlp_pieces
 from lopt_edge.run.device import peak_device_bytes
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
@@ -201,6 +202,7 @@ class _Loader:
             dtype=inputs.dtype,
             placement=loading_placement(inputs.own_knobs, inputs.course.replaced),
             mover=self.mover,
+            pieces=mlp_pieces(inputs.own_knobs, inputs.device.type),
         )
 
     def _replace(self, model: Model, evaluated: Mapping[str, Sequence[Batch]]) -> Replacement | None:
@@ -246,4 +248,5 @@ class _Loader:
         if micro_batch is None or not same_rows:  # the checkpoint's were smaller ones, or rows with others in them
             self.context.progress.warn(f"step {state.steps + 1} begins again: its micro-batches are cut in another way now")
             return None, True
-        return Cut(micro_batch, {int(segment): loss for segment, loss in state.losses.items()}, gradient), False
+        losses = {int(segment): loss for segment, loss in state.losses.items()}
+        return Cut(micro_batch, lambda: losses, gradient), False

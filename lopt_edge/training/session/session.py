@@ -265,7 +265,7 @@ class Session:
 
         def between(cut: Cut) -> None:
             self.state.sequences = sum(len(indices) for indices in window[: cut.micro_batch])
-            self.state.losses = {str(segment): loss for segment, loss in cut.losses.items()}
+            self.state.losses = {str(segment): loss for segment, loss in cut.losses().items()}
             if self.interrupts.signal_number is not None:
                 self.loaded.saver.save(self.log, cut=cut)
                 self.interrupts.check()

@@ -31,6 +31,7 @@ from quant.headers import read_header
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
 from quant.mixed import Mixture
 from quant.nf4 import PackedWeight, pack, unpack_part, unpack_scales
+from quant.sizes import PIECES, MlpPieces
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANK = 4
@@ -52,11 +53,18 @@ def measured(call: Callable[[], Any], *given: Tensor | None) -> tuple[int, int]:
 
 
 def make_shape(
-    dtype: torch.dtype, *, hidden: int = 128, inner: int = 192, targets: tuple[str, ...] = MLP, dropout: bool = False
+    dtype: torch.dtype,
+    *,
+    hidden: int = 128,
+    inner: int = 192,
+    targets: tuple[str, ...] = MLP,
+    dropout: bool = False,
+    pieces: MlpPieces = PIECES,
 ) -> LayerShape:
     config = {"model_type": "llama", "vocab_size": 99, "hidden_size": hidden, "intermediate_size": inner,
               "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
-    return LayerShape(facts_from_config(config, where="here"), dtype.itemsize, RANK, targets, dropout=dropout)
+    facts = facts_from_config(config, where="here")
+    return LayerShape(facts, dtype.itemsize, RANK, targets, dropout=dropout, pieces=pieces)
 
 
 def make_linear(facts: LinearFacts, shape: LayerShape, buffer: UnpackBuffer) -> PackedLinear:
@@ -176,7 +184,7 @@ def test_a_mixture_takes_blocks_of_rows(n_in, n_out, dtype):
 def make_mlp(shape: LayerShape) -> PackedGatedMLP:
     buffer = UnpackBuffer()
     linears = (make_linear(facts, shape, buffer) for facts in module_bytes.mlp_linears(shape))
-    return PackedGatedMLP(*linears, act_fn=nn.SiLU())
+    return PackedGatedMLP(*linears, act_fn=nn.SiLU(), pieces=shape.pieces)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +200,18 @@ def make_mlp(shape: LayerShape) -> PackedGatedMLP:
     ],
 )
 def test_the_blocked_mlp(targets, hidden, inner, n_rows, dtype):
-    shape = make_shape(dtype, hidden=hidden, inner=inner, targets=targets)
+    check_mlp(make_shape(dtype, hidden=hidden, inner=inner, targets=targets), n_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [MlpPieces(64, 32, joined=True), MlpPieces(192, 32), MlpPieces(192, 32, joined=True)])
+@pytest.mark.parametrize("targets", [MLP, ("up_proj",), ()])
+def test_other_pieces_of_the_mlp(targets, pieces, dtype):
+    check_mlp(make_shape(dtype, inner=192, targets=targets, pieces=pieces), 70)
+
+
+def check_mlp(shape: LayerShape, n_rows: int) -> None:
+    dtype, hidden, targets = DTYPES[shape.itemsize == 2], shape.facts.hidden_size, shape.targets
     mlp = make_mlp(shape)
     x, g = (torch.randn(n_rows, hidden).to(dtype) for _ in range(2))
     mlp(x)

@@ -96,10 +96,12 @@ def test_every_unit_has_a_place():
     )
 
 
-@pytest.mark.parametrize(("device", "head"), [("cpu", "disk"), ("cuda", "resident")])
-def test_the_default_holds_all_on_the_device(device, head):
+@pytest.mark.parametrize(
+    ("device", "head", "pieces"), [("cpu", "disk", {}), ("cuda", "resident", {"mlp_block": 64, "mlp_tile": 4096})]
+)
+def test_the_default_holds_all_on_the_device(device, head, pieces):
     config = {"model_type": "llama", "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64,
               "num_hidden_layers": 3, "num_attention_heads": 4}  # fmt: skip
     knobs = default_knobs(facts_from_config(config, where="here"), device)
-    assert knobs == make_knobs(3, head=head)
+    assert knobs == make_knobs(3, head=head, **pieces)
     assert (knobs.saved_inputs, knobs.states, knobs.gradients, knobs.apply) == ("device", "device", "device", "step")

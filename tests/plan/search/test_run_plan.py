@@ -12,7 +12,7 @@ import pytest
 
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
-from lopt_edge.plan.schedule.knobs import default_knobs
+from lopt_edge.plan.schedule.knobs import default_knobs, mlp_blocks
 from lopt_edge.plan.search.run_plan import RunPlan, described, make_run_plan, summary
 from lopt_edge.plan.search.search import Search
 from lopt_edge.units import format_bytes
@@ -102,7 +102,8 @@ def test_reasons_are_true(machine, method, part):
     search, found = answer(machine, part, method=method)
     fastest = default_knobs(search.space.facts, search.space.device_type)
     plain = {"weights": fastest.weights, "activations": ("keep",) * 4, "saved_inputs": "device", "states": "device",
-             "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": 1024}  # fmt: skip
+             "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": 1024,
+             "mlp_block": mlp_blocks(search.space.facts, search.space.device_type)[0]}  # fmt: skip
     said = set()
     for name, value in plain.items():
         reason, chosen = found.reasons["optimizer_states" if name == "states" else name], found.chosen
@@ -141,13 +142,16 @@ def test_a_smaller_tile_has_its_reason_and_is_said():
     assert found.fits and found.knobs["token_tile"] == found.chosen.knobs.token_tile < 1024
     assert found.reasons["token_tile"].startswith("else device memory: ")
     tile = found.knobs["token_tile"]
-    assert (
-        described(found.knobs).endswith(f"losses of {tile} tokens at a time")
-        and str(tile) in found.chosen.knobs.described()
-    )
+    assert f"losses of {tile} tokens at a time" in described(found.knobs)
+    assert str(tile) in found.chosen.knobs.described()
     assert workload.plan(found.chosen.knobs, n_micro_batches=1).tile == tile
     plain = make_run_plan(search, Budget())
-    assert plain.knobs["token_tile"] == 1024 and "tokens at a time" not in described(plain.knobs)
+    assert plain.knobs["token_tile"] == 1024 and "losses of" not in described(plain.knobs)
+    blocks = found.knobs["mlp_block"], plain.knobs["mlp_block"]
+    assert blocks == (1024, 14336), "all features where there is room"
+    assert found.reasons["mlp_block"].startswith("else device memory: ")
+    assert "MLPs in blocks of 14336 x 4096 tokens" in described(plain.knobs)
+    assert " mlp=14336x4096 " in f"{workload.plan(plain.chosen.knobs, n_micro_batches=1).text()} ".replace("\n", " ")
 
 
 # what else there is ----------------------------------------------------------------------------------------------------

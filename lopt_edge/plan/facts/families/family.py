@@ -172,7 +172,8 @@ class Family:
     torch has no fused kernel on the CPU (transformers' own is its eager attention), or where there are sinks.
     `sinks`: attention has a number for each head that takes part in the softmax of its scores, and gives no value.
     `norms`: of the hidden size, in a layer. `qk_norm`: those of queries and keys have the size of a head, of the whole
-    projection, or there are none. `post_norm`: the layer reads its last projection's output once more, so whoever runs it
+    projection, or there are none. `plain_norms`: a norm is x / rms(x) times its weight, which torch has in one kernel.
+    `post_norm`: the layer reads its last projection's output once more, so whoever runs it
     again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
     """
 
@@ -192,6 +193,7 @@ class Family:
     attention: Literal["sdpa", "query tiles"] = "sdpa"
     norms: int = 2
     qk_norm: Literal["", "head", "projection"] = ""
+    plain_norms: bool = True
     post_norm: bool = False
     scalars: int = 0
     sinks: bool = False

@@ -43,6 +43,7 @@ _GEMMA2 = Family(
     logit_cap="final_logit_softcapping",
     attention="query tiles",
     norms=4,
+    plain_norms=False,
     post_norm=True,
 )
 _GEMMA3_TEXT = Family(
@@ -55,6 +56,7 @@ _GEMMA3_TEXT = Family(
     logit_cap="final_logit_softcapping",
     rotary_by_type=True,
     norms=4,
+    plain_norms=False,
     qk_norm="head",
     post_norm=True,
 )

@@ -97,6 +97,7 @@ _QWEN3_5 = Family(
     },
     layer_type=_but_every_fourth,
     qk_norm="head",
+    plain_norms=False,
 )  # fmt: skip
 
 FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE, _QWEN3_5)

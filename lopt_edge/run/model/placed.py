@@ -1,0 +1,43 @@
+"""Puts our norms and gated MLPs in the place of a decoder layer's own, once its linear layers are ours.
+
+The rule: what stands in a place computes what stood there, up to the rounding that its own file states. Whether a module
+can be replaced is decided here, in what pieces it then works is not. Experts and delta rules are load.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lopt_edge.plan.facts.families.family import Family
+from lopt_edge.run.model.tiled import TokenTiled
+from quant.gated_mlp import PackedGatedMLP, blocks_fit
+from quant.linear import PackedLinear
+from quant.sizes import MlpPieces
+
+
+def tile_norms(layer: nn.Module, family: Family) -> None:
+    """Put every norm of a layer into a `TokenTiled`."""
+    for name, module in list(layer.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            layer.set_submodule(name, TokenTiled(module, is_plain=family.plain_norms))
+
+
+def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces) -> None:
+    """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
+
+    `block_elements`: quantisation block of each packed linear layer, by the module's id.
+    """
+    mlp: Any = getattr(layer, "mlp", None)
+    found = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    parts = [part for part in found if isinstance(part, PackedLinear)]
+    sizes = dict(block_elements)
+    for part in parts:
+        if part.weight is not None and not isinstance(part.weight, Tensor):
+            sizes[id(part)] = part.weight.block_elements
+    if len(parts) != 3 or not all(id(part) in sizes for part in parts):
+        return
+    if all(blocks_fit(part.in_features, sizes[id(part)], pieces.features) for part in parts):
+        gate, up, down = parts
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"), pieces=pieces)
