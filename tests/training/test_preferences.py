@@ -13,8 +13,8 @@ from lopt_edge import finetune
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, Interrupted
 from lopt_edge.run.model.lora import ADAPTER_NAME
+from lopt_edge.training.checkpoint.output_folder import REFERENCES_NAME, remove_run
 from lopt_edge.training.prepare.read import read_inputs
-from lopt_edge.training.prepare.reference import FOLDER
 from tools.tiny_runs import log_of, make_config, make_model, metrics_of
 
 OBJECTIVES = ("dpo", "simpo", "orpo", "kto")
@@ -63,7 +63,7 @@ def test_a_run_prefers_what_is_chosen(model, tmp_path, objective):
     assert steps[-1]["loss"] < steps[0]["loss"]
     report = (Path(config.output) / "report.html").read_text()
     assert ("Share of pairs" in report) == (objective != "kto") and "rewarded more" in report
-    assert not (Path(config.output) / FOLDER).exists()
+    assert not (Path(config.output) / REFERENCES_NAME).exists()
 
 
 @pytest.mark.parametrize(("objective", "method"), [("dpo", "lopt"), ("kto", "e2e")])
@@ -75,13 +75,17 @@ def test_a_resumed_run_is_the_undisturbed_one(model, tmp_path, stop_in, objectiv
     stop_in(3, 0)
     with pytest.raises(Interrupted):
         finetune(config.model_copy(update={"weights": "disk", "activations": "page"}))
-    (values,) = (Path(config.output) / FOLDER / "train").glob("values.bin")
+    (values,) = (Path(config.output) / REFERENCES_NAME / "train").glob("values.bin")
     damaged = bytearray(values.read_bytes())
     damaged[3] ^= 1  # one number does not agree with its sum, so it is computed again
     values.write_bytes(damaged)
     finetune(config.model_copy(update={"resume": "auto"}))
+    (Path(whole.output) / REFERENCES_NAME).mkdir()
     assert log_of(config) == log_of(whole)
     assert (Path(config.output) / ADAPTER_NAME).read_bytes() == (Path(whole.output) / ADAPTER_NAME).read_bytes()
+    assert (
+        remove_run(Path(whole.output)) == []
+    )  # what --overwrite removes, the references of a run that was killed among it
 
 
 def test_a_pair_stays_in_one_micro_batch_and_the_plan_holds_it(model, tmp_path):

@@ -41,7 +41,7 @@ class ScoreFile:
                 make_folder(folder)
                 claim(folder, {**identity, "examples": n_examples})
             self._file = (folder / VALUES_NAME).open("r+b" if (folder / VALUES_NAME).exists() else "w+b", buffering=0)
-            found = self._file.read()
+            found = self._file.read(n_examples * RECORD.size)
         except OSError as error:
             raise self._failure(error) from None
         for example, at in enumerate(range(0, min(len(found), n_examples * RECORD.size) - RECORD.size + 1, RECORD.size)):

@@ -22,11 +22,11 @@ from lopt_edge.errors import RunError
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.preference_loss import log_probs
 from lopt_edge.run.tiers.score_file import ScoreFile
+from lopt_edge.training.checkpoint.output_folder import REFERENCES_NAME
 
 if TYPE_CHECKING:
     from lopt_edge.training.prepare.inputs import Inputs
 
-FOLDER = "reference-log-probs"
 TRAIN, HELD_OUT = "train", "eval_loss"  # data sets by name; what is evaluated has the name of its loss
 MISMATCHED = "mismatched-"  # before the name of those whose replies are mismatched
 
@@ -43,7 +43,7 @@ def compared(inputs: Inputs) -> dict[str, Dataset]:
 @contextmanager
 def open_references(inputs: Inputs) -> Iterator[Mapping[str, ScoreFile]]:
     """The files of references in the output folder, open, by the name of their data set. Raises RunError."""
-    root = Path(inputs.config.output) / FOLDER
+    root = Path(inputs.config.output) / REFERENCES_NAME
     with ExitStack() as opened:
         found = {}
         for name, data in compared(inputs).items():
@@ -94,4 +94,4 @@ def seen_examples(inputs: Inputs) -> list[int]:
 
 def remove_references(output: Path) -> None:
     """Remove the references from the output folder, at the end of a run."""
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    shutil.rmtree(output / REFERENCES_NAME, ignore_errors=True)
