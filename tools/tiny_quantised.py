@@ -8,6 +8,7 @@ as the format defines them, (code - zero) * scale in the dtype of the scale.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "gptq-4-row": GPTQ | {"bits": 4, "sym": False, "group_size": -1, "checkpoint_format": "gptq"},
     "gptq-8": GPTQ | {"bits": 8, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True},
+    "awq-gemv": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemv", "zero_point": True},
     "packed-4": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4, "zero": False},
     "packed-4-zero": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4, "zero": True},
     "packed-8": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 8, "zero": False},
@@ -126,6 +128,15 @@ def _gptq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> t
 def _awq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     codes, scales, zeros, group = _random(tuple(weight.shape), spec, generator)
     scales = scales.half()
+    if spec["version"] == "gemv":
+        n_groups = scales.shape[1]
+        padded = math.ceil(math.ceil(n_groups / 8) / 4) * 4  # words, in fours for groups of 32
+        wide = torch.zeros(len(codes), 8 * padded, dtype=torch.int64)
+        wide[:, :n_groups] = zeros
+        wide_scales = torch.zeros(len(codes), 8 * padded, dtype=torch.float16)
+        wide_scales[:, :n_groups] = scales
+        parts = {"qweight": _words(codes, 4), "qzeros": _words(wide, 4), "scales": wide_scales}
+        return parts, _values(codes, scales, zeros, group)
 
     def packed(by_output: Tensor) -> Tensor:
         mixed = by_output.clone()

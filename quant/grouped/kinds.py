@@ -16,7 +16,7 @@ from quant.headers import FolderError, TensorEntry
 
 SCALES = {"F16", "BF16", "F32"}
 WIDTHS = {2: "INT2", 3: "INT4", 4: "INT4", 8: "INT8"}  # 3 bits are stored in 4
-FLOAT8 = "FP8"
+FLOAT8, GEMV = "FP8", "gemv"
 
 
 class Words(NamedTuple):
@@ -64,9 +64,23 @@ def _check_gptq(config: Mapping[str, Any]) -> str:
 
 def _check_awq(config: Mapping[str, Any]) -> str:
     if config.get("bits", config.get("w_bit", 4)) != 4:
-        return f"bits is {str(config.get('bits'))[:20]!r}, known is 4"
-    version = str(config.get("version", "gemm")).lower()
-    return "" if version == "gemm" else f"version {version[:40]!r} is not known (gemm)"
+        return f"bits is {str(config.get('bits', config.get('w_bit')))[:20]!r}, known is 4"
+    version, size = str(config.get("version", "gemm")).lower(), awq_group(config)
+    if version not in ("gemm", GEMV):
+        return f"version {version[:40]!r} is not known (gemm, {GEMV})"
+    return (
+        "" if version == "gemm" or (type(size) is int and (size > 0 or size == -1)) else f"group_size is {str(size)[:20]!r}"
+    )
+
+
+def is_gemv(config: Mapping[str, Any]) -> bool:
+    """Whether an AWQ config is of the version whose words lie along the inputs."""
+    return str(config.get("version", "gemm")).lower() == GEMV
+
+
+def awq_group(config: Mapping[str, Any]) -> Any:
+    """The inputs of a group as an AWQ config says; -1 are all."""
+    return config.get("group_size", config.get("q_group_size", 128))
 
 
 def _check_compressed(config: Mapping[str, Any]) -> str:
@@ -143,7 +157,14 @@ def _gptq(part: Part, quantisation: Mapping[str, Any], where: str) -> Matrix:
 
 def _awq(part: Part, quantisation: Mapping[str, Any], where: str) -> Matrix:
     words, scales = _two(part, "qweight", where), _two(part, "scales", where)
-    return _packed(words.shape[1] * 8, words.shape[0], (part, scales), 4, where)
+    if not is_gemv(quantisation):
+        return _packed(words.shape[1] * 8, words.shape[0], (part, scales), 4, where)
+    n_rows, n_columns, size = words.shape[0], words.shape[1] * 8, awq_group(quantisation)
+    n_groups, beyond = divmod(n_columns, n_columns if size == -1 else size)
+    width = scales.shape[1]  # padded
+    if beyond or scales.shape[0] != n_rows or width < n_groups or _two(part, "qzeros", where).shape != (n_rows, width // 8):
+        raise FolderError(f"{where}: qweight, qzeros and scales do not belong together (is the group size right?)")
+    return Matrix((n_rows, n_columns), n_groups, WIDTHS[4], scales.dtype)
 
 
 def _packed(n_rows: int, n_columns: int, beside: tuple[Part, TensorEntry], n_bits: int, where: str) -> Matrix:
