@@ -18,7 +18,8 @@ backward is traced for each linear layer that may be the first one with LoRA.
     !name:...  a module of ours begins, or has its result       ~     left out where a layer is recomputed
     =5  this allocation is the layer's output       @7  keys or values that later layers attend to
 
-Here logs become programs; trace_step.py runs a step and trace_log.py logs it.
+Here logs become programs; trace_step.py runs a step and trace_log.py logs it. trace_inner.py traces what runs many times
+inside one op, trace_shared.py makes layers share keys.
 
     python tools/trace_bytes.py            writes the table (minutes); --families a,b: traces these alone
     python tools/trace_bytes.py --check    exits with 1 if the committed table is not what this version gives
