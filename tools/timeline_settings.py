@@ -1,8 +1,8 @@
 """Law 6's workbench: random settings of a run, one step of it watched tensor by tensor, and what the timeline says of it.
 
 Not a test itself. `python -m tools.timeline_settings FIRST LAST [WORD ...]` prints settings by number, `-v` op by op;
-words are families (one with experts takes the settings of all numbers), `dropout` (on the LoRA inputs), `odd` (odd sizes)
-and `packed` (several sequences in a row).
+words are families (one with experts, or added later, takes the settings of all numbers), `dropout` (on the LoRA inputs),
+`odd` (odd sizes) and `packed` (several sequences in a row).
 """
 
 from __future__ import annotations
@@ -64,7 +64,14 @@ class Setting:
     objective: str = ""  # of preferences; of pairs each micro-batch has an even number of sequences
 
 
-DENSE = [name for name in FAMILIES if family_of(name).experts is None]  # of which a number draws one
+NAMES = {
+    "phi3": FUSED,
+    "glm4": (*LINEARS[:4], *FUSED[2:]),
+    "arcee": (*LINEARS[:4], *LINEARS[5:]),
+    "granitemoehybrid": (*LINEARS[:4], "input_linear", "output_linear"),
+}  # others have LINEARS
+ADDED = ("glm4", "arcee", "granitemoehybrid")  # since the numbers that the tests chose, which draw from the others
+DENSE = [name for name in FAMILIES if family_of(name).experts is None and name not in ADDED]  # of which a number draws one
 
 
 def random_setting(number: int, *, dropout: bool = False, family: str = "") -> Setting:
@@ -92,7 +99,7 @@ def random_setting(number: int, *, dropout: bool = False, family: str = "") -> S
         tuple(pick.randint(longest // 2, longest) for _ in range(pick.choice([1, 1, 2]))) for _ in range(n_micro_batches)
     )
     heads, kv_heads = pick.choice([(4, 2), (4, 4), (8, 2), (2, 1)])
-    names = FUSED if family == "phi3" else LINEARS if family in DENSE else LINEARS[:4]
+    names = LINEARS[:4] if family_of(family).experts is not None else NAMES.get(family, LINEARS)
     found = Setting(
         family,
         pick.choice([torch.float32, torch.bfloat16]),
