@@ -39,7 +39,7 @@ def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
 @torch.no_grad()
 def our_hidden(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
     hidden_BTD = model.embed(ids_BT)
-    frame = model.layer_context(hidden_BTD)
+    frame = model.layer_context(hidden_BTD, ids_BT)
     for layer in range(model.facts.n_layers):
         hidden_BTD = model.run_layer(layer, hidden_BTD, frame)
     return hidden_BTD

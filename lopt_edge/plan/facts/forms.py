@@ -50,5 +50,5 @@ class Forms:
     @property
     def text(self) -> str:
         """The types by how often they occur, for a person."""
-        kinds = [kind.removesuffix("_SPLIT") for layer in (*self.layers, *self.experts) for kind in layer]
+        kinds = [kind.partition("_SPLIT")[0] for layer in (*self.layers, *self.experts) for kind in layer]
         return ", ".join(sorted(set(kinds), key=lambda kind: -kinds.count(kind)))

@@ -19,7 +19,7 @@ from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
 from lopt_edge.plan.facts.families.family import LINEAR, SLIDING, Family, Layout, Wrapper
 from lopt_edge.plan.facts.forms import UNPACK_TIMES, Forms
-from lopt_edge.plan.facts.layers import DELTA_KEYS, LayerFacts, layer_kind
+from lopt_edge.plan.facts.layers import DELTA_KEYS, KEPT, OWN, SHARED, LayerFacts, OwnInputs, key_sources, layer_kind
 from quant.gguf.types import SPLIT, parts_bytes
 from quant.untrusted import printable_name
 
@@ -51,10 +51,13 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
+    rotary_dim: int = 0  # the features of a head that are rotated, where that is a part of them
     rotary_turn: int | None = None  # a sequence of so many tokens has other rotary frequencies than a shorter one
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
     forms: Forms | None = None  # the types of its matrices, where they lie in blocks that are not NF4's
+    own_inputs: OwnInputs | None = None
+    key_sources: tuple[tuple[int, int], ...] = ()  # (layer, the earlier one to whose keys and values it attends)
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
@@ -64,6 +67,17 @@ class ModelFacts:
     def family(self) -> Family:
         """The model's family: all in which it differs from others."""
         return family_of(self.model_type)
+
+    @cached_property
+    def source_of(self) -> dict[int, int]:
+        """The layer whose keys and values a layer attends to, where that is another one."""
+        return dict(self.key_sources)
+
+    def gives_back(self, layer: int, reached: Container[int]) -> bool:
+        """Whether gradients of shared keys and values flow in a layer's backward, where a loss reaches these layers."""
+        if layer in self.source_of:
+            return self.source_of[layer] in reached
+        return any(reader in reached for reader, source in self.key_sources if source == layer)
 
     @cached_property
     def linear_names(self) -> tuple[str, ...]:
@@ -127,8 +141,11 @@ class ModelFacts:
 
     @property
     def _n_around(self) -> int:
-        """The parameters of embedding, lm_head and last norm."""
-        return self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        """The parameters of embedding, lm_head and last norm, and of what makes tokens' own inputs to the layers."""
+        found = self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        if (own := self.own_inputs) is not None:
+            found += (own.n_tokens + self.hidden_size) * self.n_layers * own.width + own.width
+        return found
 
     def kinds_equal(self, *layers: int) -> bool:
         """Whether these decoder layers are all of one kind."""
@@ -164,16 +181,18 @@ class ModelFacts:
         return rf"(?!{decoder}\.).*" if self.wrapper else None
 
     def modules_beside(self, tensors: Iterable[str]) -> tuple[str, ...]:
-        """The modules of a multimodal model that are not its language model, and its head; none of any other model.
+        """The modules that a 4-bit folder leaves as they are, where transformers would not by itself: those of a
+        multimodal model that are not its language model, and its head; the matrix behind tokens' own inputs to the layers.
 
         Each as it lies in the checkpoint and as transformers 5 has it in memory.
         """
+        matrix = self.layout.own_inputs.projection.removesuffix(".weight")
+        own = {matrix.rpartition(".")[2]} if self.own_inputs is not None else set()
         if not self.wrapper:
-            return ()
-        own = self.layout.embedding.removesuffix("embed_tokens.weight")
-        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(own))
+            return tuple(sorted({"lm_head", *own})) if own else ()
+        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(self.layout.root))
         found = {*words, "lm_head"} - {"language_model"}
-        return tuple(sorted({*found, *(f"model.{word}" for word in found)}))
+        return tuple(sorted({*found, *(f"model.{word}" for word in found), *own}))
 
     def packs(self, name: str) -> bool:
         """Whether a tensor of the model's folder is stored in 4 bits: the matrices inside the decoder layers."""
@@ -192,8 +211,10 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where, DELTA_KEYS if LINEAR in family.layer_types else ())
-    if not isinstance(known.get("mlp_only_layers", []), list):
-        raise InputError("mlp_only_layers must be a list of layers", where=where)
+    dense = known.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        what = f"mlp_only_layers must be a list of layers (integers), not {str(dense)[:40]!r}"
+        raise InputError(what, where=where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
@@ -210,7 +231,12 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         window = None
     layer_types = _layer_types(known, family, n_layers, window, where)
     known |= {"num_key_value_heads": n_kv_heads, "head_dim": head_dim}
-    layers = [layer_kind(known, family, layer, each, where=where) for layer, each in enumerate(layer_types)]
+    own_inputs = _own_inputs(known, family, where)
+    sources = key_sources(known, family, layer_types, where)
+    keys = [SHARED if layer in sources else OWN for layer in range(n_layers)]
+    for kind in set(layer_types) if sources else ():  # transformers keeps those of each type, read or not
+        keys[max(layer for layer in range(n_layers) if layer_types[layer] == kind and layer not in sources)] = KEPT
+    layers = [layer_kind(known, family, i, each, keys=keys[i], where=where) for i, each in enumerate(layer_types)]
     kinds = tuple(dict.fromkeys(layers))
     if quantisation == MXFP4 and not all(kind.experts and family.experts and family.experts.in_mxfp4 for kind in kinds):
         raise _unknown_quantisation(MXFP4, where)
@@ -236,9 +262,12 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         recorded_dtype=str(dtype).removeprefix("torch."),
         quantised=bool(quantisation),
         max_positions=known.get("max_position_embeddings"),
+        rotary_dim=_rotary_dim(known, family, head_dim, where),
         rotary_turn=_rotary_turn(known),
         layout=family.layout if wrapper is None else wrapper.layouts[0],
         wrapper="" if wrapper is None else wrapper.name,
+        own_inputs=own_inputs,
+        key_sources=tuple(sources.items()),
     )
     return replace(found, forms=_experts_in_mxfp4(found)) if quantisation == MXFP4 else found
 
@@ -251,10 +280,41 @@ def _experts_in_mxfp4(facts: ModelFacts) -> Forms:
     return Forms(plain, "BF16", "BF16", packed)
 
 
+def _own_inputs(known: dict[str, Any], family: Family, where: str) -> OwnInputs | None:
+    """What each layer is told of a token anew, if anything. Raises InputError."""
+    if not (family.own_inputs and known.get(family.own_inputs)):
+        return None
+    width, n_tokens = known[family.own_inputs], known.get(family.own_vocabulary)
+    raise_collected(
+        [
+            InputError(f"{key} must be a positive integer, not {str(value)[:40]!r}", where=where)
+            for key, value in ((family.own_inputs, width), (family.own_vocabulary, n_tokens))
+            if type(value) is not int or not 1 <= value < 2**31
+        ]
+    )
+    return OwnInputs(width, n_tokens)  # type: ignore[arg-type]  # checked above
+
+
+def _rope(known: dict[str, Any]) -> dict[str, Any]:
+    rope = known.get("rope_parameters") or known.get("rope_scaling")
+    return rope if isinstance(rope, dict) else {}
+
+
+def _rotary_dim(known: dict[str, Any], family: Family, head_dim: int, where: str) -> int:
+    """The features of a head that are rotated, in a family that may rotate a part of them; else 0. Raises InputError."""
+    if family.rotary_share is None:
+        return 0
+    name = "partial_rotary_factor"
+    share = next((values[name] for values in (_rope(known), known) if values.get(name) is not None), family.rotary_share)
+    if type(share) not in (int, float) or not 0 < share <= 1 or int(head_dim * share) < 2:
+        what = f"must be a number up to 1 that leaves 2 of {head_dim} features, not {str(share)[:40]!r}"
+        raise InputError(f"{name} {what}", where=where)
+    return int(head_dim * share)
+
+
 def _rotary_turn(known: dict[str, Any]) -> int | None:
     """The tokens from which on transformers takes other rotary frequencies for a whole micro-batch (longrope, dynamic)."""
-    rope = known.get("rope_parameters") or known.get("rope_scaling")
-    found = rope if isinstance(rope, dict) else {}
+    found = _rope(known)
     if found.get("rope_type", found.get("type")) not in ("longrope", "dynamic"):
         return None
     name = "original_max_position_embeddings"

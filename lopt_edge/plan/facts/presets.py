@@ -111,6 +111,17 @@ def _qwen3_5(name: str, hub_id: str, *shape: int, n_value_heads: int, tied: bool
     )
 
 
+def _gemma4_e(name: str, hub_id: str, *shape: int, windows: int, n_shared: int, wider: bool) -> Preset:
+    """`windows`: layers with one before each layer without."""
+    d, f, n, h, kv = shape
+    types = ["sliding_attention"] * windows + ["full_attention"]
+    return _preset(
+        name, hub_id, "gemma4_text", (262144, d, f, n, h, kv), tied=True, positions=131072, head_dim=256,
+        sliding_window=512, num_kv_shared_layers=n_shared, use_double_wide_mlp=wider, layer_types=types * (n // len(types)),
+        source="text_config, as in rasbt/LLMs-from-scratch ch05/17_gemma4/standalone-gemma4.ipynb at df1fcf8e",
+    )  # fmt: skip
+
+
 # The model cards of 3.1 give the same sizes.
 _GRANITE_2B = "config.json, as copied in huggingface.co/unsloth/granite-3.2-2b-instruct at 918d2374"
 _GRANITE_8B = "config.json, as copied in huggingface.co/huihui-ai/granite-3.2-8b-instruct-abliterated"
@@ -151,6 +162,9 @@ _ALL = (
     _llama("llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, tied=False),
     _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", "mistral", (32768, 4096, 14336, 32, 32, 8), tied=False,
             positions=32768, sliding_window=None),
+    _preset("ministral-3-8b", "mistralai/Ministral-3-8B-Instruct-2512", "ministral3", (131072, 4096, 14336, 34, 32, 8),
+            tied=False, positions=262144, head_dim=128, sliding_window=None,
+            source="the defaults of transformers' Ministral3Config, which are those of Ministral-3-8B-Base-2512"),
     _preset("gemma-2-2b", "google/gemma-2-2b-it", "gemma2", (256000, 2304, 9216, 26, 8, 4), tied=True, positions=8192,
             head_dim=256, sliding_window=4096),
     _preset("gemma-2-9b", "google/gemma-2-9b-it", "gemma2", (256000, 3584, 14336, 42, 16, 8), tied=True, positions=8192,
@@ -158,6 +172,8 @@ _ALL = (
     _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3_text", (262144, 1152, 6912, 26, 4, 1), tied=True, positions=32768,
             head_dim=256, sliding_window=512, sliding_window_pattern=6,  # every sixth layer sees everything
             source=f"{_LITGPT}; positions from the copy in huggingface.co/Perditio/unsloth"),
+    _gemma4_e("gemma-4-e2b", "google/gemma-4-E2B-it", 1536, 6144, 35, 8, 1, windows=4, n_shared=20, wider=True),
+    _gemma4_e("gemma-4-e4b", "google/gemma-4-E4B-it", 2560, 10240, 42, 8, 2, windows=5, n_shared=18, wider=False),
     _preset("gemma-4-31b", "google/gemma-4-31B-it", "gemma4_text", (262144, 5376, 21504, 60, 32, 16), tied=True,
             positions=262144, head_dim=256, sliding_window=1024, hidden_size_per_layer_input=0, attention_k_eq_v=True,
             num_global_key_value_heads=4,

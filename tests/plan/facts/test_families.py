@@ -60,7 +60,8 @@ def test_a_record_is_complete(family):
     assert set(family.asks) <= {"use_sliding_window", "layer_types"}
     for layer_type in family.layer_types:
         projections = family.projections_of(layer_type)
-        words = {"hidden", "inner", *(("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv"))}
+        mixing = ("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv")
+        words = {"hidden", "inner", "own input", *mixing}
         assert len({one.name for one in projections}) == len(projections)
         for projection in projections:
             assert {*projection.reads.split("+"), *projection.writes.split("+")} <= words
