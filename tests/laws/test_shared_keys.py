@@ -28,6 +28,7 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.step.batches import window_totals
 from lopt_edge.run.step.losses import logits, task_loss
+from lopt_edge.run.step.preference_loss import log_probs
 from tests.laws.bench import LOCAL_WEIGHT, Bench, in_a_row, make_bench, random_batch
 from tests.laws.test_families import LONG, SHORT, load_both, our_logits
 from tests.laws.test_plain_autograd import PADDED, SINGLE, check_end_to_end
@@ -135,6 +136,14 @@ def test_generation_with_a_cache_is_that_without(folder):
         hidden = model.run_all(hidden, model.layer_context(hidden, ids_BT))
         assert int(logits(model, hidden[0, -1:])[0].argmax()) == token
         ids.append(token)
+
+
+def test_log_probabilities_know_the_tokens(folder):
+    model = load_both(folder, torch.float32)[0]
+    found = log_probs(model, SINGLE, [SINGLE.n_supervised], token_tile=7)
+    flat = our_logits(model, SINGLE.ids_BT).flatten(0, 1)[SINGLE.supervised_N]
+    expected = -torch.nn.functional.cross_entropy(flat, SINGLE.targets_N, reduction="sum").item()
+    assert found == [pytest.approx(expected, rel=1e-5)]
 
 
 KNOBS = (

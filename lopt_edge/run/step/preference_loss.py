@@ -138,7 +138,9 @@ def log_probs(
 ) -> list[float]:
     """The summed log-probability of each sequence of a batch, forward only. `layers` are those that run (None: all)."""
     hidden_BTD = model.embed(batch.ids_BT)
-    hidden_BTD = model.run_all(hidden_BTD, model.layer_context(hidden_BTD, lengths=batch.in_a_row), layers=layers)
+    hidden_BTD = model.run_all(
+        hidden_BTD, model.layer_context(hidden_BTD, batch.ids_BT, lengths=batch.in_a_row), layers=layers
+    )
     selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]
     losses_N = torch.empty(len(selected_ND), dtype=torch.float32, device=selected_ND.device)
     for start in range(0, len(selected_ND), token_tile):
