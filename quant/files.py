@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -79,7 +79,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor in fresh CPU memory, in its stored dtype and shape. Raises FolderError."""
+    """One tensor in fresh CPU memory, in its stored dtype and its shape. Raises FolderError."""
+    if entry.transposed:
+        return read_tensor(replace(entry, shape=entry.shape[::-1], transposed=False)).t().contiguous()
     if entry.dtype not in TORCH_DTYPES:
         raise FolderError(f"{entry.path}: tensor {entry.name!r} has dtype {entry.dtype}, which is not supported")
     out = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])

@@ -35,7 +35,8 @@ SINGLE_NAME = "model.safetensors"
 class TensorEntry:
     """The place of one tensor in a file; `start` is its byte offset from the beginning of the file.
 
-    What readers undo: `rotary_heads` have their rows pair by pair, (0, n/2, 1, n/2 + 1, ...) of n; `offset` was added.
+    What readers undo: `rotary_heads` have their rows pair by pair, (0, n/2, 1, n/2 + 1, ...) of n; `offset` was added;
+    `transposed`: the file has the columns of the matrix one after the other.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorEntry:
     n_bytes: int
     rotary_heads: int = 0
     offset: float = 0.0
+    transposed: bool = False
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -29,6 +29,7 @@ from typing import Any
 
 SET_NAME, SET_CHILD_SUBREAPER = 15, 36  # of prctl, linux/prctl.h
 CHILD, NURSERY = b"warm", b"nursery"  # the names of the processes
+PYTHON = sys.executable  # a test may name another
 MOST_BYTES = 1 << 20  # of a request: words and environment
 LIBRARIES = (
     "torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
@@ -45,7 +46,7 @@ class Popen(subprocess.Popen):
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any,
                        *rest: Any) -> None:  # fmt: skip
         words = list(map(os.fspath, args)) if isinstance(args, Sequence) and not isinstance(args, str | bytes) else []
-        ours = words[:1] == [sys.executable] and (words[1:2] == ["-c"] or (words[1:2] and words[1].endswith(".py")))
+        ours = len(words) > 1 and words[0] == PYTHON and (words[1] in ("-c", "-m") or words[1].endswith(".py"))
         if not ours or executable or preexec_fn or pass_fds or sys.platform != "linux":
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
@@ -78,7 +79,7 @@ def ask(request: dict[str, Any], streams: Sequence[int]) -> int:
 def _start_nursery() -> socket.socket:
     ours, its = _pair()
     process = subprocess.Popen(
-        [sys.executable, "-S", __file__, str(its.fileno()), *sys.path],
+        [PYTHON, __file__, str(its.fileno()), *sys.path],
         pass_fds=[its.fileno()],
         stdin=subprocess.DEVNULL,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
@@ -112,9 +113,12 @@ def serve(line: socket.socket) -> dict[str, Any]:
                 os._exit(0)
             while os.getppid() == between:  # until the asking process is the parent, who could not wait for it before
                 os.sched_yield()
+            request = json.loads(message)
+            if request["new_session"]:
+                os.setsid()
             line.send(str(os.getpid()).encode())
             line.close()
-            return {**json.loads(message), "streams": streams}
+            return {**request, "streams": streams}
         os.waitpid(between, 0)
         for stream in streams:
             os.close(stream)
@@ -144,8 +148,6 @@ def become(request: dict[str, Any]) -> tuple[str, str]:
         os.close(stream)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    if request["new_session"]:
-        os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -20,6 +20,8 @@ import torch
 from quant.gguf.types import BLOCK_TYPES, TYPES
 from quant.gguf.unpack import Scratch, new_scratch
 from quant.gguf.weight import GgufWeight
+from quant.mxfp4.stacks import KIND as MXFP4
+from quant.mxfp4.weight import Mxfp4Weight
 from quant.nf4 import pack
 from quant.packed import Packed
 
@@ -35,6 +37,10 @@ def forms(shape: tuple[int, int]) -> dict[str, Packed]:
     for kind in (*TYPES.values(), *(BLOCK_TYPES[name] for name in GROUPED)):
         blocks = torch.randint(0, 60, (kind.n_bytes(shape),), dtype=torch.uint8)  # scales that are small normal numbers
         found[kind.name] = GgufWeight(blocks, shape, kind, scratch)
+    n_blocks = shape[0] * shape[1] // 32
+    codes = torch.randint(0, 256, (16 * n_blocks,), dtype=torch.uint8)
+    exponents = torch.randint(118, 124, (n_blocks,), dtype=torch.uint8)
+    found[MXFP4] = Mxfp4Weight(codes, exponents, shape, scratch)
     return found
 
 

@@ -25,8 +25,9 @@ from lopt_edge import plan_run
 from tools.document_block import ROOT, run
 
 CARDS = ("RTX 4060", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 4090")
-MODELS = {"llama-3.2-3b": "Llama-3.2-3B", "llama-3.1-8b": "Llama-3.1-8B", "qwen3.5-9b": "Qwen3.5-9B",
-          "qwen2.5-14b": "Qwen2.5-14B", "qwen2.5-32b": "Qwen2.5-32B", "qwen3-30b-a3b": "Qwen3-30B-A3B"}  # fmt: skip
+MODELS = {"llama-3.2-3b": "Llama-3.2-3B", "llama-3.1-8b": "Llama-3.1-8B", "ministral-3-8b": "Ministral-3-8B",
+          "gemma-4-e4b": "Gemma-4-E4B", "qwen3.5-9b": "Qwen3.5-9B", "qwen2.5-14b": "Qwen2.5-14B",
+          "qwen2.5-32b": "Qwen2.5-32B", "qwen3-30b-a3b": "Qwen3-30B-A3B", "gpt-oss-20b": "gpt-oss-20b"}  # fmt: skip
 TOKENS, HOST_MEMORY, DISK_MEMORY = 2048, "32GB", "100GB"
 
 

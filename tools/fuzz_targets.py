@@ -133,6 +133,7 @@ MODELS = tuple(
             },
         ),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}, "num_local_experts": 4, "num_experts_per_tok": 2}),
     )
 )
 ADAPTER_VALUES = {"peft_type": "LORA", "lora_alpha": 32, "r": 4, "bias": "none", "use_rslora": False, "rank_pattern": {},

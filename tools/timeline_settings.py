@@ -248,7 +248,7 @@ def compare(setting: Setting, root: Path) -> Comparison:
         dtype=setting.stored,
         num_hidden_layers=n_layers,
         max_position_embeddings=4096,
-        **setting.changes,
+        **{name: value for name, value in setting.changes.items() if name != "num_hidden_layers"},
     )
     if setting.gguf:
         model = find_model(str(write_gguf(source, folder / "model.gguf", setting.gguf, embedding=setting.gguf[-1]))).path

@@ -46,7 +46,15 @@ FAMILIES: dict[str, dict] = {
                 "attention_multiplier": 0.2},
     "granitemoe": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_local_experts": 4,
                    "attention_multiplier": 0.2, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                    "truncate": False, "original_max_position_embeddings": 64, "rope_theta": 1.5e5}},
 }  # fmt: skip
+# Gemma 4's smaller form: layers are told of each token anew, the last three attend to keys of the third and the fourth.
+GEMMA4_E = {"num_hidden_layers": 7, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 320,
+            "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "attention_k_eq_v": False,
+            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention", "sliding_attention",
+                            "full_attention"]}  # fmt: skip
 # Multimodal models: the text model inside, and a vision tower of next to nothing.
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
           "patch_size": 14, "vision_use_head": False}  # fmt: skip

@@ -8,6 +8,7 @@ as the format defines them, (code - zero) * scale in the dtype of the scale.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "gptq-4-row": GPTQ | {"bits": 4, "sym": False, "group_size": -1, "checkpoint_format": "gptq"},
     "gptq-8": GPTQ | {"bits": 8, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True},
+    "awq-gemv": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemv", "zero_point": True},
     "packed-4": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4, "zero": False},
     "packed-4-zero": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4, "zero": True},
     "packed-8": {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 8, "zero": False},
@@ -32,16 +34,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "float8": {"quant_method": "compressed-tensors", "format": "float-quantized", "bits": 8, "zero": False},
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 64], "activation_scheme": "dynamic"},
 }
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP Microscaling Formats v1.0; the highest of four bits is the sign
 
 
 def write_quantised(source: Path, target: Path, form: str, *, seed: int = 0) -> dict[str, Tensor]:
-    """Write the model of a folder with the linear layers of its decoder layers quantised; their matrices, in fp32."""
+    """Write the model of a folder with the linear layers of its decoder layers quantised (in "mxfp4": its experts); their
+    matrices, in fp32."""
+    if form == "mxfp4":
+        return write_mxfp4(source, target, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
     spec = dict(FORMS[form])
     tensors, values = load_file(target / "model.safetensors"), {}
-    for name in [one for one in tensors if ".layers." in one and tensors[one].ndim == 2]:
+    inside = [one for one in tensors if ".layers." in one and tensors[one].ndim == 2]
+    for name in [one for one in inside if not one.endswith(".mlp.gate.weight")]:  # a router is left out, as published
         matrix = name.removesuffix(".weight")
         parts, values[name] = _WRITERS[spec["quant_method"]](tensors.pop(name), spec, generator)
         tensors |= {f"{matrix}.{part}": tensor.contiguous() for part, tensor in parts.items()}
@@ -49,6 +57,25 @@ def write_quantised(source: Path, target: Path, form: str, *, seed: int = 0) -> 
         weights = {"num_bits": spec.pop("bits"), "type": "int", "symmetric": not spec.pop("zero"), "strategy": "group"}
         spec["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": spec}))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return values
+
+
+def write_mxfp4(source: Path, target: Path, *, seed: int = 0) -> dict[str, Tensor]:
+    """Write a model with stacks of experts with those in MXFP4; the stacks' values as the format defines them, in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    tensors, values = load_file(target / "model.safetensors"), {}
+    for name in [one for one in tensors if ".experts." in one and tensors[one].ndim == 3]:
+        n_experts, n_in, n_out = tensors.pop(name).shape
+        codes = torch.randint(0, 16, (n_experts, n_out, n_in // 32, 32), generator=generator)
+        scales = torch.randint(118, 124, (n_experts, n_out, n_in // 32), generator=generator)
+        tensors[f"{name}_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+        signed = torch.tensor([*E2M1, *(-value for value in E2M1)])[codes] * 2.0 ** (scales.unsqueeze(-1) - 127)
+        values[name] = signed.view(n_experts, n_out, n_in).transpose(1, 2).contiguous()
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": MXFP4}))
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return values
 
@@ -101,6 +128,15 @@ def _gptq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> t
 def _awq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     codes, scales, zeros, group = _random(tuple(weight.shape), spec, generator)
     scales = scales.half()
+    if spec["version"] == "gemv":
+        n_groups = scales.shape[1]
+        padded = math.ceil(math.ceil(n_groups / 8) / 4) * 4  # words, in fours for groups of 32
+        wide = torch.zeros(len(codes), 8 * padded, dtype=torch.int64)
+        wide[:, :n_groups] = zeros
+        wide_scales = torch.zeros(len(codes), 8 * padded, dtype=torch.float16)
+        wide_scales[:, :n_groups] = scales
+        parts = {"qweight": _words(codes, 4), "qzeros": _words(wide, 4), "scales": wide_scales}
+        return parts, _values(codes, scales, zeros, group)
 
     def packed(by_output: Tensor) -> Tensor:
         mixed = by_output.clone()

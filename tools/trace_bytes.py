@@ -16,7 +16,7 @@ backward is traced for each linear layer that may be the first one with LoRA.
     +4std  allocate 4 x sequences x tokens x hidden bytes       -3    release the third allocation
     -3?q_proj,k_proj  ... unless one of these has LoRA          -g3   release the forward program's third allocation
     !name:...  a module of ours begins, or has its result       ~     left out where a layer is recomputed
-    =5  this allocation is the layer's output
+    =5  this allocation is the layer's output       @7  keys or values that later layers attend to
 
 Here logs become programs; trace_step.py runs a step and trace_log.py logs it.
 
@@ -40,6 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trace_inner import traced_chunk, traced_tile
 from trace_log import EventLog
 from trace_step import (
     Case,
@@ -51,8 +52,6 @@ from trace_step import (
     run,
     sizes_of,
     tile_cases,
-    traced_chunk,
-    traced_tile,
     variants,
 )
 
@@ -65,22 +64,24 @@ LETTERS = {"s": "sequences", "t": "tokens", "d": "hidden", "h": "heads", "k": "k
            "f": "that of layers without a window", "i": "intermediate", "q": "heads + 2 kv_heads", "u": "tokens + 1",
            "n": "rows of a tile", "v": "rows of a vocabulary chunk", "l": "a delta rule's key heads",
            "j": "its value heads", "m": "its key_dim", "o": "its value_dim", "c": "its 2 l m + j o",
-           "x": "tokens of a chunk, and those before", "y": "experts", "p": "those that a token goes to"}  # fmt: skip
+           "x": "tokens of a chunk, and those before", "y": "experts", "p": "those that a token goes to",
+           "w": "what a layer is told of a token",
+           "z": "features of a head that are rotated, where not all are"}  # fmt: skip
 # Two sets of sizes; each dimension has a prime of its own. `group` is heads / kv_heads (and group + 2 is prime, too), `r`
 # is j / l (and c / l is prime; for that `o` differs where r is 1).
 PRIMES = (
     {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "f": 2 * 71, "i": 58, "n": 31, "v": 41, "group": 5,
-     "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67, "y": 83, "p": 79},
+     "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67, "y": 83, "p": 79, "w": 61, "z": 106},
     {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "f": 2 * 59, "i": 46, "n": 29, "v": 37, "group": 11,
-     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71, "y": 97, "p": 89},
+     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71, "y": 97, "p": 89, "w": 67, "z": 146},
 )  # fmt: skip
 # Smaller ones for a chunk of a delta rule, which is computed.
-NOT_IN_A_CHUNK = dict.fromkeys("tudkefinvyp", 1) | {"group": 1}
+NOT_IN_A_CHUNK = dict.fromkeys("tudkefinvypwz", 1) | {"group": 1}
 CHUNK_PRIMES = (
     {**NOT_IN_A_CHUNK, "s": 3, "l": 5, "r": 7, "m": 11, "o": 13, "o of 1": 19, "x": 67},
     {**NOT_IN_A_CHUNK, "s": 5, "l": 7, "r": 3, "m": 13, "o": 11, "o of 1": 11, "x": 71},
 )
-ORDER = "nstuxdhkqefivlcjmoyp"
+ORDER = "nstuxdhkqefivlcjmoypwz"
 
 
 def product(n_bytes: int, sizes: dict[str, int]) -> str:
@@ -90,7 +91,7 @@ def product(n_bytes: int, sizes: dict[str, int]) -> str:
     if sizes["r"] > 1:
         factors["j"] = (sizes["r"], sizes["l"])
     factors["c"] = (sizes["c"] // sizes["l"], sizes["l"])
-    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdefinvuklmoxyp"}
+    factors |= {letter: (_prime(sizes[letter]), 1) for letter in "stdefinvuklmoxypwz"}
     for letter, (prime, with_it) in factors.items():
         while prime > 1 and rest % (prime * with_it) == 0:
             rest //= prime * with_it
@@ -115,6 +116,7 @@ class Log:
     births: list[str]
     releases: dict[str, float]
     result: str = ""
+    shared: tuple[str, ...] = ()
 
 
 def log_of(trace: Trace, op: str, sizes: dict[str, int], *, forward: Log | None = None, numbers: dict[int, str]) -> Log:
@@ -137,7 +139,8 @@ def log_of(trace: Trace, op: str, sizes: dict[str, int], *, forward: Log | None 
             text += ":".join([event.kind, *(product(size, sizes) for size in event.shape)])
         births.append(text)
     numbers.update({number: f"g{name}" for number, name in names.items() if name.isdigit()})
-    return Log(births, releases, names.get(trace.result[op], ""))
+    shared = tuple(names[number] for number in trace.shared.get(op, ()) if number in names)
+    return Log(births, releases, names.get(trace.result[op], ""), shared)
 
 
 def merged(logs: dict[str, Log], *, before: bool) -> str:
@@ -164,7 +167,8 @@ def merged(logs: dict[str, Log], *, before: bool) -> str:
     for position in range(len(first.births) + 1):
         tokens += at.get(position, [])
         tokens += first.births[position : position + 1]
-    return " ".join(tokens + ([f"={first.result}"] if first.result.isdigit() else []))
+    ends = [f"={first.result}"] if first.result.isdigit() else []
+    return " ".join([*tokens, *ends, *(f"@{name}" for name in first.shared)])
 
 
 def _order(tensor: str) -> tuple[str, int]:

@@ -23,25 +23,26 @@ from trace_log import (
     OpaqueVocabulary,
     put_attention,
 )
+from trace_shared import share_keys, zero_keys
 
 from lopt_edge.plan.costs.layer_bytes import READS_INPUT
 from lopt_edge.plan.costs.shape import HEADS, case_key
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import FULL, LINEAR, SLIDING, everywhere
+from lopt_edge.plan.facts.layers import KEPT, OWN, SHARED
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
-from lopt_edge.run.model.load import Model, put_delta_net
+from lopt_edge.run.model.delta_net import DeltaCore
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.placed import put_delta_net
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.tiers.moves import Mover
-from quant.experts import ExpertGradients, backward_tile, forward_tile
 from quant.linear import DropoutClock
-from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import FAMILIES, tiny_config
 
 # Families that may have a window, in SDPA with a mask, and those that may have layers of both kinds of attention.
@@ -52,6 +53,8 @@ LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name
 DENSE, EXPERTS = "", " experts"  # words of a case: what stands behind the attention
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
 PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+OWN_PARTS = ("per_layer_input_gate", "per_layer_projection")  # of layers that are told of tokens anew
+OWN_CASES = (" own", " own kept", " own kept back", " own shared", " own shared back")
 DELTA_PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "mlp")
 
 
@@ -60,8 +63,10 @@ class Case:
     """A case: what a program is a function of, beside the sizes and which linear layers have LoRA.
 
     `heads`: fewer heads of keys and values than of queries (grouped), one of them (single), or as many (equal), with k=v
-    where the values are the keys; or a layer with a delta rule in the place of attention (delta), or a chunk of such a rule
-    (chunk, with its heads). Views of dimensions of size 1 save copies, so that one sequence is a case of its own.
+    where the values are the keys; with own where the layer is told of tokens anew, and then kept or shared where layers
+    share keys, with back where their gradients flow; or a layer with a delta rule in the place of attention (delta), or a
+    chunk of such a rule (chunk, with its heads). Views of dimensions of size 1 save copies, so that one sequence is a case
+    of its own.
     """
 
     family: str
@@ -75,6 +80,21 @@ class Case:
     def has_experts(self) -> bool:
         """Whether the layer has experts."""
         return self.heads.endswith(EXPERTS)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the layer is told of tokens anew."""
+        return "own" in self.heads.split()
+
+    @property
+    def keys(self) -> str:
+        """Whose keys it attends to, as LayerFacts has it."""
+        return next((word for word in (KEPT, SHARED) if word in self.heads.split()), OWN)
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether gradients of shared keys flow in its backward."""
+        return self.heads.endswith(" back")
 
     @property
     def kv_heads(self) -> str:
@@ -94,6 +114,9 @@ def cases(family: str) -> Iterator[Case]:
     yield from _attention_cases(family, DENSE if has_dense(family) else EXPERTS)
     if has_dense(family) and family_of(family).experts is not None:
         yield from _attention_cases(family, EXPERTS)
+    for what in OWN_CASES if family_of(family).own_inputs else ():
+        found = _attention_cases(family, what)
+        yield from (case for case in found if not case.both and case.kv_heads != "equal")  # which no such model has
     if family in VALUES_ARE_KEYS:
         for dtype in (torch.float32, torch.bfloat16):
             for one in (False, True):
@@ -143,7 +166,9 @@ class Variant:
     holds: frozenset[str]
 
 
-EVERYWHERE = Variant(1, frozenset(name for names in (*PARTS.values(), DELTA_PARTS) for name in names), frozenset())
+EVERYWHERE = Variant(
+    1, frozenset(name for names in (*PARTS.values(), DELTA_PARTS, OWN_PARTS) for name in names), frozenset()
+)
 
 
 def variants(case: Case) -> dict[tuple[str, str], Variant]:
@@ -155,7 +180,13 @@ def variants(case: Case) -> dict[tuple[str, str], Variant]:
     names = DELTA_PARTS if case.heads == "delta" else PARTS[case.family]
     names = tuple(name for name in names if not (name == "mlp" and case.has_experts))
     names = tuple(name for name in names if not (name == "v_proj" and case.heads.endswith("k=v")))
+    names = tuple(name for name in names if not (name in ("k_proj", "v_proj") and case.keys == SHARED))
+    names = (*names, *OWN_PARTS) if case.has_own else names
     every, found = frozenset(names), {}
+    if case.keys == SHARED and case.gives_back:  # the layer whose keys it reads lies before it in its segment
+        for name in ("", *(name for name in names if name != "mlp")):
+            found["rest", name] = Variant(3, every, frozenset({name} if name else ()))
+        return found
     for name in ("", *(name for name in names if name != "mlp")):
         held = frozenset({name} if name else ())
         found["rest", name], found["first", name] = Variant(3, every, held), Variant(1, every, held)
@@ -195,7 +226,7 @@ def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
     return {
         **primes,
         "f": primes["f"],
-        "e": primes["e"] * (4 if LINEAR in family_of(case.family).layer_types else 1),  # a quarter is rotated
+        "e": primes["e"] * (1 if family_of(case.family).rotary_share is None else 8),  # of which a part is rotated
         "r": r,
         "o": o,
         "j": primes["l"] * r,
@@ -216,6 +247,9 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
     changes: dict[str, Any] = {"num_hidden_layers": n_layers, "vocab_size": 64, "sliding_window": window}
     if case.family in LAYER_TYPES:
         changes |= {"layer_types": (kinds * n_layers)[:n_layers], "use_sliding_window": True}
+    if family_of(case.family).own_inputs:
+        changes |= {"attention_k_eq_v": not case.has_own, "num_kv_shared_layers": 0}
+        changes |= {"hidden_size_per_layer_input": sizes["w"] if case.has_own else 0}
     if case.family in VALUES_ARE_KEYS:
         wider = sizes["f" if case.both else "e"]
         changes |= {"global_head_dim": wider, "num_global_key_value_heads": sizes["k"]}
@@ -234,12 +268,16 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         *(EXPERT_SIZES if case.has_experts else ()),
     ):
         setattr(config, name, sizes[letter])  # transformers would refuse such sizes in a config's making
+    if family_of(case.family).rotary_share is not None:
+        config.rope_parameters["partial_rotary_factor"] = (sizes["z"] + 0.5) / sizes["e"]  # transformers rounds down
     tiled = family_of(case.family).attention == "query tiles"
     config._attn_implementation = put_attention(log, tiled=tiled)
     facts = facts_from_config(config.to_dict(), where="trace")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model
     layers = list(skeleton.layers)
+    if case.keys != OWN:
+        facts = share_keys(case, facts, layers)
     for index, layer in enumerate(layers):
         _put_stand_ins(layer, facts, index, log)
         for name, parameter in layer.named_parameters():
@@ -272,8 +310,6 @@ EXPERT_SIZES = (
     ("num_local_experts", "y"),
     ("num_experts_per_tok", "p"),
 )  # in a config, and their letters
-EXPERT_OPS = ("experts_forward", "experts_backward")
-DELTA_OPS = ("delta_forward", "delta_backward")
 # Sizes of a delta rule in a config, and their letters; the other families ignore them.
 DELTA_SIZES = (("linear_num_key_heads", "l"), ("linear_num_value_heads", "j"), ("linear_key_head_dim", "m"),
                ("linear_value_head_dim", "o"))  # fmt: skip
@@ -285,62 +321,6 @@ def _layer_type(case: Case) -> str:
     if case.heads.endswith("k=v"):
         return FULL
     return FULL if LINEAR in family_of(case.family).layer_types else SLIDING
-
-
-def traced_chunk(case: Case, sizes: dict[str, int]) -> Trace:
-    """The trace of one whole chunk of a family's delta rule, and of its gradients."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config(case.family, num_hidden_layers=1, layer_types=[LINEAR])
-    config.linear_conv_kernel_dim = sizes["x"] - CHUNK + 1
-    for name, letter in DELTA_SIZES:
-        setattr(config, name, sizes[letter])
-    layer = AutoModelForCausalLM._model_mapping[type(config)](config).to(case.dtype).eval().model.layers[0]
-    net = next(module for module in layer.modules() if hasattr(module, "A_log")).requires_grad_(False)
-    core, s, log = DeltaCore(net), sizes["s"], EventLog()
-    widths = sizes["c"], sizes["j"] * sizes["o"], sizes["j"], sizes["j"]
-    tensors = tuple(torch.zeros(s, CHUNK, width, dtype=case.dtype) for width in widths)
-    found, values = [torch.zeros_like(tensor) for tensor in tensors], torch.zeros_like(tensors[1])
-    states = [core.first_state(s, torch.device("cpu")) for _ in range(2)]
-    trace = Trace(given={name: {} for name in DELTA_OPS}, result=dict.fromkeys(DELTA_OPS, -1))
-    with log:
-        log.watch([*tensors, *found, values, *states, *core.parameters()])
-        for name in DELTA_OPS:
-            log.events.clear()
-            if name == "delta_forward":
-                run_chunk(core, tensors, 0, states[0], values)
-            else:
-                chunk_gradient(core, tensors, 0, states[0], (values, states[1]), found)
-            trace.spans[name] = list(log.events)
-    return trace
-
-
-def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
-    """The trace of one tile of a family's experts, and of its gradients."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config(case.family, num_hidden_layers=1, **({"mlp_only_layers": []} if has_dense(case.family) else {}))
-    layer = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model.layers[0]
-    gate = next(module for module in layer.modules() if hasattr(module, "_apply_gate"))._apply_gate
-    (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
-    matrices = (torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype))
-    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
-    record = family_of(case.family).experts
-    full = record is not None and record.full_weights
-    weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
-    sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
-    trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
-    with log:
-        log.watch([*matrices, x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP])
-        for name in EXPERT_OPS:
-            log.events.clear()
-            if name == "experts_forward":
-                with torch.no_grad():
-                    forward_tile(gate, matrices, (x, weights), places, y_ND=y)
-            else:
-                backward_tile(gate, matrices, (x, weights, g), places, sums=sums)
-            trace.spans[name] = list(log.events)
-    return trace
 
 
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLog) -> None:
@@ -371,6 +351,7 @@ class Trace:
     spans: dict[str, list[Event]] = field(default_factory=dict)
     given: dict[str, dict[int, str]] = field(default_factory=dict)
     result: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # keys and values that an op leaves to others
 
 
 def run(case: Case, sizes: dict[str, int]) -> Trace:
@@ -400,6 +381,9 @@ def make_segments(n_layers: list[int]) -> tuple[Segment, ...]:
 
 def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> Trace:
     rows, n = sizes["s"] * sizes["t"], sizes["n"]
+    own = torch.zeros(sizes["s"], sizes["t"], model.facts.n_layers, sizes["w"], dtype=model.dtype)
+    keys, values = (zero_keys(model, sizes) for _ in range(2))
+    role = model.facts.kinds[0].keys
     ids_BT, targets_N = torch.zeros(sizes["s"], sizes["t"], dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     batch = Batch(ids_BT, torch.arange(n), targets_N, torch.arange(n), rows)
     head = ReconstructHead(sizes["d"], seed=0)
@@ -413,22 +397,37 @@ def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> 
     def observe(op: Op, after: bool) -> None:
         nonlocal start
         state, text = executor.state, op.text()
+        if after and op.kind is Kind.EMBED and model.facts.own_inputs is not None:
+            state.layer_context.own_inputs_BTLP = own
+            if role == SHARED:
+                state.layer_context.keys.update(dict.fromkeys(model.facts.attention_types, (keys, values)))
+        if not after and op.kind is Kind.BACKWARD and role == KEPT:
+            state.layer_context.keys.clear()
+            if model.facts.gives_back(op.target, ()):
+                state.key_gradients[0, op.target] = zero_keys(model, sizes), zero_keys(model, sizes)
         if not after:
             saved = state.inputs.get((0, op.target)) if op.kind is Kind.BACKWARD else None
             given = {
                 "input": state.hidden_BTD if op.kind is Kind.FORWARD else saved and saved.tensor,
                 "grad": state.grad_BTD,
             }
+            if op.kind is Kind.BACKWARD and (0, op.target) in state.key_gradients:
+                given |= dict(zip(("keys", "values"), state.key_gradients[0, op.target], strict=True))
             trace.given[text] = {log.number(tensor): name for name, tensor in given.items() if tensor is not None}
             start = len(log.events)
             return
         trace.spans[text] = log.events[start:]
+        if op.kind is Kind.FORWARD and role == KEPT:
+            found = state.layer_context.keys[model.facts.layer_types[op.target]]
+            trace.shared[text] = log.number(found[0]), log.number(found[1])
+        if op.kind is Kind.BACKWARD:
+            state.key_gradients.clear()
         made = state.grad_BTD if op.kind in (Kind.LOSS, Kind.BACKWARD) else state.hidden_BTD
         trace.result[text] = -1 if made is None else log.number(made)
 
     constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
     with log, executor.observed(observe):
         numbers = [tensor for layer in model.layers for tensor in (*layer.buffers(), *layer.parameters())]
-        log.watch([*constants, *numbers, *head.parameters(), *(p.grad for p in head.parameters())])
+        log.watch([*constants, own, keys, values, *numbers, *head.parameters(), *(p.grad for p in head.parameters())])
         executor.run(plan, [batch], step=1, learning_rates={})
     return trace

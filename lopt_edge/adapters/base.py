@@ -39,12 +39,15 @@ def base_of(
     if adapter is None:
         if model is None:
             raise InputError("is needed", where="model", fix="give --model, or an --adapter, whose config names its base")
-        return find_model(model, revision=revision)
+        return find_model(model, revision=revision, say=say)
     folder = Path(adapter)
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(adapter), fix="give the output folder of a finetune run")
     config = read_adapter_config(folder)
-    found = _named_base(config, revision, where=str(adapter)) if model is None else find_model(model, revision=revision)
+    if model is None:
+        found = _named_base(config, revision, where=str(adapter), say=say)
+    else:
+        found = find_model(model, revision=revision, say=say)
     tell_if_another(found, folder, say)
     return found
 
@@ -64,14 +67,14 @@ def tell_if_another(model: ModelFolder, adapter: Path, say: Callable[[str], None
         )
 
 
-def _named_base(config: AdapterConfig, revision: str | None, *, where: str) -> ModelFolder:
+def _named_base(config: AdapterConfig, revision: str | None, *, where: str, say: Callable[[str], None]) -> ModelFolder:
     fix = "give the base model with --model"
     if config.base is None:
         raise InputError("adapter_config.json names no base model", where=where, fix=fix)
     # of a GGUF file the adapter's own tokenizer is the one that it was trained with
     own = where if names_a_gguf(config.base) and (Path(where) / "tokenizer.json").is_file() else None
     try:
-        return find_model(config.base, revision=revision or config.revision, tokenizer=own)
+        return find_model(config.base, revision=revision or config.revision, tokenizer=own, say=say)
     except InputError as error:
         what = f"the base model that adapter_config.json names cannot be used ({error.what})"
         raise InputError(what, where=where, fix=f"{fix}, wherever it lies now") from None

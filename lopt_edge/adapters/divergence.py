@@ -168,7 +168,7 @@ class _Sums:
 def _read_through(model: Model, ids_BT: Tensor, *, entries: dict[str, TensorEntry] | None = None) -> Tensor:
     """The model's logits (T, V); with `entries` each layer's weights are read just before it runs and dropped after it."""
     hidden_BTD = model.embed(ids_BT)
-    frame = model.layer_context(hidden_BTD)
+    frame = model.layer_context(hidden_BTD, ids_BT)
     for index, layer in enumerate(model.layers):
         if entries is not None:
             _fill_layer(model, index, entries)

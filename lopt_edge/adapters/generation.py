@@ -126,8 +126,9 @@ def generate_ids(model: Model, prompt: Sequence[int], sampling: Sampling, *, sto
     cache: Any = DynamicCache(config=model.config)
     ids, start = list(prompt), 0
     for _ in range(sampling.max_new_tokens):
-        hidden_BTD = model.embed(torch.tensor([ids], device=model.device))
-        frame = model.layer_context(hidden_BTD, cache=cache, start=start)
+        ids_BT = torch.tensor([ids], device=model.device)
+        hidden_BTD = model.embed(ids_BT)
+        frame = model.layer_context(hidden_BTD, ids_BT, cache=cache, start=start)
         hidden_BTD = model.run_all(hidden_BTD, frame, cache=cache)
         token = _choose(logits(model, hidden_BTD[0, -1:])[0].cpu(), sampling, generator)
         if token in stop:

@@ -39,6 +39,8 @@ from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import PackedLinear
 from quant.mixed import Mixture
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import read_mxfp4
 from quant.nf4 import unpack_into
 from quant.shards import write_sharded
 from quant.sizes import DTYPE_BYTES
@@ -122,19 +124,40 @@ def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
 
 def tensor_shapes(model: Model, base: Path) -> dict[str, tuple[int, ...]]:
     """The tensors of the merged model by name, in the order of `merged_tensors`. Raises InputError."""
-    entries = tensor_entries(base)
+    entries = _entries(base, model)
     shapes = {name: [_full_shape(part, entries, model) for part in parts] for name, parts in _parts(entries, model).items()}
     return {name: found[0] if len(found) == 1 else _stacked(found, model) for name, found in shapes.items()}
 
 
 def merged_tensors(model: Model, base: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the merged model, one in memory at a time; `base` is the weights' folder. Raises InputError."""
-    entries, shapes = tensor_entries(base), tensor_shapes(model, base)
+    entries, shapes = _entries(base, model), tensor_shapes(model, base)
     for name, parts in _parts(entries, model).items():
         if len(parts) == 1:
             yield from _merged_tensors([*parts], entries, model)
         else:
-            yield name, torch.cat([_read(part, entries) for part in parts]).view(shapes[name])
+            yield name, _stack(parts, entries, model, shapes[name])
+
+
+def _entries(base: Path, model: Model) -> dict[str, TensorEntry]:
+    """The tensors of the weights' folder; of one in blocks, whose stacks have no numbers, each matrix by itself."""
+    return tensor_entries(base, model.facts if model.facts.forms is not None else None)
+
+
+def _stack(parts: tuple[str, ...], entries: dict[str, TensorEntry], model: Model, shape: tuple[int, ...]) -> Tensor:
+    """The stack of all experts' matrices, filled one by one."""
+    found = torch.empty(0)
+    for number, part in enumerate(parts):
+        matrix = _read(part, entries)
+        matrix = matrix.t() if _is_transposed(model) else matrix
+        if number == 0:
+            found = matrix.new_empty(len(parts), *matrix.shape)
+        found[number].copy_(matrix)
+    return found.view(shape)
+
+
+def _is_transposed(model: Model) -> bool:
+    return model.facts.family.experts is not None and model.facts.family.experts.transposed
 
 
 def _parts(entries: dict[str, TensorEntry], model: Model) -> dict[str, tuple[str, ...]]:
@@ -145,7 +168,8 @@ def _parts(entries: dict[str, TensorEntry], model: Model) -> dict[str, tuple[str
 def _stacked(shapes: list[tuple[int, ...]], model: Model) -> tuple[int, ...]:
     """The shape of the stack of all experts whose matrices have these shapes, expert by expert."""
     count = next(kind.experts.count for kind in model.facts.kinds if kind.experts is not None)
-    return (count, sum(rows for rows, *_ in shapes) // count, shapes[0][1])
+    n_rows, n_columns = sum(rows for rows, *_ in shapes) // count, shapes[0][1]
+    return (count, n_columns, n_rows) if _is_transposed(model) else (count, n_rows, n_columns)
 
 
 def _is_quantisation_part(name: str, entries: dict[str, TensorEntry]) -> bool:
@@ -186,7 +210,9 @@ def _merged_tensors(names: list[str], entries: dict[str, TensorEntry], model: Mo
 
 
 def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
-    """A stored tensor as it is, or in fp32 out of 4 bits or GGUF blocks."""
+    """A stored tensor as it is, or in fp32 out of 4 bits or GGUF blocks; in bfloat16 out of MXFP4."""
+    if is_mxfp4(entries, name):
+        return read_mxfp4(entries, name)
     if not is_packed(entries, name):
         return read_gguf(entries[name])
     weight = read_packed(entries, name)

@@ -46,7 +46,7 @@ def data_check(
     if max_seq_len is not None and max_seq_len < 2:
         raise InputError(f"{max_seq_len} is too short", where="--max-seq-len", fix="use 2 or more")
     raise_collected(file_errors({"chat_template": chat_template}))
-    found = find_model(model, revision=revision)
+    found = find_model(model, revision=revision, lay_out=False)
     longest = longest_sequence(found.facts, max_seq_len or LONGEST, is_given=max_seq_len is not None)
     tokenizer = load_tokenizer(found.path, say=warn)
     how: dict[str, Any] = {"data_format": data_format, "chat_template": chat_template, "think": think}

@@ -69,7 +69,7 @@ def answered(generator: TextGenerator, dataset: Dataset) -> Iterator[bool]:
         batch = make_batch(collate(some, pad_id=0), model.device)
         with torch.no_grad():
             hidden_BTD = model.embed(batch.ids_BT)
-            hidden_BTD = model.run_all(hidden_BTD, model.layer_context(hidden_BTD))
+            hidden_BTD = model.run_all(hidden_BTD, model.layer_context(hidden_BTD, batch.ids_BT))
             chosen_N = logits(model, hidden_BTD.flatten(0, 1)[batch.supervised_N]).argmax(dim=-1)
         fits = (chosen_N == batch.targets_N) | torch.isin(batch.targets_N, torch.tensor(list(ends), device=model.device))
         rows = batch.supervised_N // batch.ids_BT.shape[1]

@@ -14,6 +14,7 @@ from math import prod
 from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from quant.headers import FolderError, TensorEntry
+from quant.mxfp4.stacks import BLOCKS_SUFFIX, SCALES_SUFFIX, cut_stacks
 
 
 def by_expert(entries: Mapping[str, TensorEntry], facts: ModelFacts) -> dict[str, TensorEntry]:
@@ -21,13 +22,19 @@ def by_expert(entries: Mapping[str, TensorEntry], facts: ModelFacts) -> dict[str
 
     Raises FolderError for a stack of another shape.
     """
-    found, stacks = dict(entries), () if facts.family.experts is None else facts.family.experts.stacks
-    for layer in range(facts.n_layers):
-        experts, prefix, first = facts.layer(layer).experts, facts.layout.layer(layer), 0
-        for name, n_matrices in stacks if experts is not None else ():
-            if experts is not None and (stack := found.pop(prefix + name, None)) is not None:
-                found |= _cut(stack, experts, prefix, range(first, first + n_matrices))
-            first = (first + n_matrices) % len(experts.stored) if experts is not None else 0
+    found, family = dict(entries), facts.family.experts
+    for layer in range(facts.n_layers) if family is not None else ():
+        if (experts := facts.layer(layer).experts) is None or family is None:
+            continue
+        prefix, first = facts.layout.layer(layer), 0
+        for name, n_matrices in family.stacks:
+            which, stack = range(first, first + n_matrices), prefix + name
+            if stack in found:
+                found |= _cut(found.pop(stack), experts, prefix, which, transposed=family.transposed)
+            elif facts.forms is not None and (blocks := found.pop(stack + BLOCKS_SUFFIX, None)) is not None:
+                names = [f"{prefix}{experts.stored[first].format(number)}.weight" for number in range(experts.count)]
+                found |= cut_stacks(blocks, found.pop(stack + SCALES_SUFFIX, None), experts.shapes[first], names)
+            first = (first + n_matrices) % len(experts.stored)
     return found
 
 
@@ -48,16 +55,20 @@ def as_published(names: Iterable[str], facts: ModelFacts) -> dict[str, tuple[str
     return {stack_of.get(name, name): parts.get(stack_of.get(name, name), (name,)) for name in names}
 
 
-def _cut(stack: TensorEntry, experts: ExpertFacts, prefix: str, which: range) -> dict[str, TensorEntry]:
+def _cut(
+    stack: TensorEntry, experts: ExpertFacts, prefix: str, which: range, *, transposed: bool
+) -> dict[str, TensorEntry]:
     """The entries of those matrices of each expert that stand in a stack, one under the other."""
     shapes = [experts.shapes[i] for i in which]
-    expected = (experts.count, sum(rows for rows, _ in shapes), shapes[0][1])
+    n_rows, n_columns = sum(rows for rows, _ in shapes), shapes[0][1]
+    expected = (experts.count, n_columns, n_rows) if transposed else (experts.count, n_rows, n_columns)
     if stack.shape != expected:
         raise FolderError(f"tensor {stack.name!r} has shape {stack.shape}, config.json says {expected}")
     itemsize, start, found = stack.n_bytes // prod(stack.shape), stack.start, {}
     for expert in range(experts.count):
         for i, shape in zip(which, shapes, strict=True):
             name, n_bytes = f"{prefix}{experts.stored[i].format(expert)}.weight", prod(shape) * itemsize
-            found[name] = replace(stack, name=name, shape=shape, start=start, n_bytes=n_bytes)
+            place = replace(stack, name=name, shape=shape, start=start, n_bytes=n_bytes, transposed=transposed)
+            found[name] = place
             start += n_bytes
     return found

@@ -10,12 +10,14 @@ checkpoint whose config ties it to the embedding is the head (transformers 5 tie
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.blocks import folder_in_blocks, is_grouped
+from lopt_edge.models.blocks import entries_in_blocks, facts_in_blocks, folder_in_blocks, is_grouped
 from lopt_edge.models.expert_tensors import by_expert
 from lopt_edge.models.gguf import facts_of_gguf, folder_of_gguf, gguf_entries, looks_like_gguf
 from lopt_edge.models.hub import _download, download_gguf, names_gguf
@@ -39,10 +41,20 @@ class ModelFolder:
     commit: str | None = None
 
 
-def find_model(name: str, *, revision: str | None = None, tokenizer: str | None = None) -> ModelFolder:
+def find_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    lay_out: bool = True,
+    say: Callable[[str], None] = warnings.warn,
+) -> ModelFolder:
     """The folder and facts of a local folder, a GGUF file or a hub id; `org/name:FILE.gguf` is a GGUF file of a hub id.
 
-    `tokenizer` is a folder with the tokenizer of a GGUF file. Raises InputError for what is missing or unsupported.
+    `tokenizer` is a folder with the tokenizer of a GGUF file. A folder that another program quantised is laid out in blocks
+    once, of which `say` hears; without `lay_out` it stays where it is, and its weights are not to be read.
+
+    Raises InputError for what is missing or unsupported.
     """
     path, commit = Path(name).expanduser(), None
     try:
@@ -70,12 +82,11 @@ def find_model(name: str, *, revision: str | None = None, tokenizer: str | None 
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
     where, given = str(path / "config.json"), path
     if is_grouped(config):
-        unpacked = facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
-        if any(kind.experts for kind in unpacked.kinds):
-            method = config["quantization_config"]["quant_method"]
-            fix = "use the full-precision model: its experts are packed in 4 bits, one by one"
-            raise InputError(f"experts in {method} form are not supported yet", where=where, fix=fix)
-        path = folder_in_blocks(path, config)
+        facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
+        if not lay_out:
+            facts = facts_in_blocks(config, entries_in_blocks(path, config), where=where)
+            return ModelFolder(path, name if commit else str(given.resolve()), facts, commit)
+        path = folder_in_blocks(path, config, say=say)
         config = read_config(path / "config.json")
     facts = _of_its_weights(facts_from_config(config, where=where), path)
     if named := config.get("transformers_weights"):  # where transformers would read the weights
@@ -99,8 +110,8 @@ def _of_its_weights(facts: ModelFacts, folder: Path) -> ModelFacts:
     """The facts, with what the weights' names decide. What cannot be read of them is reported where it is needed."""
     if (entries := gguf_entries(folder)) is not None:
         return facts_of_gguf(facts, entries, where=str(folder))
-    if (folder / PLACES_NAME).exists():
-        entries = tensor_entries(folder)
+    if facts.forms is not None or (folder / PLACES_NAME).exists():
+        entries = tensor_entries(folder, facts)
         return facts_of_gguf(facts.of_checkpoint(entries), entries, where=str(folder))
     if not facts.tied and not facts.wrapper:
         return facts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -115,8 +116,22 @@ def facts_of_gguf(facts: ModelFacts, entries: dict[str, TensorEntry], *, where: 
         tuple(kind(f"{layout.layer(layer)}{linear.name}.weight") for linear in facts.layer(layer).linears)
         for layer in range(facts.n_layers)
     )
-    forms = Forms(layers, kind(layout.embedding), kind(layout.head(tied=facts.tied)))
+    experts = tuple(_of_experts(facts, layer, kind, where=where) for layer in range(facts.n_layers))
+    forms = Forms(layers, kind(layout.embedding), kind(layout.head(tied=facts.tied)), experts if any(experts) else ())
     return replace(facts, quantised=True, forms=forms)
+
+
+def _of_experts(facts: ModelFacts, layer: int, kind: Callable[[str], str], *, where: str) -> tuple[str, ...]:
+    """The types of an expert's matrices in a layer. Raises InputError where not all experts have the same."""
+    experts, prefix = facts.layer(layer).experts, facts.layout.layer(layer)
+    if experts is None:
+        return ()
+    found = [kind(f"{prefix}{name}.weight") for name, _ in experts.matrices()]
+    first = tuple(found[: len(experts.stored)])
+    if found != [*first] * experts.count:
+        what = f"the experts of layer {layer} are stored in several forms ({', '.join(sorted({*found}))})"
+        raise InputError(what, where=where, fix="use a folder whose experts are all in one form")
+    return first
 
 
 def _digests(tokenizer: Path | None) -> dict[str, str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.blocks import facts_in_blocks, is_grouped, planned
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from quant.gguf.header import SHARD
-from quant.headers import FolderError
+from quant.headers import FolderError, TensorEntry
 from quant.sizes import DTYPE_BYTES
 from quant.small_files import SMALL_NAMES
 from quant.untrusted import read_config
@@ -84,7 +85,11 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     ) as error:
         raise _not_from_hub(name, error) from None
     tensors = {key: tensor for header in headers for key, tensor in header.tensors.items()}
-    facts = facts_from_config(config, where=f"{name} config.json").of_checkpoint(tensors)
+    where = f"{name} config.json"
+    if is_grouped(config):
+        entries = {key: TensorEntry(key, Path(name), one.dtype, tuple(one.shape), 0, 0) for key, one in tensors.items()}
+        return facts_in_blocks(config, planned(entries, config["quantization_config"], where=where), where=where), 4
+    facts = facts_from_config(config, where=where).of_checkpoint(tensors)
     found = [tensor for key, tensor in tensors.items() if key == facts.layout.head(tied=facts.tied)]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:

@@ -59,7 +59,7 @@ def search_for(config: Config, ground: Ground) -> Search:
     dropout, epochs = config.lora_dropout > 0, config.epochs if step.epochs is None else step.epochs
     if course.caches:
         course = replace(course, epochs=epochs)
-    elif not dropout:  # which would change a boundary each time
+    elif not dropout and not ground.facts.key_sources:  # which would change a boundary each time; which it does not hold
         course = kept_while_read(course, epochs=epochs)
     shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
     shape = replace(shape, has_flash=has_flash(ground.profile))

@@ -84,6 +84,7 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
     try:
         course = course_of(config, facts.n_layers)
         _check_replaced(course, facts)
+        _check_shared_keys(config, course, facts)
     except InputError as error:
         errors.append(error)
     try:
@@ -148,6 +149,31 @@ def _check_replaced(course: Course, facts: ModelFacts) -> None:
             where="replace_layers",
             fix=f"choose from {', '.join(map(str, fine))}" if fine else "use another method",
         )
+
+
+def _check_shared_keys(config: Config, course: Course, facts: ModelFacts) -> None:
+    """Refuse what would let a layer run without the keys and values of another layer that it attends to, or without what
+    it is told of the tokens. Raises InputErrors."""
+    if config.pipeline > 1 and facts.own_inputs is not None:
+        what = "the layers of this model are told of each token anew, and later processes do not know the tokens"
+        raise InputError(what, where="pipeline", fix="leave it out")
+    if not facts.key_sources:
+        return
+    sources = sorted(set(facts.source_of.values()))
+    named = ", ".join(map(str, sources))
+    errors = []
+    for kind in course.kinds:
+        if any(segment.overlaps for segment in kind.segments):
+            what = f"runs layers in overlapping windows, and later layers attend to keys of layers {named}"
+            errors.append(InputError(f"{course.method} {what}", where="method", fix="use lopt or e2e"))
+        if absent := sorted({layer for segment in kind.segments for layer in segment.absent} & set(sources)):
+            what = f"{course.method} leaves out layers {', '.join(map(str, absent))}, to whose keys later layers attend"
+            errors.append(InputError(what, where="method", fix="use another method"))
+        if (boundary := max(kind.reads or 0, kind.writes or 0)) > sources[0]:
+            what = f"a cache before layer {boundary} does not hold the keys of layers {named}, to which later layers attend"
+            fix = f"leave it out, or cut at layer {sources[0]} or before (--boundary-layers)"
+            errors.append(InputError(what, where="boundary_cache", fix=fix))
+    raise_collected(errors[:1])
 
 
 def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:

@@ -163,7 +163,7 @@ def read_facts(model: str, revision: str | None) -> tuple[ModelFacts, int]:
     if preset is not None and not Path(model).is_dir():
         return facts_from_config(preset.config, where=f"preset {preset.name}"), preset.itemsize
     if Path(model).expanduser().is_dir() or names_a_gguf(model):
-        source = find_model(model, revision=revision)
+        source = find_model(model, revision=revision, lay_out=False)
         return source.facts, vocabulary_itemsize(source)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return hub_facts(model, revision=revision)

@@ -109,7 +109,7 @@ def _finetune(config: Config, progress: Progress) -> RunResult | None:
         if config.boundary is not None:
             config, probes = _with_boundary(config, progress, interrupts)
         with clock.phase("read"):
-            inputs, start = read_inputs(config)
+            inputs, start = read_inputs(config, say=progress.note)
         _tell(inputs, start, progress)
         if config.dry_run:
             return None

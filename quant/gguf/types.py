@@ -5,6 +5,8 @@ and numbers are those of ggml (ggml.h, `enum ggml_type`, and the block structs o
 takes its temporaries out of one scratch buffer that a model has once (`scratch_bytes`), whatever the type, so that a plan
 needs no byte formula a type. Types that we do not unpack are named here too, so that a refusal can name them.
 
+`SPLIT` is no block type: a matrix in two tensors, which files other than GGUF's have (quant/mxfp4).
+
 `GROUPED` are blocks of our own, for what other formats (GPTQ, AWQ, compressed-tensors, FP8) have as matrices of codes,
 scales and zero points (quant/grouped): a group of a row with its scale before it. No GGUF file has them.
 """
@@ -76,12 +78,18 @@ def _grouped(code: str, elements: int, scale: str) -> BlockType:
 
 GROUPED = {one.name: one for one in (_grouped(*words) for words in product(CODE_BITS, GROUP_ELEMENTS, SCALE_BYTES))}
 BLOCK_TYPES = {**TYPES, **GROUPED}
+SPLIT = {"MXFP4_SPLIT": (16, 1)}  # bytes of 32 elements in each of its tensors: codes, scales
 BY_NUMBER = {one.number: one for one in TYPES.values()}
 # what ggml has beside, for a refusal
 OTHER_NAMES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",
     25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
+
+
+def parts_bytes(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The bytes of each tensor that a matrix of this shape is stored in."""
+    return tuple(prod(shape) // 32 * one for one in SPLIT[kind]) if kind in SPLIT else (BLOCK_TYPES[kind].n_bytes(shape),)
 
 
 def chunk_elements(*, on_cpu: bool) -> int:

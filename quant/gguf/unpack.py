@@ -267,16 +267,24 @@ def _iq4_xs(blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
     out.view(n, 8, 32).mul_(scales.unsqueeze(2))
 
 
-def _mxfp4(blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
-    _looked_up(_split(blocks, 1, 1, 16), MXFP4_VALUES, out.view(-1, 1, 2, 16), scratch)
-    # half of 2^(e - 127): the exponent field e - 1; for e of 0 and 1 that is a subnormal number, 2^-128 and 2^-127
-    exponent = scratch.take((len(blocks), 1), torch.int32).copy_(blocks[:, :1])
-    small = scratch.take((len(blocks), 1), torch.int32).copy_(exponent).clamp_(max=1).add_(1)
+def powers_of_two(exponents: Tensor, scratch: Scratch) -> Tensor:
+    """Half of 2^(e - 127) of bytes e, in fp32.
+
+    The exponent field is e - 1; for e of 0 and 1 that is a subnormal number, 2^-128 and 2^-127.
+    """
+    shape = tuple(exponents.shape)
+    exponent = scratch.take(shape, torch.int32).copy_(exponents)
+    small = scratch.take(shape, torch.int32).copy_(exponent).clamp_(max=1).add_(1)
     bits = exponent.sub_(1).clamp_(min=0).bitwise_left_shift_(23)
     small.bitwise_left_shift_(21)
-    is_small = scratch.take((len(blocks), 1), torch.bool)
+    is_small = scratch.take(shape, torch.bool)
     torch.eq(bits, 0, out=is_small)
-    out.mul_(torch.where(is_small, small, bits, out=bits).view(torch.float32))
+    return torch.where(is_small, small, bits, out=bits).view(torch.float32)
+
+
+def _mxfp4(blocks: Tensor, out: Tensor, scratch: Scratch) -> None:
+    _looked_up(_split(blocks, 1, 1, 16), MXFP4_VALUES, out.view(-1, 1, 2, 16), scratch)
+    out.mul_(powers_of_two(blocks[:, :1], scratch))
 
 
 UNPACK: dict[str, Unpack] = {

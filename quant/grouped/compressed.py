@@ -19,26 +19,6 @@ from torch import Tensor
 from quant.grouped.laid_out import Grouped, unpacked_words
 from quant.headers import FolderError
 
-SUFFIX = "weight_scale"
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
-         "input_zero_point", "output_scale", "k_scale", "v_scale")  # fmt: skip
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-
-
-def check(config: dict[str, Any]) -> str:
-    """What of a quantization_config cannot be read here; "" if all can."""
-    if config.get("format") not in FORMATS:
-        return f"format {str(config.get('format'))[:40]!r} is not known ({', '.join(FORMATS)})"
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ({},):
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict) or weights.get("num_bits") not in (4, 8):
-            return "config_groups does not say 4 or 8 num_bits of weights"
-        if weights.get("actorder") not in (None, "weight", "static", "dynamic"):
-            return f"actorder {str(weights['actorder'])[:40]!r} is not known"
-    sparsity = config.get("sparsity_config") or {}
-    return "sparsity_config is not known" if sparsity.get("format", "dense") != "dense" else ""
-
 
 def read(part: Callable[[str], Tensor | None], config: dict[str, Any], *, where: str) -> Grouped:
     """One matrix; `part` gives a tensor by the last word of its name. Raises FolderError."""

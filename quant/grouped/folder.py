@@ -19,19 +19,14 @@ from quant.files import read_tensor, tensor_bytes
 from quant.folders import new_folder
 from quant.gguf.types import ALIGNMENT
 from quant.grouped import awq, compressed, fp8, gptq
-from quant.grouped.places import BLOCKS_NAME, METHODS, PLACES_NAME
+from quant.grouped.kinds import WORDS, matrices_in, plain_in
+from quant.grouped.places import BLOCKS_NAME, PLACES_NAME
 from quant.headers import read_headers, read_json
 from quant.shards import write_sharded
 from quant.small_files import copy_small_files
 
 FORMATS: Mapping[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed, "fp8": fp8}
-assert set(FORMATS) == {*METHODS}
-
-
-def unreadable(quantisation: Mapping[str, Any]) -> str:
-    """What of a quantization_config of these formats cannot be read here; "" if all can."""
-    found: str = FORMATS[quantisation["quant_method"]].check(quantisation)
-    return found
+assert FORMATS.keys() == WORDS.keys()
 
 
 def lay_out_folder(source: Path, target: Path, *, on_tensor: Callable[[str], None] = lambda name: None) -> None:
@@ -40,19 +35,17 @@ def lay_out_folder(source: Path, target: Path, *, on_tensor: Callable[[str], Non
     quantisation = config.pop("quantization_config")
     form = FORMATS[quantisation["quant_method"]]
     entries = read_headers(source)
-    matrices = sorted(name.rpartition(".")[0] for name in entries if name.rpartition(".")[2] == form.SUFFIX)
-    taken = {f"{matrix}.{part}" for matrix in matrices for part in form.PARTS}
-    plain = sorted(set(entries) - taken)
+    plain, suffix = plain_in(entries, quantisation["quant_method"]), WORDS[quantisation["quant_method"]].suffix
     with new_folder(target) as partial:
         places: dict[str, dict[str, Any]] = {}
         with (partial / BLOCKS_NAME).open("wb") as file:
-            for matrix in matrices:
+            for matrix in matrices_in(entries, quantisation["quant_method"]):
 
                 def part(word: str, matrix: str = matrix) -> Tensor | None:
                     entry = entries.get(f"{matrix}.{word}")
                     return None if entry is None else read_tensor(entry)
 
-                where = str(entries[f"{matrix}.{form.SUFFIX}"].path)
+                where = str(entries[f"{matrix}.{suffix}"].path)
                 grouped = form.read(part, quantisation, where=f"{where}: {matrix}")
                 kind, blocks = grouped.laid_out(f"{where}: {matrix}")
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))

@@ -15,16 +15,6 @@ from torch import Tensor
 from quant.grouped.laid_out import Grouped
 from quant.headers import FolderError
 
-SUFFIX = "weight_scale_inv"
-PARTS = ("weight", "weight_scale_inv", "input_scale", "activation_scale")
-
-
-def check(config: dict[str, Any]) -> str:
-    """What of a quantization_config cannot be read here; "" if all can."""
-    block = config.get("weight_block_size")
-    is_square = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(one) is int and one > 0 for one in block)
-    return "" if is_square else f"weight_block_size is {str(block)[:40]}, two sizes are expected"
-
 
 def read(part: Callable[[str], Tensor | None], config: dict[str, Any], *, where: str) -> Grouped:
     """One matrix; `part` gives a tensor by the last word of its name. Raises FolderError."""

@@ -15,20 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.grouped.laid_out import WIDTHS, Grouped, unpacked_words
+from quant.grouped.laid_out import Grouped, unpacked_words
 from quant.headers import FolderError
-
-SUFFIX = "qweight"
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def check(config: dict[str, Any]) -> str:
-    """What of a quantization_config cannot be read here; "" if all can."""
-    if config.get("bits") not in WIDTHS:
-        return f"bits is {str(config.get('bits'))[:20]!r}, known are {', '.join(map(str, WIDTHS))}"
-    if config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
-        return f"checkpoint_format {str(config['checkpoint_format'])[:40]!r} is not known (gptq, gptq_v2)"
-    return ""
 
 
 def read(part: Callable[[str], Tensor | None], config: dict[str, Any], *, where: str) -> Grouped:

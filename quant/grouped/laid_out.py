@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.gguf.types import GROUP_ELEMENTS, GROUPED, BlockType
-from quant.headers import FolderError
+from quant.gguf.types import BlockType
+from quant.grouped.kinds import FLOAT8, WIDTHS, block_type
 
 SCALE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-WIDTHS = {2: "INT2", 3: "INT4", 4: "INT4", 8: "INT8"}  # 3 bits are stored in 4
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,10 @@ class Grouped:
         """The block type, and the rows (O, bytes) in blocks. Raises FolderError for sizes that make no blocks."""
         n_rows, n_columns = self.codes_OI.shape
         n_groups = self.scales_OG.shape[1]
-        elements = next(
-            (one for one in GROUP_ELEMENTS if n_columns % n_groups == 0 and n_columns // n_groups % one == 0), 0
-        )
-        if not elements:
-            raise FolderError(
-                f"{where}: {n_columns} columns in {n_groups} groups cannot be laid out in blocks of 32 or more"
-            )
-        if self.scales_OG.dtype not in SCALE_NAMES:
-            raise FolderError(
-                f"{where}: its scales are {self.scales_OG.dtype}, known are {', '.join(SCALE_NAMES.values())}"
-            )
-        code = WIDTHS[self.n_bits] if self.zeros_OG is not None else "FP8"
-        kind = GROUPED[f"{code}_G{elements}_{SCALE_NAMES[self.scales_OG.dtype]}"]
+        code = WIDTHS[self.n_bits] if self.zeros_OG is not None else FLOAT8
+        scale = SCALE_NAMES.get(self.scales_OG.dtype, str(self.scales_OG.dtype))
+        kind = block_type(code, n_columns=n_columns, n_groups=n_groups, scale=scale, where=where)
+        elements = kind.block_elements
         n_blocks = n_columns // elements
         parts = [_bytes(self.scales_OG, n_blocks)]
         if self.zeros_OG is not None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from quant.gguf.types import GROUPED
 from quant.headers import FolderError, TensorEntry, read_headers
 
-METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # `quant_method` of the formats that folder.py reads
 BLOCKS_NAME, PLACES_NAME = "blocks.bin", "blocks.json"
 
 

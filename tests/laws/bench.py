@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
 from lopt_edge.models.folder import find_model
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import Plan
@@ -63,7 +64,21 @@ def transformers_model(folder: Path) -> nn.Module:
         del config["quantization_config"]
         (plain / "config.json").write_text(json.dumps(config))
     options = {"attn_implementation": kernel, "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(plain, **options).train()
+    return by_rows(AutoModelForCausalLM.from_pretrained(plain, **options).train(), facts)
+
+
+def by_rows(model: nn.Module, facts: ModelFacts) -> nn.Module:
+    """The model with its stacks of experts in memory as ours unpack them, a matrix row by row, where the family has them
+    column by column: the same numbers, and then the same kernel for products of a few tokens."""
+    for name, parameter in model.named_parameters():
+        if (
+            facts.family.experts is not None
+            and facts.family.experts.transposed
+            and ".experts." in name
+            and parameter.ndim == 3
+        ):
+            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+    return model
 
 
 @dataclass

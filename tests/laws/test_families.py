@@ -27,7 +27,8 @@ from tests.laws.bench import transformers_model
 from tools.tiny_models import FAMILIES, make_folder
 
 SHORT, LONG = (torch.randint(3, 320, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 21))
-WINDOWED = ("mistral", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4")
+WINDOWED = ("mistral", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma4_text", "olmo3", "exaone4",
+            "gpt_oss")  # fmt: skip
 
 
 def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
@@ -38,7 +39,7 @@ def load_both(folder, dtype: torch.dtype) -> tuple[Model, torch.nn.Module]:
 @torch.no_grad()
 def our_hidden(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
     hidden_BTD = model.embed(ids_BT)
-    frame = model.layer_context(hidden_BTD)
+    frame = model.layer_context(hidden_BTD, ids_BT)
     for layer in range(model.facts.n_layers):
         hidden_BTD = model.run_layer(layer, hidden_BTD, frame)
     return hidden_BTD

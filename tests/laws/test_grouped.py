@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lopt_edge import export, finetune
+from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model, tensor_entries
+from lopt_edge.models.gguf import facts_of_gguf
 from lopt_edge.plan.schedule.knobs import default_knobs
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.step.losses import logits
@@ -45,8 +47,12 @@ def make(folder: Path, form: str, **changes: object) -> tuple[Path, dict[str, Te
 @pytest.mark.parametrize("form", FORMS)
 def test_every_matrix_is_what_its_format_says(tmp_path, form):
     folder, values = make(tmp_path, form, num_hidden_layers=1)
-    found = find_model(str(folder))
-    assert found.name == str(folder) and found.facts.quantised
+    told, root = list[str](), tmp_path / "cache"
+    before = find_model(str(folder), lay_out=False, say=told.append)
+    assert not told and not root.exists(), "a plan reads headers, and writes nothing"
+    found = find_model(str(folder), say=told.append)
+    assert len(told) == 1 and str(found.path) in told[0] and before.facts == found.facts
+    assert found.name == before.name == str(folder) and found.facts.quantised
     entries = tensor_entries(found.path)
     scratch = new_scratch(CPU)
     for name, expected in values.items():
@@ -109,6 +115,10 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, number, form):
     check(replace(setting, family="qwen3", changes=changes, form=form, targets=None), tmp_path)
 
 
+def test_predicted_bytes_with_experts_are_the_tracked_ones(tmp_path):
+    check(replace(random_setting(9, family="qwen3_moe"), form="gptq-4", targets=None), tmp_path)
+
+
 @pytest.mark.usefixtures("warm_children")
 def test_a_run_names_the_folder_and_its_merged_model_is_whole(tmp_path):
     write_quantised(make_model(tmp_path / "source"), tmp_path / "quantised", "awq")
@@ -126,7 +136,8 @@ def test_a_run_names_the_folder_and_its_merged_model_is_whole(tmp_path):
         ("gptq-4", {"bits": 5}, "bits is '5', known are 2, 3, 4, 8"),
         ("gptq-4", {"checkpoint_format": "marlin"}, "'marlin' is not known"),
         ("gptq-4", {"bits": 8}, "do not belong together"),
-        ("awq", {"version": "gemv"}, "'gemv' is not known"),
+        ("awq", {"version": "gemv_fast"}, "'gemv_fast' is not known"),
+        ("awq-gemv", {"group_size": 24}, "do not belong together"),
         ("packed-4", {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized' is not known"),
         ("packed-4", {"config_groups": 7}, "does not say 4 or 8 num_bits"),
         ("fp8", {"weight_block_size": None}, "weight_block_size is None"),
@@ -138,23 +149,60 @@ def test_what_cannot_be_read_is_refused(tmp_path, form, change, words, command):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))
+    for lay_out in (False, True):
+        with pytest.raises(InputError) as refusal:
+            find_model(str(folder), lay_out=lay_out, say=lambda text: None)
+        assert words in str(refusal.value)
     code, _, told = command("plan", "--model", folder)
     assert code == 2 and words in " ".join(told.split()), told
 
 
-def test_experts_in_such_a_form_are_refused(tmp_path, command):
-    folder = make_folder(tmp_path / "m", "qwen3_moe")
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": FORMS["gptq-4"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    code, _, told = command("plan", "--model", folder)
-    assert code == 2 and "experts in gptq form" in " ".join(told.split())
+@pytest.mark.parametrize("form", ["gptq-4", "fp8"])
+def test_experts_in_such_a_form(tmp_path, form):
+    """As Qwen3-30B-A3B is published: logits and gradients of an attention's adapter follow from the matrices."""
+    source = make_folder(tmp_path / "source", "qwen3_moe")
+    values = write_quantised(source, tmp_path / "quantised", form)
+    assert any(".experts.5.down_proj" in name for name in values)
+    save_file(load_file(source / "model.safetensors") | values, source / "model.safetensors", metadata={"format": "pt"})
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(source, **options).requires_grad_(False)
+    found, batch = find_model(str(tmp_path / "quantised")), random_batch((9, 7))
+    assert [bool(one) for one in found.facts.forms.experts] == [True, True, False, True]
+    bench = make_bench(found.path, method="e2e")
+    gradients = bench.gradients([batch])
+    knobs = replace(default_knobs(found.facts, "cpu"), weights=("disk",) * 4, prefetch=1)
+    streamed = make_bench(found.path, method="e2e", knobs=knobs, page_dir=tmp_path).gradients([batch])
+    assert all(torch.equal(gradients[name], streamed[name]) for name in gradients)
+    own = bench.model.layers[0].self_attn.q_proj
+    a, b = (one.detach().clone().requires_grad_() for one in (own.lora_a, own.lora_b))
+    for index, layer in enumerate(bench.model.layers):
+        for linear in found.facts.layer(index).linears:
+            ours = layer.get_submodule(linear.name)
+            if ours.lora_a is not None:
+                pair = (a, b) if ours is own else (ours.lora_a.detach(), ours.lora_b.detach())
+                module = theirs.model.layers[index].get_submodule(linear.name)
+                module.register_forward_hook(lambda m, x, y, p=pair, s=ours.scale: y + s * (x[0] @ p[0] @ p[1]))
+    output = theirs(batch.ids_BT).logits.flatten(0, 1)[batch.supervised_N]
+    torch.nn.functional.cross_entropy(output, batch.targets_N).backward()
+    for number, expected in enumerate((a.grad, b.grad)):
+        assert (gradients[f"layer 0 {number}"] - expected).norm() <= 2e-5 * expected.norm()
 
 
-def test_act_order_out_of_order_is_refused(tmp_path, command):
+def test_experts_in_several_forms_are_refused(tmp_path):
+    write_quantised(make_folder(tmp_path / "source", "qwen3_moe"), tmp_path / "quantised", "gptq-4")
+    found = find_model(str(tmp_path / "quantised"))
+    entries, name = tensor_entries(found.path), "model.layers.1.mlp.experts.4.up_proj.weight"
+    entries[name] = replace(entries[name], dtype="F16")
+    with pytest.raises(InputError, match=r"experts of layer 1 are stored in several forms \(F16, INT4_G32_F16\)"):
+        facts_of_gguf(found.facts, entries, where="here")
+
+
+def test_act_order_out_of_order_is_refused(tmp_path):
     folder, _ = make(tmp_path, "gptq-4", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     name = next(one for one in tensors if one.endswith("g_idx"))
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, folder / "model.safetensors")
-    code, _, told = command("plan", "--model", folder)
-    assert code == 2 and "act-order" in told and name.removesuffix(".g_idx") in " ".join(told.split())
+    with pytest.raises(InputError, match="act-order") as refusal:
+        find_model(str(folder), say=lambda text: None)
+    assert name.removesuffix(".g_idx") in str(refusal.value)

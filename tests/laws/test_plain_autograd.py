@@ -6,6 +6,8 @@ The reference knows nothing of ours: AutoModelForCausalLM on the same 4-bit fold
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,12 +53,14 @@ def reference(model: torch.nn.Module, batch: Batch) -> tuple[float, dict[str, to
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("batch", [SINGLE, PADDED], ids=["single", "padded"])
 def test_end_to_end_gradients_equal_plain_autograd(four_bit, family, batch):
-    folder = four_bit(family)
+    # tiny delta rules at random are sensitive: 6e-8 of the embedding moves transformers' own gradients by 5e-5 to 9e-5
+    check_end_to_end(four_bit(family), batch, bound=2e-4 if family == "qwen3_5_text" else 2e-5)
+
+
+def check_end_to_end(folder: Path, batch: Batch, *, bound: float) -> None:
     bench = make_bench(folder, method="e2e")
     ours = bench.gradients([batch])
-    # tiny delta rules at random are sensitive: 6e-8 of the embedding moves transformers' own gradients by 5e-5 to 9e-5
     facts = bench.model.facts
-    bound = 2e-4 if any(kind.delta for kind in facts.kinds) else 2e-5
     loss, theirs = reference(peft_model(folder, bench), batch)
     assert abs(bench.result.loss - loss) <= 1e-5 * loss
     matched = 0

@@ -11,18 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lopt_edge.plan.costs.programs import Replay
+from lopt_edge.plan.costs.own_input_bytes import own_inputs
+from lopt_edge.plan.costs.programs import Replay, program
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
 from lopt_edge.plan.facts.families.family import FULL, SLIDING
+from lopt_edge.plan.facts.layers import KEPT
 
 READS_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}
-BEFORE_MLP = ("o_proj", "out_proj")
+BESIDE_MLP = ("o_proj", "out_proj", "per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True)
 class LayerRun:
     """One layer run on one micro-batch. `first`: it is the first of its segment, so its input needs no gradient. A layer
-    without LoRA has empty `shape.targets`. `in_a_row`: the lengths of sequences that lie in one row, each once."""
+    without LoRA has empty `shape.targets`. `in_a_row`: the lengths of sequences that lie in one row, each once.
+    `gives_back`: gradients of keys and values that layers share flow in its backward."""
 
     shape: LayerShape
     n_sequences: int
@@ -31,6 +34,13 @@ class LayerRun:
     first: bool
     window: int | None = None
     in_a_row: tuple[int, ...] = ()
+    gives_back: bool = False
+
+    @property
+    def keys_bytes(self) -> int:
+        """The bytes of its keys, in the compute dtype; those of its values are as many."""
+        layer = self.shape.layer
+        return self.n_sequences * self.n_tokens * layer.n_kv_heads * layer.head_dim * self.shape.itemsize
 
     @property
     def hidden_bytes(self) -> int:
@@ -40,15 +50,16 @@ class LayerRun:
     def replay(self, **alive: int) -> Replay:
         """A replay of this layer's programs on an empty heap; `alive` is what lives before, in bytes by name."""
         dimensions = self.shape.dimensions(n_sequences=self.n_sequences, n_tokens=self.n_tokens)
-        from_mlp = self.backward_op == "backward from mlp"
-        replay = Replay(self.shape, dimensions, from_mlp=from_mlp, window=self.window, in_a_row=self.in_a_row)
+        from_mlp, past_mlp = self.backward_op == "backward from mlp", self.backward_op.startswith("backward from per_layer")
+        replay = Replay(self.shape, dimensions, from_mlp=from_mlp, past_mlp=past_mlp)
+        replay.window, replay.in_a_row = self.window, self.in_a_row
         replay.alive |= alive
         return replay
 
     @property
     def case(self) -> str:
         """The key of this layer's programs in the table."""
-        return self.shape.case(self.n_sequences, masked=self.masked)
+        return self.shape.case(self.n_sequences, masked=self.masked, gives_back=self.gives_back)
 
     @property
     def graph_op(self) -> str:
@@ -66,7 +77,7 @@ class LayerRun:
         if READS_INPUT & set(names):
             return "backward first"
         in_mlp = "mlp" if any(linear.short_name == "gate_proj" for linear in linears) else names[0]
-        return f"backward from {names[0] if names[0] in BEFORE_MLP else in_mlp}"
+        return f"backward from {names[0] if names[0] in BESIDE_MLP else in_mlp}"
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,17 @@ def forward_within(run: LayerRun) -> int:
 def graph_bytes(run: LayerRun) -> GraphBytes:
     """The bytes of a forward that makes a graph, and of what that graph keeps."""
     replay = _with_graph(run, value=True)
+    _leave_shared(replay)
     peak = replay.heap.peak
     holds_input = "input" in replay.alive
     return GraphBytes(peak, sum(replay.alive.values()) - run.hidden_bytes * holds_input, holds_input)
+
+
+def _leave_shared(replay: Replay, *, but: frozenset[str] = frozenset()) -> None:
+    """Count keys and values that later layers attend to no more, `but` those: the graph does not own them."""
+    for name in (f"g{name}" for name in replay.shared):
+        if name not in but:
+            replay.drop(name)
 
 
 def _with_graph(run: LayerRun, *, value: bool) -> Replay:
@@ -109,10 +128,17 @@ def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
     """The most bytes that a backward takes. `kept` is input, graph or pages; `fresh` bytes of gradients are made once the
     graph is there."""
     replay = _with_graph(run, value=kept != "input")
-    if kept != "input":
+    if kept == "input":  # nobody keeps those of a layer that is run again but what saved them
+        _leave_shared(
+            replay, but=frozenset(token.name for token in program(run.case, run.backward_op) if token.kind == "-")
+        )
+    else:
+        _leave_shared(replay)
         replay.heap.live = replay.heap.peak = 0
     replay.heap.take(fresh)
     replay.alive["grad"] = run.hidden_bytes
+    if run.gives_back and run.shape.layer.keys == KEPT:
+        replay.alive |= {"keys": run.keys_bytes, "values": run.keys_bytes}
     replay.run(run.case, run.backward_op, paged=kept == "pages")
     return replay.heap.peak
 
@@ -132,6 +158,8 @@ def embed_bytes(
         dimensions |= {"e": shape.facts.head_dim_of(SLIDING), "f": shape.facts.head_dim_of(FULL)}
     replay = Replay(shape, dimensions, stored=replace(stored, head_resident=False))
     replay.run(shape.case(n_sequences, masked=masked, two_kinds=len(kinds) > 1), "embed")
+    if shape.facts.own_inputs is not None:
+        own_inputs(replay, stored, n_sequences * n_tokens)
     replay.drop(replay.result)
     return replay.heap.peak, replay.heap.live
 

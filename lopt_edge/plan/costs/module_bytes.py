@@ -27,7 +27,7 @@ from quant.sizes import (
 )
 
 if TYPE_CHECKING:
-    from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+    from lopt_edge.plan.costs.shape import LayerShape
 
 
 class Heap:
@@ -191,6 +191,10 @@ def attention_forward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
     c, head_dim = shape.itemsize, shape.layer.head_dim
     for n, m, group in _tile_sizes(shape, n_tokens, window):
         scores = group * n * m
+        if shape.facts.family.sinks:  # in a column of their own
+            heap.touch(2 * group * n * (m + 1) * c)  # scores, and their softmax
+            heap.touch(group * n * (m + 1 + head_dim) * c)
+            continue
         heap.touch(scores * (c + 4 * (c != 4) + 4))  # scores, in fp32, and their softmax
         heap.touch((scores + group * n * head_dim) * c)
 
@@ -203,6 +207,11 @@ def attention_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int
         heap.take(2 * n_tokens * head_dim * 4)  # sums over tiles
         for n, m, group in _tile_sizes(shape, n_tokens, window):
             scores, product = group * n * m, m * head_dim * c
+            if shape.facts.family.sinks:
+                whole = group * n * (m + 1) * c
+                heap.touch(3 * whole)  # softmax, its gradient, that of the scores
+                heap.touch(whole + max(product, group * n * head_dim * c))
+                continue
             heap.touch(scores * (2 * c + 4 * cast + 4))  # tanh, scores, in fp32, and their softmax
             heap.touch(scores * (c + 4 + c * cast) + product)
             heap.touch(scores * (c + 12 + c * cast))  # tanh, softmax and its gradients
@@ -262,9 +271,9 @@ class _Pass:
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
         self.hidden, self.on_cpu = shape.facts.hidden_size, shape.kind.computes_on_cores
-        self.width = min(shape.pieces.features, shape.facts.intermediate_size)
+        self.width = min(shape.pieces.features, shape.layer.inner)
         self.tile = min(shape.pieces.tokens, n_rows)
-        self.is_whole = self.width == shape.facts.intermediate_size
+        self.is_whole = self.width == shape.layer.inner
         self.apart = adds_apart(itemsize=self.c, on_cpu=self.on_cpu)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
@@ -284,7 +293,7 @@ class _Pass:
             return
         unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
         with self.heap.call():
-            if self.width < self.shape.facts.intermediate_size:
+            if self.width < self.shape.layer.inner:
                 self.heap.take(n_elements // 2 + 4 * n_elements // BLOCK_ELEMENTS)
             unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
 
@@ -350,7 +359,7 @@ class _Plain:
     @property
     def inner(self) -> int:
         """The bytes of a tensor of intermediate features."""
-        return self.n_rows * self.shape.facts.intermediate_size * self.shape.itemsize
+        return self.n_rows * self.shape.layer.inner * self.shape.itemsize
 
     def trains(self, linear: LinearFacts) -> bool:
         return self.x_trains or self.shape.saves(linear.short_name)
@@ -415,27 +424,3 @@ def plain_mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, x_trains: 
             run.backward(heap, gate, need_x=x_trains)
             heap.free(inner)
             heap.touch(2 * x * x_trains)
-
-
-# run/model/vocabulary.py
-# -----------------------------------------------------------------------------------------------------
-
-
-def gather_rows(heap: Heap, shape: LayerShape, n_ids: int, *, stored: Vocabularies) -> None:
-    """Take what reading the embedding's rows by id needs, each id its own row at worst."""
-    facts, c = shape.facts, shape.itemsize
-    with heap.call():
-        cast = c * (c != stored.itemsize)
-        if row := stored.packed_row_bytes:
-            n_rows = n_ids if stored.head_resident else min(n_ids, facts.vocab_size)
-            heap.take(0 if stored.head_resident else 8 * n_rows * (not shape.kind.host_is_below) + 8 * n_ids)
-            heap.take(n_rows * (row + facts.hidden_size * c))
-            heap.take(0 if stored.head_resident else n_ids * facts.hidden_size * c)
-            return
-        if stored.head_resident:
-            heap.take(n_ids * facts.hidden_size * (stored.itemsize + cast))
-            return
-        n_unique, in_ram = min(n_ids, facts.vocab_size), not shape.kind.host_is_below
-        heap.take(8 * n_unique * in_ram + 8 * n_ids)
-        heap.take(n_unique * facts.hidden_size * (stored.itemsize + cast if in_ram else c))
-        heap.take(n_ids * facts.hidden_size * c)

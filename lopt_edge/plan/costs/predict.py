@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lopt_edge.plan.costs.key_bytes import all_keys_bytes
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes, on_disk
 from lopt_edge.plan.costs.timeline import OpBytes, Timeline, timeline
 from lopt_edge.plan.facts.budget import Budget
@@ -186,6 +187,7 @@ def predict(
     evaluated = evaluating = 0
     if evaluation is not None:
         passing = 2 * sizes.hidden_bytes(evaluation) + sizes.layer_context_bytes(evaluation) + sizes.batch_bytes(evaluation)
+        passing += all_keys_bytes(sizes, evaluation)
         most = max(sizes.forward_within(evaluation, layer, s) for s in plan.own_segments for layer in s.layers)
         evaluating = max(most, sizes.loss_within(evaluation, task=True))
         evaluated = steady + passing + evaluating + sizes.intact_bytes

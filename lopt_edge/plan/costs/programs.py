@@ -16,17 +16,19 @@ from lopt_edge.plan.costs import expert_bytes, module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import Dimensions, case_key, more_general
 from lopt_edge.plan.costs.tiles import backward_bytes, forward_bytes, heads_at_once
+from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
 from quant.sizes import expert_tile
 
 if TYPE_CHECKING:
     from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
 BEFORE_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+GRADIENTS = ("grad", "keys", "values")  # that an op begins with: of the output, and of shared keys and values
 Product = tuple[float, str]  # a coefficient and letters
 
 
 class Token(NamedTuple):
-    """One word of a program. `kind` is +, -, ! or =. `name` is what is released, or the mark; `unless` are the linear
-    layers whose LoRA delays a release.
+    """One word of a program. `kind` is +, -, !, = or @ (keys or values that later layers attend to). `name` is what is
+    released, or the mark; `unless` are the linear layers whose LoRA delays a release.
 
     `value`: it is done only where the layer's output is needed.
     """
@@ -75,8 +77,9 @@ class Replay:
     """A heap on which programs run. `alive` is what they allocated and did not release, by name ("3"; "g3" before this op).
 
     `lora` are the layer's linear layers that keep their input (those with LoRA, where weights are mixed all), and "mlp"
-    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP. `window`: of attention that
-    makes no mask for the micro-batch. `in_a_row`: the lengths of sequences that lie in one row, each once.
+    where one of the MLP's is among them. `from_mlp`: no gradient goes back beyond the MLP; `past_mlp`: nor as far.
+    `window`: of attention that makes no mask for the micro-batch. `in_a_row`: the lengths of sequences that lie in one row,
+    each once.
     """
 
     def __init__(
@@ -86,17 +89,19 @@ class Replay:
         *,
         stored: Vocabularies | None = None,
         from_mlp: bool = False,
-        window: int | None = None,
-        in_a_row: tuple[int, ...] = (),
+        past_mlp: bool = False,
     ) -> None:
         self.shape, self.dimensions, self.stored, self.from_mlp, self.heap = shape, dimensions, stored, from_mlp, Heap()
-        self.window, self.in_a_row = window, in_a_row
+        self.window: int | None = None
+        self.in_a_row: tuple[int, ...] = ()
+        self.past_mlp = past_mlp
         in_mlp = {linear.short_name for linear in shape.linears if linear.name.startswith("mlp.")}
         self.lora = frozenset(linear.short_name for linear in shape.linears if shape.saves(linear.short_name))
         self.lora |= {"mlp"} if in_mlp & self.lora else set()
         self.is_backward = self.in_attention = False
         self.alive: dict[str, int] = {}
         self.result = ""  # name of the output
+        self.shared: list[str] = []  # names of what others keep
 
     def run(self, case: str, op: str, *, graph: bool = False, value: bool = True, paged: bool = False) -> None:
         """Run an op's program. `graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph
@@ -111,11 +116,13 @@ class Replay:
                 if self.in_attention:
                     self.heap.touch(beside)
             elif token.kind == "-":
-                stays = token.unless & self.lora or (paged and token.name != "grad" and not token.name.isdigit())
+                stays = token.unless & self.lora or (paged and token.name not in GRADIENTS and not token.name.isdigit())
                 if not stays:
                     self.drop(token.name)
             elif token.kind == "=":
                 self.result = token.name
+            elif token.kind == "@":
+                self.shared.append(token.name)
             elif not skipped or token.name == "mlp_forward":
                 after = self._released_next(tokens[position + 1 :]) if token.name.startswith("mlp_backward") else 0
                 self._mark(token, graph=graph, value=not skipped, paged=paged, after=after)
@@ -162,7 +169,7 @@ class Replay:
         if of:
             self._linear(name, of)
         elif name.startswith("norm"):
-            self._norm(name, *arguments)
+            self.norm(name, *arguments)
         elif name.startswith("attention"):
             self._attention(backward=name == "attention_backward")
         elif name.startswith("delta"):
@@ -170,7 +177,7 @@ class Replay:
         elif name.startswith("experts"):
             self._experts(name)
         elif name == "gather" and self.stored:
-            module_bytes.gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
+            gather_rows(self.heap, self.shape, *arguments, stored=self.stored)
         elif self.shape.blocked:
             self._blocked_mlp(name, value=value)
         else:
@@ -193,7 +200,7 @@ class Replay:
             need_x = name == "lora_backward"
             module_bytes.lora_backward(self.heap, self.shape, linear, self._rows, need_x=need_x)
 
-    def _norm(self, name: str, n_rows: int, width: int) -> None:
+    def norm(self, name: str, n_rows: int, width: int) -> None:
         """Take what a norm needs: it works on a tile of rows at a time (run/model/tiled.py)."""
         tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
         if self.shape.kind.fuses_norms and self.shape.facts.family.plain_norms:
@@ -241,7 +248,7 @@ class Replay:
         x_trains = not self.from_mlp
         if name == "mlp_forward":
             kept = module_bytes.plain_mlp_forward(
-                self.heap, self.shape, self._rows, graph=graph, value=value, x_trains=x_trains
+                self.heap, self.shape, self._rows, graph=graph and not self.past_mlp, value=value, x_trains=x_trains
             )
             self.alive["mlp"] = self.heap.take(kept)
         else:

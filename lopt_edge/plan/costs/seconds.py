@@ -88,7 +88,7 @@ def _block_seconds(shape: LayerShape, rates: _Rates, n_rows: int) -> float:
     each, facts, pieces = shape.kind.block_seconds, shape.facts, shape.pieces
     if not each or not shape.blocked:
         return 0.0
-    n_more = ceil(facts.intermediate_size / pieces.features) - 1
+    n_more = ceil(shape.layer.inner / pieces.features) - 1
     return n_more * (each * ceil(n_rows / pieces.tokens) + 8 * n_rows * facts.hidden_size / rates.bandwidth)
 
 
@@ -177,7 +177,7 @@ class Costs:
             profile.flops(itemsize),
             attention or profile.attention_flops,
             profile.memory_bandwidth,
-            profile.unpack_rate / (1.0 if forms is None else forms.unpack_times),
+            profile.unpack_rate / (1.0 if forms is None else sizes.shape.facts.unpack_times),
             profile.op_overhead_seconds,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
-from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import OWN, LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from quant.sizes import DELTA_CHUNK, PIECES, MlpPieces
 
@@ -89,7 +89,7 @@ class LayerShape:
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
         names = {linear.short_name for linear in self.linears}
-        in_blocks = self.facts.hidden_size % 64 == 0 and self.facts.intermediate_size % 64 == 0
+        in_blocks = self.facts.hidden_size % 64 == 0 and self.layer.inner % 64 == 0
         cut = in_blocks or self.facts.forms is not None  # a row of a GGUF matrix is whole blocks
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
         return {"gate_proj", "up_proj", "down_proj"} <= names and cut and not dropped and not self.mixed
@@ -99,12 +99,14 @@ class LayerShape:
         facts, layer = self.facts, self.layer
         found = {"s": n_sequences, "t": n_tokens, "u": n_tokens + 1, "d": facts.hidden_size, "h": layer.n_heads,
                  "k": layer.n_kv_heads, "q": layer.n_heads + 2 * layer.n_kv_heads, "e": layer.head_dim, "f": layer.head_dim,
-                 "i": facts.intermediate_size, "n": n_tile,
+                 "i": layer.inner, "n": n_tile, "z": facts.rotary_dim,
                  "v": min(self.kind.vocabulary_chunk, facts.vocab_size)}  # fmt: skip
         if (delta := layer.delta) is not None:
             found |= {"c": delta.conv_features, "j": delta.n_value_heads, "o": delta.value_dim}
         if (experts := layer.experts) is not None:
             found |= {"y": experts.count, "p": experts.active}
+        if facts.own_inputs is not None:
+            found |= {"w": facts.own_inputs.width}
         return found
 
     def delta_dimensions(self, n_sequences: int) -> Dimensions:
@@ -145,12 +147,15 @@ class LayerShape:
         by_mask = self.attention_kernel == "sdpa" and not in_a_row
         return None if by_mask or window is None or n_tokens <= window else window
 
-    def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False) -> str:
-        """The key of this shape's programs in the traced table."""
+    def case(self, n_sequences: int, *, masked: bool, two_kinds: bool = False, gives_back: bool = False) -> str:
+        """The key of this shape's programs in the traced table. `gives_back`: gradients of keys and values that several
+        layers share flow in its backward."""
         layer = self.layer
         heads = "equal" if layer.n_kv_heads == layer.n_heads else "single" if layer.n_kv_heads == 1 else "grouped"
         heads = f"{heads} k=v" if layer.values_are_keys else heads
         heads = f"{heads} experts" if layer.experts is not None else heads
+        heads = f"{heads} own" if layer.own_input else heads
+        heads = heads if layer.keys == OWN else f"{heads} {layer.keys}{' back' * gives_back}"
         heads = "two kinds" if two_kinds else heads if layer.delta is None else "delta"
         return case_key(self.facts.family.name, self.itemsize, heads, masked=masked, one=n_sequences == 1)
 
@@ -171,8 +176,9 @@ HEADS = ("grouped", "single", "equal")
 
 def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:
     """The key of a case in the table. `heads` is one of HEADS (with "k=v" where values are keys, with "experts" where they
-    are there), or "two kinds" (of attention, for EMBED), or "delta" (a rule in the place of attention), or "chunk" with one
-    of HEADS (a chunk of such a rule), or "tile" (an expert's), or "" (a norm)."""
+    are there, with "own" where the layer is told of tokens anew, and "kept" or "shared" where layers share keys, with
+    "back" where their gradients flow), or "two kinds" (of attention, for EMBED), or "delta" (a rule in the place of
+    attention), or "chunk" with one of HEADS (a chunk of such a rule), or "tile" (an expert's), or "" (a norm)."""
     words = [family, "4" if itemsize == 4 else "2", heads, "masked" * masked, "one" * one]
     return " ".join(word for word in words if word)
 

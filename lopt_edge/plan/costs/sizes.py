@@ -28,7 +28,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, Knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Plan
 from lopt_edge.plan.schedule.segments import Segment
-from quant.gguf.types import BLOCK_TYPES, scratch_bytes
+from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
 from quant.sizes import MlpPieces, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
@@ -98,8 +98,8 @@ def on_disk(n_bytes: int, n_pieces: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of everything that a run has, by arithmetic. `vocabulary_itemsize` is that of the stored embedding and
-    lm_head. `evaluates`: the run has held-out data.
+    """The bytes of everything that a run has. `vocabulary_itemsize` is that of the stored embedding and lm_head.
+    `evaluates`: the run has held-out data.
 
     `groups` are the parameter groups of the run, where it has others than those of one step. `replaced` layers have no
     weights of their own, but mixing coefficients. Of the layers before `closed` neither moments nor gradients are there any
@@ -137,10 +137,10 @@ class Sizes:
             return tuple(by_kind[kind] for kind in facts.kind_of_layer)
         return tuple(
             sum(
-                _aligned(BLOCK_TYPES[block].n_bytes((linear.out_features, linear.in_features)))
-                for block, linear in zip(blocks, facts.layer(layer).linears, strict=True)
+                n_matrices * sum(_aligned(n_bytes) for n_bytes in parts_bytes(form, matrix))
+                for form, matrix, n_matrices in facts.stored_matrices(layer)
             )
-            for layer, blocks in enumerate(facts.forms.layers)
+            for layer in range(facts.n_layers)
         )
 
     def _bytes_at(self, *places: str) -> list[int]:
@@ -163,7 +163,8 @@ class Sizes:
         """The bytes of norms, biases and the like of all layers, which are always resident."""
         facts = self.shape.facts
         here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
-        return (sum(layer.small_elements for layer in here) + facts.hidden_size) * self.shape.itemsize
+        norms = facts.hidden_size + (facts.own_inputs.width if facts.own_inputs else 0)
+        return (sum(layer.small_elements for layer in here) + norms) * self.shape.itemsize
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.
@@ -181,7 +182,7 @@ class Sizes:
         frozen = any(segment.loss == "none" for segment in segments)
         dropless = self.evaluates or any(segment.tail for segment in segments)
         if any(one.blocked or (replace(one, targets=()).blocked and (frozen or dropless)) for one in kinds):
-            found.append(3 * min(self.knobs.mlp_block, facts.intermediate_size) * facts.hidden_size)
+            found.append(3 * min(self.knobs.mlp_block, max(one.layer.inner for one in kinds)) * facts.hidden_size)
         return max(found) * shape.itemsize
 
     @property
@@ -307,8 +308,7 @@ class Sizes:
 
     @property
     def intact_bytes(self) -> int:
-        """The bytes of the buffers through which the weights of layers that will be replaced come, while the model is still
-        intact."""
+        """The bytes of the buffers through which the weights of layers come that will be replaced."""
         return min(2, len(self.replaced)) * max((self.bytes_of_layers[layer] for layer in self.replaced), default=0)
 
     # micro-batches ---------------------------------------------------------------------------------------------------
@@ -342,7 +342,8 @@ class Sizes:
         hidden = self.hidden_bytes(batch)
         cast = self.shape.itemsize if self.shape.itemsize != CACHE_ITEMSIZE else 0
         one = batch.longest * self.shape.facts.hidden_size * (CACHE_ITEMSIZE + cast)
-        return max(hidden + one, self._embed(batch)[0] if reads else 0)  # the frame in the making, as in EMBED
+        again = hidden if self.shape.facts.own_inputs else 0  # embeddings, for the context in the making as in EMBED
+        return max(hidden + one, self._embed(batch)[0] + again if reads else 0)
 
     def align_within(self, batch: MicroBatchSize) -> int:
         """The most bytes within ALIGN: the gradient, and of a tile both sides, in fp32 where they are not, and their
@@ -440,4 +441,5 @@ class Sizes:
             first,
             shape.window(kind, batch.longest, in_a_row=bool(lengths)),
             lengths,
+            shape.facts.gives_back(layer, segment.reached),
         )

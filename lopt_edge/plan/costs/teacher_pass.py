@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lopt_edge.plan.costs.key_bytes import all_keys_bytes
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.model import ModelFacts
@@ -49,4 +50,5 @@ class Teacher:
         running = max(sizes.forward_within(batch, layer, forward) for layer in by_kind.values())
         matched = n_tokens * FP32 * (self.facts.hidden_size * (self.itemsize != FP32) + width)
         most = max(2 * hidden + running, hidden + matched * (width != self.facts.hidden_size))
-        return own + sizes.layer_context_bytes(batch) + sizes.batch_bytes(batch) + max(most, sizes.embed_within(batch))
+        living = sizes.layer_context_bytes(batch) + all_keys_bytes(sizes, batch) + sizes.batch_bytes(batch)
+        return own + living + max(most, sizes.embed_within(batch))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+from lopt_edge.plan.costs.key_bytes import key_gradient_bytes, keys_bytes
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
 from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
@@ -129,6 +130,8 @@ class _Replay:
             "hidden": lambda op: sizes.hidden_bytes(batch_of[op.micro_batch]),
             "layer context": lambda op: sizes.layer_context_bytes(batch_of[op.micro_batch]),
             "graph": self._graph_bytes,
+            "keys": lambda op: keys_bytes(sizes, batch_of[op.micro_batch], op.target),
+            "key gradients": lambda op: key_gradient_bytes(sizes, batch_of[op.micro_batch], op.target, plan.scope(op)),
             "states": lambda op: sizes.states_bytes(op.group),
             "gradients": lambda op: sizes.group_bytes(op.group),
         }  # fmt: skip
@@ -267,6 +270,10 @@ class _Replay:
         """The keys of a thing as this op names it; of boundaries in flight the one that it sends, or all of them."""
         if thing.per == "layer":
             return [(thing.name, op.micro_batch, op.target)]
+        if thing.per == "source":
+            return [(thing.name, op.micro_batch, self.sizes.shape.facts.source_of.get(op.target, op.target))]
+        if thing.per == "layers":
+            return [key for key in self.held_by if key[0] == thing.name]
         if thing.per == "group":
             unit, target = self.plan.group_of(op)
             return [(f"{thing.name} {unit}", -1, target)]
@@ -284,8 +291,8 @@ class _Replay:
             return
         elif thing.shares:
             self.hold(key, self.storage((thing.shares, -1, -1)), thing.counts_as)
-        elif thing.takes:
-            self.hold(key, self.made[thing.takes](op), thing.counts_as)
+        elif thing.takes and (n_bytes := self.made[thing.takes](op)):
+            self.hold(key, n_bytes, thing.counts_as)
 
     def _graph(self, op: Op) -> GraphBytes:
         return self.sizes.graph(self.batches[op.micro_batch], op.target, self.plan.scope(op))

@@ -106,8 +106,6 @@ def architecture_for(family: str, *, wrapper: str, sliding_window: int | None) -
 
 def can_be_written(told: Mapping[str, Any]) -> bool:
     """Whether a model can be written as GGUF, by its facts as run.json has them."""
-    if told["forms"] is not None:  # it is one
-        return True
     found = architecture_for(told["model_type"], wrapper=told["wrapper"], sliding_window=told["sliding_window"])
     return found is not None
 

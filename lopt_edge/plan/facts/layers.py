@@ -66,6 +66,7 @@ class ExpertFacts:
 
     `module` is transformers' module of the layer that has them, `renames` what its names begin with there and in
     checkpoints, `stored` the names of the matrices, {} for the number. `full_weights`: those of a token's experts are fp32.
+    `biases`: the names in the experts' module of what is added to the products, in the order of the matrices.
     """
 
     count: int
@@ -76,6 +77,7 @@ class ExpertFacts:
     renames: tuple[tuple[str, str], ...]
     stored: tuple[str, ...]
     full_weights: bool
+    biases: tuple[str, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor of the layer."""
@@ -99,9 +101,22 @@ class ExpertFacts:
 
 
 @dataclass(frozen=True)
+class OwnInputs:
+    """What each layer is told of a token anew, beside its hidden states: `width` features, of each of `n_tokens` ids."""
+
+    width: int
+    n_tokens: int
+
+
+# Whose keys and values a layer attends to: its own, its own which later layers read as well, or an earlier layer's.
+OWN, KEPT, SHARED = "own", "kept", "shared"
+
+
+@dataclass(frozen=True)
 class LayerFacts:
     """What the decoder layers of one kind have. `delta`: in the place of attention, whose heads then mean nothing;
-    `experts`: in the place of an MLP.
+    `experts`: in the place of an MLP. `inner`: features inside the MLP. `keys`: OWN, KEPT or SHARED. `own_input`: whether
+    the layer is told of each token anew.
 
     `small_elements` counts the numbers of norms, biases and whatever else of a layer is not packed.
     """
@@ -111,8 +126,11 @@ class LayerFacts:
     n_kv_heads: int
     head_dim: int
     small_elements: int
+    inner: int
     delta: DeltaFacts | None = None
     experts: ExpertFacts | None = None
+    keys: str = OWN
+    own_input: bool = False
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor of the layer."""
@@ -126,7 +144,8 @@ class LayerFacts:
     @property
     def values_are_keys(self) -> bool:
         """Whether its attention has no projection of its own for values."""
-        return self.delta is None and not {"v_proj", "qkv_proj"} & {linear.short_name for linear in self.linears}
+        made = {"v_proj", "qkv_proj"} & {linear.short_name for linear in self.linears}
+        return self.delta is None and self.keys != SHARED and not made
 
     @property
     def n_packed(self) -> int:
@@ -158,7 +177,9 @@ DELTA_KEYS = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head
               "linear_conv_kernel_dim")  # fmt: skip
 
 
-def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type: str, *, where: str) -> LayerFacts:
+def layer_kind(
+    known: Mapping[str, Any], family: Family, layer: int, layer_type: str, *, keys: str = OWN, where: str
+) -> LayerFacts:
     """What a layer has, of a config in which heads are said. Raises InputError for numbers that do not go together."""
     own = _checked(family.overrides(known, layer, layer_type), where)
     delta = _delta(known, where) if layer_type == LINEAR else None
@@ -166,9 +187,12 @@ def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type:
     n_heads, n_kv_heads, head_dim = ({**known, **own}[key] for key in HEAD_KEYS)
     if n_heads % n_kv_heads:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
+    own_input = (known.get(family.own_inputs) or 0) if family.own_inputs else 0
+    inner = known["intermediate_size"] * (2 if keys == SHARED and known.get(family.wider) else 1)
     sizes = {
         "hidden": known["hidden_size"],
-        "inner": known["intermediate_size"],
+        "inner": inner,
+        "own input": own_input,
         "q": n_heads * head_dim,
         "kv": n_kv_heads * head_dim,
     }
@@ -180,21 +204,43 @@ def layer_kind(known: Mapping[str, Any], family: Family, layer: int, layer_type:
 
     linears = tuple(
         LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
-        for name, reads, writes, bias, unless in family.projections_of(layer_type)
+        for name, reads, writes, bias, unless, only in family.projections_of(layer_type)
         if not (unless and known.get(unless)) and not (experts and name.startswith(f"{experts.module}."))
+        if (not only or known.get(only)) and not (keys == SHARED and writes == "kv")
     )
     small = (
         family.scalars + family.norms * known["hidden_size"] + sum(linear.out_features for linear in linears if linear.bias)
     )
+    small += known["hidden_size"] * bool(own_input)  # the norm behind what it is told
     if experts is not None:
-        small += experts.count * experts.hidden  # the router
+        small += experts.count * (experts.hidden + bool(family.experts and family.experts.router_bias))  # the router
+        small += experts.count * sum(rows for rows, _ in experts.shapes if experts.biases)
     if delta is not None:
         small += delta.small_elements
     elif family.qk_norm == "head":
-        small += 2 * head_dim
+        small += (1 if keys == SHARED else 2) * head_dim
     elif family.qk_norm == "projection":
         small += sizes["q"] + sizes["kv"]
-    return LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, delta, experts)
+    small += n_heads * family.sinks
+    found = LayerFacts(linears, n_heads, n_kv_heads, head_dim, small, inner, delta, experts, keys, bool(own_input))
+    if found.values_are_keys and own_input:
+        raise InputError(f"{family.own_inputs} beside values that are keys is not supported", where=where)
+    return found
+
+
+def key_sources(known: Mapping[str, Any], family: Family, layer_types: tuple[str, ...], where: str) -> dict[int, int]:
+    """The layers that attend to keys and values of another, and which, as transformers chooses it. Raises InputError."""
+    n_shared = (known.get(family.shared_keys) or 0) if family.shared_keys else 0
+    if type(n_shared) is not int or not 0 <= n_shared < len(layer_types):
+        what = f"must be an integer from 0 to {len(layer_types) - 1}, not {str(n_shared)[:40]!r}"
+        raise InputError(f"{family.shared_keys} {what}", where=where)
+    first = len(layer_types) - n_shared
+    last_of = {layer_type: layer for layer, layer_type in enumerate(layer_types[:first])}
+    if n_shared and last_of.keys() != set(layer_types):
+        raise InputError(f"{family.shared_keys} {n_shared} leaves a type of layer without keys of its own", where=where)
+    if n_shared and not known.get(family.own_inputs):
+        raise InputError(f"{family.shared_keys} without {family.own_inputs} is not supported", where=where)
+    return {layer: last_of[layer_types[layer]] for layer in range(first, len(layer_types))}
 
 
 def _checked(own: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -221,7 +267,7 @@ def _experts(known: Mapping[str, Any], family: Experts | None, layer: int, where
     if active > count:
         raise InputError(f"{family.active[0]} {active} is more than the {count} experts", where=where)
     names = family.module, family.renames, family.stored
-    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights)
+    return ExpertFacts(count, active, known["hidden_size"], inner, *names, family.full_weights, family.biases)
 
 
 def _first(known: Mapping[str, Any], keys: tuple[str, ...], where: str, *, most: int) -> int:

@@ -9,21 +9,24 @@ without a record is refused with the list of those that have one. No torch, no t
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from lopt_edge.errors import InputError, raise_collected
 from lopt_edge.plan.facts.families import WRAPPERS, family_of
 from lopt_edge.plan.facts.families.family import LINEAR, SLIDING, Family, Layout, Wrapper
-from lopt_edge.plan.facts.forms import Forms
-from lopt_edge.plan.facts.layers import DELTA_KEYS, LayerFacts, layer_kind
+from lopt_edge.plan.facts.forms import UNPACK_TIMES, Forms
+from lopt_edge.plan.facts.layers import DELTA_KEYS, KEPT, OWN, SHARED, LayerFacts, OwnInputs, key_sources, layer_kind
+from quant.gguf.types import SPLIT, parts_bytes
 from quant.untrusted import printable_name
 
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "max_position_embeddings",
              "no_rope_layer_interval", "max_window_layers", "full_attention_interval",
              "decoder_sparse_step")  # fmt: skip
+MXFP4 = "mxfp4"  # `quant_method` of a folder that is read as it is, as bitsandbytes'
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -48,10 +51,13 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
+    rotary_dim: int = 0  # the features of a head that are rotated, where that is a part of them
     rotary_turn: int | None = None  # a sequence of so many tokens has other rotary frequencies than a shorter one
     layout: Layout = field(default_factory=Layout)
     wrapper: str = ""  # the model_type of the multimodal model around it
-    forms: Forms | None = None  # of a GGUF file: the types of its matrices
+    forms: Forms | None = None  # the types of its matrices, where they lie in blocks that are not NF4's
+    own_inputs: OwnInputs | None = None
+    key_sources: tuple[tuple[int, int], ...] = ()  # (layer, the earlier one to whose keys and values it attends)
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
@@ -63,6 +69,17 @@ class ModelFacts:
         return family_of(self.model_type)
 
     @cached_property
+    def source_of(self) -> dict[int, int]:
+        """The layer whose keys and values a layer attends to, where that is another one."""
+        return dict(self.key_sources)
+
+    def gives_back(self, layer: int, reached: Container[int]) -> bool:
+        """Whether gradients of shared keys and values flow in a layer's backward, where a loss reaches these layers."""
+        if layer in self.source_of:
+            return self.source_of[layer] in reached
+        return any(reader in reached for reader, source in self.key_sources if source == layer)
+
+    @cached_property
     def linear_names(self) -> tuple[str, ...]:
         """The short names of the linear layers that may have adapters, each once, in the order in which they run."""
         experts = self.family.experts
@@ -70,6 +87,23 @@ class ModelFacts:
         linears = (linear for kind in self.kinds for linear in kind.linears)
         names = (linear.short_name for linear in linears if without is None or not linear.name.startswith(without))
         return tuple(dict.fromkeys(names))
+
+    def stored_matrices(self, layer: int) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Yield the block type and the shape of a layer's matrices, and how many there are of each; of those with forms."""
+        if self.forms is not None:
+            kind = self.layer(layer)
+            for form, linear in zip(self.forms.layers[layer], kind.linears, strict=True):
+                yield form, (linear.out_features, linear.in_features), 1
+            if kind.experts is not None:
+                for form, shape in zip(self.forms.experts_of(layer), kind.experts.shapes, strict=True):
+                    yield form, shape, kind.experts.count
+
+    @cached_property
+    def unpack_times(self) -> float:
+        """How many times the seconds of NF4 its matrices take to unpack, in the mean of their elements."""
+        found = [one for layer in range(self.n_layers) for one in self.stored_matrices(layer)]
+        n_elements = [prod(shape) * n_matrices for _, shape, n_matrices in found]
+        return sum(UNPACK_TIMES[form] * n for (form, _, _), n in zip(found, n_elements, strict=True)) / sum(n_elements)
 
     @property
     def attention_types(self) -> tuple[str, ...]:
@@ -100,12 +134,18 @@ class ModelFacts:
         """The bytes of its 4-bit folder, where the rest is stored in `itemsize` bytes a number."""
         layers = [self.layer(index) for index in range(self.n_layers)]
         packed = sum(layer.packed_bytes for layer in layers)
+        if self.forms is not None:
+            stored = (one for index in range(self.n_layers) for one in self.stored_matrices(index))
+            packed = sum(n_matrices * sum(parts_bytes(form, shape)) for form, shape, n_matrices in stored)
         return packed + itemsize * (sum(layer.small_elements for layer in layers) + self._n_around)
 
     @property
     def _n_around(self) -> int:
-        """The parameters of embedding, lm_head and last norm."""
-        return self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        """The parameters of embedding, lm_head and last norm, and of what makes tokens' own inputs to the layers."""
+        found = self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        if (own := self.own_inputs) is not None:
+            found += (own.n_tokens + self.hidden_size) * self.n_layers * own.width + own.width
+        return found
 
     def kinds_equal(self, *layers: int) -> bool:
         """Whether these decoder layers are all of one kind."""
@@ -141,16 +181,18 @@ class ModelFacts:
         return rf"(?!{decoder}\.).*" if self.wrapper else None
 
     def modules_beside(self, tensors: Iterable[str]) -> tuple[str, ...]:
-        """The modules of a multimodal model that are not its language model, and its head; none of any other model.
+        """The modules that a 4-bit folder leaves as they are, where transformers would not by itself: those of a
+        multimodal model that are not its language model, and its head; the matrix behind tokens' own inputs to the layers.
 
         Each as it lies in the checkpoint and as transformers 5 has it in memory.
         """
+        matrix = self.layout.own_inputs.projection.removesuffix(".weight")
+        own = {matrix.rpartition(".")[2]} if self.own_inputs is not None else set()
         if not self.wrapper:
-            return ()
-        own = self.layout.embedding.removesuffix("embed_tokens.weight")
-        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(own))
+            return tuple(sorted({"lm_head", *own})) if own else ()
+        words = (name.removeprefix("model.").split(".")[0] for name in tensors if not name.startswith(self.layout.root))
         found = {*words, "lm_head"} - {"language_model"}
-        return tuple(sorted({*found, *(f"model.{word}" for word in found)}))
+        return tuple(sorted({*found, *(f"model.{word}" for word in found), *own}))
 
     def packs(self, name: str) -> bool:
         """Whether a tensor of the model's folder is stored in 4 bits: the matrices inside the decoder layers."""
@@ -162,15 +204,17 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     """The facts in a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    quantised = _check_quantisation(config, where)
+    quantisation = _quantisation(config, where)
     wrapper, outer = _wrapper_of(config), config
     if wrapper is not None:
         config = _text_config(config, wrapper, where)
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where, DELTA_KEYS if LINEAR in family.layer_types else ())
-    if not isinstance(known.get("mlp_only_layers", []), list):
-        raise InputError("mlp_only_layers must be a list of layers", where=where)
+    dense = known.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        what = f"mlp_only_layers must be a list of layers (integers), not {str(dense)[:40]!r}"
+        raise InputError(what, where=where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
@@ -187,11 +231,18 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         window = None
     layer_types = _layer_types(known, family, n_layers, window, where)
     known |= {"num_key_value_heads": n_kv_heads, "head_dim": head_dim}
-    layers = [layer_kind(known, family, layer, each, where=where) for layer, each in enumerate(layer_types)]
+    own_inputs = _own_inputs(known, family, where)
+    sources = key_sources(known, family, layer_types, where)
+    keys = [SHARED if layer in sources else OWN for layer in range(n_layers)]
+    for kind in set(layer_types) if sources else ():  # transformers keeps those of each type, read or not
+        keys[max(layer for layer in range(n_layers) if layer_types[layer] == kind and layer not in sources)] = KEPT
+    layers = [layer_kind(known, family, i, each, keys=keys[i], where=where) for i, each in enumerate(layer_types)]
     kinds = tuple(dict.fromkeys(layers))
+    if quantisation == MXFP4 and not all(kind.experts and family.experts and family.experts.in_mxfp4 for kind in kinds):
+        raise _unknown_quantisation(MXFP4, where)
     architectures = outer.get("architectures")
     dtype = outer.get("dtype") or outer.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
-    return ModelFacts(
+    found = ModelFacts(
         model_type=family.name,
         architecture=printable_name(str(architectures[0])[:80])
         if isinstance(architectures, list) and architectures
@@ -209,18 +260,61 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         layer_types=layer_types,
         sliding_window=window,
         recorded_dtype=str(dtype).removeprefix("torch."),
-        quantised=quantised,
+        quantised=bool(quantisation),
         max_positions=known.get("max_position_embeddings"),
+        rotary_dim=_rotary_dim(known, family, head_dim, where),
         rotary_turn=_rotary_turn(known),
         layout=family.layout if wrapper is None else wrapper.layouts[0],
         wrapper="" if wrapper is None else wrapper.name,
+        own_inputs=own_inputs,
+        key_sources=tuple(sources.items()),
     )
+    return replace(found, forms=_experts_in_mxfp4(found)) if quantisation == MXFP4 else found
+
+
+def _experts_in_mxfp4(facts: ModelFacts) -> Forms:
+    """The forms of a folder whose experts are in MXFP4, and all else in half precision; its tensors may say float32."""
+    layers = [facts.layer(index) for index in range(facts.n_layers)]
+    plain = tuple(("BF16",) * len(layer.linears) for layer in layers)
+    packed = tuple((next(iter(SPLIT)),) * len(layer.experts.stored if layer.experts else ()) for layer in layers)
+    return Forms(plain, "BF16", "BF16", packed)
+
+
+def _own_inputs(known: dict[str, Any], family: Family, where: str) -> OwnInputs | None:
+    """What each layer is told of a token anew, if anything. Raises InputError."""
+    if not (family.own_inputs and known.get(family.own_inputs)):
+        return None
+    width, n_tokens = known[family.own_inputs], known.get(family.own_vocabulary)
+    raise_collected(
+        [
+            InputError(f"{key} must be a positive integer, not {str(value)[:40]!r}", where=where)
+            for key, value in ((family.own_inputs, width), (family.own_vocabulary, n_tokens))
+            if type(value) is not int or not 1 <= value < 2**31
+        ]
+    )
+    return OwnInputs(width, n_tokens)  # type: ignore[arg-type]  # checked above
+
+
+def _rope(known: dict[str, Any]) -> dict[str, Any]:
+    rope = known.get("rope_parameters") or known.get("rope_scaling")
+    return rope if isinstance(rope, dict) else {}
+
+
+def _rotary_dim(known: dict[str, Any], family: Family, head_dim: int, where: str) -> int:
+    """The features of a head that are rotated, in a family that may rotate a part of them; else 0. Raises InputError."""
+    if family.rotary_share is None:
+        return 0
+    name = "partial_rotary_factor"
+    share = next((values[name] for values in (_rope(known), known) if values.get(name) is not None), family.rotary_share)
+    if type(share) not in (int, float) or not 0 < share <= 1 or int(head_dim * share) < 2:
+        what = f"must be a number up to 1 that leaves 2 of {head_dim} features, not {str(share)[:40]!r}"
+        raise InputError(f"{name} {what}", where=where)
+    return int(head_dim * share)
 
 
 def _rotary_turn(known: dict[str, Any]) -> int | None:
     """The tokens from which on transformers takes other rotary frequencies for a whole micro-batch (longrope, dynamic)."""
-    rope = known.get("rope_parameters") or known.get("rope_scaling")
-    found = rope if isinstance(rope, dict) else {}
+    found = _rope(known)
     if found.get("rope_type", found.get("type")) not in ("longrope", "dynamic"):
         return None
     name = "original_max_position_embeddings"
@@ -252,15 +346,19 @@ def _is_tied(known: dict[str, Any], outer: dict[str, Any], wrapper: Wrapper | No
     return bool(outer.get("tie_word_embeddings", wrapper.ties) or (wrapper.is_flat and inner))
 
 
-def _check_quantisation(config: dict[str, Any], where: str) -> bool:
-    """Whether it is a bitsandbytes 4-bit folder (True) or full precision (False); every other form is refused by name."""
+def _quantisation(config: dict[str, Any], where: str) -> str:
+    """The form of a folder: bitsandbytes' 4-bit one, MXFP4, or "" (full precision); others are refused by name."""
     quantisation = config.get("quantization_config")
     if not isinstance(quantisation, dict):
-        return False
+        return ""
     method = str(quantisation.get("quant_method"))
-    if method == "bitsandbytes" and quantisation.get("load_in_4bit"):
-        return True
-    raise InputError(
+    if method == MXFP4 or (method == "bitsandbytes" and quantisation.get("load_in_4bit")):
+        return method
+    raise _unknown_quantisation(method, where)
+
+
+def _unknown_quantisation(method: str, where: str) -> InputError:
+    return InputError(
         f"this folder is quantised with {method!r}, which lopt-edge cannot train on",
         where=where,
         fix="use the full-precision model, or one in bitsandbytes' 4-bit, GPTQ, AWQ, compressed-tensors, FP8 or GGUF form",

@@ -80,6 +80,17 @@ def _qwen3_moe(name: str, hub_id: str, *shape: int, inner: int) -> Preset:
     )  # fmt: skip
 
 
+def _gpt_oss(name: str, hub_id: str, *, n_layers: int, n_experts: int) -> Preset:
+    """A model that is published with its experts in MXFP4, and planned so."""
+    return _preset(
+        name, hub_id, "gpt_oss", (201088, 2880, 2880, n_layers, 64, 8), tied=False, positions=131072, head_dim=64,
+        num_local_experts=n_experts, num_experts_per_tok=4, sliding_window=128,
+        quantization_config={"quant_method": "mxfp4"},
+        source="the defaults of transformers' GptOssConfig, which are the larger model's; layers and experts of the "
+               "smaller one from EchoCog/gpt-oss-20b docs/gpt-oss-20b-architecture.md",
+    )  # fmt: skip
+
+
 def _llama(name: str, hub_id: str, *shape: int, tied: bool) -> Preset:
     d, f, n, h, kv = shape
     return _preset(name, hub_id, "llama", (128256, d, f, n, h, kv), tied=tied, positions=131072, head_dim=d // h)
@@ -98,6 +109,17 @@ def _qwen3_5(name: str, hub_id: str, *shape: int, n_value_heads: int, tied: bool
         head_dim=256,
         linear_num_value_heads=n_value_heads,
     )
+
+
+def _gemma4_e(name: str, hub_id: str, *shape: int, windows: int, n_shared: int, wider: bool) -> Preset:
+    """`windows`: layers with one before each layer without."""
+    d, f, n, h, kv = shape
+    types = ["sliding_attention"] * windows + ["full_attention"]
+    return _preset(
+        name, hub_id, "gemma4_text", (262144, d, f, n, h, kv), tied=True, positions=131072, head_dim=256,
+        sliding_window=512, num_kv_shared_layers=n_shared, use_double_wide_mlp=wider, layer_types=types * (n // len(types)),
+        source="text_config, as in rasbt/LLMs-from-scratch ch05/17_gemma4/standalone-gemma4.ipynb at df1fcf8e",
+    )  # fmt: skip
 
 
 # The model cards of 3.1 give the same sizes.
@@ -124,6 +146,8 @@ _ALL = (
             source="the defaults of transformers' OlmoeConfig; features inside an expert from its published size"),
     _qwen3_moe("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 2048, 6144, 48, 32, 4, inner=768),
     _qwen3_moe("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 4096, 12288, 94, 64, 4, inner=1536),
+    _gpt_oss("gpt-oss-20b", "openai/gpt-oss-20b", n_layers=24, n_experts=32),
+    _gpt_oss("gpt-oss-120b", "openai/gpt-oss-120b", n_layers=36, n_experts=128),
     _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,
              source=f"{_SLIME} at f8879db2; value heads from its published size"),
     _qwen3_5("qwen3.5-9b", "Qwen/Qwen3.5-9B", 4096, 12288, 32, 16, 4, n_value_heads=32, tied=False,
@@ -138,6 +162,9 @@ _ALL = (
     _llama("llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, tied=False),
     _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", "mistral", (32768, 4096, 14336, 32, 32, 8), tied=False,
             positions=32768, sliding_window=None),
+    _preset("ministral-3-8b", "mistralai/Ministral-3-8B-Instruct-2512", "ministral3", (131072, 4096, 14336, 34, 32, 8),
+            tied=False, positions=262144, head_dim=128, sliding_window=None,
+            source="the defaults of transformers' Ministral3Config, which are those of Ministral-3-8B-Base-2512"),
     _preset("gemma-2-2b", "google/gemma-2-2b-it", "gemma2", (256000, 2304, 9216, 26, 8, 4), tied=True, positions=8192,
             head_dim=256, sliding_window=4096),
     _preset("gemma-2-9b", "google/gemma-2-9b-it", "gemma2", (256000, 3584, 14336, 42, 16, 8), tied=True, positions=8192,
@@ -145,6 +172,8 @@ _ALL = (
     _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3_text", (262144, 1152, 6912, 26, 4, 1), tied=True, positions=32768,
             head_dim=256, sliding_window=512, sliding_window_pattern=6,  # every sixth layer sees everything
             source=f"{_LITGPT}; positions from the copy in huggingface.co/Perditio/unsloth"),
+    _gemma4_e("gemma-4-e2b", "google/gemma-4-E2B-it", 1536, 6144, 35, 8, 1, windows=4, n_shared=20, wider=True),
+    _gemma4_e("gemma-4-e4b", "google/gemma-4-E4B-it", 2560, 10240, 42, 8, 2, windows=5, n_shared=18, wider=False),
     _preset("gemma-4-31b", "google/gemma-4-31B-it", "gemma4_text", (262144, 5376, 21504, 60, 32, 16), tied=True,
             positions=262144, head_dim=256, sliding_window=1024, hidden_size_per_layer_input=0, attention_k_eq_v=True,
             num_global_key_value_heads=4,

@@ -51,7 +51,8 @@ GROUP_ITEMS = ("states", "gradients")  # of a parameter group
 @dataclass(frozen=True)
 class Thing:
     """A thing that lives between ops: there is one of it in a step, one a (micro-batch, layer), one a parameter group, or
-    one for each boundary in flight.
+    one for each boundary in flight; `source`: one for the layer whose keys and values the op's layer attends to; `layers`:
+    those of all layers.
 
     `shares`: it is the same storage as that thing was before the op. `when`: the Plan's method that says of an op whether
     the thing is concerned; empty: always. `takes`: what its bytes are those of (as many as hidden states, say; empty: none
@@ -59,10 +60,10 @@ class Thing:
     """
 
     name: str
-    per: Literal["step", "layer", "group", "boundary"] = "step"
+    per: Literal["step", "layer", "layers", "source", "group", "boundary"] = "step"
     shares: str = ""
     when: str = ""
-    takes: Literal["hidden", "layer context", "graph", "states", "gradients", ""] = "hidden"
+    takes: Literal["hidden", "layer context", "graph", "states", "gradients", "keys", "key gradients", ""] = "hidden"
     counts_as: str = "activations"
 
 
@@ -109,14 +110,17 @@ KEPT = (
     replace(PAGES, when="keeps_pages"),
 )
 BEGUN = (HIDDEN, CONTEXT)
+# Of layers whose keys and values later layers attend to, in models that have such.
+KEYS, KEY_GRADIENTS = Thing("keys", "layer", takes="keys"), Thing("key gradients", "source", takes="key gradients")
+ALL_KEYS = (replace(KEYS, per="layers"),)
 
 EFFECTS: dict[tuple[Kind, str], Effect] = {
     (Kind.EMBED, ""): Effect(
-        "compute", "hidden states from token ids", uses="embed", enters=True, makes=BEGUN, rule="enter",
-        workspace="embed", seconds="embed"),
+        "compute", "hidden states from token ids", uses="embed", enters=True, makes=BEGUN, frees=ALL_KEYS,
+        rule="enter", workspace="embed", seconds="embed"),
     (Kind.FORWARD, ""): Effect(
         "compute", "run a layer; keep nothing | its input | its autograd graph | its graph, movable", uses="layer",
-        makes=(*KEPT, HIDDEN), rule="forward", workspace="forward", seconds="forward"),
+        makes=(*KEPT, HIDDEN, KEYS), rule="forward", workspace="forward", seconds="forward"),
     (Kind.LOSS, ""): Effect(
         "compute", "the loss of a segment: its gradient with respect to the segment's output", uses="head", trains="aux",
         makes=(GRAD, ADDED), frees=(Thing("target"), replace(HIDDEN, when="is_last_run"),
@@ -124,15 +128,16 @@ EFFECTS: dict[tuple[Kind, str], Effect] = {
         rule="loss", workspace="loss", seconds="loss"),
     (Kind.BACKWARD, ""): Effect(
         "compute", "gradient through a layer (from its graph, or recomputed from its saved input)", uses="layer",
-        trains="layer", makes=(GRAD, ADDED),
-        frees=(INPUT, GRAPH, GRAPH_INPUT, PAGES, ALIGNED, replace(GRAD, when="ends_gradient")),
+        trains="layer", makes=(GRAD, ADDED, KEY_GRADIENTS),
+        frees=(INPUT, GRAPH, GRAPH_INPUT, PAGES, ALIGNED, replace(KEY_GRADIENTS, per="layer"),
+               replace(GRAD, when="ends_gradient")),
         rule="backward", workspace="backward", seconds="backward"),
     (Kind.STEP, ""): Effect(
         "compute", "clip and update one parameter group (a layer's adapters, or a segment's aux head)", uses="group",
         frees=(GRADIENTS,), rule="step", workspace="update", seconds="update"),
     (Kind.READ, "boundary"): Effect(
         "compute", "hidden states from the cache, as they enter a layer: instead of EMBED and the layers before",
-        enters=True, makes=BEGUN, rule="enter", workspace="cache read", seconds="cache read"),
+        enters=True, makes=BEGUN, frees=ALL_KEYS, rule="enter", workspace="cache read", seconds="cache read"),
     (Kind.READ, "held"): Effect(
         "compute", "the hidden states that were held begin the next pass: instead of EMBED and the layers before",
         enters=True, makes=(replace(HIDDEN, shares="held"),), frees=(HELD,), rule="take held"),

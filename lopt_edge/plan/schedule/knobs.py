@@ -113,7 +113,7 @@ def mlp_blocks(facts: ModelFacts, device_type: str) -> tuple[int, ...]:
     names = {linear.short_name for kind in facts.kinds for linear in kind.linears}
     if not {"gate_proj", "up_proj", "down_proj"} <= names:
         return (PIECES.features,)
-    most, found = facts.intermediate_size, dict[int, int]()
+    most, found = max(kind.inner for kind in facts.kinds), dict[int, int]()
     for size in kind_of(device_type).mlp_blocks:
         found.setdefault(min(size or most, most), size or most)
     return tuple(found.values())

@@ -25,42 +25,28 @@ from torch import Tensor, nn
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
-from lopt_edge.plan.facts.layers import ExpertFacts, LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import ExpertFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, mlp_pieces, placement_of
 from lopt_edge.run.model import query_tiles, sequences
-from lopt_edge.run.model.delta_net import DeltaNet
-from lopt_edge.run.model.placed import block_mlp, tile_norms
+from lopt_edge.run.model.context import LayerContext
+from lopt_edge.run.model.own_inputs import OwnInputs
+from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
 from lopt_edge.run.model.sequences import Sequences
+from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.weights import HoldsWeight, Weights, lay_out
 from quant.experts import ExpertMatrix, Gate, PackedExperts
 from quant.files import is_packed, packed_on_disk, read_tensor
-from quant.gguf.weight import gguf_layout
+from quant.gguf.weight import gguf_layout, read_gguf
 from quant.headers import FolderError, TensorEntry
 from quant.linear import DropoutClock, PackedLinear, UnpackBuffer
+from quant.mxfp4.stacks import is_mxfp4
+from quant.mxfp4.weight import mxfp4_on_disk
 from quant.nf4 import pack
 from quant.packed import Packed, PackedOnDisk
 from quant.sizes import MlpPieces
-
-
-@dataclass(eq=False)
-class LayerContext:
-    """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type.
-
-    `sequences`: what lies in the one row, by layer type; empty where each sequence has a row of its own.
-    """
-
-    position_ids_1T: Tensor
-    rotary: dict[str, tuple[Tensor, Tensor]]
-    masks: dict[str, Tensor | None]
-    sequences: dict[str, Sequences]
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that all layers share, so that no layer's graph owns them."""
-        tables = [table for pair in self.rotary.values() for table in pair]
-        return [self.position_ids_1T, *tables, *(mask for mask in self.masks.values() if mask is not None)]
 
 
 class FarLayers(Protocol):
@@ -92,6 +78,7 @@ class Model:
     here: tuple[int, ...] = ()  # the layers that this process has
     far: FarLayers | None = None  # where the others are
     scratch: Tensor | None = None  # in which GGUF blocks are unpacked
+    own_inputs: OwnInputs | None = None
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -103,12 +90,31 @@ class Model:
         return hidden_BTD * getattr(self.config, factor) if factor else hidden_BTD
 
     def layer_context(
-        self, hidden_BTD: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Any = None, start: int = 0
+        self,
+        hidden_BTD: Tensor,
+        ids_BT: Tensor | None = None,
+        *,
+        embedded: bool = True,
+        lengths: tuple[int, ...] | None = None,
+        cache: Any = None,
+        start: int = 0,
     ) -> LayerContext:
-        """The context of positions start .. start + T - 1; a mask is None where the kernel's own causal mask does.
+        """The context of tokens at positions start .. start + T - 1; `embedded`: the hidden states are their embeddings.
+        Some models' layers are told of the tokens anew, by their ids.
+
+        `lengths`: of several sequences in one row; positions restart at each, and attention makes its own masks.
+        """
+        context = self._positions(hidden_BTD, lengths=lengths, cache=cache, start=start)
+        if self.own_inputs is not None:
+            assert ids_BT is not None
+            embedded_BTD = hidden_BTD if embedded else self.embed(ids_BT)
+            context.own_inputs_BTLP = self.own_inputs.of(ids_BT, embedded_BTD)
+        return context
+
+    def _positions(self, hidden_BTD: Tensor, *, lengths: tuple[int, ...] | None, cache: Any, start: int) -> LayerContext:
+        """The positions, rotary tables and masks; a mask is None where the kernel's own causal mask does.
 
         Padding lies at the right end, where causal attention never looks from a real token, so no mask is made for it.
-        `lengths`: of several sequences in one row; positions restart at each, and attention makes its own masks.
         """
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -148,8 +154,15 @@ class Model:
             past_key_values=cache,
             use_cache=cache is not None,
             **({"sequences": frame.sequences[kind]} if frame.sequences else {}),
+            **self._beside(layer, frame),
         )
         return output[0] if isinstance(output, tuple) else output
+
+    def _beside(self, layer: int, frame: LayerContext) -> dict[str, Any]:
+        """What only some families' layers are called with: a token's own input, others' keys and values."""
+        own = frame.own_inputs_BTLP
+        found: dict[str, Any] = {} if own is None else {"per_layer_input": own[:, :, layer]}
+        return found | ({"shared_kv_states": frame.keys} if self.facts.key_sources else {})
 
     def run_all(
         self, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None, layers: Sequence[int] | None = None
@@ -302,6 +315,9 @@ def make_skeleton(
         raise _unusable(folder, error) from None
     try:
         fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
+        if facts.own_inputs is not None:
+            norm = skeleton.per_layer_projection_norm
+            fill_parameters(norm, layout.own_inputs.norm, entries, device=device, dtype=dtype)
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
 
@@ -310,6 +326,11 @@ def make_skeleton(
     def vocabulary(name: str, *, resident: bool) -> Vocabulary:
         return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
 
+    own: OwnInputs | None = None
+    if facts.own_inputs is not None:
+        table, matrix = (vocabulary(name, resident=False) for name in layout.own_inputs[:2])
+        norm = TokenTiled(skeleton.per_layer_projection_norm)
+        own = OwnInputs(table, matrix, norm, facts.n_layers, facts.own_inputs.width)
     return Model(
         facts=facts,
         config=config,
@@ -323,6 +344,7 @@ def make_skeleton(
         clock=DropoutClock(),
         mover=mover or Mover(device),
         here=tuple(range(facts.n_layers)),
+        own_inputs=own,
     )
 
 
@@ -348,6 +370,8 @@ def _weight(
     found: Packed | Tensor | None = None
     if is_packed(entries, name):
         on_disk = packed_on_disk(entries, name)
+    elif is_mxfp4(entries, name):
+        on_disk = mxfp4_on_disk(entries, name)
     elif model.facts.forms is not None:
         on_disk = gguf_layout(_entry(entries, name, shape))
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
@@ -384,14 +408,9 @@ def put_experts(layer: nn.Module, facts: ExpertFacts | None, *, buffer: UnpackBu
     n_each, matrices = len(facts.stored), [matrix for _, matrix in named]
     by_expert = [matrices[start : start + n_each] for start in range(0, len(matrices), n_each)]
     gate = cast(Gate, own._apply_gate)  # transformers': the activation, and what a family does beside it
-    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer))
+    biases = {name: own.get_parameter(name) for name in facts.biases}  # read with the layer's other small tensors
+    layer.set_submodule(path, PackedExperts(by_expert, gate=gate, buffer=buffer, biases=biases))
     return named
-
-
-def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
-    """Put a `DeltaNet` in the place of the family's gated delta rule."""
-    name = facts.linears[0].name.rpartition(".")[0]
-    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
 
 
 def fill_parameters(
@@ -411,7 +430,8 @@ def fill_parameters(
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        value = read_tensor(_entry(entries, prefix + stored(name), tuple(tensor.shape))).to(device=device, dtype=dtype)
+        value = read_gguf(_entry(entries, prefix + stored(name), tuple(tensor.shape)))  # a router may lie in blocks
+        value = value.to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         found = nn.Parameter(value, requires_grad=False) if name in parameters else value
         setattr(module.get_submodule(owner), leaf, found)

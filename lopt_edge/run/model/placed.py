@@ -1,7 +1,7 @@
-"""Puts our norms and gated MLPs in the place of a decoder layer's own, once its linear layers are ours.
+"""Puts our norms, gated MLPs and delta rules in the place of a decoder layer's own, once its linear layers are ours.
 
 The rule: what stands in a place computes what stood there, up to the rounding that its own file states. Whether a module
-can be replaced is decided here, in what pieces it then works is not. Experts and delta rules are load.py's.
+can be replaced is decided here, in what pieces it then works is not. Experts are load.py's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lopt_edge.plan.facts.families.family import Family
+from lopt_edge.plan.facts.layers import LayerFacts
+from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.linear import PackedLinear
@@ -22,6 +24,12 @@ def tile_norms(layer: nn.Module, family: Family) -> None:
     for name, module in list(layer.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             layer.set_submodule(name, TokenTiled(module, is_plain=family.plain_norms))
+
+
+def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
+    """Put a `DeltaNet` in the place of the family's gated delta rule."""
+    name = facts.linears[0].name.rpartition(".")[0]
+    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
 
 
 def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces) -> None:

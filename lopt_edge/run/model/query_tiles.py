@@ -1,15 +1,19 @@
-"""Causal attention with soft-capped scores (Gemma 2) in tiles of queries, whose graph keeps query, key and value alone.
+"""Causal attention with soft-capped scores (Gemma 2) or with sinks (gpt-oss) in tiles of queries, whose graph keeps query,
+key and value alone.
 
-transformers has no fused kernel on the CPU for such scores: its eager attention makes all heads x tokens x tokens of them,
-and its graph keeps several such tensors and keys repeated for every head. Here the heads that share keys go through a tile
-of queries at a time, and once more in the backward. A tile reads keys up to its last query, in a sliding layer from its
-first query's window on; what it leaves out has weight 0. Its scores take the device's `score_bytes` at most (plan/facts).
+A sink is a number for each head that stands among a query's scores in the softmax, and gives no value: what it takes is
+missing from the output. transformers has no fused kernel on the CPU for either: its eager attention makes all heads x
+tokens x tokens of scores, and its graph keeps several such tensors and keys repeated for every head. Here the heads that
+share keys go through a tile of queries at a time, and once more in the backward. A tile reads keys up to its last query, in
+a sliding layer from its first query's window on; what it leaves out has weight 0. Its scores take the device's
+`score_bytes` at most (plan/facts).
 
 The rule: a tile runs transformers' operations in their order, the backward autograd's. If one tile holds all queries,
 values and gradients are bitwise eager's on the CPU, in fp32 and bfloat16. With several they are equal up to rounding (in
 fp32 3e-7 relative): products of other shapes, and gradients of keys and values that are summed over tiles in fp32. Where
 no two heads share keys or all do, eager lays keys of several sequences out anew, and products of a few tokens may round
-otherwise; no Gemma 2 is made like that.
+otherwise; no Gemma 2 is made like that. With sinks eager subtracts the largest score before its softmax, and autograd goes
+back through that maximum, whose gradient is zero but for rounding; we leave it out (fp32 1e-6 relative).
 
 No mask exists unless there is padding; a mask that is given is added as eager does, over all keys. Several sequences in one
 row (packing) go through it one after the other, as each would alone. No dropout: layers run in evaluation mode.
@@ -25,7 +29,7 @@ tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,48 +99,57 @@ def attend(
     softcap: float | None = None,
     sliding_window: int | None = None,
     sequences: Sequences | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention in tiles of queries, with transformers' signature; the result is (B, T, H, E) and no weights.
 
-    query (B, H, T, E); key and value (B, H / G, S, E). `sequences`: what lies in the one row. Raises NotImplementedError
-    for a dropout.
+    query (B, H, T, E); key and value (B, H / G, S, E). `sequences`: what lies in the one row. `s_aux` (H): the sinks, which
+    are frozen. Raises NotImplementedError for a dropout.
     """
     if dropout:
         raise NotImplementedError("attention in tiles of queries has no dropout")
     scores = Scores(scaling or query_BHTE.shape[-1] ** -0.5, softcap, sliding_window)
     lengths = sequences or Sequences((query_BHTE.shape[2],))
-    out_BTHE: Tensor = _QueryTiles.apply(query_BHTE, key, value, attention_mask, scores, lengths)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    given = (query_BHTE, key, value, attention_mask, s_aux)
+    out_BTHE: Tensor = _QueryTiles.apply(*given, scores, lengths)  # type: ignore[no-untyped-call]  # torch's apply has no types
     return out_BTHE, None
 
 
 class _QueryTiles(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, sequences: Sequences
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        scores: Scores,
+        sequences: Sequences,
     ) -> Tensor:
-        ctx.scores, ctx.sequences = scores, sequences
-        ctx.save_for_backward(query, key, value, mask)
+        ctx.scores, ctx.sequences, beside = scores, sequences, (mask, sinks)
+        ctx.save_for_backward(query, key, value, *beside)
         n_sequences, n_heads, n_queries, _ = query.shape
         out_BTHE = query.new_empty(n_sequences, n_queries, n_heads, value.shape[-1])
         for rows, keys in _rows(sequences, key):
             out = out_BTHE[:, rows]
-            for group, b, heads in _groups(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, scores):
+            for group, b, heads in _groups(query[:, :, rows], key[:, :, keys], value[:, :, keys], beside, scores):
                 for tile in group.tiles:
                     out[b, tile.queries, heads] = _Part(group, tile).output_GnE().transpose(0, 1)
         return out_BTHE
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, *beside = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for rows, keys in _rows(ctx.sequences, key):
             g_BTHE = grads[0][:, rows]
-            for group, b, heads in _groups(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, ctx.scores):
+            for group, b, heads in _groups(query[:, :, rows], key[:, :, keys], value[:, :, keys], beside, ctx.scores):
                 head = heads.start // group.size
                 found = dq[b, heads, rows], dk[b, head, keys], dv[b, head, keys]
                 _group_gradients(group, g_BTHE[b, :, heads].transpose(0, 1), *found)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def _rows(sequences: Sequences, key: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -153,6 +166,7 @@ class _Group:
     key_SE: Tensor
     value_SE: Tensor
     mask_TS: Tensor | None
+    sinks_G: Tensor | None
     scores: Scores
 
     @property
@@ -169,15 +183,16 @@ class _Group:
 
 
 def _groups(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+    query: Tensor, key: Tensor, value: Tensor, beside: Sequence[Tensor | None], scores: Scores
 ) -> Iterator[tuple[_Group, int, slice]]:
-    """Yield each group with the index of its sequence and the slice of its heads."""
-    size = query.shape[1] // key.shape[1]
+    """Yield each group with the index of its sequence and the slice of its heads; `beside` are the mask and the sinks."""
+    size, (mask, sinks) = query.shape[1] // key.shape[1], beside
     for b in range(query.shape[0]):
         mask_TS = None if mask is None else mask.expand(len(query), -1, -1, -1)[b, 0]
         for head in range(key.shape[1]):
             heads = slice(head * size, (head + 1) * size)
-            yield _Group(query[b, heads], key[b, head], value[b, head], mask_TS, scores), b, heads
+            own = None if sinks is None else sinks[heads]
+            yield _Group(query[b, heads], key[b, head], value[b, head], mask_TS, own, scores), b, heads
 
 
 def _group_gradients(group: _Group, g_GTE: Tensor, dq_GTE: Tensor, dk_SE: Tensor, dv_SE: Tensor) -> None:
@@ -200,9 +215,12 @@ class _Part:
         self.mask_nm = None if group.mask_TS is None else group.mask_TS[tile.queries, tile.keys]
         self.own_key = tile.queries.start + len(group.key_SE) - group.query_GTE.shape[1] - tile.keys.start
         self.factor = 1.0 if group.scores.cap is None else group.scores.cap
+        self.sinks_G = group.sinks_G
 
     def output_GnE(self) -> Tensor:
         """The tile's output, softmax of its scores times the values."""
+        if self.sinks_G is not None:
+            return torch.bmm(self._with_sinks()[:, :, :-1], self.v_GmE)
         weights_Gnm = self._weights(self._tanh().mul_(self.factor)).to(self.q_GnE.dtype)
         return torch.bmm(weights_Gnm, self.v_GmE)
 
@@ -213,11 +231,24 @@ class _Part:
 
     def _weights(self, scores_Gnm: Tensor) -> Tensor:
         """The softmax of scores, in fp32. The scores are changed in place."""
+        return torch.softmax(self._masked(scores_Gnm).float(), dim=-1)
+
+    def _masked(self, scores_Gnm: Tensor) -> Tensor:
+        """The scores without what a query does not see, changed in place."""
         if self.mask_nm is not None:
             scores_Gnm += self.mask_nm
         else:
             scores_Gnm.masked_fill_(self._hidden_nm(), torch.finfo(scores_Gnm.dtype).min)
-        return torch.softmax(scores_Gnm.float(), dim=-1)
+        return scores_Gnm
+
+    def _with_sinks(self) -> Tensor:
+        """The softmax (G, n, m + 1) of scores and, last, the sinks, in the compute dtype."""
+        assert self.sinks_G is not None
+        scores_Gnm = self._masked(self._tanh().mul_(self.factor))
+        sinks_Gn1 = self.sinks_G.view(-1, 1, 1).expand(-1, scores_Gnm.shape[1], 1)
+        all_Gnm = torch.cat([scores_Gnm, sinks_Gn1], dim=-1)
+        del scores_Gnm
+        return torch.softmax(all_Gnm.sub_(all_Gnm.amax(dim=-1, keepdim=True)), dim=-1)
 
     def _hidden_nm(self) -> Tensor:
         """A mask (n, m), true where a key is later than the query, or before its window.
@@ -232,6 +263,8 @@ class _Part:
 
     def gradients_GnE(self, g_GnE: Tensor, sum_Em: Tensor, sum_mE: Tensor) -> Tensor:
         """The queries' gradient; those of keys (transposed) and values are added to the sums."""
+        if self.sinks_G is not None:
+            return self._gradients_with_sinks(g_GnE, sum_Em, sum_mE)
         tanh_Gnm = self._tanh()
         weights_Gnm = self._weights(tanh_Gnm * self.factor)
         _add_products(sum_mE, weights_Gnm.to(g_GnE.dtype).transpose(1, 2), g_GnE)
@@ -241,6 +274,19 @@ class _Part:
         if self.scores.cap is not None:
             d_Gnm = torch.ops.aten.tanh_backward(d_Gnm.mul_(self.factor), tanh_Gnm).div_(self.scores.cap)
         del tanh_Gnm
+        return self._to_the_scores(d_Gnm, sum_Em)
+
+    def _gradients_with_sinks(self, g_GnE: Tensor, sum_Em: Tensor, sum_mE: Tensor) -> Tensor:
+        """As `gradients_GnE`: nothing comes to a sink's weight, which gives no value."""
+        weights_Gnm = self._with_sinks()
+        _add_products(sum_mE, weights_Gnm[:, :, :-1].transpose(1, 2), g_GnE)
+        d_Gnm = nn.functional.pad(torch.bmm(g_GnE, self.v_GmE.transpose(1, 2)), (0, 1))
+        d_Gnm = torch.ops.aten._softmax_backward_data(d_Gnm, weights_Gnm, -1, d_Gnm.dtype)
+        del weights_Gnm
+        return self._to_the_scores(d_Gnm[:, :, :-1], sum_Em)
+
+    def _to_the_scores(self, d_Gnm: Tensor, sum_Em: Tensor) -> Tensor:
+        """The queries' gradient from that of the scores; that of the keys is added to the sum."""
         d_Gnm.mul_(self.scores.scaling)
         _add_products(sum_Em, self.q_GnE.transpose(1, 2), d_Gnm)
         return torch.bmm(d_Gnm, self.k_GmE)

@@ -84,6 +84,11 @@ class Vocabulary:
                 self._raw = self._empty(count)
             yield start, self._in_compute_dtype(self._read(start, self._raw[:count]))
 
+    def rows_from(self, first: int, count: int) -> Tensor:
+        """`count` rows from `first` on (count, hidden) in the compute dtype, in a tensor of their own."""
+        raw = self._read(first, self._empty(count)) if self.matrix_VD is None else self.matrix_VD[first : first + count]
+        return raw.to(device=self.device, dtype=self.dtype) if self.type is None else self._unpack(raw.to(self.device))
+
     def tensors(self) -> list[Tensor]:
         """The tensors that are kept between calls."""
         return [tensor for tensor in (self.matrix_VD, self._raw, self._cast) if tensor is not None]

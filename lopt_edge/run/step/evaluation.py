@@ -103,7 +103,9 @@ def _tile_losses(
         hidden_BTD = model.embed(batch.ids_BT)
     else:
         hidden_BTD = link.receive_boundary((*batch.ids_BT.shape, model.facts.hidden_size), model.dtype, model.device)
-    hidden_BTD = model.run_all(hidden_BTD, model.layer_context(hidden_BTD, lengths=batch.in_a_row), layers=layers)
+    hidden_BTD = model.run_all(
+        hidden_BTD, model.layer_context(hidden_BTD, batch.ids_BT, lengths=batch.in_a_row), layers=layers
+    )
     if link is not None and not link.part.is_last:
         link.send_boundary(hidden_BTD)
         return []

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,9 @@ from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.device import device_of
 from lopt_edge.run.model.averages import Averages
-from lopt_edge.run.model.load import LayerContext, Model
+from lopt_edge.run.model.context import LayerContext
+from lopt_edge.run.model.load import Model
+from lopt_edge.run.step import key_sharing
 from lopt_edge.run.step.batches import Batch, window_totals
 from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
@@ -226,7 +229,7 @@ class Executor:
         batch = state.batches[op.micro_batch]
         with torch.no_grad():
             state.hidden_BTD = self.model.embed(batch.ids_BT)
-            state.layer_context = self.model.layer_context(state.hidden_BTD, lengths=batch.in_a_row)
+            state.layer_context = self.model.layer_context(state.hidden_BTD, batch.ids_BT, lengths=batch.in_a_row)
 
     def _hold(self, state: StepState, op: Op) -> None:
         state.held_BTD = state.hidden_BTD
@@ -241,7 +244,12 @@ class Executor:
             state.teacher_BTD = found_BTD
             return
         state.hidden_BTD = found_BTD
-        state.layer_context = self.model.layer_context(found_BTD, lengths=batch.in_a_row)
+        self._enter_later(state, batch)
+
+    def _enter_later(self, state: StepState, batch: Batch) -> None:
+        """Make the context of a micro-batch that begins with hidden states of a later layer."""
+        hidden_BTD, lengths = present(state.hidden_BTD), batch.in_a_row
+        state.layer_context = self.model.layer_context(hidden_BTD, batch.ids_BT, embedded=False, lengths=lengths)
 
     def _cached(self, name: str, batch: Batch) -> Tensor:
         """The hidden states of a micro-batch from a cache."""
@@ -267,7 +275,7 @@ class Executor:
         batch = state.batches[op.micro_batch]
         shape = (*batch.ids_BT.shape, self.model.facts.hidden_size)
         state.hidden_BTD = present(self.link).receive_boundary(shape, self.model.dtype, self.model.device)
-        state.layer_context = self.model.layer_context(state.hidden_BTD, lengths=batch.in_a_row)
+        self._enter_later(state, batch)
 
     def _send(self, state: StepState, op: Op) -> None:
         present(self.link).send_boundary(present(state.hidden_BTD))
@@ -315,7 +323,9 @@ class Executor:
         """A layer's output; `graph` leads back to its input (not in a segment's first trained layer, where it ends)."""
         first, context = op.target == state.plan.scope(op).reached[0], present(state.layer_context)
         with torch.enable_grad(), graph.recording(), self._adapters(op):
-            return graph.end(run(op.target, graph.begin(hidden_BTD, needs_gradient=not first), context))
+            begun_BTD = graph.begin(hidden_BTD, needs_gradient=not first)
+            within = partial(run, op.target, begun_BTD)
+            return key_sharing.run_in_graph(self.model, state, op, graph, within, context)
 
     def _adapters(self, op: Op) -> AbstractContextManager[None]:
         """The adapter set that the op computes with, in its layer."""
@@ -387,10 +397,11 @@ class Executor:
                 self._accept(state, group)
             if key in state.aligned:
                 state.grad_BTD = state.aligned.pop(key).add_(present(state.grad_BTD))
-            graph.feed(present(state.grad_BTD))
+            graph.feed(present(state.grad_BTD), state.key_gradients.pop(key, ()))
             state.grad_BTD = None
             with self._adapters(op):
                 state.grad_BTD = graph.backward()
+            key_sharing.take_gradients(self.model, state, op, graph)
         finally:
             graph.free()
         if state.plan.completes(op):

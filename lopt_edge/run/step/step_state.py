@@ -15,7 +15,7 @@ from torch import Tensor
 from lopt_edge.errors import NotFinite
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.ops import GroupName, Plan
-from lopt_edge.run.model.load import LayerContext
+from lopt_edge.run.model.context import LayerContext
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -91,6 +91,7 @@ class StepState:
     unread: list[UnreadLoss] = field(default_factory=list)
     fault: NotFinite | None = None  # in a pipeline: reported when the processes agree
     fault_op: str = ""
+    key_gradients: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # wait for their layer
     inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 

@@ -26,31 +26,31 @@ View = tuple[OffloadedTensor, torch.dtype, torch.Size, tuple[int, ...], int | to
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward hands the gradient to the graph. `anchor` makes autograd record it."""
+    """The identity, whose backward hands the gradient of `what` to the graph. `anchor` makes autograd record it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, graph: LayerGraph) -> Tensor:
-        ctx.graph = graph
+    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, graph: LayerGraph, what: str) -> Tensor:
+        ctx.graph, ctx.what = graph, what
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.graph.input_grad = grads[0]
-        return None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.graph.caught[ctx.what] = grads[0]
+        return None, None, None, None
 
 
 class _Seed(torch.autograd.Function):
-    """The end of the graph: a scalar whose backward is the gradient of the output."""
+    """The end of the graph: a scalar whose backward gives the gradients of the output, and of keys that others read."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, graph: LayerGraph) -> Tensor:
+    def forward(ctx: Any, graph: LayerGraph, output: Tensor, *keys: Tensor) -> Tensor:
         ctx.graph = graph
         return output.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        seed, ctx.graph.seed = ctx.graph.seed, None
-        return seed, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        seeds, ctx.graph.seeds = ctx.graph.seeds, None
+        return None, *seeds
 
 
 class LayerGraph:
@@ -64,24 +64,43 @@ class LayerGraph:
         self.mover, self.movable = mover, movable
         self.constants = {tensor.untyped_storage()._cdata for tensor in constants}
         self.pages: dict[int, OffloadedTensor] = {}
-        self.input_grad: Tensor | None = None
+        self.caught: dict[str, Tensor] = {}  # gradients of the input, and of keys and values of another layer
         self.root: Tensor | None = None
-        self.seed: Tensor | None = None
+        self.seeds: tuple[Tensor | None, ...] | None = None
+        self.ends: tuple[int, ...] = ()  # which of keys and values have a graph here
 
     def begin(self, hidden: Tensor, *, needs_gradient: bool) -> Tensor:
         """The tensor with which the layer is to be run; the graph catches its gradient if it needs one."""
         if not needs_gradient:
             return hidden.detach()
-        tapped: Tensor = _Tap.apply(hidden.detach(), torch.empty(0, requires_grad=True), self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return self._tap(hidden, "input")
+
+    def _tap(self, tensor: Tensor, what: str) -> Tensor:
+        tapped: Tensor = _Tap.apply(tensor.detach(), torch.empty(0, requires_grad=True), self, what)  # type: ignore[no-untyped-call]  # torch's apply has no types
         return tapped
+
+    def tap_keys(self, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Another layer's keys and values, with which the layer is to be run; the graph catches their gradients."""
+        return self._tap(keys[0], "keys"), self._tap(keys[1], "values")
+
+    def take_key_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """The gradients of another layer's keys and values, once; None where there are none."""
+        found = self.caught.pop("keys", None), self.caught.pop("values", None)
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    def disown(self, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors, which the layer makes, as constants: others keep them."""
+        self.constants |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def recording(self) -> AbstractContextManager[Any]:
         """A context in which a movable graph saves its tensors as offloaded ones."""
         return torch.autograd.graph.saved_tensors_hooks(self._save, self._give) if self.movable else nullcontext()
 
-    def end(self, output: Tensor) -> Tensor:
-        """End the graph at the layer's output; returns the output without its graph."""
-        self.root = _Seed.apply(output, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    def end(self, output: Tensor, keys: tuple[Tensor, ...] = ()) -> Tensor:
+        """End the graph at the layer's output, and at keys and values whose gradients will come; returns the output without
+        its graph."""
+        self.ends = tuple(place for place, tensor in enumerate(keys) if tensor.requires_grad)
+        self.root = _Seed.apply(self, output, *(keys[place] for place in self.ends))  # type: ignore[no-untyped-call]  # torch's apply has no types
         return output.detach()
 
     def _save(self, tensor: Tensor) -> Tensor | View:
@@ -102,9 +121,10 @@ class LayerGraph:
         flat = offloaded.here()
         return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
 
-    def feed(self, grad: Tensor) -> None:
-        """Take the gradient of the output, with which `backward` begins; the caller must not keep it any longer."""
-        self.seed = grad
+    def feed(self, grad: Tensor, keys: tuple[Tensor, ...] = ()) -> None:
+        """Take the gradient of the output, with which `backward` begins, and those of keys and values; the caller must not
+        keep them any longer."""
+        self.seeds = (grad, *(keys[place] if keys else None for place in self.ends))
 
     def backward(self) -> Tensor | None:
         """Accumulate the adapters' gradients; returns the gradient of the input, None where that needs none.
@@ -112,11 +132,10 @@ class LayerGraph:
         Raises RuntimeError before `end` and `feed`.
         """
         root, self.root = self.root, None
-        if root is None or self.seed is None:
+        if root is None or self.seeds is None:
             raise RuntimeError("this graph was not ended, or has no gradient to begin with")
         torch.autograd.backward(root)
-        found, self.input_grad = self.input_grad, None
-        return found
+        return self.caught.pop("input", None)
 
     @property
     def page_bytes(self) -> int:
@@ -142,4 +161,4 @@ class LayerGraph:
         """Let all that the graph keeps go, on the device and below."""
         for offloaded in self.pages.values():
             self.mover.free(offloaded)
-        self.pages, self.root, self.seed = {}, None, None
+        self.pages, self.root, self.seeds = {}, None, None

@@ -88,7 +88,7 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
     model, optimizer = executor.model, executor.optimizer
     if model.weights is not None:
         yield from (("weights", tensor) for tensor in model.weights.tensors())
-    for layer in [*model.layers, model.norm]:
+    for layer in [*model.layers, model.norm, *([model.own_inputs.norm] if model.own_inputs is not None else [])]:
         for parameter in (*layer.parameters(), *layer.buffers()):
             if not parameter.requires_grad:
                 yield "weights", parameter

@@ -89,7 +89,7 @@ def read_data(config: Config) -> PlannedData:
     from lopt_edge.planning.settings import longest_sequence
     from lopt_edge.training.prepare.read import read_datasets
 
-    source = find_model(config.model, tokenizer=config.tokenizer)
+    source = find_model(config.model, tokenizer=config.tokenizer, lay_out=False)
     longest = longest_sequence(source.facts, config.max_seq_len, is_given="max_seq_len" in config.model_fields_set)
     tokenizer = load_tokenizer(source.path, say=lambda text: None)
     train, *others = read_datasets(config, tokenizer, vocab_size=source.facts.vocab_size, max_seq_len=longest)

@@ -7,11 +7,12 @@ seconds. Nothing is written to the output folder here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import torch
 
@@ -58,12 +59,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_inputs(config: Config) -> tuple[Inputs, Start | None]:
-    """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s)."""
+def read_inputs(config: Config, *, say: Callable[[str], None] = warn) -> tuple[Inputs, Start | None]:
+    """Check and read everything but the weights, and the checkpoint to go on from. Raises InputError(s).
+
+    `say` hears at once of what takes long.
+    """
     check_output(Path(config.output), resuming=config.resume is not None, overwrite=config.overwrite)
     given = config
     config, start, resumed = find_start(config)
-    found = _read_files(config)
+    found = _read_files(config, say)
     if start is not None:
         resumed += check_same(
             start,
@@ -108,9 +112,9 @@ class _Files:
         return str(self.dtype).removeprefix("torch.")
 
 
-def _read_files(config: Config) -> _Files:
+def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
-    (device, device_reason), source = _device_and_model(config)
+    (device, device_reason), source = _device_and_model(config, say)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
     facts, notes = source.facts, list[str]()
     _, (_, targets, max_seq_len) = together(
@@ -272,12 +276,12 @@ def _never_closes(inputs: Inputs) -> Iterator[str]:
         yield f"the last depth of the schedule is never reached: the run has {n_steps} steps"
 
 
-def _device_and_model(config: Config) -> tuple[tuple[torch.device, str], ModelFolder]:
+def _device_and_model(config: Config, say: Callable[[str], None]) -> tuple[tuple[torch.device, str], ModelFolder]:
     """(device and reason, model), with what else is wrong in files; a hub's model is fetched only if nothing is."""
     cheap = (lambda: choose_device(config.device), lambda: _check_files(config))
 
     def find() -> ModelFolder:
-        return find_model(config.model, revision=config.revision, tokenizer=config.tokenizer)
+        return find_model(config.model, revision=config.revision, tokenizer=config.tokenizer, say=say)
 
     if Path(config.model).expanduser().exists() or config.model.count("/") != 1:
         device, _, source = together(*cheap, find)

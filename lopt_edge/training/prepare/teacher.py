@@ -124,7 +124,9 @@ def _fill(inputs: Inputs, cache: FeatureCache, model: Model, indices: Sequence[i
     """Compute a batch; in a function of its own, so that nothing of it lives on into the next."""
     batch = inputs.batch(inputs.train, indices)
     hidden_BTD = model.embed(batch.ids_BT)
-    hidden_BTD = model.norm(model.run_all(hidden_BTD, model.layer_context(hidden_BTD, lengths=batch.in_a_row)))
+    hidden_BTD = model.norm(
+        model.run_all(hidden_BTD, model.layer_context(hidden_BTD, batch.ids_BT, lengths=batch.in_a_row))
+    )
     cache.write(indices, at_width(hidden_BTD, inputs.source.facts.hidden_size), packed=batch.packed)
 
 

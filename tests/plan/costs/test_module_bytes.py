@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
+from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
 from lopt_edge.plan.facts.layers import LinearFacts
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -271,7 +272,7 @@ def test_the_rows_of_a_vocabulary(tmp_path, n_ids, stored, dtype, resident):
     entry = read_header(tmp_path / "x.safetensors")["matrix"]
     vocabulary = Vocabulary(entry, device=torch.device("cpu"), dtype=dtype, resident=resident)
     ids, heap = torch.arange(n_ids), Heap()  # each id its own row: the worst
-    module_bytes.gather_rows(heap, make_shape(dtype), n_ids, stored=Vocabularies(stored.itemsize, resident))
+    gather_rows(heap, make_shape(dtype), n_ids, stored=Vocabularies(stored.itemsize, resident))
     found = measured(lambda: vocabulary.rows(ids), ids, *vocabulary.tensors())
     assert found == (heap.peak, n_ids * 128 * dtype.itemsize)
     assert heap.live == 0

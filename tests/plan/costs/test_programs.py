@@ -197,7 +197,7 @@ def test_a_norm_takes_what_its_tile_takes(family, dtype):
                 found.append(tracker.peak_bytes - before - x.nbytes)
         for name, inside in zip(("norm_forward", "norm_backward"), found, strict=True):
             replay.heap = Heap()
-            replay._norm(name, n_rows, 64)
+            replay.norm(name, n_rows, 64)
             assert replay.heap.peak == inside, (name, n_rows)
             assert replay.heap.live == 0
 

@@ -60,7 +60,8 @@ def test_a_record_is_complete(family):
     assert set(family.asks) <= {"use_sliding_window", "layer_types"}
     for layer_type in family.layer_types:
         projections = family.projections_of(layer_type)
-        words = {"hidden", "inner", *(("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv"))}
+        mixing = ("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv")
+        words = {"hidden", "inner", "own input", *mixing}
         assert len({one.name for one in projections}) == len(projections)
         for projection in projections:
             assert {*projection.reads.split("+"), *projection.writes.split("+")} <= words
@@ -94,7 +95,7 @@ def test_keys_of_the_config_exist(family, theirs):
     assert hasattr(config, "final_logit_softcapping") == bool(family.logit_cap)
     assert hasattr(config, "embedding_multiplier") == (family.embedding_factor not in ("", ROOT_OF_HIDDEN))
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    assert family.attention == ("query tiles" if capped else "sdpa")
+    assert family.attention == ("query tiles" if capped or family.sinks else "sdpa")
 
 
 def test_the_parts_lie_where_the_layout_says(family, theirs):

@@ -23,12 +23,13 @@ from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS
 from lopt_edge.plan.facts.layers import DELTA_KEYS, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from tools.tiny_models import FAMILIES as TINY
-from tools.tiny_models import make_folder, tiny_config
+from tools.tiny_models import GEMMA4_E, make_folder, tiny_config
 
 OPTIONAL = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
             "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"]  # fmt: skip
 # Families whose layers ask config.layer_types, written down for themselves: the records' word for it is what is tested.
-BY_LAYER = ("qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "olmo3", "exaone4")
+BY_LAYER = ("qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "olmo3", "exaone4",
+            "gpt_oss")  # fmt: skip
 
 
 def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
@@ -151,6 +152,8 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(family, key,
         ("granite", {"attention_bias": True, "mlp_bias": True}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False}),
         ("gemma4_text", {"num_global_key_value_heads": None, "num_attention_heads": 8}),
+        ("gemma4_text", GEMMA4_E),
+        ("gemma4_text", GEMMA4_E | {"num_kv_shared_layers": 0, "attention_bias": True}),
         ("gemma4_text", {"use_bidirectional_attention": "vision", "layer_types": ["full_attention"] * 4}),
         ("qwen3_5_text", {"attention_bias": True, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 2}),
         ("qwen3_5_text", {"num_hidden_layers": 8, "layer_types": ["full_attention", "linear_attention"] * 4}),
@@ -246,11 +249,13 @@ def test_numbers_must_be_positive_integers(key, value):
         ([], "not a JSON object"),
         (None, "not a JSON object"),
         ({}, "not supported"),
-        (
-            {"model_type": "gemma4_text"},
-            "each layer, as in E2B and E4B, are not supported yet .hidden_size_per_layer_input",
-        ),
-        (GEMMA4 | {"num_kv_shared_layers": 4}, "share keys and values"),
+        (GEMMA4 | {"num_kv_shared_layers": 4}, "num_kv_shared_layers without hidden_size_per_layer_input"),
+        (GEMMA4 | {"num_kv_shared_layers": 12}, "num_kv_shared_layers must be an integer from 0 to 11"),
+        (GEMMA4 | {"num_kv_shared_layers": 8}, "leaves a type of layer without keys of its own"),
+        (GEMMA4 | {"hidden_size_per_layer_input": 256}, "beside values that are keys"),
+        (GEMMA4 | {"hidden_size_per_layer_input": "x"}, "hidden_size_per_layer_input must be a positive integer"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1, "2"]}, "mlp_only_layers must be a list of layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers must be a list of layers"),
         (GEMMA4 | {"enable_moe_block": True}, "a mixture of experts"),
         (GEMMA4 | {"use_bidirectional_attention": "all"}, "bidirectional"),
         (GEMMA4 | {"per_layer_config": {"1": {"intermediate_size": 64}}}, "per_layer_config sets 'intermediate_size'"),
@@ -287,8 +292,10 @@ def test_a_4_bit_folder_is_recognised():
     assert not facts_from_config(LLAMA | {"quantization_config": None}, where="").quantised
 
 
-KEYS = [*LLAMA, *OPTIONAL, *DELTA_KEYS, *GEMMA4, "per_layer_config", "global_head_dim", "full_attention_interval",
-        "architectures", "dtype", "quantization_config", "no_rope_layers", "no_rope_layer_interval"]  # fmt: skip
+KEYS = [*LLAMA, *OPTIONAL, *DELTA_KEYS, *GEMMA4, "per_layer_config", "hidden_size_per_layer_input", "mlp_only_layers",
+        "vocab_size_per_layer_input", "num_kv_shared_layers", "use_double_wide_mlp", "global_head_dim",
+        "full_attention_interval", "architectures", "dtype", "quantization_config", "no_rope_layers",
+        "no_rope_layer_interval"]  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
 

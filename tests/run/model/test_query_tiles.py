@@ -1,4 +1,5 @@
-"""Attention in tiles of queries against transformers' eager attention of Gemma 2, its masks, and autograd through both.
+"""Attention in tiles of queries against transformers' eager attention of Gemma 2 and of gpt-oss (sinks), its masks, and
+autograd through both.
 
 One tile: values and gradients bitwise. Several: within rounding, and in bfloat16 no further from the exact ones than eager.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 from lopt_edge.plan.costs import module_bytes, tiles
 from lopt_edge.plan.costs.shape import LayerShape
@@ -98,6 +100,48 @@ def test_one_tile_is_eager_bitwise(dtype, heads, n, window):
 def test_other_caps(cap):
     given = random_heads(21, (4, 2), torch.float32)
     assert_same(ours(given, cap=cap), run("eager", given, cap=cap))
+
+
+def with_sinks(kernel: str, heads: list[Tensor], *, window: int | None) -> Attention:
+    """The output, and the gradients of query, key and value, of attention with a sink for each head."""
+    leaves, n = [head.detach().requires_grad_() for head in heads], heads[0].shape[2]
+    sinks = torch.linspace(-2, 3, heads[0].shape[1]).to(heads[0].dtype)
+    mask = masks_of(kernel, heads[0].new_zeros(len(heads[0]), n, 8), window=window)
+    module = SimpleNamespace(num_key_value_groups=heads[0].shape[1] // heads[1].shape[1], training=False, sinks=sinks)
+    attend = gpt_oss_attention if kernel == "eager" else query_tiles.attend
+    out, _ = attend(module, *leaves, mask, scaling=0.25, sliding_window=window, s_aux=sinks)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, leaves, g)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize(("n", "heads"), [(1, (4, 2)), (21, (4, 2)), (21, (4, 1))])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_are_gpt_oss(tiles_of, dtype, n, heads, window):
+    """One tile: the output is eager's, bitwise. In fp32 gradients, and several tiles, within rounding."""
+    given = random_heads(n, heads, dtype)
+    expected, found = with_sinks("eager", given, window=window), with_sinks(query_tiles.NAME, given, window=window)
+    assert torch.equal(found[0], expected[0])
+    plain = run("eager", given, cap=None, window=window)[0]
+    assert not torch.allclose(plain, expected[0], rtol=0.05, atol=0.01)
+    if dtype == torch.bfloat16 or n == 1:  # one key: nothing but rounding comes back to query and key
+        return
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert distance(mine, theirs) < 2e-6
+    tiles_of(5, heads, n)
+    out, gradients = with_sinks(query_tiles.NAME, given, window=window)
+    assert distance(out, expected[0]) < 3e-7
+    for mine, theirs in zip(gradients, expected[1], strict=True):
+        assert distance(mine, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_in_bfloat16_sinks_are_no_further_from_the_exact_values_than_eager(window):
+    given = random_heads(64, (4, 2), torch.bfloat16)
+    exact = with_sinks("eager", [head.double() for head in given], window=window)
+    found, eager = (with_sinks(kernel, given, window=window) for kernel in (query_tiles.NAME, "eager"))
+    for mine, theirs, true in zip((found[0], *found[1]), (eager[0], *eager[1]), (exact[0], *exact[1]), strict=True):
+        assert distance(mine, true) <= 1.1 * distance(theirs, true)
 
 
 @pytest.mark.parametrize("window", [None, 5, 16, 60])
@@ -203,17 +247,19 @@ def test_bytes_grow_linearly_in_tokens(monkeypatch, dtype):
 @pytest.mark.parametrize("n_queries", [3, 40, 100])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_planner_knows_the_bytes_of_a_call(tiles_of, dtype, heads, n_queries, window):
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_the_planner_knows_the_bytes_of_a_call(tiles_of, family, dtype, heads, n_queries, window):
     """To the byte, beside the output, and the gradients of query, key and value."""
     tiles_of(n_queries, heads, 100)
-    config = tiny_config("gemma2", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=32)
+    how = {"softcap": 5.0} if family == "gemma2" else {"s_aux": torch.zeros(heads[0], dtype=dtype)}
+    config = tiny_config(family, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=32)
     shape = LayerShape(facts_from_config(config.to_dict(), where="here"), dtype.itemsize, 4, ())
     leaves, tracker = [head.requires_grad_() for head in random_heads(100, heads, dtype)], MemoryTracker()
     n_bytes = [leaf.numel() * dtype.itemsize for leaf in leaves]
     with tracker:
-        tracker.watch(leaves)
+        tracker.watch([*leaves, *(value for value in how.values() if isinstance(value, Tensor))])
         before = tracker.live_bytes
-        out, _ = query_tiles.attend(torch.nn.Module(), *leaves, None, scaling=0.25, softcap=5.0, sliding_window=window)
+        out, _ = query_tiles.attend(torch.nn.Module(), *leaves, None, scaling=0.25, sliding_window=window, **how)
         forward = tracker.peak_bytes - before - n_bytes[0]
         g = torch.ones_like(out)
         tracker.start_peak()

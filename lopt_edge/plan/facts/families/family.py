@@ -25,8 +25,10 @@ class Projection(NamedTuple):
     """One linear layer of a decoder layer: its path there, what it reads and writes, and when it has a bias, or is missing.
 
     `reads` and `writes` are words for sizes: hidden, inner (of the MLP), q and kv (all heads'), or a sum such as q+kv+kv;
-    of a delta rule conv (queries, keys and values), value (of all heads) and `value heads` (how many).
-    `bias`: a key of the config that says so, ALWAYS, or nothing for never. `unless`: a key that says that there is none.
+    of a delta rule conv (queries, keys and values), value (of all heads) and `value heads` (how many); `own input` of
+    what a token's id says to each layer anew.
+    `bias`: a key of the config that says so, ALWAYS, or nothing for never. `unless`: a key that says that there is none;
+    `only`: one without which there is none.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Projection(NamedTuple):
     writes: str
     bias: str = ""
     unless: str = ""
+    only: str = ""
 
 
 def attention(*, bias: str = "", out_bias: str = "") -> tuple[Projection, ...]:
@@ -99,6 +102,9 @@ class Experts:
     all experts, the names that it may have (published ones first), and how many of the matrices stand in it one under the
     other. `takes_names`: peft takes the names of an MLP's matrices for those of experts in this family, so that no MLP of
     it can have an adapter. `full_weights`: the router gives the experts' weights in fp32, whatever the compute dtype.
+    `transposed`: a stack has its matrices, one in each, as (in, out). `biases`: the names in transformers' module of the
+    experts of what is added to their products, a tensor for all of them; `router_bias`: the router adds something, too.
+    `in_mxfp4`: there are folders with NAME_blocks and NAME_scales in the place of each stack (quant/mxfp4).
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -112,6 +118,19 @@ class Experts:
     takes_names: bool = True
     full_weights: bool = False
     publishes_stacks: bool = False
+    transposed: bool = False
+    biases: tuple[str, ...] = ()
+    router_bias: bool = False
+    in_mxfp4: bool = False
+
+
+class OwnInputNames(NamedTuple):
+    """The names of what makes a token's own inputs to the layers: its embeddings, the matrix that its hidden states go
+    through, and the norm behind that (which its tensors' names begin with)."""
+
+    embedding: str
+    projection: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,20 @@ class Layout:
         """The prefix of the names of a layer's tensors."""
         return f"{self.layers}{index}."
 
+    @property
+    def root(self) -> str:
+        """What the names of the decoder's tensors begin with."""
+        return self.embedding.removesuffix("embed_tokens.weight")
+
+    @property
+    def own_inputs(self) -> OwnInputNames:
+        """The tensors of which a token's own inputs to the layers are made."""
+        return OwnInputNames(
+            f"{self.root}embed_tokens_per_layer.weight",
+            f"{self.root}per_layer_model_projection.weight",
+            f"{self.root}per_layer_projection_norm.",
+        )
+
     def head(self, *, tied: bool) -> str:
         """The name of the tensor that is multiplied for the logits."""
         return self.embedding if tied else self.lm_head
@@ -154,15 +187,20 @@ class Family:
     what they would mean.
     `projections`: the linear layers of a decoder layer, in the order in which they run; `projections_by_type`: those of
     layers of the types in which they are others. `experts`: what some or all layers have in the place of an MLP.
+    `own_inputs`: the key for the features of what each layer is told anew of a token, and `own_vocabulary` for how many
+    tokens have such. `shared_keys`: the key for how many last layers attend to the keys and values of the last layer of
+    their type before them; `wider`: a key that says that those have MLPs twice as wide.
 
     What lies around the layers:
     `embedding_factor`: ROOT_OF_HIDDEN (rounded to the compute dtype), a key of the config, or nothing.
     `logit_divisor`, `logit_cap`: keys of the config for a divisor of the logits, and for a soft cap on them, or nothing.
-    `rotary_by_type`: there is one rotary table for each type of layer, not one for all.
+    `rotary_by_type`: there is one rotary table for each type of layer, not one for all. `rotary_share`: of a head's
+    features so much is rotated where the config says no other `partial_rotary_factor`; None: all are, whatever it says.
 
     What lies within them, as far as bytes and kernels depend on it:
     `attention`: torch's scaled_dot_product_attention, or run/model/query_tiles.py where scores have a soft cap, for which
-    torch has no fused kernel on the CPU (transformers' own is its eager attention).
+    torch has no fused kernel on the CPU (transformers' own is its eager attention), or where there are sinks.
+    `sinks`: attention has a number for each head that takes part in the softmax of its scores, and gives no value.
     `norms`: of the hidden size, in a layer. `qk_norm`: those of queries and keys have the size of a head, of the whole
     projection, or there are none. `plain_norms`: a norm is x / rms(x) times its weight, which torch has in one kernel.
     `post_norm`: the layer reads its last projection's output once more, so whoever runs it
@@ -179,15 +217,21 @@ class Family:
     overrides: Overrides = none
     refuses: Mapping[str, str] = field(default_factory=dict)
     embedding_factor: str = ""
+    own_inputs: str = ""
+    own_vocabulary: str = ""
+    shared_keys: str = ""
+    wider: str = ""
     logit_divisor: str = ""
     logit_cap: str = ""
     rotary_by_type: bool = False
+    rotary_share: float | None = None
     attention: Literal["sdpa", "query tiles"] = "sdpa"
     norms: int = 2
     qk_norm: Literal["", "head", "projection"] = ""
     plain_norms: bool = True
     post_norm: bool = False
     scalars: int = 0
+    sinks: bool = False
     layout: Layout = Layout()
 
     @property

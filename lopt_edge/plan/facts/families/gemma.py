@@ -1,5 +1,6 @@
 """Gemma 2, and the text parts of Gemma 3 (multimodal from 4B on) and Gemma 4: norms on both sides of attention and MLP, and
-windows in most layers. Gemma 4's other layers have wider heads, of whose keys the larger models make their values."""
+windows in most layers. Gemma 4's other layers have wider heads, of whose keys the larger models make their values; in the
+smaller ones each layer is told of a token anew, and the upper layers attend to keys and values of lower ones."""
 
 from __future__ import annotations
 
@@ -79,29 +80,36 @@ def _wider_heads(config: Mapping[str, Any], layer: int, layer_type: str) -> Mapp
 
 
 _A = "attention_bias"
+_OWN = "hidden_size_per_layer_input"
+_MLP = (
+    *gated_mlp(),
+    Projection("per_layer_input_gate", "hidden", "own input", only=_OWN),
+    Projection("per_layer_projection", "own input", "hidden", only=_OWN),
+)
 _GEMMA4_TEXT = replace(
     _GEMMA3_TEXT,
     name="gemma4_text",
     defaults={
         **_DEFAULTS, "vocab_size": 262144, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216,
         "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512, "global_head_dim": 512,
-        "hidden_size_per_layer_input": 256,
+        _OWN: 256, "vocab_size_per_layer_input": 262144,
     },
+    projections=(*attention(bias=_A, out_bias=_A), *_MLP),
     projections_by_type={
         FULL: (
             *attention(bias=_A)[:2],
             Projection("self_attn.v_proj", "hidden", "kv", _A, unless="attention_k_eq_v"),
             *attention(out_bias=_A)[3:],
-            *gated_mlp(),
+            *_MLP,
         )
     },
     layer_type=_but_every_sixth_and_the_last,
     overrides=_wider_heads,
-    refuses={
-        "hidden_size_per_layer_input": "embeddings for each layer, as in E2B and E4B, are",
-        "num_kv_shared_layers": "layers that share keys and values, as in E2B and E4B, are",
-        "enable_moe_block": "a mixture of experts, as in 26B-A4B, is",
-    },
+    refuses={"enable_moe_block": "a mixture of experts, as in 26B-A4B, is"},
+    own_inputs=_OWN,
+    own_vocabulary="vocab_size_per_layer_input",
+    shared_keys="num_kv_shared_layers",
+    wider="use_double_wide_mlp",
     scalars=1,
 )  # fmt: skip
 

@@ -96,6 +96,7 @@ _QWEN3_5 = Family(
         )
     },
     layer_type=_but_every_fourth,
+    rotary_share=0.25,
     qk_norm="head",
     plain_norms=False,
 )  # fmt: skip

@@ -1,0 +1,80 @@
+"""For trace_bytes.py: what is traced alone, as it runs many times inside one op: a delta rule's chunk, an expert's tile.
+
+Both are computed, with real arithmetic on zeros, by the modules that run them in a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from trace_log import EventLog
+from trace_step import DELTA_SIZES, Case, Trace, has_dense
+
+from lopt_edge.plan.facts.families import family_of
+from lopt_edge.plan.facts.families.family import LINEAR
+from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
+from quant.experts import Expert, ExpertGradients, backward_tile, forward_tile
+from quant.sizes import DELTA_CHUNK as CHUNK
+from tools.tiny_models import tiny_config
+
+EXPERT_OPS = ("experts_forward", "experts_backward")
+DELTA_OPS = ("delta_forward", "delta_backward")
+
+
+def traced_chunk(case: Case, sizes: dict[str, int]) -> Trace:
+    """The trace of one whole chunk of a family's delta rule, and of its gradients."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(case.family, num_hidden_layers=1, layer_types=[LINEAR])
+    config.linear_conv_kernel_dim = sizes["x"] - CHUNK + 1
+    for name, letter in DELTA_SIZES:
+        setattr(config, name, sizes[letter])
+    layer = AutoModelForCausalLM._model_mapping[type(config)](config).to(case.dtype).eval().model.layers[0]
+    net = next(module for module in layer.modules() if hasattr(module, "A_log")).requires_grad_(False)
+    core, s, log = DeltaCore(net), sizes["s"], EventLog()
+    widths = sizes["c"], sizes["j"] * sizes["o"], sizes["j"], sizes["j"]
+    tensors = tuple(torch.zeros(s, CHUNK, width, dtype=case.dtype) for width in widths)
+    found, values = [torch.zeros_like(tensor) for tensor in tensors], torch.zeros_like(tensors[1])
+    states = [core.first_state(s, torch.device("cpu")) for _ in range(2)]
+    trace = Trace(given={name: {} for name in DELTA_OPS}, result=dict.fromkeys(DELTA_OPS, -1))
+    with log:
+        log.watch([*tensors, *found, values, *states, *core.parameters()])
+        for name in DELTA_OPS:
+            log.events.clear()
+            if name == "delta_forward":
+                run_chunk(core, tensors, 0, states[0], values)
+            else:
+                chunk_gradient(core, tensors, 0, states[0], (values, states[1]), found)
+            trace.spans[name] = list(log.events)
+    return trace
+
+
+def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
+    """The trace of one tile of a family's experts, and of its gradients."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(case.family, num_hidden_layers=1, **({"mlp_only_layers": []} if has_dense(case.family) else {}))
+    layer = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model.layers[0]
+    gate = next(module for module in layer.modules() if hasattr(module, "_apply_gate"))._apply_gate
+    (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
+    record = family_of(case.family).experts
+    sizes_of_biases = (2 * i, d) if record is not None and record.biases else ()
+    biases = (torch.zeros(size, dtype=dtype) for size in sizes_of_biases)
+    expert = Expert(torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype), *biases)
+    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
+    full = record is not None and record.full_weights
+    weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
+    sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
+    trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
+    with log:
+        log.watch(
+            [*(tensor for tensor in expert if tensor is not None), x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP]
+        )
+        for name in EXPERT_OPS:
+            log.events.clear()
+            if name == "experts_forward":
+                with torch.no_grad():
+                    forward_tile(gate, expert, (x, weights), places, y_ND=y)
+            else:
+                backward_tile(gate, expert, (x, weights, g), places, sums=sums)
+            trace.spans[name] = list(log.events)
+    return trace
