@@ -21,7 +21,7 @@ ROOMS = (  # the highest first
     "run/watch", "run/step", "run/model", "run/tiers", "run",
     "config", "models",
     "plan/search", "plan/costs", "plan/methods", "plan/schedule", "plan/facts", "plan/facts/families",
-    "data", "pictures", "system", "units", "errors", "quant",
+    "objectives", "data", "pictures", "system", "units", "errors", "quant",
 )  # fmt: skip
 LOOSE = {"__init__.py", "errors.py", "units.py", "py.typed"}
 FILES = {

@@ -3,6 +3,7 @@
 Rows are chats in the OpenAI form: the user gives a signature with its module, the assistant answers with the first
 sentence of its docstring. docstrings-train.jsonl is made from files that the model was pretrained on (the text is
 known, the question is new); docstrings-eval.jsonl and retention.txt from held-out files that it never saw.
+preferences.jsonl has pairs: the first training rows, each with the answer of the row after it as the rejected one.
 
 The rule it keeps: no sentence stands twice, none stands in both sets, and a held-out file gives either rows or retention
 text. Choice and order follow a hash of the name, so a set is an even sample and the same Python version writes the same
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from stdlib_corpus import DocEntry, SourceFile, doc_entries, read_files
 
-TRAIN_ROWS, EVAL_ROWS = 2400, 150
+TRAIN_ROWS, EVAL_ROWS, PAIRS = 2400, 150, 200
 RETENTION_BYTES = 80_000  # the last file may exceed it
 RETENTION_FILE = range(2_000, 20_000)  # characters; several small files instead of one large one
 SIGNATURE, SENTENCE = range(8, 200), range(20, 240)  # characters
@@ -70,6 +71,16 @@ def write_rows(entries: list[DocEntry], path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
+def write_pairs(entries: list[DocEntry], path: Path) -> None:
+    lines = []
+    for entry, other in zip(entries, [*entries[1:], entries[0]], strict=True):
+        reply = {"prompt": ("user", entry.signature), "chosen": ("assistant", entry.sentence)}
+        reply["rejected"] = ("assistant", other.sentence)
+        row = {name: [{"role": role, "content": text}] for name, (role, text) in reply.items()}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "examples" / "data")
@@ -86,6 +97,7 @@ def main() -> None:
     }
     for name, entries in rows.items():
         write_rows(entries, options.output / name)
+    write_pairs(rows["docstrings-train.jsonl"][:PAIRS], options.output / "preferences.jsonl")
     text = "\n\n".join(file.text for file in retention)
     (options.output / "retention.txt").write_text(text, encoding="utf-8", newline="\n")
     for path in sorted(options.output.iterdir()):

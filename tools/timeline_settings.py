@@ -1,8 +1,8 @@
 """Law 6's workbench: random settings of a run, one step of it watched tensor by tensor, and what the timeline says of it.
 
 Not a test itself. `python -m tools.timeline_settings FIRST LAST [WORD ...]` prints settings by number, `-v` op by op;
-words are families (one with experts takes the settings of all numbers), `dropout` (on the LoRA inputs), `odd` (odd sizes)
-and `packed` (several sequences in a row).
+words are families (one with experts, or added later, takes the settings of all numbers), `dropout` (on the LoRA inputs),
+`odd` (odd sizes) and `packed` (several sequences in a row).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
+from lopt_edge.objectives import OBJECTIVES
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import Timeline, timeline
@@ -28,7 +29,7 @@ from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.watch.memory_report import MeasuredOp, MemoryMeter
-from tests.laws.bench import Bench, in_a_row, make_bench, random_batch
+from tests.laws.bench import Bench, as_choices, in_a_row, make_bench, random_batch
 from tools.tiny_gguf import write_gguf
 from tools.tiny_models import FAMILIES, make_folder
 from tools.tiny_quantised import write_quantised
@@ -60,9 +61,17 @@ class Setting:
     has_flash: bool = True  # of that device
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
+    objective: str = ""  # of preferences; of pairs each micro-batch has an even number of sequences
 
 
-DENSE = [name for name in FAMILIES if family_of(name).experts is None]  # of which a number draws one
+NAMES = {
+    "phi3": FUSED,
+    "glm4": (*LINEARS[:4], *FUSED[2:]),
+    "arcee": (*LINEARS[:4], *LINEARS[5:]),
+    "granitemoehybrid": (*LINEARS[:4], "input_linear", "output_linear"),
+}  # others have LINEARS
+ADDED = ("glm4", "arcee", "granitemoehybrid")  # since the numbers that the tests chose, which draw from the others
+DENSE = [name for name in FAMILIES if family_of(name).experts is None and name not in ADDED]  # of which a number draws one
 
 
 def random_setting(number: int, *, dropout: bool = False, family: str = "") -> Setting:
@@ -90,7 +99,7 @@ def random_setting(number: int, *, dropout: bool = False, family: str = "") -> S
         tuple(pick.randint(longest // 2, longest) for _ in range(pick.choice([1, 1, 2]))) for _ in range(n_micro_batches)
     )
     heads, kv_heads = pick.choice([(4, 2), (4, 4), (8, 2), (2, 1)])
-    names = FUSED if family == "phi3" else LINEARS if family in DENSE else LINEARS[:4]
+    names = LINEARS[:4] if family_of(family).experts is not None else NAMES.get(family, LINEARS)
     found = Setting(
         family,
         pick.choice([torch.float32, torch.bfloat16]),
@@ -279,6 +288,9 @@ def compare(setting: Setting, root: Path) -> Comparison:
     ]  # quick, for moments alone
     batches = [_batch(setting, lengths, seed=i, vocab=vocabulary) for i, lengths in enumerate(setting.lengths)]
     batches = [replace(batch, examples=_numbered(batches, i)) for i, batch in enumerate(batches)]
+    if setting.objective:
+        bench.executor.losses.objective = OBJECTIVES[setting.objective]
+        short, batches = ([as_choices(batch, setting.objective) for batch in some] for some in (short, batches))
     lengths = [length for batch in batches for length in batch.lengths]
     cache = FeatureCache(_new(folder / "cache"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)
     teacher = FeatureCache(_new(folder / "teacher"), identity={}, lengths=lengths, width=bench.model.facts.hidden_size)

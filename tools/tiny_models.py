@@ -33,6 +33,8 @@ FAMILIES: dict[str, dict] = {
                     "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": {},
+    "glm4": {},
+    "arcee": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
@@ -44,6 +46,9 @@ FAMILIES: dict[str, dict] = {
                                        "original_max_position_embeddings": 8}},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
                 "attention_multiplier": 0.2},
+    "granitemoehybrid": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+                         "attention_multiplier": 0.2, "num_local_experts": 0, "shared_intermediate_size": 128,
+                         "position_embedding_type": "rope"},
     "granitemoe": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "num_local_experts": 4,
                    "attention_multiplier": 0.2, "num_experts_per_tok": 2, "intermediate_size": 64},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8,
@@ -93,7 +98,10 @@ def tiny_config(family: str, **changes: object) -> object:
         own = {"tie_word_embeddings": inner["tie_word_embeddings"], "image_token_index": 3, "image_token_id": 3, **own}
         return AutoConfig.for_model(family, text_config=inner, vision_config=vision, **own)
     values = {**BASE, **FAMILIES[family], **changes}
-    if family in ("phi3", "olmoe"):
+    if family == "granitemoehybrid":
+        values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
+        values["shared_intermediate_size"] = values["intermediate_size"]
+    if family in ("phi3", "olmoe", "granitemoehybrid"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     return AutoConfig.for_model(family, **values)
 

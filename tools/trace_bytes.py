@@ -18,7 +18,8 @@ backward is traced for each linear layer that may be the first one with LoRA.
     !name:...  a module of ours begins, or has its result       ~     left out where a layer is recomputed
     =5  this allocation is the layer's output       @7  keys or values that later layers attend to
 
-Here logs become programs; trace_step.py runs a step and trace_log.py logs it.
+Here logs become programs; trace_step.py runs a step and trace_log.py logs it. trace_inner.py traces what runs many times
+inside one op, trace_shared.py makes layers share keys.
 
     python tools/trace_bytes.py            writes the table (minutes); --families a,b: traces these alone
     python tools/trace_bytes.py --check    exits with 1 if the committed table is not what this version gives
@@ -73,7 +74,7 @@ PRIMES = (
     {"s": 13, "t": 37, "u": 38, "d": 68, "k": 11, "e": 46, "f": 2 * 71, "i": 58, "n": 31, "v": 41, "group": 5,
      "l": 43, "r": 3, "m": 47, "o": 59, "o of 1": 73, "x": 67, "y": 83, "p": 79, "w": 61, "z": 106},
     {"s": 5, "t": 61, "u": 62, "d": 76, "k": 7, "e": 34, "f": 2 * 59, "i": 46, "n": 29, "v": 37, "group": 11,
-     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71, "y": 97, "p": 89, "w": 67, "z": 146},
+     "l": 41, "r": 3, "m": 43, "o": 47, "o of 1": 53, "x": 71, "y": 97, "p": 89, "w": 79, "z": 134},
 )  # fmt: skip
 # Smaller ones for a chunk of a delta rule, which is computed.
 NOT_IN_A_CHUNK = dict.fromkeys("tudkefinvypwz", 1) | {"group": 1}

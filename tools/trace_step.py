@@ -52,7 +52,12 @@ VALUES_ARE_KEYS = ("gemma4_text",)  # in the layers without a window
 LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
 DENSE, EXPERTS = "", " experts"  # words of a case: what stands behind the attention
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
-PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "glm4": (*BLOCKED[:4], "gate_up_proj", "down_proj"),
+    "arcee": (*BLOCKED[:4], "up_proj", "down_proj"),
+    "granitemoehybrid": (*BLOCKED[:4], "input_linear", "output_linear"),
+}
 OWN_PARTS = ("per_layer_input_gate", "per_layer_projection")  # of layers that are told of tokens anew
 OWN_CASES = (" own", " own kept", " own kept back", " own shared", " own shared back")
 DELTA_PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "mlp")
@@ -226,7 +231,7 @@ def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
     return {
         **primes,
         "f": primes["f"],
-        "e": primes["e"] * (1 if family_of(case.family).rotary_share is None else 8),  # of which a part is rotated
+        "e": primes["e"] * (1 if family_of(case.family).rotary_share is None else 4),  # of which a part is rotated
         "r": r,
         "o": o,
         "j": primes["l"] * r,
@@ -264,6 +269,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         ("num_key_value_heads", "k"),
         ("head_dim", "e"),
         ("intermediate_size", "i"),
+        ("shared_intermediate_size", "i"),
         *DELTA_SIZES,
         *(EXPERT_SIZES if case.has_experts else ()),
     ):
@@ -336,7 +342,7 @@ def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLo
         layer.set_submodule(core, OpaqueDelta(log))
     if kind.experts is not None:
         layer.set_submodule(kind.last_module, OpaqueExperts(log))
-    elif hasattr(layer.mlp, "gate_proj"):
+    elif hasattr(getattr(layer, "mlp", None), "gate_proj"):
         layer.mlp = OpaqueMLP(layer.mlp.down_proj, log)
     for name, module in list(layer.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):

@@ -23,9 +23,10 @@ def model_card(run: Mapping[str, Any], *, run_file: str, log_file: str) -> str:
     """
     config, before, after = run["config"], run["evaluation"]["before"], run["evaluation"]["after"]
     base = printable_name(run["base"])
-    scored = run["scored_tokens"]
+    scored, objective = run["scored_tokens"], config.get("objective", "sft")
+    method = f"method `{config['method']}`" + ("" if objective == "sft" else f", objective `{objective}`")
     rows = [
-        f"| {name.replace('_', ' ')} | {scored[name]:,} | {before[name]:.4f} | {after[name]:.4f} |"
+        f"| {name.replace('_', ' ')} | {_count(scored.get(name))} | {before[name]:.4f} | {after[name]:.4f} |"
         for name in after
         if name in before
     ]
@@ -39,7 +40,7 @@ tags: [lora, lopt-edge]
 ---
 # LoRA adapter for {_as_text(Path(base).name)}
 
-Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]}`, {run["totals"]["steps"]} steps,
+Trained with lopt-edge {run["versions"]["lopt-edge"]}, {method}, {run["totals"]["steps"]} steps,
 {run["totals"]["tokens"]:,} tokens ({run["totals"]["supervised_tokens"]:,} supervised), on a base in 4 bits (NF4).
 
 {table}
@@ -47,6 +48,10 @@ Trained with lopt-edge {run["versions"]["lopt-edge"]}, method `{config["method"]
 {_loading(run)}
 The full settings, the plan and the measurements are in `{run_file}`, the loss of each step in `{log_file}`.
 """
+
+
+def _count(n_tokens: int | None) -> str:
+    return "" if n_tokens is None else f"{n_tokens:,}"
 
 
 def _loading(run: Mapping[str, Any]) -> str:

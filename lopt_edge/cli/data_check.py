@@ -25,6 +25,9 @@ def data_check(
     data_format: Annotated[str | None, typer.Option("--data-format", help="form of the rows (default: detected)")] = None,
     ignore_columns: Annotated[str, typer.Option("--ignore-columns", help="fields to leave out, e.g. chosen,notes")] = "",
     columns: Annotated[str, typer.Option("--columns", help="our field names, e.g. prompt=question,completion=answer")] = "",
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="as the run's: sft, dpo, orpo, simpo, kto (default: as the rows are)")
+    ] = None,
     chat_template: TemplateOption = None,
     think: Annotated[str | None, typer.Option("--think", help="thoughts: keep, strip or last")] = None,
     escape_special_tokens: Annotated[
@@ -52,11 +55,22 @@ def data_check(
     how: dict[str, Any] = {"data_format": data_format, "chat_template": chat_template, "think": think}
     how["columns"] = _names(columns)
     how |= {"escape_special_tokens": escape_special_tokens, "ignore_columns": _names(ignore_columns)}
+    how["preferences"] = _asked_by(objective)
     dataset = load_dataset(file, tokenizer, max_seq_len=longest, **how)
     if as_json:
         print(json.dumps(check_facts(dataset), indent=2))
     else:
         out.print(check_report(dataset, tokenizer), soft_wrap=False)  # else it would be cut at the terminal's width
+
+
+def _asked_by(objective: str | None) -> str:
+    """The form of preferences that an objective asks of the rows. Raises InputError for an unknown one."""
+    from lopt_edge.objectives import OBJECTIVES
+
+    forms = {"sft": "none", **{name: one.form for name, one in OBJECTIVES.items()}}
+    if objective not in (None, *forms):
+        raise InputError(f"{objective!r} is unknown", where="--objective", fix=f"choose from {', '.join(forms)}")
+    return "as they are" if objective is None else forms[objective]
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -28,11 +28,13 @@ DOING = {
     "quantise": "quantising to 4 bits",
     "load": "loading the model",
     "teacher": "computing the teacher's features",
+    "reference": "computing the reference's log-probabilities",
     "evaluate": "evaluating",
     "sample": "writing the sample",
     "save": "saving",
 }  # what a phase of the run is in words; training has its own line
-NAMES = {"eval_loss": "held-out loss", "retention_loss": "retention loss"}
+NAMES = {"eval_loss": "held-out loss", "retention_loss": "retention loss", "eval_rewards_margin": "margin",
+         "eval_rewards_accuracy": "accuracy"}  # fmt: skip
 SMOOTHING = 0.9  # of the running mean of the loss
 
 
@@ -123,7 +125,8 @@ class TerminalProgress(Progress):
             self._print(f"step {metrics['step']}/{self.n_steps}  {text}")
 
     def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
-        self._print(f"step {step}: " + ", ".join(f"{NAMES.get(name, name)} {loss:.4f}" for name, loss in losses.items()))
+        shown = {name: loss for name, loss in losses.items() if name in NAMES}
+        self._print(f"step {step}: " + ", ".join(f"{NAMES[name]} {loss:.4f}" for name, loss in shown.items()))
         self.held_out = f"held-out {losses['eval_loss']:.3f}" if "eval_loss" in losses else ""
 
     def stop(self) -> None:
@@ -142,6 +145,8 @@ class TerminalProgress(Progress):
             (0, f"loss {self.loss.add(metrics['loss']):.3f}{kind}"),
             (5, f"local {local}" if local else ""),
             (6, f"align {metrics['align_loss']:.4f}" if "align_loss" in metrics else ""),
+            (1, f"accuracy {metrics['rewards_accuracy']:.0%}" if "rewards_accuracy" in metrics else ""),
+            (2, f"margin {metrics['rewards_margin']:+.3f}" if "rewards_margin" in metrics else ""),
             (4, self.held_out),
             (3, f"lr {rate:.1e}".replace("e-0", "e-")),
             (2, f"{speed:,.0f} tok/s"),

@@ -41,11 +41,12 @@ def print_result(result: RunResult) -> None:
     table = Table(title=f"{result.steps} steps in {sum(result.seconds.values()):.0f} s", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss"}
+    labels = {"eval_loss": "held-out task loss", "retention_loss": "retention loss",
+              "eval_rewards_margin": "held-out margin", "eval_rewards_accuracy": "held-out accuracy"}  # fmt: skip
     before, after = result.evaluation["before"], result.evaluation["after"]
-    for name, value in after.items():
-        scored = f"{labels[name]} ({result.scored_tokens[name]:,} tokens)"
-        table.add_row(scored, f"{before[name]:.4f}", f"{value:.4f}")
+    for name in (name for name in after if name in labels):
+        tokens = f" ({result.scored_tokens[name]:,} tokens)" if name in result.scored_tokens else ""
+        table.add_row(f"{labels[name]}{tokens}", f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
     whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"

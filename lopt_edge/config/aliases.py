@@ -38,6 +38,10 @@ ALIASES = {
     "cosine_cycles": "cycles",
     "report_to": "track",
     "early_stopping_patience": "patience",
+    "rl": "objective",
+    "rl_beta": "beta", "dpo_beta": "beta", "pref_beta": "beta",
+    "orpo_alpha": "orpo_lambda",
+    "kto_desirable_weight": "desirable_weight", "kto_undesirable_weight": "undesirable_weight",
 }  # fmt: skip
 
 ALWAYS_QLORA = "leave it out: the base is always in 4 bits, and a LoRA adapter is what is trained"
@@ -59,7 +63,8 @@ ADVICE = {
     "load_in_4bit": ALWAYS_QLORA, "load_in_8bit": ALWAYS_QLORA, "quantization_bit": ALWAYS_QLORA,
     "quantization_method": ALWAYS_QLORA, "adapter": ALWAYS_QLORA, "finetuning_type": ALWAYS_QLORA,
     "fine_tune_type": ALWAYS_QLORA, "full_finetuning": ALWAYS_QLORA, "use_peft": ALWAYS_QLORA,
-    "stage": "leave it out: what is done is supervised fine-tuning",
+    "stage": "leave it out for supervised fine-tuning; use objective dpo, orpo, simpo or kto for preferences",
+    "pref_loss": "use objective: dpo is the sigmoid loss, orpo and simpo are their own",
     "gradient_checkpointing": THE_PLANNER, "grad_checkpoint": THE_PLANNER, "use_gradient_checkpointing": THE_PLANNER,
     "deepspeed": THE_PLANNER, "fsdp": THE_PLANNER,
     "flash_attention": "leave it out: torch takes the best attention kernel that the device has",

@@ -8,6 +8,7 @@ options are found by their owners, so a new method needs nothing here; a setting
 from __future__ import annotations
 
 from lopt_edge.config.settings import Config, field_names
+from lopt_edge.objectives import ObjectiveOptions
 from lopt_edge.plan.methods import owners_of
 
 BASICS, METHODS_PANEL, OTHERS = "Basics", "Methods: how far the gradient reaches", "Others"
@@ -21,6 +22,7 @@ PANELS = {
     "Model, data and evaluation": (
         "revision", "tokenizer", "cache_dir", "data_format", "columns", "ignore_columns", "chat_template", "think",
         "escape_special_tokens", "eval_data", "eval_every", "keep_best", "patience", "retention_data", "system"),
+    "Preferences": tuple(ObjectiveOptions.model_fields),
     "Memory": ("host_memory", "disk_memory", "pinned_memory", "weights", "activations", "saved_inputs", "optimizer_states",
                "gradients", "apply", "prefetch", "token_tile", "mlp_block", "mlp_tile", "page_dir", "force"),
     "Checkpoints and reports": ("save_every", "save_minutes", "keep", "resume", "track", "memory_report", "push_to_hub"),

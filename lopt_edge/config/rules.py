@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lopt_edge.config.settings import Config, field_names
 from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.objectives import OBJECTIVES, ObjectiveOptions, objectives_with
 from lopt_edge.plan.methods import METHODS, owners_of
 from lopt_edge.plan.methods.method import Problem
 from lopt_edge.system.file_systems import path_fault
@@ -49,11 +50,37 @@ def method_errors(config: Config) -> Iterator[Problem]:
     if config.packing and config.apply == "layer":
         what = "cannot be with apply layer: a step may have several rows, and a layer's gradients are complete in the last"
         yield Problem("packing", what, "use --apply segment, or leave packing out")
+    yield from _objective_errors(config)
     if config.overwrite:
         yield from _overwrite_errors(config)
     if config.pipeline > 1:
         yield from _pipeline_errors(config)
     yield from method.problems(config, config)
+
+
+def _objective_errors(config: Config) -> Iterator[Problem]:
+    """The problems of an objective: settings of another one, methods without a task loss of their own, what it cannot be
+    with."""
+    for name in ObjectiveOptions.model_fields:
+        users, given = objectives_with(name), getattr(config, name) != Config.model_fields[name].default
+        if users and given and config.objective not in users:
+            what = f"belongs to objective {' or '.join(users)}, this is {config.objective}"
+            yield Problem(name, what, f"add --objective {users[0]}, or leave {name} out")
+    if config.objective == "sft":
+        return
+    objective, method = OBJECTIVES[config.objective], METHODS[config.method]
+    if method.learns == "replies" or (method.learns == "no reference" and objective.reads_reference):
+        fits = ", ".join(name for name, one in METHODS.items() if one.learns == "any objective")
+        what = f"{config.objective} cannot be with method {config.method}: {method.why_not}"
+        yield Problem("objective", what, f"use --objective sft, or one of the methods {fits}")
+    if config.pipeline > 1:
+        what = f"{config.objective} cannot be with pipeline: labels and references lie with one process"
+        yield Problem("objective", what, "leave pipeline out")
+    if config.packing and objective.paired:
+        what = (
+            f"cannot be with objective {config.objective}: the two replies of a pair are compared, each in a row of its own"
+        )
+        yield Problem("packing", what, "leave packing out")
 
 
 def _overwrite_errors(config: Config) -> Iterator[Problem]:
@@ -126,6 +153,11 @@ def no_effect_warnings(config: Config) -> list[str]:
         if name in given and name not in method.local:
             found.append(f"{name} has no effect: method {config.method} has no local loss")
     found += method.warnings(config, config)
+    if config.objective != "sft" and config.init_adapter and OBJECTIVES[config.objective].reads_reference:
+        found.append(
+            f"init_adapter is where training begins; the reference of {config.objective} is the base without it (to "
+            "compare with the adapter, merge it into the base first: lopt-edge export)"
+        )
     if config.cycles > 1 and config.schedule != "cosine":
         found.append(f"cycles has no effect: the schedule is {config.schedule}")
     if config.min_lr and config.schedule == "constant":

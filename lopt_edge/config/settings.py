@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from lopt_edge.config.faults import SettingsError, faults_of
+from lopt_edge.objectives import OBJECTIVES, ObjectiveOptions
 from lopt_edge.plan.facts.device_kinds import AUTO, DEVICE_TYPES
 from lopt_edge.plan.methods import METHODS, option_classes
 from lopt_edge.plan.methods.method import Options
@@ -31,7 +32,7 @@ else:
     MethodOptions = create_model("MethodOptions", __base__=option_classes())
 
 
-class Config(MethodOptions):
+class Config(ObjectiveOptions, MethodOptions):
     """The settings of `finetune`, all of them. Field help texts are what `lopt-edge finetune --help` shows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -59,7 +60,7 @@ class Config(MethodOptions):
     pipeline: int = Field(1, ge=1, le=1024, description="lopt, frozen: run the segments in so many processes")
     pipeline_minutes: float = Field(30.0, gt=0, description="end the run if one of them says nothing for so long")
     choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
-    batch_size: int = Field(1, ge=1, description="sequences per micro-batch")
+    batch_size: int = Field(1, ge=1, description="sequences (of dpo, orpo, simpo: pairs) per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")
     packing: bool | None = Field(
         None, description="lay a step's short sequences into rows, one after the other (default: where that is faster)"
@@ -70,7 +71,7 @@ class Config(MethodOptions):
     choose_micro_batch: bool = Field(
         False, description="let the planner split batch_size x grad_accum into micro-batches as is fastest"
     )
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate (default of other objectives: 5e-6, orpo 8e-6)")
     lr_local: float | None = Field(None, gt=0, description="peak learning rate of local losses (lopt: lr / 100, else lr)")
     lr_head: float | None = Field(None, gt=0, description="peak learning rate of lopt's aux heads (default: lr)")
     local_weight: float = Field(10.0, gt=0, description="weight of the local losses (lambda)")
@@ -86,9 +87,9 @@ class Config(MethodOptions):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the LoRA branch's input")
     lora_rslora: bool = Field(False, description="scale the branch by alpha / sqrt(r) (rank-stabilised LoRA)")
     lora_targets: tuple[str, ...] = Field(("all-linear",), description="all-linear, or e.g. q_proj,v_proj")
-    data_format: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None = Field(
-        None, description="form of the data rows (default: detected)"
-    )
+    data_format: (
+        Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired-preference"] | None
+    ) = Field(None, description="form of the data rows (default: detected)")
     ignore_columns: tuple[str, ...] | None = Field(
         None, description="fields of rows and messages to leave out, e.g. chosen,notes"
     )
@@ -171,6 +172,8 @@ class Config(MethodOptions):
             return values
         if "method" not in values and (meant := _meant_by(values)) is not None:
             values = {**values, "method": meant}
+        if "lr" not in values and (objective := OBJECTIVES.get(str(values.get("objective")))) is not None:
+            values = {**values, "lr": objective.rate}
         method = METHODS.get(values["method"]) if isinstance(values.get("method"), str) else None
         if method is None or values.get("boundary_layers"):
             return values

@@ -3,7 +3,8 @@
 Rule: a field that a user's file has is used, named as unused, or refused; never dropped in silence. The tables below are
 the one place that says which. A field without a value (null, "", [] or {}) is as absent: tables give every row every
 column. So is a text that stands in the row anyway (`prompt` beside `messages` is the first user message, in more than one
-public set). What `--ignore-columns` names is taken out of rows and messages before anything else looks at them.
+public set), or a list of messages that does (`messages` beside `chosen`). What `--ignore-columns` names is taken out of
+rows and messages before anything else looks at them.
 
 Not here: what the values must look like (`formats`, `messages`).
 """
@@ -33,6 +34,10 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prompt-completion": frozenset({"prompt", "completion", *FLAGS}),
     "prompt-completion of messages": frozenset({"prompt", "completion", *SYSTEM, *TOOLS, *FLAGS}),
     "text": frozenset({"text", *FLAGS}),
+    "preference": frozenset({"prompt", "chosen", "rejected"}),
+    "preference of messages": frozenset({"prompt", "chosen", "rejected", *SYSTEM, *TOOLS}),
+    "unpaired-preference": frozenset({"prompt", "completion", "label"}),
+    "unpaired-preference of messages": frozenset({"prompt", "completion", "label", *SYSTEM, *TOOLS}),
 }
 FORM_FIELDS = frozenset({*MESSAGES, "instruction", "input", "output", "prompt", "completion", "text"})
 MESSAGE_FIELDS = frozenset({"name", "tool_call_id", *THOUGHTS, *CALLS, *FLAGS})  # beside the form's own two
@@ -47,7 +52,14 @@ HARMLESS = frozenset({
     "quality_score", "rating", "difficulty", "num_turns", "n_turns", "n_tokens", "num_tokens", "token_count", "length",
     "metadata", "meta", "comment", "annotator", "annotations", "parallel_tool_calls",
 })  # fmt: skip
-HARMLESS_HERE: dict[str, frozenset[str]] = {"alpaca": frozenset({"text"})}  # the whole row again, in its author's template
+RATINGS = frozenset(f"{which}{joint}{what}" for which in ("chosen", "rejected") for joint in "_-"
+                    for what in ("score", "rating", "model", "source"))  # fmt: skip
+RATINGS |= {f"score_{which}" for which in ("chosen", "rejected")}
+HARMLESS_HERE: dict[str, frozenset[str]] = {
+    "alpaca": frozenset({"text"}),  # the whole row again, in its author's template
+    "preference": RATINGS,
+    "preference of messages": RATINGS,
+}
 
 
 def is_absent(value: object) -> bool:
@@ -84,11 +96,11 @@ class Columns:
         """The row's fields that are used, without a value or not; what is unknown is kept for `unknown`."""
         known = ROW_FIELDS[form]
         left = self._kept(value)
-        texts = _texts(left, known)
+        texts, values = _texts(left, known), [left[name] for name in known & left.keys()]
         for name in [name for name in left if name not in known]:
             if name in HARMLESS or name in HARMLESS_HERE.get(form, ()) or name in self._other:
                 self._harmless[name] = None
-            elif not (is_absent(left[name]) or (isinstance(left[name], str) and left[name].strip() in texts)):
+            elif not (is_absent(left[name]) or _repeats(left[name], texts, values)):
                 self._note_unknown(name, f"a row of {form}", where=where)
             del left[name]
         return left
@@ -125,6 +137,11 @@ class Columns:
 
     def _note_unknown(self, name: str, form: str, *, where: str) -> None:
         self._unknown.setdefault(name, ({}, form))[0][where] = None
+
+
+def _repeats(value: object, texts: set[str], values: list[Any]) -> bool:
+    """Whether a field only says again what a known one says: a text, or the same messages."""
+    return value.strip() in texts if isinstance(value, str) else isinstance(value, list) and value in values
 
 
 def _rows(count: int) -> str:

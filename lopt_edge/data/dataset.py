@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,10 @@ from lopt_edge.data.columns import Columns
 from lopt_edge.data.encode import Example, encode_rows
 from lopt_edge.data.formats import DataFormat, detect_format, to_rows
 from lopt_edge.data.notes import Note, Notes
+from lopt_edge.data.preferences import Wanted, mismatched, preferences_of, put_together, taken_apart
 from lopt_edge.data.records import Record
 from lopt_edge.data.renamed import mapping_of, renamed
-from lopt_edge.data.rows import Conversation, Row
+from lopt_edge.data.rows import AnyRow, Conversation, Preferences, Row
 from lopt_edge.data.sources import mixed, sources_of
 from lopt_edge.data.template import ChatTemplate, load_template
 from lopt_edge.data.thoughts import Think
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: encoded examples in file order. `n_dropped` counts the rows of which no example is left."""
+    """A data set: encoded examples in file order. `n_dropped` counts the rows of which no example is left.
+
+    `labels` say of each example whether it is preferred, where the rows are preferences; of pairs the chosen example comes
+    first, then the rejected one.
+    """
 
     examples: tuple[Example, ...]
     format: DataFormat
@@ -49,6 +55,18 @@ class Dataset:
     unused_columns: tuple[str, ...] = ()  # known to hold nothing to learn
     ignored_columns: tuple[str, ...] = ()  # named by --ignore-columns
     missing_columns: tuple[str, ...] = ()  # named by it, and in no row
+    preferences: Preferences = "none"
+    labels: tuple[bool, ...] = ()
+
+    @property
+    def together(self) -> int:
+        """How many examples belong together: they share a micro-batch."""
+        return 2 if self.preferences == "pairs" else 1
+
+    @property
+    def n_units(self) -> int:
+        """The number of what a step counts: pairs, or single examples."""
+        return len(self.examples) // self.together
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -88,10 +106,17 @@ def load_dataset(
     escape_special_tokens: bool = False,
     ignore_columns: Iterable[str] | None = None,
     columns: Iterable[str] | None = None,
+    preferences: Wanted = "none",
 ) -> Dataset:
-    """Read, detect, normalise, render and encode the data that `path` names (sources.py). Raises InputError(s)."""
+    """Read, detect, normalise, render and encode the data that `path` names (sources.py). Raises InputError(s).
+
+    `preferences`: what the run's objective asks of the rows beside their text.
+    """
     notes, fields = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
-    rows, found, reason = _read(str(path), data_format, mapping_of(columns or ()), fields, notes)
+    ignored = tuple(ignore_columns or ())
+    detect = partial(detect_format, preferred=preferences != "none", ignored=ignored)
+    read, found, reason = _read(str(path), data_format, mapping_of(columns or ()), fields, notes, detect)
+    form, rows = preferences_of(found, preferences, where=str(path)), taken_apart(read)
     template, template_reason = _template_for(rows, tokenizer, chat_template)
     encoded = encode_rows(
         rows,
@@ -102,10 +127,11 @@ def load_dataset(
         escape=escape_special_tokens,
         notes=notes,
     )
-    examples = tuple(example for row in encoded for example in row)
+    kept = put_together(read, encoded, form, notes)
+    examples = kept.examples
     if not examples:
         raise InputError(
-            f"no token to learn from is left within {max_seq_len} tokens ({len(rows)} rows, all dropped)",
+            f"no token to learn from is left within {max_seq_len} tokens ({len(read)} rows, all dropped)",
             where=str(path),
             fix="raise --max-seq-len, or shorten the prompts so that the replies fit",
         )
@@ -116,25 +142,32 @@ def load_dataset(
         template=template,
         template_reason=template_reason,
         max_seq_len=max_seq_len,
-        n_rows=len(rows),
-        n_dropped=sum(not row for row in encoded),
-        fingerprint=fingerprint_of(examples),
+        n_rows=len(read),
+        n_dropped=kept.n_dropped,
+        fingerprint=fingerprint_of(examples, kept.labels),
         notes=notes.all(),
         unused_columns=fields.unused,
         ignored_columns=fields.ignored,
         missing_columns=fields.without_effect,
+        preferences=form,
+        labels=kept.labels,
     )
 
 
 def _read(
-    spec: str, data_format: DataFormat | None, mapping: Mapping[str, str], fields: Columns, notes: Notes
-) -> tuple[list[Row], DataFormat, str]:
+    spec: str,
+    data_format: DataFormat | None,
+    mapping: Mapping[str, str],
+    fields: Columns,
+    notes: Notes,
+    detect: Callable[[Sequence[Record]], tuple[DataFormat, str]],
+) -> tuple[list[AnyRow], DataFormat, str]:
     """(rows, format, its reason) of all sources; with several, the reason has what each of them gave."""
     sources = sources_of(spec)
-    rows_of, formats, reasons = list[Sequence[Row]](), list[DataFormat](), list[str]()
+    rows_of, formats, reasons = list[Sequence[AnyRow]](), list[DataFormat](), list[str]()
     for source in sources:
         records = renamed(source.records(), mapping, name=source.text)
-        found, reason = _format_of(records, data_format)
+        found, reason = detect(records) if data_format is None else (data_format, "named by --data-format")
         rows_of.append(to_rows(records, data_format=found, fields=fields, notes=notes))
         formats.append(found)
         reasons.append(reason)
@@ -146,8 +179,8 @@ def _read(
 
 
 def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """The (train, held out) parts: a seeded choice of about `fraction` of the examples, both in file order."""
-    count = len(dataset.examples)
+    """The (train, held out) parts: a seeded choice of about `fraction` of the examples (or pairs), both in file order."""
+    count = dataset.n_units
     if not 0 < fraction < 1:
         raise InputError(f"{fraction} is not between 0 and 1", where="eval-fraction", fix="use a value such as 0.1")
     if count < 2:
@@ -155,36 +188,43 @@ def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dat
         raise InputError("one example cannot be split in two", where="eval-fraction", fix=fix)
     n_held_out = min(max(round(count * fraction), 1), count - 1)
     held_out = set(random.Random(f"split {seed}").sample(range(count), n_held_out))
-    train = [example for index, example in enumerate(dataset.examples) if index not in held_out]
-    rest = [example for index, example in enumerate(dataset.examples) if index in held_out]
-    return _part(dataset, train, name="train"), _part(dataset, rest, name="held-out")
+    parts: tuple[list[int], list[int]] = [], []
+    for index in range(len(dataset.examples)):
+        parts[index // dataset.together in held_out].append(index)
+    return _part(dataset, parts[0], name="train"), _part(dataset, parts[1], name="held-out")
 
 
-def fingerprint_of(examples: Sequence[Example]) -> str:
-    """The SHA-256 over the ids and masks of all examples, in order."""
+def mismatched_part(dataset: Dataset) -> Dataset:
+    """A data set of the same prompts, each with another row's reply (preferences.py)."""
+    examples = mismatched(dataset.examples, max_seq_len=dataset.max_seq_len)
+    return replace(
+        dataset, examples=examples, preferences="none", labels=(), fingerprint=fingerprint_of(examples), notes=()
+    )
+
+
+def fingerprint_of(examples: Sequence[Example], labels: Sequence[bool] = ()) -> str:
+    """The SHA-256 over the ids and masks of all examples, in order, and over their labels where they have some."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.tobytes())
         digest.update(example.supervised)
+    digest.update(bytes(labels))
     return digest.hexdigest()
 
 
-def _part(dataset: Dataset, examples: Sequence[Example], *, name: str) -> Dataset:
+def _part(dataset: Dataset, indices: Sequence[int], *, name: str) -> Dataset:
+    examples = tuple(dataset.examples[index] for index in indices)
+    labels = tuple(dataset.labels[index] for index in indices) if dataset.labels else ()
     return replace(
         dataset,
-        examples=tuple(examples),
+        examples=examples,
+        labels=labels,
         reason=f"{dataset.reason}; {name} part of a seeded split",
         n_rows=len({example.where for example in examples}),
         n_dropped=0,
-        fingerprint=fingerprint_of(examples),
+        fingerprint=fingerprint_of(examples, labels),
     )
-
-
-def _format_of(records: Sequence[Record], data_format: DataFormat | None) -> tuple[DataFormat, str]:
-    if data_format is None:
-        return detect_format(records)
-    return data_format, "named by --data-format"
 
 
 def _template_for(

@@ -1,4 +1,4 @@
-"""Turns records of the five data formats into one of three row types.
+"""Turns records of the data formats into one of three row types, or into a preference between two.
 
     messages           {"messages": [{"role": "user", "content": "..."}, ...]}          -> Conversation
     sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}      -> Conversation
@@ -6,45 +6,61 @@
     prompt-completion  {"prompt": "...", "completion": "..."}                           -> PromptCompletion
                        (or two lists of messages, the form of TRL)                      -> Conversation
     text               {"text": "..."}, or a whole .txt file                            -> TextRow
+    preference         {"prompt": "...", "chosen": "...", "rejected": "..."}            -> Preference of two rows
+                       (texts or lists of messages; without a prompt it is what both replies begin with, as TRL has it)
+    unpaired-preference  {"prompt": "...", "completion": "...", "label": true}          -> Preference of one row
 
 Conversations may have `system` and `tools` beside them, alpaca rows a `history` of earlier turns, which are context.
 
-Rule: nothing is guessed about a row and nothing is dropped silently. The format is decided once, from the first
-record, with its reason; a row that does not fit it is a fault that names the place and the field. Faults are collected
-over all rows. Refused: fields that `columns` does not know, unknown roles, empty or non-text content, a conversation
-without an assistant message that answers something and is learned.
+Rule: nothing is guessed about a row and nothing is dropped silently. The format is decided once, from the first record and
+from whether preferences are asked for, with its reason; a row that does not fit it is a fault that names the place and the
+field. Faults are collected over all rows. Refused: fields that `columns` does not know, unknown roles, empty or non-text
+content, a conversation without an assistant message that answers something and is learned.
 
 Not here: single messages (`messages`), chat templates and tokens (`template`, `turns`, `encode`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from itertools import takewhile
+from os.path import commonprefix
 from typing import Any, Literal, get_args
 
 from lopt_edge.data import columns
 from lopt_edge.data.columns import Columns, is_absent
 from lopt_edge.data.faults import Faults
-from lopt_edge.data.fields import collected, text_field
-from lopt_edge.data.messages import OPENAI, SHAREGPT, ChatForm, Reading, flag_of, messages_of
+from lopt_edge.data.fields import collected, shown, text_field
+from lopt_edge.data.messages import NO, OPENAI, SHAREGPT, YES, ChatForm, Reading, flag_of, messages_of
 from lopt_edge.data.notes import Notes
 from lopt_edge.data.records import Record
-from lopt_edge.data.rows import Conversation, Message, PromptCompletion, Row, TextRow
+from lopt_edge.data.rows import AnyRow, Conversation, Message, Preference, PromptCompletion, Row, TextRow
 from lopt_edge.data.tool_calls import parsed, tools_of
-from lopt_edge.errors import InputError, raise_collected
+from lopt_edge.errors import InputError, raise_collected, together
 
-DataFormat = Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired-preference"]
 DATA_FORMATS: tuple[str, ...] = get_args(DataFormat)
 
 # --- which format -----------------------------------------------------------------------------------------------------
 
 
-def detect_format(records: Sequence[Record]) -> tuple[DataFormat, str]:
-    """The format of the first record, and why; the other records must follow it."""
+def detect_format(
+    records: Sequence[Record], *, preferred: bool = False, ignored: Collection[str] = ()
+) -> tuple[DataFormat, str]:
+    """The format of the first record, and why; the other records must follow it.
+
+    `preferred`: preferences are asked for, so they come before whatever else is in the row. `ignored` fields are not there.
+    """
     first = records[0]
     if isinstance(first.value, str):
         return "text", "a plain text file"
-    has = first.value.keys()
+    has = first.value.keys() - set(ignored)
+    pair = {"chosen", "rejected"} <= has
+    if preferred and pair:
+        return "preference", "the first row has 'chosen' and 'rejected'"
+    if preferred and {"prompt", "completion", "label"} <= has:
+        return "unpaired-preference", "the first row has 'prompt', 'completion' and 'label'"
     for key in ("messages", "conversations"):
         if key in has:
             pairs = _first_item_keys(first.value[key], where=first.where)
@@ -57,11 +73,14 @@ def detect_format(records: Sequence[Record]) -> tuple[DataFormat, str]:
         return "prompt-completion", "the first row has 'prompt' and 'completion'"
     if "text" in has:
         return "text", "the first row has 'text'"
-    fields = ", ".join(repr(str(key)) for key in list(has)[:12]) or "no field at all"
+    if pair:
+        return "preference", "the first row has 'chosen' and 'rejected'"
+    fields = ", ".join(repr(str(key)) for key in list(first.value)[:12]) or "no field at all"
     raise InputError(
         f"the data format is not recognised; the first row has {fields}",
         where=first.where,
-        fix="use 'messages', 'conversations', 'instruction' + 'output', 'prompt' + 'completion' or 'text'",
+        fix="use 'messages', 'conversations', 'instruction' + 'output', 'prompt' + 'completion', 'text' or, with an "
+        "objective of preferences, 'chosen' + 'rejected'",
     )
 
 
@@ -74,13 +93,13 @@ def _first_item_keys(value: object, *, where: str) -> frozenset[str]:
 
 def to_rows(
     records: Sequence[Record], *, data_format: DataFormat, fields: Columns | None = None, notes: Notes | None = None
-) -> list[Row]:
+) -> list[AnyRow]:
     """The records as rows. Raises InputErrors: all faulty records are reported together.
 
     `fields` says what is ignored and learns which fields there are, `notes` takes what the file's owner should know.
     """
     fields, notes = fields or Columns(), notes or Notes()
-    faults, rows, faulty = Faults(), [], set()
+    faults, rows, faulty = Faults(), list[AnyRow](), set()
     for record in records:
         try:
             rows.append(_converted(record, data_format, Reading(record.where, fields, notes)))
@@ -93,12 +112,12 @@ def to_rows(
     return rows
 
 
-def to_conversation(record: Record, data_format: DataFormat) -> Row:
+def to_conversation(record: Record, data_format: DataFormat) -> AnyRow:
     """The record in its normal form. Raises InputError."""
     return to_rows([record], data_format=data_format)[0]
 
 
-def _converted(record: Record, data_format: DataFormat, reading: Reading) -> Row:
+def _converted(record: Record, data_format: DataFormat, reading: Reading) -> AnyRow:
     if data_format not in _CONVERTERS:
         raise InputError(f"unknown data format {data_format!r}", fix="use one of " + ", ".join(DATA_FORMATS))
     value = record.value
@@ -107,10 +126,9 @@ def _converted(record: Record, data_format: DataFormat, reading: Reading) -> Row
             fix = "leave the data format to be detected, or use 'text'"
             raise InputError(f"a plain text file is not '{data_format}' data", where=record.where, fix=fix)
         value = {"text": value}
-    of_messages = data_format == "prompt-completion" and any(
-        isinstance(value.get(key), list) for key in ("prompt", "completion")
-    )
-    form = "prompt-completion of messages" if of_messages else data_format
+    of_messages = any(isinstance(value.get(key), list) for key in ("prompt", "completion", "chosen", "rejected"))
+    named = f"{data_format} of messages"
+    form = named if of_messages and named in columns.ROW_FIELDS else data_format
     value = reading.columns.of_row(value, form, where=record.where)
     if flag_of(value, field="", where=record.where) is False:
         raise InputError("the row says that it is not to be learned", where=record.where, fix="remove the row")
@@ -190,12 +208,79 @@ def _from_text(value: dict[str, Any], reading: Reading) -> Row:
     return TextRow(text_field(value, "text", where=reading.where), reading.where)
 
 
-_CONVERTERS: dict[str, Callable[[dict[str, Any], Reading], Row]] = {
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def _from_preference(value: dict[str, Any], reading: Reading) -> Preference:
+    replies = [value.get("chosen"), value.get("rejected")]
+    if all(isinstance(reply, list) for reply in replies):
+        return _pair_of_messages(value, reading)
+    if isinstance(value.get("prompt"), list) or any(isinstance(reply, list) for reply in replies):
+        fix = "write prompt, chosen and rejected as texts, or all as lists of messages"
+        raise InputError("only some of 'prompt', 'chosen' and 'rejected' are lists", where=reading.where, fix=fix)
+    errors: list[InputError] = []
+    chosen, rejected = (collected(errors, value, key, where=reading.where) for key in ("chosen", "rejected"))
+    implicit = is_absent(value.get("prompt"))
+    prompt = "" if implicit else collected(errors, value, "prompt", where=reading.where)
+    raise_collected(errors)
+    if implicit:
+        prompt = _common_text(chosen, rejected, reading)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    pair = PromptCompletion(prompt, chosen, reading.where), PromptCompletion(prompt, rejected, reading.where)
+    return Preference(*pair, reading.where)
+
+
+def _common_text(chosen: str, rejected: str, reading: Reading) -> str:
+    """What both texts begin with, up to a blank: a word is not cut in two. Raises InputError where there is none."""
+    common = commonprefix([chosen, rejected])  # noqa: RUF071  # letters are what is meant
+    prompt = common[: max((at for at, letter in enumerate(common) if letter.isspace()), default=0)]
+    if not prompt.strip() or not (chosen[len(prompt) :].strip() and rejected[len(prompt) :].strip()):
+        what = "there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same words and go on differently"
+        raise InputError(what, where=reading.where, fix="add the prompt")
+    return prompt
+
+
+def _pair_of_messages(value: dict[str, Any], reading: Reading) -> Preference:
+    keys = ("chosen", "rejected")
+    chosen, rejected = together(*(partial(messages_of, value[key], key, OPENAI, reading) for key in keys))
+    prompt = value.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        context = messages_of(prompt, "prompt", OPENAI, reading)
+        n_context, chosen, rejected = len(context), context + chosen, context + rejected
+    else:
+        n_context = sum(
+            1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen[:-1], rejected[:-1], strict=False))
+        )
+        if not n_context:
+            what = "'chosen' and 'rejected' do not begin with the same message, so there is no prompt"
+            raise InputError(what, where=reading.where, fix="add the prompt as a list of messages")
+        texts = {message.content.strip() for message in chosen[:n_context]}
+        if not is_absent(prompt) and (not isinstance(prompt, str) or prompt.strip() not in texts):
+            what = "'prompt' is none of the messages that 'chosen' and 'rejected' begin with"
+            raise InputError(what, where=reading.where, fix="write it as a list of messages, or --ignore-columns prompt")
+    both = (chosen, rejected)
+    pair = together(*(partial(_conversation, reply, value, reading, n_context=n_context) for reply in both))
+    return Preference(pair[0], pair[1], reading.where)
+
+
+def _from_unpaired(value: dict[str, Any], reading: Reading) -> Preference:
+    label = value.get("label")
+    label = label.lower() if isinstance(label, str) else label
+    if isinstance(label, (list, dict)) or label not in (*YES, *NO):
+        fix = "write true for a reply that is wanted, false for one that is not"
+        raise InputError(f"field 'label' is {shown(label)}, neither yes nor no", where=reading.where, fix=fix)
+    row = _from_prompt_completion(value, reading)
+    return Preference(row, None, reading.where) if label in YES else Preference(None, row, reading.where)
+
+
+_CONVERTERS: dict[str, Callable[[dict[str, Any], Reading], AnyRow]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "prompt-completion": _from_prompt_completion,
     "text": _from_text,
+    "preference": _from_preference,
+    "unpaired-preference": _from_unpaired,
 }
 
 

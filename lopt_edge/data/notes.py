@@ -30,6 +30,7 @@ OPENED = (
     "the chat template opens a thought before a reply, so the prompt ends there, as when generating, and the reply closes "
     "the thought first (an empty one where the row holds none)"
 )
+SAME_REPLIES = "the chosen and the rejected reply are the same: such a pair prefers nothing"
 THOUGHTS_LEFT_OUT = "the chat template leaves earlier thoughts out (--think keep keeps them)"
 THOUGHTS_STRIPPED = "thoughts are left out (--think strip)"
 THOUGHTS_LAST = "earlier thoughts are left out and the last reply alone is learned (--think last)"

@@ -3,6 +3,8 @@
 A window is what one optimizer step sees: `batch_size * grad_accum` sequences, cut into micro-batches. The shuffle is a
 function of (seed, epoch, number of examples) alone, so a resumed run finds its place from three integers.
 
+Examples that belong together (the two of a pair) are shuffled, sorted and cut as one, and stay neighbours in a micro-batch.
+
 Rule: every example exactly once per epoch. Which examples share a window is decided by the shuffle alone; only inside a
 window are they sorted by length, so that a micro-batch pads little and no step sees only short or only long
 sequences. The micro-batches of a window then run in a seeded order. The last window may be short; its totals
@@ -53,8 +55,10 @@ class MicroBatch:
         return sum(self.lengths)
 
 
-def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int) -> tuple[Window, ...]:
-    """The windows of one epoch, all of them in order.
+def epoch_windows(
+    lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int, together: int = 1
+) -> tuple[Window, ...]:
+    """The windows of one epoch, all of them in order. `together`: so many examples in a row belong together.
 
     In the first epoch the largest window comes first (it swaps places with the first one of the seeded order), so that what
     is too large for the memory shows in step 1. That is the order of the run; everything that counts steps uses it.
@@ -62,6 +66,7 @@ def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: 
     for name, value in (("batch-size", batch_size), ("grad-accum", grad_accum)):
         if value < 1:
             raise InputError(f"{value} is not a positive number", where=name, fix="use 1 or more")
+    lengths = unit_lengths(lengths, together)
     rng = random.Random(f"order {seed} {epoch}")  # a string seed: the same on every platform and Python version
     indices = list(range(len(lengths)))
     rng.shuffle(indices)
@@ -75,7 +80,19 @@ def epoch_windows(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: 
     if epoch == 0 and windows:
         largest = max(range(len(windows)), key=lambda at: (_most_rows(windows[at], lengths), -at))
         windows[0], windows[largest] = windows[largest], windows[0]
-    return tuple(windows)
+    return tuple(tuple(members(batch, together) for batch in window) for window in windows)
+
+
+def unit_lengths(lengths: Sequence[int], together: int) -> Sequence[int]:
+    """The length of the longest example of each unit, of so many that belong together."""
+    if together == 1:
+        return lengths
+    return [max(lengths[at : at + together]) for at in range(0, len(lengths), together)]
+
+
+def members(units: Sequence[int], together: int) -> tuple[int, ...]:
+    """The examples of these units, those of a unit side by side."""
+    return tuple(unit * together + place for unit in units for place in range(together))
 
 
 def split_window(window: Window, size: int) -> Window:

@@ -50,6 +50,8 @@ def check_facts(dataset: Dataset) -> dict[str, Any]:
         "length_median": median(lengths),
         "length_max": max(lengths),
         "fingerprint": dataset.fingerprint,
+        "preferences": dataset.preferences,
+        "preferred": sum(dataset.labels),
         "unused_columns": [*dataset.unused_columns],
         "ignored_columns": [*dataset.ignored_columns],
         "notes": [{"what": note.what, "rows": note.n_rows, "first": [*note.places]} for note in dataset.notes],
@@ -59,17 +61,35 @@ def check_facts(dataset: Dataset) -> dict[str, Any]:
 def check_report(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, n_examples: int = 3) -> RenderableType:
     """The report for people: format, figures, length histogram and the first examples with their targets marked."""
     parts: list[RenderableType] = [_figures(dataset), Text("\nLengths in tokens"), _histogram(dataset.lengths)]
-    shown = dataset.examples[:n_examples]
+    shown = dataset.examples[: max(n_examples, 2 * dataset.together)]  # two pairs, where there are pairs
     if shown:
         legend = Text("\nThe first examples; ")
-        legend.append(f"{OPEN}what the model learns to write{CLOSE}", style="green").append(" is marked:")
+        what = "the replies that are compared" if dataset.labels else "what the model learns to write"
+        legend.append(f"{OPEN}{what}{CLOSE}", style="green").append(f" {'are' if dataset.labels else 'is'} marked:")
         parts.append(legend)
-    for example in shown:
-        title = Text(printable(f"{_tail(example.where)}: {len(example)} tokens, {example.n_supervised} supervised"))
+    for index, example in enumerate(shown):
+        label = f"{_label(dataset, index)}, " if dataset.labels else ""
+        title = Text(printable(f"{_tail(example.where)}: {label}{len(example)} tokens, {example.n_supervised} supervised"))
         if example.truncated:
             title.append(", truncated", style="yellow")
         parts.append(Panel(_marked(example, tokenizer), title=title, title_align="left"))
     return Group(*parts)
+
+
+def _label(dataset: Dataset, index: int) -> str:
+    """What an example is among the preferences."""
+    words = ("rejected", "chosen") if dataset.preferences == "pairs" else ("undesirable", "desirable")
+    return words[dataset.labels[index]]
+
+
+def _preferred(dataset: Dataset) -> str:
+    """The counts of what is preferred."""
+    pairs, n_preferred = dataset.preferences == "pairs", sum(dataset.labels)
+    sums = [sum(one.n_supervised for one, label in zip(dataset.examples, dataset.labels, strict=True) if label is which)
+            for which in (True, False)]  # fmt: skip
+    what = f"{n_preferred:,} pairs" if pairs else f"{n_preferred:,} desirable, {len(dataset.labels) - n_preferred:,} not"
+    first, second = ("chosen", "rejected") if pairs else ("desirable", "undesirable")
+    return f"{what}; {sums[0]:,} supervised tokens {first}, {sums[1]:,} {second}"
 
 
 def _tail(where: str) -> str:
@@ -89,6 +109,8 @@ def _figures(dataset: Dataset) -> Table:
         ("dropped", f"{facts['dropped']:,} rows with no token to learn from"),
         ("tokens", f"{facts['tokens']:,}, of them {facts['supervised_tokens']:,} supervised ({supervised_share:.1f}%)"),
     ]
+    if dataset.labels:
+        rows.append(("preferences", _preferred(dataset)))
     if facts["last_turn_only"]:
         rows.append(("last turn only", f"{facts['last_turn_only']:,} examples"))
     if dataset.unused_columns:

@@ -3,14 +3,16 @@
 Rule: a row says all that its record said and is of use: who speaks, thoughts, tool calls, the tools on offer, and which
 replies are learned. Rows compare by content alone; `where` and `field` say where a complaint about one belongs.
 
-Not here: how records of the five formats become rows (`formats`), and how rows become text (`turns`).
+A preference is a pair of rows with one prompt, the chosen one first, or one row with a label; its rows are encoded as any.
+
+Not here: how records of the formats become rows (`formats`), and how rows become text (`turns`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,21 @@ class TextRow:
 
 
 Row = Conversation | PromptCompletion | TextRow
+Preferences = Literal["none", "pairs", "labels"]  # what a data set's rows say beside their text
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A chosen row and the rejected one with the same prompt; or one row, where only one of the two is there."""
+
+    chosen: Row | None
+    rejected: Row | None
+    where: str
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that are there, the chosen one first."""
+        return tuple(row for row in (self.chosen, self.rejected) if row is not None)
+
+
+AnyRow = Row | Preference

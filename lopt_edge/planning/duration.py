@@ -2,8 +2,8 @@
 
 The planner's own seconds are those of the largest step; most steps are shorter. So a few windows of the first epoch, evenly
 spaced, are timed by the same formulas, and their mean stands for all. An evaluation costs a share of a step's seconds for
-each of its tokens, since it has a forward only. It says how long, not when: what else the machine does is not known. No
-torch.
+each of its tokens, since it has a forward only; so do a reference's pass and the mismatched replies of each step. It says
+how long, not when: what else the machine does is not known. No torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from math import ceil
 
 from lopt_edge.config.settings import Config
 from lopt_edge.data import Dataset
+from lopt_edge.objectives import objective_of
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.packing import mean_seconds, some_windows
@@ -30,7 +31,7 @@ class Duration:
     n_tokens: int  # of all steps, padding left out
     n_examples: int
     train_seconds: float
-    eval_seconds: float
+    eval_seconds: float  # of all passes that have a forward only
 
     @property
     def seconds(self) -> float:
@@ -51,23 +52,27 @@ def duration(
     train: Dataset,
     evaluated: Sequence[Dataset],
     order: tuple[int, int],
+    mismatched: Sequence[Dataset] = (),
 ) -> Duration:
     """The duration of a run of these settings. `order`: batch_size and grad_accum of the windows; `config` may split
-    them."""
+    them. `mismatched`: replies that an objective compares with, those of the training data first."""
     windows, n_windows = some_windows(train, config, order=order, n_windows=N_TIMED)
     n_steps = config.max_steps or config.epochs * n_windows
     seconds = mean_seconds(config, workload, knobs, train, windows[:1] if n_steps == 1 else windows)
     per_epoch = sum(train.lengths)
     n_tokens = round(per_epoch * n_steps / n_windows)
-    held_out = sum(sum(data.lengths) for data in evaluated)
+    held_out = sum(sum(data.lengths) for data in (*evaluated, *mismatched[1:]))
     n_evaluations = 2 + (n_steps - 1) // config.eval_every if config.eval_every else 2
     per_token = seconds * n_windows / per_epoch
+    compared = sum(mismatched[0].lengths) * n_steps / n_windows if mismatched else 0.0
+    if (objective := objective_of(config)) is not None and objective.reads_reference:
+        compared += n_tokens if n_steps < n_windows else per_epoch
     return Duration(
         n_steps,
         n_tokens,
         ceil(len(train.examples) * n_steps / n_windows),
         seconds * n_steps,
-        FORWARD_SHARE * per_token * held_out * n_evaluations,
+        FORWARD_SHARE * per_token * (held_out * n_evaluations + compared),
     )
 
 

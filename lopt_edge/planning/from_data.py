@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from lopt_edge.config.settings import Config
-from lopt_edge.data import Dataset
+from lopt_edge.data import Dataset, members, unit_lengths
 from lopt_edge.models.folder import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
@@ -70,20 +70,20 @@ def largest_step(datasets: Sequence[Dataset | None], config: Config) -> LargestS
     else:
         evaluated = [largest_window(other, batch_size=config.batch_size, grad_accum=1)[0] for other in others if other]
         largest = largest_window(train, batch_size=config.batch_size, grad_accum=config.grad_accum)
-    epochs = config.max_steps * n_sequences / len(train.examples) if config.max_steps is not None else None
+    epochs = config.max_steps * n_sequences / train.n_units if config.max_steps is not None else None
     return LargestStep(tuple(largest), max(evaluated, key=lambda batch: batch.n_rows, default=None), epochs)
 
 
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:
-    """The longest examples in micro-batches, longest first: no window of any order takes more."""
-    examples = sorted(dataset.examples, key=lambda example: len(example.input_ids), reverse=True)
+    """The longest examples (or pairs) in micro-batches, longest first: no window of any order takes more."""
+    lengths = unit_lengths(dataset.lengths, dataset.together)
+    units = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    most, scored = max(example.n_supervised for example in dataset.examples), dataset.together if dataset.labels else 0
     found = []
-    for start in range(0, min(len(examples), batch_size * grad_accum), batch_size):
-        rows = examples[start : start + batch_size]
-        lengths = [len(example.input_ids) for example in rows]
-        supervised = max(example.n_supervised for example in examples) * len(rows)
-        n_supervised = min(supervised, sum(lengths))
-        found.append(MicroBatchSize(len(rows), max(lengths), n_supervised, padded=min(lengths) < max(lengths)))
+    for start in range(0, min(len(units), batch_size * grad_accum), batch_size):
+        rows = [dataset.lengths[index] for index in members(units[start : start + batch_size], dataset.together)]
+        n_supervised = min(most * len(rows), sum(rows))
+        found.append(MicroBatchSize(len(rows), max(rows), n_supervised, padded=min(rows) < max(rows), scored=scored))
     return found
 
 

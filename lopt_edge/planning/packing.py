@@ -32,26 +32,27 @@ N_COMPARED = 4  # windows on which the two are compared
 Asked = TypeVar("Asked")
 
 
-def micro_batches(window: Window, lengths: Sequence[int], config: Config, facts: ModelFacts) -> Window:
+def micro_batches(window: Window, dataset: Dataset, config: Config, facts: ModelFacts) -> Window:
     """The window's sequences in the micro-batches that these settings say."""
     if not config.packing:
-        return split_window(window, config.batch_size)
+        return split_window(window, config.batch_size * dataset.together)
     row_tokens = config.row_tokens or config.max_seq_len
-    return packed_window(window, lengths, row_tokens=row_tokens, alone_from=facts.rotary_turn)
+    return packed_window(window, dataset.lengths, row_tokens=row_tokens, alone_from=facts.rotary_turn)
 
 
-def size_of(examples: Sequence[Example], *, packed: bool) -> MicroBatchSize:
-    """The size of a micro-batch of these examples."""
+def size_of(examples: Sequence[Example], *, packed: bool, scored: int = 0) -> MicroBatchSize:
+    """The size of a micro-batch of these examples; `scored` as a MicroBatchSize has it."""
     lengths = [len(example) for example in examples]
     n_supervised = sum(example.n_supervised for example in examples)
     if packed:
-        return MicroBatchSize(1, sum(lengths), n_supervised, in_a_row=tuple(lengths))
-    return MicroBatchSize(len(lengths), max(lengths), n_supervised, padded=min(lengths) < max(lengths))
+        return MicroBatchSize(1, sum(lengths), n_supervised, in_a_row=tuple(lengths), scored=scored)
+    return MicroBatchSize(len(lengths), max(lengths), n_supervised, padded=min(lengths) < max(lengths), scored=scored)
 
 
 def sizes_of(train: Dataset, window: Window, *, packed: bool) -> tuple[MicroBatchSize, ...]:
     """The sizes of a window's micro-batches, the longest first, as the workload wants them."""
-    found = [size_of([train.examples[index] for index in batch], packed=packed) for batch in window]
+    scored = train.together if train.labels else 0
+    found = [size_of([train.examples[index] for index in batch], packed=packed, scored=scored) for batch in window]
     return tuple(sorted(found, key=lambda size: -size.n_rows))
 
 
@@ -72,7 +73,9 @@ def largest_rows(dataset: Dataset, *, row_tokens: int, n_sequences: int | None =
 
 def some_windows(train: Dataset, config: Config, *, order: tuple[int, int], n_windows: int) -> tuple[list[Window], int]:
     """A few windows of the first epoch, evenly spaced, and the number of all; `order`: batch_size and grad_accum."""
-    windows = epoch_windows(train.lengths, seed=config.seed, epoch=0, batch_size=order[0], grad_accum=order[1])
+    windows = epoch_windows(
+        train.lengths, seed=config.seed, epoch=0, batch_size=order[0], grad_accum=order[1], together=train.together
+    )
     n_windows = min(n_windows, len(windows))
     return [windows[round(at * (len(windows) - 1) / max(1, n_windows - 1))] for at in range(n_windows)], len(windows)
 
@@ -82,7 +85,7 @@ def mean_seconds(config: Config, workload: Workload, knobs: Knobs, train: Datase
     facts, packed = workload.shape.facts, bool(config.packing)
 
     def seconds(window: Window) -> float:
-        sizes = sizes_of(train, micro_batches(window, train.lengths, config, facts), packed=packed)
+        sizes = sizes_of(train, micro_batches(window, train, config, facts), packed=packed)
         return replace(workload, batches=sizes).seconds(knobs).seconds
 
     return mean(map(seconds, windows))
@@ -125,7 +128,7 @@ def settled_on_data(
 def _row_lengths(config: Config, train: Dataset | None) -> list[int]:
     """The lengths of rows to choose from, the shortest first; none where nothing is packed."""
     n_sequences = config.batch_size * config.grad_accum
-    if train is None or config.packing is False or n_sequences == 1 or config.apply == "layer":
+    if train is None or config.packing is False or n_sequences == 1 or config.apply == "layer" or train.together > 1:
         return []
     if config.row_tokens:
         return [config.row_tokens]

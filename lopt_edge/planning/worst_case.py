@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_edge.config.load import load_config
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, together
+from lopt_edge.objectives import objective_of
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
@@ -141,10 +142,14 @@ def _teacher(config: Config, itemsize: int, device_type: str) -> Teacher | None:
 def _worst_step(max_seq_len: int, config: Config) -> LargestStep:
     """The largest step that the settings allow: every sequence of the greatest length, all of it supervised."""
     evaluates = config.eval_data or config.eval_fraction or config.retention_data
+    objective = objective_of(config)
+    scored = 0 if objective is None else objective.together
+    evaluates = evaluates or (objective is not None and objective.compares)
     if config.packing:  # each sequence fills a row
-        row = MicroBatchSize(1, max_seq_len, max_seq_len - 1, in_a_row=(max_seq_len,))
+        row = MicroBatchSize(1, max_seq_len, max_seq_len - 1, in_a_row=(max_seq_len,), scored=scored)
         return LargestStep((row,) * (config.batch_size * config.grad_accum), row if evaluates else None)
-    batch = MicroBatchSize(config.batch_size, max_seq_len, config.batch_size * (max_seq_len - 1))
+    n_rows = config.batch_size * max(1, scored)
+    batch = MicroBatchSize(n_rows, max_seq_len, n_rows * (max_seq_len - 1), scored=scored)
     return LargestStep((batch,) * config.grad_accum, batch if evaluates else None)
 
 

@@ -86,7 +86,7 @@ def choose_boundary(config: Config, run: Callable[[Config], Any], progress: Prog
     n_steps = max(LEAST_STEPS, min(MOST_STEPS, inputs.n_steps // STEPS_SHARE))
     quiet: dict[str, Any] = {**QUIET, "max_steps": n_steps}
     if not config.eval_data and not config.eval_fraction:
-        quiet["eval_fraction"] = min(MOST_SHARE, MOST_ROWS / len(inputs.train.examples))
+        quiet["eval_fraction"] = min(MOST_SHARE, MOST_ROWS / inputs.train.n_units)
     found: list[Probe] = []
     names = candidates(inputs.source.facts.n_layers)
     progress.note(f"boundary auto: {len(names)} candidates, {n_steps} steps each")

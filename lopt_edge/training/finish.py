@@ -19,6 +19,7 @@ from lopt_edge.system.files import write_json, write_text
 from lopt_edge.system.memory import peak_rss_bytes
 from lopt_edge.system.versions import versions
 from lopt_edge.training.checkpoint.output_folder import METRICS_NAME
+from lopt_edge.training.prepare.reference import remove_references
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.session.finished import Finished
 from lopt_edge.training.session.replacement import replacement
@@ -71,6 +72,7 @@ def report(finished: Finished) -> RunResult:
     run = _run_facts(finished, result)
     write_text(output / "README.md", model_card(run, run_file=RUN_NAME, log_file=METRICS_NAME))
     remove_features(output)
+    remove_references(output)
     if not (output / METRICS_NAME).exists():
         raise RunError("was removed or moved while the run went on", where=str(output / METRICS_NAME))
     try:

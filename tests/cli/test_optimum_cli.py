@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-INTEGRATION = Path(__file__).resolve().parent.parent.parent / "integrations" / "optimum-cli"
+INTEGRATION = Path(__file__).resolve().parents[2] / "tools" / "optimum-cli"
 
 
 def test_words_and_exit_code_are_those_of_finetune(monkeypatch, capsys):

@@ -15,14 +15,16 @@ from lopt_edge.planning.worst_case import NOT_GIVEN, question
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 RECIPES = {recipe.name: recipe for recipe in recipes()}
 ROW = {"messages": [{"role": "user", "content": "f(x)"}, {"role": "assistant", "content": "Return x."}]}
+PAIR = {"prompt": "f(x)", "chosen": " Return x.", "rejected": " Return y."}
 LOCAL = ("model", "data", "device", "device_memory", "host_memory", "disk_memory", "max_seq_len")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text((json.dumps(ROW) + "\n") * 40)
-    return str(path)
+    folder = tmp_path_factory.mktemp("data")
+    for name, row in (("rows", ROW), ("pairs", PAIR)):
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -36,7 +38,8 @@ def test_each_recipe_fits_where_it_says_and_starts(name, data, tmp_path):
     assert asked.search.within(asked.budget).best is not None
     given = load_config(FOLDER / f"{name}.yaml").model_dump(exclude_unset=True)
     settings = {key: value for key, value in given.items() if key not in LOCAL}
-    own = {"model": str(TINY), "data": data, "output": str(tmp_path / "out"), "device": "cpu", "dry_run": True}
+    rows = f"{data}/{'pairs' if 'objective' in settings else 'rows'}.jsonl"
+    own = {"model": str(TINY), "data": rows, "output": str(tmp_path / "out"), "device": "cpu", "dry_run": True}
     assert finetune(load_config(None, {**settings, **own})) is None
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
 from lopt_edge.models.folder import find_model
+from lopt_edge.objectives import OBJECTIVES
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, mlp_pieces
@@ -30,7 +31,7 @@ from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import attach_adapters, layer_parameters
 from lopt_edge.run.model.replaced import fit_layers, group_parameters, loading_placement, mixtures
-from lopt_edge.run.step.batches import Batch, make_batch
+from lopt_edge.run.step.batches import Batch, Choices, make_batch
 from lopt_edge.run.step.evaluation import held_out_loss
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import ReconstructHead
@@ -40,7 +41,7 @@ from lopt_edge.run.tiers.page_file import PageFile
 from quant.headers import SINGLE_NAME
 from tests.plan.plans import make_course
 
-LOCAL_WEIGHT = 10.0
+LOCAL_WEIGHT, BASELINE = 10.0, 0.7
 
 
 def transformers_model(folder: Path) -> nn.Module:
@@ -214,6 +215,17 @@ def random_batch(
         ),
         torch.device(device),
     )
+
+
+def as_choices(batch: Batch, objective: str, *, seed: int = 0) -> Batch:
+    """The batch as pairs, or with labels that differ; references are drawn near what a random model gives."""
+    starts = torch.tensor([place.start for place in batch.places])
+    owner = torch.searchsorted(starts, batch.supervised_N.cpu(), right=True) - 1
+    n_targets = tuple(torch.bincount(owner, minlength=len(starts)).tolist())
+    drawn = torch.randn(len(n_targets), generator=torch.Generator().manual_seed(seed)).tolist()
+    reference = tuple(-5.8 * n + 3 * one for n, one in zip(n_targets, drawn, strict=True))
+    preferred = tuple(place % 2 == 0 for place in range(len(n_targets)))
+    return replace(batch, choices=Choices(preferred, n_targets, OBJECTIVES[objective].together, reference, BASELINE))
 
 
 def in_a_row(batches: list[Batch]) -> Batch:

@@ -363,12 +363,12 @@ def test_an_alignment_survives_float16():
 
     def gradient(dtype: torch.dtype, loss_scale: float) -> torch.Tensor:
         output = SegmentOutput(segment, 1, batch, totals, hidden.to(dtype), None, teacher.to(dtype), 1024)
-        return losses.gradient(output, loss_scale=loss_scale)[0].double() / loss_scale
+        return losses.gradient(output, loss_scale=loss_scale).grad_BTD.double() / loss_scale
 
     exact, half = gradient(torch.float32, 1.0), gradient(torch.float16, 2.0**16)
     assert (half - exact).norm() < 2e-3 * exact.norm()
     output = SegmentOutput(segment, 1, batch, totals, hidden, None, hidden, 1024)
-    value = SegmentLosses(None, {}, local_weight=1.0).gradient(output, loss_scale=4.0)[1]
+    value = SegmentLosses(None, {}, local_weight=1.0).gradient(output, loss_scale=4.0).loss
     assert value.item() == pytest.approx(-64 / 4096)
 
 

@@ -214,7 +214,7 @@ def test_peft_puts_the_adapter_on_the_published_class(finished):
     assert len(load_file(output / "adapter_model.safetensors")) == 2 * n_linears
 
 
-@pytest.mark.usefixtures("forked_reader")
+@pytest.mark.usefixtures("warm_children")
 def test_a_merged_folder_keeps_the_rest(finished, tmp_path):
     export(finished.output, merged=tmp_path / "merged", onto="original", dtype="float32", cache_dir=finished.cache_dir)
     base, merged = (load_file(Path(folder) / "model.safetensors") for folder in (finished.model, tmp_path / "merged"))

@@ -37,6 +37,7 @@ ODD = (0, 3, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
 # Every token goes to all experts: the most that a routing takes.
 EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (2,)}
+LATER = {"glm4": (1, 4, 9), "arcee": (2, 5), "granitemoehybrid": (6,)}  # families that no number draws
 CATEGORIES = {
     "weights",
     "adapters",
@@ -76,7 +77,7 @@ METHODS = (
 
 def chosen() -> list[Setting]:
     plain, dropped = ([random_setting(n, dropout=on) for n in numbers] for on, numbers in ((False, PLAIN), (True, DROPOUT)))
-    experts = [random_setting(n, family=family) for family, numbers in EXPERTS.items() for n in numbers]
+    experts = [random_setting(n, family=family) for family, numbers in (EXPERTS | LATER).items() for n in numbers]
     return [*plain, *dropped, *(odd_setting(n) for n in ODD), *experts, *map(packed_setting, PACKED)]
 
 
@@ -92,6 +93,22 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, setting):
 @pytest.mark.parametrize(("number", "method", "kind", "options"), METHODS)
 def test_predicted_bytes_of_other_methods_are_the_tracked_ones(tmp_path, number, method, kind, options):
     check(method_setting(number, method, kind, **options), tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_predicted_bytes_of_preferences_are_the_tracked_ones(tmp_path, objective):
+    """Padded pairs of which one is longer than a tile, and labelled rows in one row."""
+    lengths = ((90, 41, 70, 66), (33, 12)) if objective == "dpo" else ((60, 41, 17),)
+    setting = random_setting(1)
+    knobs = replace(setting.knobs, token_tile=48, gradients="device", apply="step")
+    setting = replace(setting, objective=objective, lengths=lengths, knobs=knobs, packed=objective == "kto")
+    check(replace(setting, family="llama", method="e2e", num_segments=1, targets=None), tmp_path)
+
+
+@pytest.mark.parametrize(("family", "share"), [("qwen3_5_text", 0.5), ("glm4", 1.0)])
+def test_predicted_bytes_of_heads_of_which_a_part_is_rotated(tmp_path, family, share):
+    setting = random_setting(3, family=family)
+    check(replace(setting, changes=setting.changes | {"partial_rotary_factor": share}), tmp_path)
 
 
 @pytest.mark.long

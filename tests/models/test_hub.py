@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lopt_edge import plan_run
+from tools.tiny_quantised import write_quantised
 from tools.tiny_runs import make_model, write_rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -190,3 +191,14 @@ def test_a_run_records_the_commit_that_a_branch_stood_for(hub, tmp_path):
     write_rows(tmp_path / "train.jsonl", 6)
     found = ask(hub, tmp_path / "hub", "org/tiny", str(tmp_path), code=TRAIN)
     assert found == ["org/tiny", COMMIT, "org/tiny", COMMIT]
+
+
+def test_a_quantised_hub_model_is_planned_as_the_local_folder(hub, tmp_path, monkeypatch):
+    """By its headers alone, without torch, and nothing is laid out in blocks."""
+    write_quantised(make_model(tmp_path / "tiny"), tmp_path / "gptq", "gptq-4")
+    monkeypatch.setattr(_Hub, "folder", tmp_path / "gptq")
+    monkeypatch.setenv("LOPT_EDGE_CACHE", str(tmp_path / "cache"))
+    fits, head, plan_hash = ask(hub, tmp_path / "hub", "org/tiny", "v1", code=PLAN)
+    local = plan_run(str(tmp_path / "gptq"), gpu="rtx4090", max_seq_len=64)
+    assert (fits, head, plan_hash) == (local.fits, local.items["head"], local.plan_hash)
+    assert not (tmp_path / "cache").exists()

@@ -81,7 +81,7 @@ def test_frequencies_that_turn_with_the_length_keep_long_sequences_alone(model, 
     inputs, _ = read_inputs(make_config(model, tmp_path, packing=True))
     facts = replace(inputs.source.facts, rotary_turn=10)
     window = next(inputs.windows(first=0))
-    rows = micro_batches(window, inputs.train.lengths, inputs.config, facts)
+    rows = micro_batches(window, inputs.train, inputs.config, facts)
     assert all(len(row) == 1 for row in rows if max(inputs.train.lengths[i] for i in row) >= 10)
 
 

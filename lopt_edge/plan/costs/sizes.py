@@ -32,7 +32,7 @@ from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
 from quant.sizes import MlpPieces, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
-MOST_PAGES = 20  # tensors of one paged graph; measured: 9 in a Llama layer, 19 in one of Gemma 3 with dropout
+MOST_PAGES = 25  # tensors of one paged graph; measured with dropout: 19 in a layer of Gemma 3, 24 in one of Gemma 4 E4B
 CACHE_ITEMSIZE = 2  # bfloat16: a boundary cache (run/tiers/feature_cache.py)
 ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), groups of the flat adapters (run/step/optim.py)
 
@@ -43,6 +43,7 @@ class MicroBatchSize:
 
     `n_real` of them are no padding, where there is any (None: not known, all of them at most). `in_a_row`: the lengths of
     the sequences that lie in its one row (packing), which then counts as one; of the largest step the longest ones.
+    `scored`: its task loss is one of preferences, of so many sequences each, and keeps a number for each supervised token.
     """
 
     n_sequences: int
@@ -51,6 +52,7 @@ class MicroBatchSize:
     padded: bool = False
     n_real: int | None = None
     in_a_row: tuple[int, ...] = ()
+    scored: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -396,8 +398,9 @@ class Sizes:
 
     def loss_within(self, batch: MicroBatchSize, *, task: bool) -> int:
         """The most bytes within a loss: the gradient of the output, and a tile's loss with its backward."""
-        arange = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
-        return arange + loss_within(
+        beside = 0 if task or batch.padded else 8 * batch.n_rows  # all positions
+        beside += 4 * batch.n_supervised if task and batch.scored else 0  # each one's loss
+        return beside + loss_within(
             self.shape,
             self._stored_head,
             batch.n_sequences,

@@ -188,7 +188,7 @@ def layer_kind(
     if n_heads % n_kv_heads:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where=where)
     own_input = (known.get(family.own_inputs) or 0) if family.own_inputs else 0
-    inner = known["intermediate_size"] * (2 if keys == SHARED and known.get(family.wider) else 1)
+    inner = known[family.inner] * (2 if keys == SHARED and known.get(family.wider) else 1)
     sizes = {
         "hidden": known["hidden_size"],
         "inner": inner,

@@ -210,7 +210,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         config = _text_config(config, wrapper, where)
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    _check_numbers(known, where, DELTA_KEYS if LINEAR in family.layer_types else ())
+    _check_numbers(known, where, (family.inner, *(DELTA_KEYS if LINEAR in family.layer_types else ())))
     dense = known.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         what = f"mlp_only_layers must be a list of layers (integers), not {str(dense)[:40]!r}"
@@ -221,6 +221,10 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     for key, meaning in family.refuses.items():
         if known.get(key):
             raise InputError(f"{meaning} not supported yet ({key})", where=where, fix="use another model of the family")
+    for key, value in family.requires.items():
+        if known.get(key) != value:
+            what = f"{key} {str(known.get(key))[:40]!r} is not supported, only {value!r}"
+            raise InputError(what, where=where, fix="use another model of the family")
     if known.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4: of the tokens of an image
         raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
     head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads
@@ -249,7 +253,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         else family.name,
         n_layers=n_layers,
         hidden_size=hidden,
-        intermediate_size=known["intermediate_size"],
+        intermediate_size=known[family.inner],
         vocab_size=known["vocab_size"],
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
@@ -309,7 +313,7 @@ def _rotary_dim(known: dict[str, Any], family: Family, head_dim: int, where: str
     if type(share) not in (int, float) or not 0 < share <= 1 or int(head_dim * share) < 2:
         what = f"must be a number up to 1 that leaves 2 of {head_dim} features, not {str(share)[:40]!r}"
         raise InputError(f"{name} {what}", where=where)
-    return int(head_dim * share)
+    return 2 * len(range(0, int(head_dim * share), 2))  # in pairs
 
 
 def _rotary_turn(known: dict[str, Any]) -> int | None:

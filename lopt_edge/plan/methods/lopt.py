@@ -151,6 +151,11 @@ def problems(options: Options, run: RunSettings) -> Iterator[Problem]:
         yield Problem("boundary", what, fix)
     if run.boundary and run.boundary_cache:
         yield Problem("boundary", "auto needs early segments that train", "leave out boundary_cache")
+    if options.local_loss == "next-token" and run.objective != "sft":
+        what = (
+            f"next-token cannot be with objective {run.objective}: it learns to write every reply, the rejected ones, too"
+        )
+        yield Problem("local_loss", what, "use another local_loss")
     yield from _reach_problems(options, run)
     if options.open_every == 1:
         what, fix = "1 opens the boundary on every step: that is end to end", "use --method e2e, or 2 and more"

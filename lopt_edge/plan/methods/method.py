@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, Field
 
@@ -47,6 +47,8 @@ class RunSettings(Protocol):
     def boundary_cache(self) -> str | None: ...
     @property
     def teacher(self) -> str | None: ...
+    @property
+    def objective(self) -> str: ...
     @property
     def epochs(self) -> int: ...
     @property
@@ -112,6 +114,8 @@ class Method:
     much is lr_local's default. `defaults`: settings with another default than for the others. `meant_by`: settings that
     mean this method where none is named. `resident`: no layer's weights may be streamed. `phases_follow_steps`: another
     number of steps moves its phases. `pinned`: settings that decide when its phases end, so a resumed run must keep them.
+    `learns`: which objectives may be its task loss (those without a reference alone; or replies alone), and `why_not` the
+    others.
     """
 
     name: str
@@ -130,6 +134,8 @@ class Method:
     meant_by: tuple[str, ...] = ()
     resident: bool = False
     phases_follow_steps: bool = False
+    learns: Literal["any objective", "no reference", "replies"] = "any objective"
+    why_not: str = ""
     pinned: Callable[[Any], frozenset[str]] = lambda _: frozenset()
 
     @property

@@ -120,5 +120,7 @@ METHODS = (
         cuts=True,
         local=("lr_local", "local_weight"),
         defaults={"num_segments": NUM_SEGMENTS},
+        learns="replies",
+        why_not="its local losses learn to write every reply, the rejected ones, too",
     ),
 )

@@ -93,4 +93,14 @@ def problems(_options: Options, run: RunSettings) -> Iterator[Problem]:
         yield Problem("init_adapter", what, fix)
 
 
-METHODS = (Method("repl", Options, course, problems, resident=True),)
+METHODS = (
+    Method(
+        "repl",
+        Options,
+        course,
+        problems,
+        resident=True,
+        learns="no reference",
+        why_not="its base has layers replaced, so it is no reference",
+    ),
+)

@@ -92,4 +92,15 @@ def pinned(options: Options) -> frozenset[str]:
     return frozenset({"max_steps", "epochs"} | ({"eval_every", "eval_data"} if options.stage_patience else set()))
 
 
-METHODS = (Method("segprop", Options, course, problems, caches=lambda _: True, pinned=pinned),)
+METHODS = (
+    Method(
+        "segprop",
+        Options,
+        course,
+        problems,
+        caches=lambda _: True,
+        pinned=pinned,
+        learns="no reference",
+        why_not="a stage is a network of fewer layers than the reference has",
+    ),
+)

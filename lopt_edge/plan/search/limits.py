@@ -134,9 +134,10 @@ def nearest_that_fit(search: Search, budget: Budget) -> Iterator[str]:
     first = workload.batches[0]
     if (longest := longest_context(search, budget) if budget.device_bytes else 0) >= SHORTEST and longest < first.n_tokens:
         yield f"--max-seq-len {longest}"
-    if first.n_sequences > 1:
-        n_each, n_batches = first.n_sequences, len(workload.batches)
-        single = MicroBatchSize(1, first.n_tokens, first.n_supervised // n_each)
+    together = max(1, first.scored)
+    if first.n_sequences > together:
+        n_each, n_batches = first.n_sequences // together, len(workload.batches)
+        single = MicroBatchSize(together, first.n_tokens, first.n_supervised // n_each, scored=first.scored)
         if _fits(replace(workload, batches=(single,) * (n_each * n_batches)), knobs, budget):
             yield f"--batch-size 1 --grad-accum {n_each * n_batches}"
     smaller = workload.course.smaller

@@ -68,11 +68,11 @@ class Workload:
 
     def with_tokens(self, n_tokens: int) -> Workload:
         """The same run over sequences of another length, all supervised."""
-        batches = tuple(MicroBatchSize(b.n_sequences, n_tokens, b.n_sequences * (n_tokens - 1)) for b in self.batches)
-        evaluation = self.evaluation and MicroBatchSize(
-            self.evaluation.n_sequences, n_tokens, self.evaluation.n_sequences * (n_tokens - 1)
-        )
-        return replace(self, batches=batches, evaluation=evaluation)
+
+        def long(b: MicroBatchSize) -> MicroBatchSize:
+            return MicroBatchSize(b.n_sequences, n_tokens, b.n_sequences * (n_tokens - 1), scored=b.scored)
+
+        return replace(self, batches=tuple(map(long, self.batches)), evaluation=self.evaluation and long(self.evaluation))
 
     def mmap_bytes(self, knobs: Knobs) -> int:
         """The size from which on the host allocator shall give a tensor pages of its own (system/allocator.py says why)."""
@@ -185,4 +185,5 @@ def _mean(batches: tuple[MicroBatchSize, ...]) -> MicroBatchSize:
     n_tokens = round(sum(batch.n_rows for batch in batches) / n / first.n_sequences)
     lengths = sorted(length for batch in batches for length in batch.in_a_row)
     n_supervised = round(sum(batch.n_supervised for batch in batches) / n)
-    return MicroBatchSize(first.n_sequences, n_tokens, n_supervised, in_a_row=tuple(lengths[n // 2 :: n]))
+    rows = tuple(lengths[n // 2 :: n])
+    return MicroBatchSize(first.n_sequences, n_tokens, n_supervised, in_a_row=rows, scored=first.scored)

@@ -2,19 +2,47 @@
 
 Loss coefficients are 1 / total: supervised tokens of the window for the task loss, non-padding tokens x hidden size for
 the local losses, so that accumulation equals the one big batch (design law 5). Totals are counted before any forward.
+Where the task loss is of preferences a batch has its `Choices`, and the totals count pairs (or labelled sequences).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lopt_edge.data import IGNORED, MicroBatch
+from lopt_edge.objectives.objective import Window as ChoiceTotals
 from lopt_edge.plan.costs.sizes import MicroBatchSize
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The preferences among a micro-batch's sequences, an entry for each: whether it is preferred, its supervised tokens,
+    and its summed log-probability under the reference (none where the objective reads none).
+
+    `together` sequences in a row are a pair, the preferred one first. `baseline` is of the whole window (KTO).
+    """
+
+    preferred: tuple[bool, ...]
+    n_targets: tuple[int, ...]
+    together: int
+    reference: tuple[float, ...] = ()
+    baseline: float = 0.0
+
+    @property
+    def n_units(self) -> int:
+        """The number of pairs, or of sequences where they are no pairs."""
+        return len(self.preferred) // self.together
+
+    @property
+    def n_preferred_targets(self) -> int:
+        """The supervised tokens of the preferred sequences."""
+        return sum(n for n, preferred in zip(self.n_targets, self.preferred, strict=True) if preferred)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +52,8 @@ class Batch:
 
     `supervised_N` are the flat positions (into B x T) whose next token is a target, `targets_N` those targets, `real_N` the
     flat positions of non-padding tokens (None: no padding). `examples` and `lengths` say which example of the data each row
-    is, and how long; `n_tokens` is the sum of the lengths. `packed`: they lie in one row, one after the other.
+    is, and how long; `n_tokens` is the sum of the lengths. `packed`: they lie in one row, one after the other. `choices`:
+    which of them are preferred.
     """
 
     ids_BT: Tensor
@@ -35,6 +64,7 @@ class Batch:
     lengths: tuple[int, ...] = ()
     examples: tuple[int, ...] = ()
     packed: bool = False
+    choices: Choices | None = None
 
     @property
     def in_a_row(self) -> tuple[int, ...] | None:
@@ -50,19 +80,33 @@ class Batch:
     def size(self) -> MicroBatchSize:
         """The size of the batch, as the planner counts it."""
         n_sequences, n_tokens = self.ids_BT.shape
-        padded = self.real_N is not None
-        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=padded, in_a_row=self.in_a_row or ())
+        padded, scored = self.real_N is not None, 0 if self.choices is None else self.choices.together
+        row = self.in_a_row or ()
+        return MicroBatchSize(n_sequences, n_tokens, self.n_supervised, padded=padded, in_a_row=row, scored=scored)
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        """Where each sequence lies among the flat positions (of B x T), padding included."""
+        if not self.packed:
+            n_tokens = self.ids_BT.shape[1]
+            return tuple(slice(row * n_tokens, (row + 1) * n_tokens) for row in range(len(self.lengths)))
+        ends = tuple(accumulate(self.lengths))
+        return tuple(slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The token counts of one accumulation window: supervised ones, and all but padding."""
+    """The token counts of one accumulation window: supervised ones, and all but padding; of preferences those of `window`,
+    too."""
 
     supervised: int
     tokens: int
+    window: ChoiceTotals | None = None
 
 
-def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Sequence[int] = ()) -> Batch:
+def make_batch(
+    micro_batch: MicroBatch, device: torch.device, *, examples: Sequence[int] = (), choices: Choices | None = None
+) -> Batch:
     """The batch of a micro-batch of the data, on `device`."""
     ids_BT = torch.tensor(micro_batch.input_ids, dtype=torch.int64)
     targets_flat = torch.tensor(micro_batch.targets, dtype=torch.int64).view(-1)
@@ -78,6 +122,7 @@ def make_batch(micro_batch: MicroBatch, device: torch.device, *, examples: Seque
         lengths=micro_batch.lengths,
         examples=tuple(examples),
         packed=micro_batch.packed,
+        choices=choices,
     )
 
 
@@ -117,4 +162,9 @@ def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:
 
 def window_totals(batches: Sequence[Batch]) -> Totals:
     """The token counts of an accumulation window of these batches."""
-    return Totals(sum(batch.n_supervised for batch in batches), sum(batch.n_tokens for batch in batches))
+    choices = [batch.choices for batch in batches if batch.choices is not None]
+    window = None
+    if choices:
+        counts = (sum(one.n_units for one in choices), sum(one.n_preferred_targets for one in choices))
+        window = ChoiceTotals(*counts, choices[0].baseline)
+    return Totals(sum(batch.n_supervised for batch in batches), sum(batch.n_tokens for batch in batches), window)

@@ -11,7 +11,6 @@ update in the step it cannot be run again: the caller goes back to a checkpoint 
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
 movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree.
-
 State lives in one `StepState` (step_state.py), dropped with the step.
 Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lopt_edge.errors import NotFinite, PeerLost
+from lopt_edge.objectives import Objective
 from lopt_edge.plan.schedule.cuts import Movements, cut_before, movements_before
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import GroupName, Keep, Op, Plan
@@ -42,6 +42,7 @@ from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
+from lopt_edge.run.step.preference_loss import add_measured, measured_means
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, name_of_loss, take_losses
 from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, UnreadLoss, present, segments_of
 from lopt_edge.run.tiers.feature_cache import FeatureCache
@@ -68,9 +69,10 @@ class Executor:
         averages: Averages | None = None,
         cascade_weight: float = 1.0,
         loss_scale: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.losses = SegmentLosses(model, heads, local_weight=local_weight)
+        self.losses = SegmentLosses(model, heads, local_weight=local_weight, objective=objective)
         self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
         self.mover = optimizer.mover
         self.observers: list[Observer] = []
@@ -336,18 +338,16 @@ class Executor:
         segment = state.plan.segments[op.target]
         if segment.has_head:
             self._accept(state, ("aux", op.target))
-        state.grad_BTD, value = self._gradient(state, op, segment)
-        self._note_loss(state, UnreadLoss(op.target, name_of_loss(segment), op.text(), value))
+        target_BTD = self._target(state, op, segment.first) if segment.has_head else None
+        found = self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
+        state.grad_BTD = found.grad_BTD
+        self._note_loss(state, UnreadLoss(op.target, name_of_loss(segment), op.text(), found.loss))
+        add_measured(state.losses, found.measured)
         state.target_BTD = None
         if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
         if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
-
-    def _gradient(self, state: StepState, op: Op, segment: Segment) -> tuple[Tensor, Tensor]:
-        """The gradient and the loss of a segment; in a function of its own, so that nothing in it lives on."""
-        target_BTD = self._target(state, op, segment.first) if segment.has_head else None
-        return self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
 
     def _note_loss(self, state: StepState, loss: UnreadLoss) -> None:
         """Keep a loss, to be read with the norms; on cores it is read now, so that a bad one ends the step here."""
@@ -437,6 +437,7 @@ class Executor:
             grad_norm=tuple(self.optimizer.norms.get(s.index, 0.0) for s in segments),
             totals=state.totals,
             align_loss=state.losses.get(ALIGNED),
+            choices=measured_means(state.losses, self.losses.objective),
         )
 
     def _exchange(self, state: StepState, link: Link) -> None:

@@ -59,33 +59,44 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
     return scores if form.soft_cap is None else scores.div_(form.soft_cap).tanh_().mul_(form.soft_cap)
 
 
-def task_loss(model: Model, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """The summed cross-entropy (fp32 scalar) of hidden states (N, D) against targets (N,); differentiable in the former."""
-    normed_ND = model.norm(hidden_ND)
-    loss: Tensor = _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, logit_form(model))  # type: ignore[no-untyped-call]  # torch's apply has no types
+def task_loss(model: Model, hidden_ND: Tensor, targets_N: Tensor, *, each_N: Tensor | None = None) -> Tensor:
+    """The summed cross-entropy (fp32 scalar) of hidden states (N, D) against targets (N,); differentiable in the former.
+
+    `each_N` (fp32) takes each token's.
+    """
+    normed_ND, form = model.norm(hidden_ND), logit_form(model)
+    loss: Tensor = _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, form, each_N)  # type: ignore[no-untyped-call]  # torch's apply has no types
     return loss
 
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, form: LogitForm) -> Tensor:
+    def forward(
+        ctx: Any, normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, form: LogitForm, each_N: Tensor | None
+    ) -> Tensor:
         need_grad = ctx.needs_input_grad[0]
-        loss, grad_ND = online_cross_entropy(normed_ND, targets_N, lm_head, form=form, need_grad=need_grad)
+        loss, grad_ND = online_cross_entropy(normed_ND, targets_N, lm_head, form=form, need_grad=need_grad, each_N=each_N)
         ctx.save_for_backward(*(() if grad_ND is None else (grad_ND,)))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None
+        return grad_ND * grads[0], None, None, None, None
 
 
 def online_cross_entropy(
-    normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, *, form: LogitForm, need_grad: bool
+    normed_ND: Tensor,
+    targets_N: Tensor,
+    lm_head: Vocabulary,
+    *,
+    form: LogitForm,
+    need_grad: bool,
+    each_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The summed loss (fp32 scalar) and its gradient with respect to `normed_ND` (same dtype), in one pass.
 
-    The gradient is None unless `need_grad`.
+    The gradient is None unless `need_grad`; `each_N` takes each token's loss.
     """
     n_tokens, dtype, device = normed_ND.shape[0], torch.float32, normed_ND.device
     maximum_N = torch.full((n_tokens, 1), -torch.inf, dtype=dtype, device=device)
@@ -119,7 +130,11 @@ def online_cross_entropy(
             else:
                 sum_ND.add_(weights_NV.to(rows_VD.dtype) @ rows_VD)
         del scores_NV, weights_NV, slope_NV  # else they would live until the next chunk's are there
-    loss = (maximum_N + normaliser_N.log() - target_N).sum()
+    losses_N = maximum_N + normaliser_N.log() - target_N
+    loss = losses_N.sum()
+    if each_N is not None:
+        each_N.copy_(losses_N.squeeze(1))
+    del losses_N
     if sum_ND is None:
         return loss, None
     target_rows_ND = lm_head.rows(targets_N).float()

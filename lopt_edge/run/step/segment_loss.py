@@ -1,9 +1,10 @@
 """What a LOSS op computes: a segment's loss and its gradient with respect to the segment's output, in tiles of tokens.
 
-Which loss it is says the plan's segment (plan/schedule/segments.py); the formulas are in losses.py. Coefficients are 1 /
-totals of the accumulation window (design law 5); local losses are averaged, then weighted by lambda, and returned before
-that weight. The rule: nothing of one tile lives on into the next. Aux heads' gradients are accumulated on the way; who owns
-them and where they lie is the executor's business.
+Which loss it is says the plan's segment (plan/schedule/segments.py); the formulas are in losses.py, those of preferences,
+in the place of the task loss, in lopt_edge/objectives. Coefficients are 1 / totals of the accumulation window (design law
+5); local losses are averaged, then weighted by lambda, and returned before that weight. The rule: nothing of one tile lives
+on into the next. Aux heads' gradients are accumulated on the way; who owns them and where they lie is the executor's
+business.
 
 Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import NotFinite
+from lopt_edge.objectives import Objective
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
-from lopt_edge.run.step.step_state import StepState, present
+from lopt_edge.run.step.preference_loss import choice_gradient
+from lopt_edge.run.step.step_state import SegmentGradient, StepState, present
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +46,40 @@ class SegmentOutput:
 
 
 class SegmentLosses:
-    """The losses of all segments of a model. `heads` are the aux heads by segment index, `local_weight` is lambda."""
+    """The losses of all segments of a model. `heads` are the aux heads by segment index, `local_weight` is lambda;
+    `objective` is the task loss where that is one of preferences."""
 
-    def __init__(self, model: Model, heads: Mapping[int, ReconstructHead], *, local_weight: float) -> None:
-        self.model, self.heads, self.local_weight = model, heads, local_weight
+    def __init__(
+        self,
+        model: Model,
+        heads: Mapping[int, ReconstructHead],
+        *,
+        local_weight: float,
+        objective: Objective | None = None,
+    ) -> None:
+        self.model, self.heads, self.local_weight, self.objective = model, heads, local_weight, objective
 
-    def gradient(self, output: SegmentOutput, *, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """The gradient (B, T, D) of the segment's loss times `loss_scale`, and the loss before its weight (a scalar).
+    def gradient(self, output: SegmentOutput, *, loss_scale: float) -> SegmentGradient:
+        """The gradient of the segment's loss times `loss_scale`, and the loss before its weight.
 
         The loss is added up and stays on the device, since a GPU's host waits for a number; in float64, where the sum of
         fp32 numbers has the bits of Python's. The gradients of aux heads are accumulated on the way.
         """
+        if output.segment.loss == "task" and self.objective is not None:
+            return choice_gradient(
+                self.model,
+                self.objective,
+                output.hidden_BTD,
+                output.batch,
+                output.totals,
+                tile=output.tile,
+                loss_scale=loss_scale,
+            )
         weighed = output.segment.is_local and output.n_local
         factor = loss_scale * (self.local_weight / output.n_local if weighed else 1.0)
         if output.segment.loss == "align":
             grad_BTD, total = aligned(output, scale=factor / output.totals.tokens)  # scaled before it is cast
-            return grad_BTD, total / factor
+            return SegmentGradient(grad_BTD, total / factor)
         rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
         flat_ND = output.hidden_BTD.flatten(0, 1)
         total = torch.zeros((), dtype=torch.float64, device=flat_ND.device)
@@ -68,7 +89,7 @@ class SegmentLosses:
             tile_N = positions[start : start + output.tile]
             grad_ND[tile_N], loss = self._tile(output, flat_ND[tile_N], tile_N, start=start, factor=factor)
             total += loss
-        return grad_ND.view_as(output.hidden_BTD), total
+        return SegmentGradient(grad_ND.view_as(output.hidden_BTD), total)
 
     def _tile(
         self, output: SegmentOutput, leaf_ND: Tensor, tile_N: Tensor, *, start: int, factor: float

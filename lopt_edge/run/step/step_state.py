@@ -25,13 +25,15 @@ Rates = Mapping[
     int | GroupName, float
 ]  # learning rates by segment; of groups that have one of their own (aux heads), by group
 ALIGNED = -1  # among the losses by segment: that of an alignment beside the task
+FIRST_MEASURED = -2  # among them, and downwards: the sums that are measured of preferences (preference_loss.py)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """The losses of one optimizer step before their weights, and each segment's gradient norm (0 for a frozen one).
 
-    `align_loss` is that of an alignment beside the task: minus the mean cosine of its tokens.
+    `align_loss` is that of an alignment beside the task: minus the mean cosine of its tokens. `choices`: what was measured
+    of preferences, by the names of metrics.jsonl.
     """
 
     loss: float
@@ -39,6 +41,17 @@ class StepResult:
     grad_norm: tuple[float, ...]
     totals: Totals
     align_loss: float | None = None
+    choices: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentGradient:
+    """The gradient (B, T, D) of a segment's loss, the loss before its weight (a scalar on the device), and the sums of what
+    is measured of preferences, by name."""
+
+    grad_BTD: Tensor
+    loss: Tensor
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

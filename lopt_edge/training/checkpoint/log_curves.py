@@ -15,6 +15,7 @@ from typing import Any
 MOST_POINTS = 400  # of a curve; each is the mean of the steps around it
 SMOOTHED = 20  # points that the thick line is the mean of, at most
 NAMES = {"eval_loss": "held-out loss", "retention_loss": "retention loss"}
+CHOICES = {"rewards_margin": "margin of rewards", "rewards_accuracy": "accuracy"}  # of preferences, in steps
 Point = tuple[float, float]  # (step, value)
 
 
@@ -27,13 +28,14 @@ class Curves:
     speed: list[Point] = field(default_factory=list)
     device_bytes: list[Point] = field(default_factory=list)
     evaluated: dict[str, list[Point]] = field(default_factory=dict)
+    choices: dict[str, list[Point]] = field(default_factory=dict)  # by the names of CHOICES; of held-out data with eval_
     skipped: int = 0
 
 
 def read_curves(log: Path, *, n_steps: int) -> Curves:
     """The curves of a log so far; a line that is not whole ends it."""
     found, width = Curves(), max(1, -(-n_steps // MOST_POINTS))
-    group: list[tuple[float, ...]] = []
+    group, choices = list[tuple[float, ...]](), list[dict[str, float]]()
     with log.open(encoding="utf-8") as lines:
         for line in lines:
             try:
@@ -44,13 +46,17 @@ def read_curves(log: Path, *, n_steps: int) -> Curves:
                 found.skipped += 1
             elif "loss" in values:
                 group.append(_of_step(values))
+                choices.append({name: values[name] for name in CHOICES if name in values})
                 if values["step"] % width == 0:
-                    _add(found, group)
+                    _add(found, group, choices)
             else:
                 for name in NAMES:
                     if name in values:
                         found.evaluated.setdefault(name, []).append((values["step"], values[name]))
-    _add(found, group)
+                for name in CHOICES:
+                    if (held_out := f"eval_{name}") in values:
+                        found.choices.setdefault(held_out, []).append((values["step"], values[held_out]))
+    _add(found, group, choices)
     return found
 
 
@@ -59,15 +65,19 @@ def _of_step(values: Mapping[str, Any]) -> tuple[float, ...]:
     return values["step"], values["loss"], max(values["lr"], default=0.0), speed, values["peak_device_bytes"]
 
 
-def _add(found: Curves, group: list[tuple[float, ...]]) -> None:
-    """Add the means of a group of steps, which is emptied, at its last step."""
+def _add(found: Curves, group: list[tuple[float, ...]], choices: list[dict[str, float]]) -> None:
+    """Add the means of a group of steps, which is emptied, at its last step; of labelled rows not every step has both."""
     if group:
         step = group[-1][0]
         columns = list(zip(*group, strict=True))
         for curve, column in zip((found.loss, found.rate, found.speed), columns[1:4], strict=True):
             curve.append((step, sum(column) / len(column)))
         found.device_bytes.append((step, max(columns[4])))
+        for name in CHOICES:
+            if there := [one[name] for one in choices if name in one]:
+                found.choices.setdefault(name, []).append((step, sum(there) / len(there)))
         group.clear()
+        choices.clear()
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:

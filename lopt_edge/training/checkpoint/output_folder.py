@@ -19,13 +19,15 @@ from quant.small_files import TEMPLATE_NAMES, TOKENIZER_NAMES
 
 METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME = "metrics.jsonl", "events.jsonl", "boundary.json"
 REPORT_NAME = "report.html"
+REFERENCES_NAME = "reference-log-probs"  # until the run is done
 SETTINGS_NAME = "config.yaml"  # what `lopt-edge resume` reads
 LOGS = {METRICS_NAME, EVENTS_NAME, BOUNDARY_NAME, REPORT_NAME, SETTINGS_NAME, LOCK_NAME, "tensorboard"}
 
 
 # What a run writes, beside what LOGS and the patterns below name; `--overwrite` removes these and nothing else.
 RESULTS = {"plan.json", "README.md", "replaced_layers.json", "adapter_config.json",
-           "adapter_model.safetensors", "checkpoints", "teacher-features", *TOKENIZER_NAMES, *TEMPLATE_NAMES}  # fmt: skip
+           "adapter_model.safetensors", "checkpoints", "teacher-features", REFERENCES_NAME, *TOKENIZER_NAMES,
+           *TEMPLATE_NAMES}  # fmt: skip
 RESULT_PATTERNS = ("not-finite-step-*.json", "adapter-step-*", "*.partial")
 
 

@@ -14,6 +14,7 @@ from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder
+from lopt_edge.objectives import objective_of
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.processes import Part
 from lopt_edge.run.model.adapter_config import lora_scale, read_adapter_config
@@ -99,6 +100,7 @@ def build_executor(inputs: ExecutorInputs, model: Model, *, adapter: str | None 
         local_weight=config.local_weight,
         averages=averages,
         cascade_weight=inputs.course.cascade_weight,
+        objective=objective_of(config),
     )
     layers = tuple(sorted({*trained, *carried}))
     shape = AdapterShape(

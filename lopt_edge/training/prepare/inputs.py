@@ -6,7 +6,7 @@ how to ask for its plans and its batches; it loads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, prod
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_edge.config.settings import Config
-from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows
+from lopt_edge.data import ChatTemplate, Dataset, Window, collate, epoch_windows, members, unit_lengths
 from lopt_edge.models.folder import ModelFolder
+from lopt_edge.objectives import Objective, objective_of
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
@@ -29,7 +30,7 @@ from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.packing import micro_batches
 from lopt_edge.planning.question import Ground
-from lopt_edge.run.step.batches import Batch, make_batch
+from lopt_edge.run.step.batches import Batch, Choices, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class Inputs:
     model: str = ""  # fingerprint
     teacher: ModelFolder | None = None  # where it is another model than the base
     teacher_model: str = ""  # its fingerprint
+    mismatched: Mapping[str, Dataset] = field(default_factory=dict)  # for an objective that compares with them: by whose
     _plans: dict[tuple[StepKind, int], Plan] = field(default_factory=dict, init=False)  # of this record's knobs
 
     @property
@@ -74,25 +76,35 @@ class Inputs:
         return {name: data for name, data in named.items() if data is not None}
 
     @property
+    def objective(self) -> Objective | None:
+        """The objective of preferences, with the run's settings; None for replies."""
+        return objective_of(self.config)
+
+    @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = ceil(len(self.train.examples) / prod(self.order))
+        per_epoch = ceil(self.train.n_units / prod(self.order))
         return self.config.max_steps or self.config.epochs * per_epoch
 
     def windows(self, *, first: int) -> Iterator[Window]:
         """Accumulation windows, epoch after epoch, without end; `first` counts from 0."""
         batch_size, grad_accum = self.order
-        per_epoch = ceil(len(self.train.examples) / (batch_size * grad_accum))
+        per_epoch = ceil(self.train.n_units / (batch_size * grad_accum))
         for epoch in count(first // per_epoch):
             found = epoch_windows(
-                self.train.lengths, seed=self.config.seed, epoch=epoch, batch_size=batch_size, grad_accum=grad_accum
+                self.train.lengths,
+                seed=self.config.seed,
+                epoch=epoch,
+                batch_size=batch_size,
+                grad_accum=grad_accum,
+                together=self.train.together,
             )
             skipped = first % per_epoch if epoch == first // per_epoch else 0
             yield from (self._cut(window, self.train) for window in found[skipped:])
 
     def _cut(self, window: Window, dataset: Dataset) -> Window:
         """The window's sequences in micro-batches: padded ones, or packed rows."""
-        return micro_batches(window, dataset.lengths, self.config, self.source.facts)
+        return micro_batches(window, dataset, self.config, self.source.facts)
 
     @property
     def part(self) -> Part | None:
@@ -128,8 +140,7 @@ class Inputs:
 
     def batches(self, dataset: Dataset) -> list[Batch]:
         """The whole dataset in micro-batches of similar lengths, for evaluation."""
-        order = sorted(range(len(dataset.examples)), key=dataset.lengths.__getitem__)
-        return [self.batch(dataset, group) for group in self.groups(dataset, order)]
+        return [self.batch(dataset, group) for group in self.groups(dataset, by_length(dataset))]
 
     def groups(self, dataset: Dataset, indices: Sequence[int]) -> Window:
         """These examples in micro-batches, in their order where they are not packed."""
@@ -140,11 +151,21 @@ class Inputs:
         """Some examples of a dataset as one micro-batch on the device: padded, or in a row."""
         examples = [dataset.examples[i] for i in indices]
         found = collate(examples, pad_id=0, packed=bool(self.config.packing))
-        return make_batch(found, self.device, examples=indices)
+        choices = None
+        if dataset.labels:
+            n_targets = tuple(example.n_supervised for example in examples)
+            choices = Choices(tuple(dataset.labels[i] for i in indices), n_targets, dataset.together)
+        return make_batch(found, self.device, examples=indices, choices=choices)
 
     @property
     def n_micro_batches(self) -> int:
         """The micro-batches of a usual step; where sequences are packed, of the largest one."""
         if self.config.packing:
             return len(self.workload.batches)
-        return min(self.config.grad_accum, -(-len(self.train.examples) // self.config.batch_size))
+        return min(self.config.grad_accum, -(-self.train.n_units // self.config.batch_size))
+
+
+def by_length(dataset: Dataset) -> tuple[int, ...]:
+    """The examples of a dataset, the shortest first; those that belong together stay neighbours."""
+    lengths = unit_lengths(dataset.lengths, dataset.together)
+    return members(sorted(range(len(lengths)), key=lengths.__getitem__), dataset.together)

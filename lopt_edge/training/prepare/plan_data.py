@@ -30,6 +30,7 @@ class PlannedData:
 
     train: Dataset | None = None
     evaluated: tuple[Dataset, ...] = ()
+    mismatched: tuple[Dataset, ...] = ()  # replies that an objective compares with
     why_not: str = ""
 
     @property
@@ -39,7 +40,7 @@ class PlannedData:
             return None
         from lopt_edge.planning.from_data import largest_step
 
-        return partial(largest_step, (self.train, *self.evaluated))
+        return partial(largest_step, (self.train, *self.evaluated, *self.mismatched))
 
     def duration(self, asked: Question, found: RunPlan) -> Duration | None:
         """The predicted duration of the whole run; None without data."""
@@ -49,7 +50,15 @@ class PlannedData:
 
         config, workload = asked.config, asked.search.workload
         order = (config.batch_size, config.grad_accum)
-        return duration(config, workload, found.chosen.knobs, train=self.train, evaluated=self.evaluated, order=order)
+        return duration(
+            config,
+            workload,
+            found.chosen.knobs,
+            train=self.train,
+            evaluated=self.evaluated,
+            order=order,
+            mismatched=self.mismatched,
+        )
 
     def words(self, expected: Duration | None) -> Iterator[str]:
         """The sentences on how long the run takes, or why that is not known."""
@@ -87,13 +96,14 @@ def read_data(config: Config) -> PlannedData:
     from lopt_edge.models.folder import find_model
     from lopt_edge.models.tokenizer import load_tokenizer
     from lopt_edge.planning.settings import longest_sequence
-    from lopt_edge.training.prepare.read import read_datasets
+    from lopt_edge.training.prepare.read import mismatched_of, read_datasets
 
     source = find_model(config.model, tokenizer=config.tokenizer, lay_out=False)
     longest = longest_sequence(source.facts, config.max_seq_len, is_given="max_seq_len" in config.model_fields_set)
     tokenizer = load_tokenizer(source.path, say=lambda text: None)
     train, *others = read_datasets(config, tokenizer, vocab_size=source.facts.vocab_size, max_seq_len=longest)
-    return PlannedData(train, tuple(data for data in others if data is not None))
+    beside = tuple(mismatched_of(config, train, others[0]).values())
+    return PlannedData(train, tuple(data for data in others if data is not None), beside)
 
 
 def as_values(expected: Duration | None) -> dict[str, Any]:

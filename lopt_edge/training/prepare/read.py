@@ -7,7 +7,7 @@ seconds. Nothing is written to the output folder here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from lopt_edge.adapters.base import tell_if_another
 from lopt_edge.config.load import DATA, file_errors
 from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
-from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, split
+from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, mismatched_part, split
 from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.four_bit import four_bit_path
 from lopt_edge.models.tokenizer import load_tokenizer
+from lopt_edge.objectives import objective_of
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.knobs import Knobs
@@ -52,6 +53,7 @@ from lopt_edge.training.checkpoint.output_folder import check_output
 from lopt_edge.training.checkpoint.resume import Start, check_same, find_start
 from lopt_edge.training.prepare.boundary_cache import check_boundary_cache
 from lopt_edge.training.prepare.inputs import Inputs
+from lopt_edge.training.prepare.reference import HELD_OUT, TRAIN
 from lopt_edge.training.prepare.teacher import check_teacher, find_teacher
 from lopt_edge.training.prepare.tiers import check_folders
 
@@ -104,6 +106,7 @@ class _Files:
     retention: Dataset | None
     teacher: ModelFolder | None
     teacher_model: str
+    mismatched: Mapping[str, Dataset]
     fingerprint: str
     notes: tuple[str, ...]  # about the files
 
@@ -133,7 +136,7 @@ def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
         device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
-        teacher, teacher_model, model_fingerprint(source), tuple(notes),
+        teacher, teacher_model, mismatched_of(config, train, held_out), model_fingerprint(source), tuple(notes),
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     stated, lowered = stated_budget(config, device)
     budget, reason = planned_budget(stated, device)
     reason = f"{reason}, lowered to what there is" if lowered else reason
-    datasets = (found.train, found.held_out, found.retention)
+    datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
     ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
 
@@ -227,6 +230,7 @@ def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resum
         found.fingerprint,
         found.teacher,
         found.teacher_model,
+        found.mismatched,
     )
 
 
@@ -241,6 +245,9 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         f"{train.n_supervised:,} supervised; format {train.format} ({train.reason}); template: {train.template_reason}"
     )
     yield from (f"method {course.method}, {_described_kind(kind)}" for kind in course.kinds)
+    if (objective := objective_of(planned.config)) is not None:
+        values = ", ".join(f"{name} {value:g}" for name, value in objective.settings.items())
+        yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
     yield from planned.pipeline_reasons
     yield from chosen_settings(asked, planned.config)
@@ -354,10 +361,12 @@ def read_datasets(
             **{**settings, **others},
         )
 
-    train = read(config.data, data_format=config.data_format)
+    objective = objective_of(config)
+    read_chosen = partial(read, data_format=config.data_format, preferences="none" if objective is None else objective.form)
+    train = read_chosen(config.data)
     held_out = retention = None
     if config.eval_data:
-        held_out = read(config.eval_data, data_format=config.data_format)
+        held_out = read_chosen(config.eval_data)
     elif config.eval_fraction:
         train, held_out = split(train, fraction=config.eval_fraction, seed=config.seed)
     if config.retention_data:
@@ -373,6 +382,14 @@ def read_datasets(
                 fix="use the tokenizer that belongs to the model",
             )
     return train, held_out, retention
+
+
+def mismatched_of(config: Config, train: Dataset, held_out: Dataset | None) -> dict[str, Dataset]:
+    """The mismatched replies that an objective compares with, by the name of the data set whose prompts they have."""
+    objective = objective_of(config)
+    if objective is None or not objective.compares:
+        return {}
+    return {TRAIN: mismatched_part(train)} | ({} if held_out is None else {HELD_OUT: mismatched_part(held_out)})
 
 
 def _end_not_scored(dataset: Dataset, end_id: int | None, *, path: str) -> Dataset:

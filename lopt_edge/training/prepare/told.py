@@ -24,12 +24,14 @@ def six_facts(inputs: Inputs) -> list[Fact]:
     expected = run_duration(inputs)
     segments = sum(segment.has_loss for segment in inputs.course.kinds[0].segments)
     early = f", {segments} segments with a loss" if segments > 1 else ""
-    steps = f"{inputs.n_steps:,} steps of {batch_size} x {grad_accum} sequences"
+    units = "pairs" if train.together > 1 else "sequences"
+    steps = f"{inputs.n_steps:,} steps of {batch_size} x {grad_accum} {units}"
+    objective = "" if inputs.objective is None else f", objective {config.objective}"
     steps += f", packed in rows of {config.row_tokens} tokens" if config.packing else ""
     return [
         ("model", f"{inputs.source.name}: {facts.architecture}, {facts.n_layers} layers, hidden {facts.hidden_size}"),
         ("data", ", ".join([f"{len(train.examples):,} examples ({train.format})", shares, *beside])),
-        ("method", f"{config.method}{early}, LoRA r {config.lora_r}; {steps}"),
+        ("method", f"{config.method}{early}, LoRA r {config.lora_r}{objective}; {steps}"),
         ("device", f"{inputs.device}, {dtype}"),
         ("memory", f"{_peaks(inputs.run_plan)}; {_main_knobs(inputs.run_plan)}"),
         ("time", f"about {in_words(expected.seconds)}, {expected.tokens_per_second:,.0f} tokens/s (predicted)"),
@@ -39,8 +41,15 @@ def six_facts(inputs: Inputs) -> list[Fact]:
 def run_duration(inputs: Inputs) -> Duration:
     """The predicted duration of the run on its own data."""
     evaluated = list(inputs.evaluated.values())
+    beside = list(inputs.mismatched.values())
     return duration(
-        inputs.config, inputs.workload, inputs.knobs, train=inputs.train, evaluated=evaluated, order=inputs.order
+        inputs.config,
+        inputs.workload,
+        inputs.knobs,
+        train=inputs.train,
+        evaluated=evaluated,
+        order=inputs.order,
+        mismatched=beside,
     )
 
 

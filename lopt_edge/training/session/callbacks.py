@@ -7,9 +7,10 @@ The rule: what they hear is what the logs have; one that returns "stop" ends the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lopt_edge.run.step.preference_loss import SHOWN
 from lopt_edge.training.session.progress import Progress
 
 STOP = "stop"
@@ -17,7 +18,10 @@ STOP = "stop"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished optimizer step; `local_loss`, `lr` and `grad_norm` have an entry a segment."""
+    """A finished optimizer step; `local_loss`, `lr` and `grad_norm` have an entry a segment.
+
+    `choices` has what was measured of preferences, by the names of metrics.jsonl: rewards_margin, rewards_accuracy, ...
+    """
 
     step: int
     n_steps: int
@@ -28,15 +32,18 @@ class StepRecord:
     tokens: int
     seconds: float
     peak_device_bytes: int
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """An evaluation after `step` steps; a loss that was not asked for is None."""
+    """An evaluation after `step` steps; a loss that was not asked for is None. `choices`: as of a step, of held-out
+    preferences."""
 
     step: int
     held_out: float | None
     retention: float | None
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 OnStep = Callable[[StepRecord], object]
@@ -79,13 +86,15 @@ class Callbacks(Progress):
             record = StepRecord(
                 metrics["step"], self.n_steps, metrics["loss"], tuple(metrics["local_loss"]), tuple(metrics["lr"]),
                 tuple(metrics["grad_norm"]), metrics["tokens"], metrics["step_seconds"], metrics["peak_device_bytes"],
+                {name: metrics[name] for name in SHOWN if name in metrics},
             )  # fmt: skip
             self.stopped |= self.on_step(record) == STOP
 
     def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
         self.inner.evaluated(step, losses)
         if self.on_eval is not None:
-            record = EvalRecord(step, losses.get("eval_loss"), losses.get("retention_loss"))
+            choices = {name: losses[f"eval_{name}"] for name in SHOWN if f"eval_{name}" in losses}
+            record = EvalRecord(step, losses.get("eval_loss"), losses.get("retention_loss"), choices)
             self.stopped |= self.on_eval(record) == STOP
 
     def stop(self) -> None:

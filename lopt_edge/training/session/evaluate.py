@@ -18,6 +18,7 @@ from lopt_edge.errors import RunError
 from lopt_edge.run.step.evaluation import losses
 from lopt_edge.run.step.op_faults import memory_faults
 from lopt_edge.system.files import JsonLines
+from lopt_edge.training.prepare.reference import HELD_OUT
 from lopt_edge.training.session.loaded import Loaded, RunContext
 from lopt_edge.training.session.step_kinds import Stage
 
@@ -48,14 +49,7 @@ def evaluate(
     """
     config = loaded.inputs.config
     with context.clock.phase("evaluate"), memory_faults("evaluation"):
-        found = losses(
-            loaded.model,
-            loaded.evaluated,
-            token_tile=loaded.inputs.knobs.token_tile,
-            between=between,
-            layers=loaded.kinds.layers(step),
-            link=loaded.link,
-        )
+        found = _losses(loaded, step, between)
     for name, loss in found.items():
         if not math.isfinite(loss):
             raise RunError(f"{name} is {loss}", where=f"step {step}", fix="lower --lr; check the base model")
@@ -71,6 +65,17 @@ def evaluate(
         context.progress.note(stage.over)
         context.events.write({"event": "stage ended", "step": step, "reason": stage.over})
     return Evaluation(found, is_best, stage)
+
+
+def _losses(loaded: Loaded, step: int, between: Callable[[], None]) -> dict[str, float]:
+    """The losses by name; of held-out preferences the objective's, and what is measured of them."""
+    layers, batches = loaded.kinds.layers(step), dict(loaded.evaluated)
+    found = {}
+    if loaded.chosen is not None and (chosen := batches.pop(HELD_OUT, None)) is not None:
+        measured = loaded.chosen.held_out(loaded.model, chosen, between=between, layers=layers)
+        found = {f"eval_{name}": value for name, value in measured.items()}
+    tile = loaded.inputs.knobs.token_tile
+    return found | losses(loaded.model, batches, token_tile=tile, between=between, layers=layers, link=loaded.link)
 
 
 def sample(loaded: Loaded, context: RunContext) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.adapters.save import AdapterShape
-from lopt_edge.data import micro_batches_of
+from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.models.four_bit import folder_bytes, four_bit_folder
 from lopt_edge.plan.schedule.knobs import mlp_pieces
 from lopt_edge.run.device import peak_device_bytes
@@ -28,6 +28,7 @@ from lopt_edge.run.step.op_faults import memory_faults
 from lopt_edge.run.step.step_state import Cut
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.moves import Mover
+from lopt_edge.run.tiers.score_file import ScoreFile
 from lopt_edge.run.watch.clock import PhaseClock
 from lopt_edge.run.watch.first_steps import FirstSteps
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
@@ -41,8 +42,10 @@ from lopt_edge.training.pipeline.coordinator import Coordinator, open_coordinato
 from lopt_edge.training.prepare.boundary_cache import BoundaryCaches, boundary_caches
 from lopt_edge.training.prepare.build import build_executor
 from lopt_edge.training.prepare.inputs import Inputs
+from lopt_edge.training.prepare.reference import fill_references, open_references
 from lopt_edge.training.prepare.teacher import fill_features, teacher_features
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
+from lopt_edge.training.session.choices import ChosenBatches
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.saving import Saver
 from lopt_edge.training.session.step_kinds import StepKinds
@@ -77,7 +80,7 @@ class Loaded:
 
     `evaluated` has the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
     step goes on, if it was left inside; `begins_again`: it was, but its micro-batches are cut in another way now.
-    `coordinator`: of the other processes of a pipeline.
+    `coordinator`: of the other processes of a pipeline. `chosen`: the maker of batches where preferences are learned.
     """
 
     inputs: Inputs
@@ -96,11 +99,19 @@ class Loaded:
     replacement: Replacement | None
     cut: Cut | None
     begins_again: bool
+    chosen: ChosenBatches | None = None
 
     @property
     def link(self) -> Link | None:
         """The link to the other processes of a pipeline; None without one."""
         return self.executor.link
+
+    def batches(self, window: Window) -> list[Batch]:
+        """The batches of a step; of preferences with what they are compared with."""
+        if self.chosen is None:
+            return [self.inputs.batch(self.inputs.train, indices) for indices in window]
+        with memory_faults("comparing"):
+            return self.chosen.of_step(self.model, window)
 
     def peaks(self) -> dict[str, int]:
         """The most bytes that this process took so far, on a CPU, on its device and on disk."""
@@ -138,11 +149,12 @@ def loading(
     )
     open_mover: list[Mover] = []
     opened = open_coordinator(inputs, start, report=lambda: _own_peaks(inputs, open_mover[0]))
-    with boundary_caches(inputs) as caches, teacher_features(inputs) as features, tiers as mover, opened as coordinator:
+    kept = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs))
+    with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator:
         open_mover.append(mover)
         settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
         with context.clock.phase("load"), memory_faults("loading"):
-            loader = _Loader(inputs, start, context, folder=folder, mover=mover, features=features)
+            loader = _Loader(inputs, start, context, folder=folder, mover=mover, features=features, references=references)
             found = loader.load(state, caches, coordinator, cache_bytes=cache_bytes)
             found.executor.loss_scale = min(found.executor.loss_scale, most_loss_scale)
             release_free_memory()
@@ -166,9 +178,10 @@ class _Loader:
         folder: Path,
         mover: Mover,
         features: FeatureCache | None,
+        references: Mapping[str, ScoreFile],
     ) -> None:
         self.inputs, self.start, self.context, self.folder = inputs, start, context, folder
-        self.mover, self.features = mover, features
+        self.mover, self.features, self.references = mover, features, references
 
     def load(
         self, state: RunState, caches: BoundaryCaches | None, coordinator: Coordinator | None, *, cache_bytes: int
@@ -179,6 +192,8 @@ class _Loader:
         replacement = self._replace(model, evaluated)
         if self.features is not None:
             self._learn_from_teacher(model, self.features)
+        if self.references:
+            self._ask_reference(model)
         adapter = inputs.config.init_adapter if start is None else str(start.checkpoint.folder)
         executor, shape = build_executor(inputs, model, adapter=adapter)
         executor.caches = {} if self.features is None else {"teacher": self.features}
@@ -191,6 +206,7 @@ class _Loader:
         return Loaded(
             inputs, self.folder, cache_bytes, self.mover, model, executor, shape, evaluated, kinds, saver, first_steps,
             caches, coordinator, replacement, cut, begins_again,
+            None if inputs.objective is None else ChosenBatches(inputs, inputs.objective, self.references),
         )  # fmt: skip
 
     def _model(self) -> Model:
@@ -233,6 +249,19 @@ class _Loader:
             context.progress.note(
                 f"the teacher's features of {n_examples} examples were computed: {size} of disk until the end"
             )
+
+    def _ask_reference(self, model: Model) -> None:
+        context = self.context
+        with context.clock.phase("reference"), context.interrupts.deferred():
+            n_sequences = fill_references(
+                self.inputs,
+                self.references,
+                model,
+                token_tile=self.inputs.knobs.token_tile,
+                between=context.interrupts.check,
+            )
+        if n_sequences:
+            context.progress.note(f"the reference's log-probabilities of {n_sequences:,} sequences were computed")
 
     def _go_on_from(self, start: Start, executor: Executor, shape: AdapterShape) -> tuple[Cut | None, bool]:
         """Restore optimizer, loss scale and best adapter; returns where the step goes on, and whether it begins again."""

@@ -22,13 +22,18 @@ from lopt_edge.plan.search.run_plan import described, summary
 from lopt_edge.system.files import write_text
 from lopt_edge.system.memory import ram_bytes
 from lopt_edge.system.versions import versions
-from lopt_edge.training.checkpoint.log_curves import NAMES, Curves, read_curves, smoothed
+from lopt_edge.training.checkpoint.log_curves import CHOICES, NAMES, Curves, read_curves, smoothed
 from lopt_edge.training.checkpoint.output_folder import METRICS_NAME, REPORT_NAME, SETTINGS_NAME
 from lopt_edge.training.checkpoint.run_state import RunState
 from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.told import six_facts
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.units import format_bytes
+
+CHOICE_TITLES = {
+    "rewards_margin": "By how much chosen replies are rewarded more",
+    "rewards_accuracy": "Share of pairs whose chosen reply is rewarded more",
+}
 
 
 def write_report(inputs: Inputs, state: RunState, progress: Progress, *, finished: bool = False) -> None:
@@ -86,6 +91,13 @@ def _curves(inputs: Inputs, found: Curves) -> Iterator[str]:
     held_out = Series("held-out loss", found.evaluated.get("eval_loss", []), 1)
     nothing = "No step was logged yet."
     yield from figure("Loss", curves([steps, mean, held_out], title="training and held-out loss"), nothing=nothing)
+    if found.choices:
+        for name, label in CHOICES.items():
+            of_steps = Series("training, smoothed", smoothed(found.choices.get(name, [])), 0)
+            of_rest = Series("held out", found.choices.get(f"eval_{name}", []), 1)
+            picture = curves([of_steps, of_rest], title=label)
+            if name in found.choices or f"eval_{name}" in found.choices:
+                yield from figure(CHOICE_TITLES[name], picture, nothing=nothing)
     retention = Series("retention loss", found.evaluated.get("retention_loss", []), 2)
     picture = curves([retention], title="loss on other text")
     yield from figure("What is forgotten", picture, nothing="There is no retention_data.")

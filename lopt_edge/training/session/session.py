@@ -260,7 +260,7 @@ class Session:
         if step in self.state.skip:
             self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
-        batches = [self.inputs.batch(self.inputs.train, indices) for indices in window]
+        batches = self.loaded.batches(window)
         plan, start, self.cut = self.inputs.plan(len(batches), kind), self.cut, None
 
         def between(cut: Cut) -> None:
@@ -407,6 +407,7 @@ class Session:
             metrics["kind"] = kind.name
         if result.align_loss is not None:
             metrics["align_loss"] = result.align_loss
+        metrics |= result.choices
         closing = self.loaded.kinds.closing(step, result.loss)
         state.first_losses, state.last_losses = closing.first, closing.last
         if closing.why:

@@ -35,12 +35,14 @@ class Trackers:
         values |= {"step_seconds": record.seconds, "peak_device_bytes": record.peak_device_bytes}
         values |= {f"local_loss/{index}": loss for index, loss in enumerate(record.local_loss)}
         values |= {f"grad_norm/{index}": norm for index, norm in enumerate(record.grad_norm)}
+        values |= record.choices
         self._log(values, record.step)
 
     def evaluation(self, record: EvalRecord) -> None:
         """Log an evaluation."""
         named = {"eval_loss": record.held_out, "retention_loss": record.retention}
-        self._log({name: loss for name, loss in named.items() if loss is not None}, record.step)
+        found = {name: loss for name, loss in named.items() if loss is not None}
+        self._log(found | {f"eval_{name}": value for name, value in record.choices.items()}, record.step)
 
     def finish(self) -> None:
         """Close the trackers."""

@@ -21,10 +21,11 @@ from lopt_edge.plan.costs.shape import HEADS, LayerShape, Vocabularies, case_key
 from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.plan.facts.families import FAMILIES as RECORDS
 from lopt_edge.plan.facts.families.family import LINEAR
+from lopt_edge.plan.facts.layers import OWN, SHARED
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.watch.tracker import MemoryTracker
-from tools.tiny_models import FAMILIES, tiny_config
+from tools.tiny_models import FAMILIES, GEMMA4_E, tiny_config
 
 SIZES = {"s": 2, "t": 5, "u": 6, "d": 64, "h": 4, "k": 2, "q": 8, "e": 32, "i": 192, "n": 7, "v": 11}
 EVERY_OP = ("embed", "forward", "graph", "graph first", "backward", "backward first", "task loss", "reconstruct loss")
@@ -142,7 +143,8 @@ def test_every_case_has_sound_programs(family):
             of_kind = shape.of_kind(kind)
             experts = of_kind.layer.experts is not None
             key = case_key(family, itemsize, f"{heads} experts" if experts else heads, masked=masked, one=one)
-            for op in [*EVERY_OP, "backward from o_proj", *([] if experts or family == "phi3" else ["backward from mlp"])]:
+            gated = any(linear.short_name == "gate_proj" for linear in of_kind.linears)
+            for op in [*EVERY_OP, "backward from o_proj", *(["backward from mlp"] if gated else [])]:
                 check_program(of_kind, key, op)
 
 
@@ -153,6 +155,19 @@ def test_a_delta_rule_has_sound_programs(family):
         assert shape.layer.delta is not None
         for op in [*EVERY_OP, "backward from out_proj", "backward from mlp"]:
             check_program(shape, case_key(family, itemsize, "delta", one=one), op)
+
+
+def test_programs_of_layers_that_share_keys_are_sound():
+    facts = facts_from_config(tiny_config("gemma4_text", **GEMMA4_E).to_dict(), where="here")
+    for kind, itemsize, masked, one in product(range(len(facts.kinds)), (4, 2), (False, True), (False, True)):
+        shape = LayerShape(facts, itemsize, 4, (), layer_kind=kind)
+        for back in (False, True) if shape.layer.keys != OWN else (False,):
+            case = shape.case(1 if one else 2, masked=masked, gives_back=back)
+            never_first = shape.layer.keys == SHARED and back
+            for op in (
+                ("graph", "backward", "forward") if never_first else [*EVERY_OP, "backward from per_layer_projection"]
+            ):
+                check_program(shape, case, op)
 
 
 def check_program(shape: LayerShape, case: str, op: str) -> None:

@@ -77,6 +77,7 @@ def check(values: dict[str, Any]) -> ModelFacts:
             assert facts.head_dim_of(kind) == ours.head_dim == attention.head_dim
             assert ours.n_kv_heads * attention.num_key_value_groups == ours.n_heads == facts.n_heads
     assert facts.intermediate_size == config.intermediate_size
+    assert facts.rotary_dim in (0, 2 * len(getattr(model.model.rotary_emb, "inv_freq", ())))
     return facts
 
 
@@ -150,6 +151,10 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(family, key,
         ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layers": [0, 1, 1, 0]}),
         ("olmo2", {"attention_bias": True, "mlp_bias": True}),
         ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("arcee", {"attention_bias": True, "mlp_bias": True}),
+        ("glm4", {"attention_bias": False}),
+        ("glm4", {"partial_rotary_factor": 0.3, "head_dim": 18}),
+        ("qwen3_5_text", {"partial_rotary_factor": 0.5}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False}),
         ("gemma4_text", {"num_global_key_value_heads": None, "num_attention_heads": 8}),
         ("gemma4_text", GEMMA4_E),
@@ -214,6 +219,9 @@ def test_configs_of_the_hub(name):
 
 
 LLAMA, GEMMA4 = HUB["Llama-3.2-1B"], HUB["gemma-4-31b"]
+GRANITE4 = LLAMA | {"model_type": "granitemoehybrid", "num_local_experts": 0, "position_embedding_type": "rope",
+                    "layer_types": ["attention"] * 2, "shared_intermediate_size": 8192}  # fmt: skip
+GLM4 = LLAMA | {"model_type": "glm4", "rope_parameters": None}
 
 
 def test_all_missing_numbers_are_told_together():
@@ -263,6 +271,12 @@ def test_numbers_must_be_positive_integers(key, value):
         (GEMMA4 | {"per_layer_config": [1]}, "per_layer_config"),
         (GEMMA4 | {"global_head_dim": 0}, "head_dim of a layer must be a positive integer"),
         ({"model_type": "qwen3_5_text", "linear_num_value_heads": 24}, "linear_num_value_heads is not a multiple"),
+        (GRANITE4 | {"num_local_experts": 62}, "experts beside an MLP"),
+        (GRANITE4 | {"position_embedding_type": None}, "position_embedding_type 'None' is not supported, only 'rope'"),
+        (GRANITE4 | {"layer_types": ["attention", "mamba"]}, "layer_types must name full_attention"),
+        (GRANITE4 | {"shared_intermediate_size": "x"}, "shared_intermediate_size must be a positive integer"),
+        (GLM4 | {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be a number up to 1"),
+        (GLM4 | {"rope_parameters": {"partial_rotary_factor": "half"}}, "partial_rotary_factor must be a number"),
         ({"model_type": "qwen3_5_text", "linear_key_head_dim": 0}, "linear_key_head_dim must be a positive integer"),
         (LLAMA | {"model_type": "gpt2"}, "'gpt2' is not supported"),
         (LLAMA | {"model_type": ["llama"]}, "not supported"),

@@ -94,7 +94,17 @@ def test_windows_of_gemma():
 
 
 # Families of which no published config could be looked up yet: a preset's numbers need a source.
-NOT_LOOKED_UP = {"ernie4_5", "exaone4", "granitemoe", "hunyuan_v1_dense", "olmo3", "seed_oss"}
+NOT_LOOKED_UP = {
+    "arcee",
+    "glm4",
+    "granitemoehybrid",
+    "ernie4_5",
+    "exaone4",
+    "granitemoe",
+    "hunyuan_v1_dense",
+    "olmo3",
+    "seed_oss",
+}
 
 
 def test_all_families_are_there():

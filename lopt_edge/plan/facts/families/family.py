@@ -184,7 +184,7 @@ class Family:
     `asks`: keys that only some families ask, the others ignore them: `use_sliding_window` (false by default, and then there
     is no window) and `layer_types` (which replaces the function of that kind, `layer_type`).
     `overrides`: the numbers of heads that one layer has instead of the config's. `refuses`: keys that may not be set, and
-    what they would mean.
+    what they would mean; `requires`: the only value that a key may have. `inner`: the key for the features inside an MLP.
     `projections`: the linear layers of a decoder layer, in the order in which they run; `projections_by_type`: those of
     layers of the types in which they are others. `experts`: what some or all layers have in the place of an MLP.
     `own_inputs`: the key for the features of what each layer is told anew of a token, and `own_vocabulary` for how many
@@ -216,6 +216,8 @@ class Family:
     layer_type: LayerType = full
     overrides: Overrides = none
     refuses: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
+    inner: str = "intermediate_size"
     embedding_factor: str = ""
     own_inputs: str = ""
     own_vocabulary: str = ""

@@ -1,9 +1,13 @@
-"""Granite 3: Llama's layers with factors on embeddings, logits and residuals (the last are transformers' module's own).
-Where a layer has experts, checkpoints have them in two stacks."""
+"""Granite 3 and 4: Llama's layers with factors on embeddings, logits and residuals (the last are its module's own).
+Where a layer has experts, checkpoints have them in two stacks. Of Granite 4 those models are here whose layers all have
+attention and no experts (micro, 1b, 350m): their MLP is what the others call shared."""
 
 from __future__ import annotations
 
-from lopt_edge.plan.facts.families.family import Experts, Family, attention, gated_mlp
+from collections.abc import Mapping
+from typing import Any
+
+from lopt_edge.plan.facts.families.family import FULL, LINEAR, Experts, Family, Projection, attention, gated_mlp
 
 _GRANITE = Family(
     "granite",
@@ -37,4 +41,31 @@ _GRANITE_MOE = Family(
     ),
 )  # fmt: skip
 
-FAMILIES = (_GRANITE, _GRANITE_MOE)
+
+def _attention_or_mamba(config: Mapping[str, Any], layer: int, _window: int | None) -> str:
+    """Which one hubs say with words of their own; mamba where the config says nothing, as in transformers."""
+    given = config.get("layer_types") or config.get("layers_block_type")
+    named = given[layer] if isinstance(given, list) and layer < len(given) else ""
+    return FULL if named in ("attention", FULL) else LINEAR
+
+
+_GRANITE4 = Family(
+    "granitemoehybrid",
+    defaults={
+        "num_attention_heads": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "vocab_size": 32000, "max_position_embeddings": 2048, "num_local_experts": 8, "shared_intermediate_size": 1024,
+    },
+    projections=(
+        *attention(bias="attention_bias", out_bias="attention_bias"),
+        Projection("shared_mlp.input_linear", "hidden", "inner+inner"),
+        Projection("shared_mlp.output_linear", "inner", "hidden"),
+    ),
+    inner="shared_intermediate_size",
+    layer_type=_attention_or_mamba,
+    refuses={"num_local_experts": "experts beside an MLP, as in Granite 4 tiny and small, are"},
+    requires={"position_embedding_type": "rope"},
+    embedding_factor="embedding_multiplier",
+    logit_divisor="logits_scaling",
+)  # fmt: skip
+
+FAMILIES = (_GRANITE, _GRANITE_MOE, _GRANITE4)

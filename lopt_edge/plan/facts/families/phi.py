@@ -13,7 +13,6 @@ _PHI3 = Family(
         Projection("mlp.down_proj", "inner", "hidden"),
     ),
     layer_type=windowed,
-    rotary_share=1.0,
 )
 
 FAMILIES = (_PHI3,)
