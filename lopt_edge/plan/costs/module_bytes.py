@@ -127,8 +127,7 @@ def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: in
         heap.take(n_rows * r * c)  # g B^T
         heap.touch(n_in * r * (c + 4) * apart)
         heap.take(n_in * r * 4)  # dA
-        heap.touch(n_rows * r * c + n_out * r * (c if apart else 4))
-        heap.touch(n_out * r * (c + 4) * apart)
+        heap.touch(n_rows * r * c + n_out * r * (4 + c * apart))
         heap.take(n_out * r * 4)  # dB
         if shape.dropout and need_x:
             heap.take(n_rows * n_in * c)

@@ -205,7 +205,7 @@ def test_the_blocked_mlp(targets, hidden, inner, n_rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pieces", [MlpPieces(64, 32, joined=True), MlpPieces(192, 32), MlpPieces(192, 32, joined=True)])
+@pytest.mark.parametrize("pieces", [MlpPieces(128, 32, joined=True), MlpPieces(192, 32), MlpPieces(192, 32, joined=True)])
 @pytest.mark.parametrize("targets", [MLP, ("up_proj",), ()])
 def test_other_pieces_of_the_mlp(targets, pieces, dtype):
     check_mlp(make_shape(dtype, inner=192, targets=targets, pieces=pieces), 70)
