@@ -25,10 +25,10 @@ def add_product(sum_: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> No
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """The product a b in fp32."""
-    if a.dtype != torch.float32 and _widens(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.float32)
+    """The product a b in fp32 of matrices in half precision; of others in their own."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if _widens(a) else (a @ b).to(torch.float32)
 
 
 def _widens(a: Tensor) -> bool:
