@@ -111,7 +111,7 @@ def test_a_large_evaluation_sets_the_peak():
 @pytest.mark.parametrize(("weights", "tile"), [("resident", 1024), ("disk", 1024), ("resident", 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_evaluation_takes_no_more_than_predicted(four_bit, tmp_path, dtype, weights, tile):
-    folder: Path = four_bit("llama", hidden_size=256, intermediate_size=704, max_position_embeddings=2048)
+    folder: Path = four_bit("llama", hidden_size=256, intermediate_size=1408, max_position_embeddings=2048)
     knobs = make_knobs(4, weights=weights, token_tile=tile)
     bench = make_bench(folder, method="lopt", dtype=dtype, knobs=knobs, page_dir=tmp_path)
     batch = random_batch((700, 400), seed=1)
