@@ -63,7 +63,7 @@ class Space:
 
     Iterating gives those whose things lie on the first tier below the device where they leave it, with the largest block of
     the MLP and tile of the loss. `lowered` gives a combination's further forms, with ever more of it on disk: what is moved
-    least often goes first. `tiled` gives those with smaller blocks, then with smaller tiles as well.
+    least often goes first. `blocked` gives those with smaller blocks, `tiled` those with smaller tiles.
     """
 
     facts: ModelFacts
@@ -103,15 +103,15 @@ class Space:
         }
         return any(found and name not in self.fixed for name, found in wasted.items())
 
-    def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
-        """The combination itself, then with ever smaller blocks of the MLP, then with ever smaller tiles of the loss."""
-        smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
-        blocks = () if "mlp_block" in self.fixed else self._blocks_below(knobs.mlp_block)
-        cut = [knobs, *(replace(knobs, mlp_block=block) for block in blocks)]
-        return *cut, *(replace(cut[-1], token_tile=tile) for tile in smaller)
+    def blocked(self, knobs: Knobs) -> tuple[Knobs, ...]:
+        """The combination itself, then with ever smaller blocks of the MLP."""
+        sizes = () if "mlp_block" in self.fixed else mlp_blocks(self.facts, self.device_type)
+        return knobs, *(replace(knobs, mlp_block=size) for size in sizes if size < knobs.mlp_block)
 
-    def _blocks_below(self, block: int) -> tuple[int, ...]:
-        return tuple(size for size in mlp_blocks(self.facts, self.device_type) if size < block)
+    def tiled(self, knobs: Knobs) -> tuple[Knobs, ...]:
+        """The combination itself, then with ever smaller tiles of the loss."""
+        smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
+        return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
 
     def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
         """The combination's further forms, with ever more of it on disk; it itself is not among them."""
@@ -144,7 +144,7 @@ class Search:
         self.workload, self.space = workload, space
         self.bounds = bounds = Bounds(workload)
         rows = [
-            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(space.tiled(knobs)[-1]), knobs)
+            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(space.tiled(self._least(knobs))[-1]), knobs)
             for order, knobs in enumerate(space)
         ]
         self.rows = sorted(rows, key=lambda row: row[:2])
@@ -174,17 +174,23 @@ class Search:
         faster than `best`: then the further ones are not."""
         if not self._may_win(knobs, budget, best):
             return None
-        most = budget.device_bytes
-        found = next((form for form in self._tiles(knobs) if self._is_held(form, most)), None)
-        if found is None:
-            return None
-        knobs = found
-        for form in self._forms(knobs, budget):
+        held = self._held(knobs, budget.device_bytes)
+        for form in () if held is None else self._forms(held, budget):
             if self._is_slower(form, best):
                 return None
             if self.prediction(form).fits(budget):
                 return self.candidate(form)
         return None
+
+    def _held(self, knobs: Knobs, most: int | None) -> Knobs | None:
+        """The fastest form of a combination that the device holds. Most combinations are refused, so the block of the least
+        bytes is looked at first: where it is not held, only a smaller tile may help."""
+        least = self._least(knobs)
+        forms = self.space.blocked(knobs) if self._is_held(least, most) else self._tiles(least)
+        return next((form for form in forms if self._is_held(form, most)), None)
+
+    def _least(self, knobs: Knobs) -> Knobs:
+        return min(self.space.blocked(knobs), key=self.bounds.device_bytes)
 
     def _is_held(self, form: Knobs, most: int | None) -> bool:
         """Whether the device holds a form; the bound is asked first, since it is cheaper."""
@@ -203,12 +209,10 @@ class Search:
         return form is not None and not self._is_slower(form, best)
 
     def _tiles(self, knobs: Knobs) -> Iterator[Knobs]:
-        """The combination itself, with smaller blocks, and with smaller tiles as long as the loss or the evaluation is at
-        the peak."""
-        forms = self.space.tiled(knobs)
-        for form in forms:
+        """The combination itself, and with smaller tiles as long as the loss or the evaluation is at the peak."""
+        for form in self.space.tiled(knobs):
             yield form
-            if form.mlp_block == forms[-1].mlp_block and form != forms[-1] and not self.prediction(form).at_loss:
+            if form.token_tile != TOKEN_TILES[-1] and not self.prediction(form).at_loss:
                 break
 
     def _is_slower(self, knobs: Knobs, best: Candidate | None) -> bool:
@@ -251,7 +255,7 @@ class Search:
         for _, _, device_bytes, row in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
             if found and device_bytes > self.prediction(found[0]).device_bytes:
                 break
-            for knobs in self._tiles(row):
+            for knobs in self._tiles(self._least(row)):
                 taken, least = self.prediction(knobs), self.prediction(found[0]) if found else None
                 if least is None or taken.device_bytes < least.device_bytes:
                     found = [knobs]

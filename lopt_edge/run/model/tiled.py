@@ -38,7 +38,7 @@ class TokenTiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The wrapped module's output for x (..., D), bitwise where it runs itself; the graph keeps x alone."""
-        function = _FusedNorm if self.is_plain and kind_of(x.device.type).fuses_norms else _TokenTiled
+        function = _FusedNorm if self.is_plain and kind_of(x.device.type).fuses_norms and not x.is_cpu else _TokenTiled
         y: Tensor = function.apply(x, self.inner)  # type: ignore[no-untyped-call]  # torch's apply has no types
         return y
 

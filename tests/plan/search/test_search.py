@@ -94,7 +94,9 @@ def test_the_smallest_fits_its_own_bytes_and_nothing_fits_one_less():
     need = search.smallest.prediction.device_bytes
     assert search.within(Budget(device_bytes=need)).best is not None
     assert search.within(Budget(device_bytes=need - 1)).best is None
-    forms = (form for *_, knobs in search.rows for form in search.space.tiled(knobs))
+    forms = (
+        form for *_, knobs in search.rows for block in search.space.blocked(knobs) for form in search.space.tiled(block)
+    )
     assert min(search.prediction(form).device_bytes for form in forms) == need
 
 
@@ -110,7 +112,13 @@ def loss_search(evaluates: bool) -> Search:
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_a_smaller_tile_is_taken_where_nothing_else_fits(evaluates):
     search = loss_search(evaluates)
-    forms = (form for *_, knobs in search.rows for form in search.space.tiled(knobs) if form.token_tile == 1024)
+    forms = (
+        form
+        for *_, knobs in search.rows
+        for block in search.space.blocked(knobs)
+        for form in search.space.tiled(block)
+        if form.token_tile == 1024
+    )
     largest = min(search.prediction(form).device_bytes for form in forms)
     need, chosen = search.smallest.prediction.device_bytes, search.smallest.knobs
     assert need < 0.99 * largest and chosen.token_tile < 1024
@@ -178,7 +186,7 @@ def test_the_walk_finds_what_looking_at_everything_finds(method, machine, n_laye
 def test_lower_bounds_are_lower_bounds_for_every_combination(method, machine, n_tokens, each):
     """Of a GPU's some 18,000 forms every 36th."""
     search = search_of(method, machine, 4, n_tokens)
-    rows = [knobs for *_, row in search.rows for knobs in search.space.tiled(row)]
+    rows = [knobs for *_, row in search.rows for block in search.space.blocked(row) for knobs in search.space.tiled(block)]
     forms = [form for knobs in rows for form in (knobs, *search.space.lowered(knobs))][:: 3 * each]
     assert len(forms) > 450
     for knobs in forms:
@@ -233,7 +241,9 @@ def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: st
 def test_fixed_knobs_stay_fixed_in_every_form(fixed, share):
     search = make_search(make_workload("lopt", "rtx 4060 laptop", n_tokens=(200, 200)), **fixed)
     answers = [search.within(Budget()).best, search.within(Budget(device_bytes=device_budget(search, share))).best]
-    spread = [knobs for *_, row in search.rows[::40] for knobs in search.space.tiled(row)]
+    spread = [
+        knobs for *_, row in search.rows[::40] for block in search.space.blocked(row) for knobs in search.space.tiled(block)
+    ]
     forms = [form for knobs in spread for form in (knobs, *search.space.lowered(knobs))]
     for knobs in [*forms, search.smallest.knobs, *(answer.knobs for answer in answers if answer is not None)]:
         assert {name: getattr(knobs, name) for name in fixed} == fixed

@@ -57,6 +57,8 @@ OTHERS: dict[str, Any] = {
     "align_until": 0.25, "align_weight": 0.5, "align_layer": 1, "stages": 2, "tail_layers": 1,
     "cycles": 2, "min_lr": 0.1, "lora_rslora": True, "stage_patience": 1, "leap_layers": 2, "ema_momentum": 0.5,
     "cascade_weight": 0.5, "lr_head": 0.5, "open_until": 0.25, "reach": "0.5:all,1:half", "closed_cache": False,
+    "objective": "dpo", "beta": 0.5, "label_smoothing": 0.25, "simpo_gamma": 0.5, "orpo_lambda": 0.5,
+    "desirable_weight": 2.0, "undesirable_weight": 2.0, "mlp_block": 512, "mlp_tile": 64,
 }  # fmt: skip
 
 
