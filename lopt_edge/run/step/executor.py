@@ -10,9 +10,8 @@ overflow). If one overflows, the same step is run again with a quarter of the sc
 update in the step it cannot be run again: the caller goes back to a checkpoint (training/run.py).
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
-movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree.
-State lives in one `StepState` (step_state.py), dropped with the step.
-Shapes: B sequences, T tokens, N selected tokens, D hidden.
+movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree. State
+lives in one `StepState` (step_state.py), dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -268,7 +267,7 @@ class Executor:
     def _align(self, state: StepState, op: Op) -> None:
         segment = state.plan.segment_of(op.target)
         weight = state.align_weight * self.loss_scale
-        output, scale = self._output(state, op, segment, None), weight / state.totals.tokens
+        output, scale = self._output(state, op, segment), weight / state.totals.tokens
         state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
         self._note_loss(state, UnreadLoss(ALIGNED, "alignment", op.text(), value, weight))
         state.teacher_BTD = None
@@ -338,16 +337,19 @@ class Executor:
         segment = state.plan.segments[op.target]
         if segment.has_head:
             self._accept(state, ("aux", op.target))
-        target_BTD = self._target(state, op, segment.first) if segment.has_head else None
-        found = self.losses.gradient(self._output(state, op, segment, target_BTD), loss_scale=self.loss_scale)
-        state.grad_BTD = found.grad_BTD
-        self._note_loss(state, UnreadLoss(op.target, name_of_loss(segment), op.text(), found.loss))
-        add_measured(state.losses, found.measured)
+        self._take_gradient(state, op, segment)
         state.target_BTD = None
         if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
         if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
+
+    def _take_gradient(self, state: StepState, op: Op, segment: Segment) -> None:
+        """Compute a loss, in a function of its own: nothing of it may live on while a head's gradients complete."""
+        found = self.losses.gradient(self._output(state, op, segment), loss_scale=self.loss_scale)
+        state.grad_BTD = found.grad_BTD
+        self._note_loss(state, UnreadLoss(op.target, name_of_loss(segment), op.text(), found.loss))
+        add_measured(state.losses, found.measured)
 
     def _note_loss(self, state: StepState, loss: UnreadLoss) -> None:
         """Keep a loss, to be read with the norms; on cores it is read now, so that a bad one ends the step here."""
@@ -356,24 +358,22 @@ class Executor:
             self._read_losses(state)
 
     def _read_losses(self, state: StepState) -> None:
-        if state.unread:
-            values = torch.stack([loss.value for loss in state.unread]).cpu().tolist()
-            take_losses(state, values, alone=self.link is None)
+        values = torch.stack([loss.value for loss in state.unread]).cpu().tolist() if state.unread else []
+        take_losses(state, values, alone=self.link is None)
 
     def _check_finite(self, state: StepState) -> None:
         """Read all losses and norms at once. Raises NotFinite, of a loss before that of a gradient."""
-        beside, alone = [loss.value for loss in state.unread], self.link is None
-        self.optimizer.check_finite(beside, told=lambda values: take_losses(state, values, alone=alone))
+        told = partial(take_losses, state, alone=self.link is None)
+        self.optimizer.check_finite([loss.value for loss in state.unread], told=told)
 
-    def _output(self, state: StepState, op: Op, segment: Segment, target_BTD: Tensor | None) -> SegmentOutput:
-        n_local = 0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments)
+    def _output(self, state: StepState, op: Op, segment: Segment) -> SegmentOutput:
         return SegmentOutput(
             segment,
-            n_local,
+            0 if state.plan.overlaps else sum(other.is_local for other in state.plan.segments),
             state.batches[op.micro_batch],
             state.totals,
             present(state.hidden_BTD),
-            target_BTD,
+            self._target(state, op, segment.first) if segment.has_head else None,
             state.teacher_BTD,
             state.plan.tile,
         )
