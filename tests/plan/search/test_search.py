@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
-from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs
+from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs
 from lopt_edge.plan.search.search import Bounds, Candidate, Search, three_digits
 from tests.plan.plans import Case, cases, make_course
 from tests.plan.workloads import make_search, make_workload, search_of
@@ -257,6 +257,7 @@ def every_choice(search: Search) -> Iterator[Knobs]:
     whatever is said, and a layer without loss keeps nothing: there is one choice for these."""
     workload, on_cpu = search.workload, search.workload.shape.device_type == "cpu"
     n_layers, below = workload.shape.facts.n_layers, "disk" if on_cpu else "host"
+    mlp_tile = default_knobs(workload.shape.facts, workload.shape.device_type).mlp_tile
     settled = {segment.last for segment in workload.kinds[0].segments}
     settled |= {layer for segment in workload.kinds[0].segments if segment.loss == "none" for layer in segment.layers}
     free = [("keep",) if layer in settled else ("keep", "recompute", "page") for layer in range(n_layers)]
@@ -269,7 +270,9 @@ def every_choice(search: Search) -> Iterator[Knobs]:
     )
     for weights, activations in product(product(("resident", below), repeat=n_layers), product(*free)):
         for inputs, states, gradients, prefetch, head in product(*others):
-            yield Knobs(weights, activations, inputs, below, states, gradients, "adamw", "step", prefetch, head)
+            yield Knobs(
+                weights, activations, inputs, below, states, gradients, "adamw", "step", prefetch, head, mlp_tile=mlp_tile
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(
