@@ -211,22 +211,10 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     family = family_of(config.get("model_type"), where=where)
     known = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _check_numbers(known, where, (family.inner, *(DELTA_KEYS if LINEAR in family.layer_types else ())))
-    dense = known.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        what = f"mlp_only_layers must be a list of layers (integers), not {str(dense)[:40]!r}"
-        raise InputError(what, where=where)
+    _refuse_unsupported(known, family, where)
     n_layers, hidden, n_heads = (known[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     given_null = "num_key_value_heads" in config and config["num_key_value_heads"] is None
     n_kv_heads = n_heads if given_null else known.get("num_key_value_heads", n_heads)
-    for key, meaning in family.refuses.items():
-        if known.get(key):
-            raise InputError(f"{meaning} not supported yet ({key})", where=where, fix="use another model of the family")
-    for key, value in family.requires.items():
-        if known.get(key) != value:
-            what = f"{key} {str(known.get(key))[:40]!r} is not supported, only {value!r}"
-            raise InputError(what, where=where, fix="use another model of the family")
-    if known.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4: of the tokens of an image
-        raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
     head_dim = (config if config.get("head_dim", 0) is None else known).get("head_dim") or hidden // n_heads
     window = known.get("sliding_window")
     if ("sliding_window" in config and config["sliding_window"] is None) or (
@@ -274,6 +262,23 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         key_sources=tuple(sources.items()),
     )
     return replace(found, forms=_experts_in_mxfp4(found)) if quantisation == MXFP4 else found
+
+
+def _refuse_unsupported(known: dict[str, Any], family: Family, where: str) -> None:
+    """Raise InputError for what a family's layers may be asked for and are not here."""
+    dense = known.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        what = f"mlp_only_layers must be a list of layers (integers), not {str(dense)[:40]!r}"
+        raise InputError(what, where=where)
+    for key, meaning in family.refuses.items():
+        if known.get(key):
+            raise InputError(f"{meaning} not supported yet ({key})", where=where, fix="use another model of the family")
+    for key, value in family.requires.items():
+        if known.get(key) != value:
+            what = f"{key} {str(known.get(key))[:40]!r} is not supported, only {value!r}"
+            raise InputError(what, where=where, fix="use another model of the family")
+    if known.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4: of the tokens of an image
+        raise InputError("bidirectional attention is not supported", where=where, fix="use a causal language model")
 
 
 def _experts_in_mxfp4(facts: ModelFacts) -> Forms:
