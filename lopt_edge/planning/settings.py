@@ -15,7 +15,7 @@ from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.knobs import ACTIVATIONS, MLP_PIECES, TOKEN_TILES, WEIGHTS, Knobs, per_layer
+from lopt_edge.plan.schedule.knobs import ACTIVATIONS, MLP_PIECES, TOKEN_TILES, WEIGHTS, Knobs, has_blocked_mlp, per_layer
 from lopt_edge.plan.search.search import Candidate, Space, three_digits
 
 MOST_SEGMENTS = 8
@@ -275,7 +275,7 @@ def chosen_settings(asked: Config, settled: Config) -> Iterator[str]:
         yield f"segments chosen: {settled.num_segments}"
 
 
-def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
+def memory_warnings(config: Config, knobs: Knobs, facts: ModelFacts) -> Iterator[str]:
     """One sentence for each memory setting that changes nothing in this combination."""
     tiers = {*knobs.weights, knobs.saved_inputs, knobs.states, knobs.gradients}
     moves = tiers - {"device", "resident"} or "page" in knobs.activations
@@ -287,7 +287,12 @@ def memory_warnings(config: Config, knobs: Knobs) -> Iterator[str]:
     longest = max(config.max_seq_len, config.row_tokens or 0) if config.packing else config.batch_size * config.max_seq_len
     if config.token_tile not in (None, TOKEN_TILES[0]) and longest <= min(config.token_tile, TOKEN_TILES[0]):
         yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
-    if config.mlp_tile is not None and longest <= min(config.mlp_tile, MLP_PIECES[1]):
+    if not has_blocked_mlp(facts):
+        pieces = [name for name in ("mlp_block", "mlp_tile") if getattr(config, name) is not None]
+        yield from (
+            f"{name} has no effect: this model has no MLP that is computed in blocks" for name in pieces
+        )
+    elif config.mlp_tile is not None and longest <= min(config.mlp_tile, MLP_PIECES[1]):
         yield f"mlp_tile has no effect: no micro-batch has more than {longest} tokens"
     if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:
         yield "saved_inputs has no effect: no layer is recomputed from its saved input"

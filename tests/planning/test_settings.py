@@ -31,6 +31,7 @@ from lopt_edge.planning.settings import (
 )
 from tests.plan.costs.test_sizes import N_LAYERS, make_facts
 from tests.plan.plans import make_course, make_knobs
+from tools.tiny_models import tiny_config
 
 FACTS = make_facts()
 
@@ -174,9 +175,16 @@ def test_a_run_against_its_model():
     ],
 )
 def test_a_setting_without_effect_is_said(values, changes, said):
-    found = list(memory_warnings(make_config(**values), make_knobs(N_LAYERS, **changes)))
+    found = list(memory_warnings(make_config(**values), make_knobs(N_LAYERS, **changes), FACTS))
     assert [sentence.split()[0] for sentence in found] == ([] if said is None else [said])
     assert all("has no effect" in sentence for sentence in found)
+
+
+def test_pieces_of_an_mlp_that_has_none_are_said():
+    """Phi-3 joins gate and up in one matrix."""
+    facts = facts_from_config(tiny_config("phi3").to_dict(), where="config.json")
+    found = list(memory_warnings(make_config(mlp_block=512, mlp_tile=64), make_knobs(N_LAYERS), facts))
+    assert [sentence.split()[0] for sentence in found] == ["mlp_block", "mlp_tile"]
 
 
 # budgets ---------------------------------------------------------------------------------------------------------------

@@ -110,13 +110,17 @@ def default_knobs(facts: ModelFacts, device_type: str) -> Knobs:
 def mlp_blocks(facts: ModelFacts, device_type: str) -> tuple[int, ...]:
     """The blocks of intermediate features that a search may take, the fastest and largest first; one of those that have all
     features, and one where the model has no gated MLP."""
-    names = {linear.short_name for kind in facts.kinds for linear in kind.linears}
-    if not {"gate_proj", "up_proj", "down_proj"} <= names:
+    if not has_blocked_mlp(facts):
         return (PIECES.features,)
     most, found = max(kind.inner for kind in facts.kinds), dict[int, int]()
     for size in kind_of(device_type).mlp_blocks:
         found.setdefault(min(size or most, most), size or most)
     return tuple(found.values())
+
+
+def has_blocked_mlp(facts: ModelFacts) -> bool:
+    """Whether a layer has a gated MLP of three matrices, which can be computed in blocks (quant/gated_mlp.py)."""
+    return {"gate_proj", "up_proj", "down_proj"} <= {linear.short_name for kind in facts.kinds for linear in kind.linears}
 
 
 def mlp_pieces(knobs: Knobs, device_type: str) -> MlpPieces:

@@ -203,7 +203,7 @@ def _inputs(given: Config, asked: Config, found: _Files, planned: _Answer, resum
         *found.notes,
         *planned.warnings,
         *_warnings(given, source, found.train, max_seq_len=found.max_seq_len),  # settled settings were not stated
-        *memory_warnings(config, knobs),
+        *memory_warnings(config, knobs, source.facts),
         *folder_warnings,
     )
     return Inputs(
