@@ -289,9 +289,7 @@ def memory_warnings(config: Config, knobs: Knobs, facts: ModelFacts) -> Iterator
         yield f"token_tile has no effect: no micro-batch has more than {longest} tokens"
     if not has_blocked_mlp(facts):
         pieces = [name for name in ("mlp_block", "mlp_tile") if getattr(config, name) is not None]
-        yield from (
-            f"{name} has no effect: this model has no MLP that is computed in blocks" for name in pieces
-        )
+        yield from (f"{name} has no effect: this model has no MLP that is computed in blocks" for name in pieces)
     elif config.mlp_tile is not None and longest <= min(config.mlp_tile, MLP_PIECES[1]):
         yield f"mlp_tile has no effect: no micro-batch has more than {longest} tokens"
     if "saved_inputs" in given and knobs.saved_inputs != "device" and "recompute" not in knobs.activations:
