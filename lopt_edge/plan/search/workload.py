@@ -12,7 +12,7 @@ bytes are those of the largest, seconds the mean over their shares. It chooses n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lopt_edge.plan.costs.predict import Prediction, largest, predict
 from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
@@ -30,6 +30,7 @@ from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 
+MOST_SIZES = 32  # kept: a combination's are asked for by its bounds, its clock and its replay
 N_MOVING = 2  # micro-batches to look at where gradients move between them
 
 
@@ -89,6 +90,17 @@ class Workload:
 
     def sizes(self, knobs: Knobs) -> Sizes:
         """The bytes of everything that the run has with these knobs."""
+        if knobs not in self._sizes:
+            if len(self._sizes) >= MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[knobs] = self._make_sizes(knobs)
+        return self._sizes[knobs]
+
+    @cached_property
+    def _sizes(self) -> dict[Knobs, Sizes]:
+        return {}
+
+    def _make_sizes(self, knobs: Knobs) -> Sizes:
         part, groups = self.part, self.course.groups
         if part is not None:
             knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
