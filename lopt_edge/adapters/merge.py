@@ -235,7 +235,7 @@ def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
     if is_mxfp4(entries, name):
         return read_mxfp4(entries, name)
     if not is_packed(entries, name):
-        return read_gguf(entries[name])
+        return read_gguf(entries, name)
     weight = read_packed(entries, name)
     return unpack_into(weight, torch.empty(weight.shape))
 
