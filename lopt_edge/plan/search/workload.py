@@ -23,9 +23,9 @@ from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
 from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES, Knobs
 from lopt_edge.plan.schedule.ops import Plan
-from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.passes import arrange, in_pieces
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
@@ -168,12 +168,18 @@ class Workload:
         return (*few, *(_mean(others),) * len(others)) if others else few
 
 
-@lru_cache(maxsize=16)  # a combination's bytes are asked for right after its seconds
 def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
     """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
 
     `knobs` are that process' own. The plan is not validated: the search makes many.
     """
+    whole = replace(knobs, token_tile=TOKEN_TILES[0], mlp_block=MLP_PIECES[0], mlp_tile=MLP_PIECES[1])
+    plan = _arranged(method, kind, whole, n_micro_batches, part)
+    return plan if whole == knobs else in_pieces(plan, knobs)
+
+
+@lru_cache(maxsize=64)  # a combination's bytes are asked for after its seconds, and those of its other pieces
+def _arranged(method: str, kind: StepKind, knobs: Knobs, n_micro_batches: int, part: Part | None) -> Plan:
     plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
     return arrange(plan if part is None else cut_for_process(plan, part), knobs)
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs
-from lopt_edge.plan.search.search import Bounds, Candidate, Search, three_digits
+from lopt_edge.plan.search.bounds import Bounds
+from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from tests.plan.plans import Case, cases, make_course
 from tests.plan.workloads import make_search, make_workload, search_of
 
