@@ -148,7 +148,6 @@ def test_what_cannot_be_written_is_a_sentence(runs, tmp_path, command):
     for words, sentence in (
         ((), "names nothing to write"),
         (("--gguf", tmp_path / "x.gguf", "--onto", "original"), "has no effect without --merged"),
-        (("--gguf", tmp_path / "x.gguf", "--type", "q4_k_m"), "llama-quantize FILE.gguf OUT.gguf Q4_K_M"),
         (("--gguf", tmp_path / "x.gguf", "--type", "q9"), "'q9' is unknown"),
         (("--gguf", DATA), "exists already"),
         (("--gguf", tmp_path / "none" / "x.gguf"), "its folder does not exist"),
