@@ -31,7 +31,7 @@ from tools.timeline_settings import (
 )
 from tools.tiny_models import FAMILIES
 
-PLAIN = (23, 51, 64, 87, 88, 116, 128, 144, 147, 183, 229, 244, 246, 257, 273, 276, 281, 365)
+PLAIN = (18, 23, 51, 64, 87, 88, 116, 128, 144, 147, 183, 229, 244, 246, 257, 273, 276, 281)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
