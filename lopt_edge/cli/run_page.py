@@ -50,6 +50,7 @@ def print_result(result: RunResult) -> None:
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
     whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
+    whole = whole if result.ranks == 1 else f"the largest of {result.ranks} ranks"
     table.add_row(f"peak memory ({whole})", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
     if result.peak_device_bytes != result.peak_rss_bytes:
         table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")

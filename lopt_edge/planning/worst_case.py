@@ -74,6 +74,11 @@ def answer(asked: Question) -> RunPlan:
     """The planner's answer; for a pipeline that of all its processes."""
     kinds = CONSUMER if kind_of(asked.device_type).host_is_below else ()
     found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
+    if (n := asked.config.ranks) > 1:
+        shared = (
+            "" if kind_of(asked.device_type).host_is_below else f"; they share this machine's RAM: {n} times that in all"
+        )
+        found = replace(found, notes=(*found.notes, f"each of {n} ranks takes this{shared}"))
     if asked.config.pipeline == 1:
         return found
     assert found.chosen is not None
@@ -230,6 +235,8 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
     """The budgets and where they come from: as stated; else the card's memory and a usual machine's around it, or what is
     free here less a margin."""
     free = free_bytes(profile) if card is None else FreeBytes(device=card.memory_bytes)
+    if config.ranks > 1 and not kind_of(profile.device_type).host_is_below and free.device is not None:
+        free = replace(free, device=free.device // config.ranks)
     stated = make_budget(
         device_memory=config.device_memory,
         host_memory=config.host_memory,

@@ -20,7 +20,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.plan.schedule.effects import Effect
+from lopt_edge.plan.schedule.effects import REDUCED, Effect
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import DELTA_CHUNK
@@ -257,7 +257,7 @@ class _Clock:
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.costs = Costs(sizes, batches, profile)
         self.now = self.computed = 0.0
-        self.free = {"up": 0.0, "down": 0.0}
+        self.free = {"up": 0.0, "down": 0.0, "link": 0.0}
         self.moved = {"up": 0, "down": 0}
         self.ends: dict[tuple[str, str, int, int], float] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
@@ -284,6 +284,8 @@ class _Clock:
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
             elif row.role in ("up", "down"):
                 self.move(op, plan, row)
+            elif row.role == "exchange":
+                self.exchange(op, plan)
             elif row.seconds == "arrive":
                 self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
             elif row.seconds == "send":
@@ -303,6 +305,12 @@ class _Clock:
         self.moved[way] += n_bytes
         item = moves if moves in ("input", "pages") else op.item
         self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
+
+    def exchange(self, op: Op, plan: Plan) -> None:
+        """Begin a sum over ranks: each rank sends all chunks but its own, then its own sum to all others."""
+        n_bytes = 2 * (plan.ranks - 1) / plan.ranks * self.costs.sizes.group_bytes(op.group)
+        self.free["link"] = max(self.now, self.free["link"]) + n_bytes / LINK_BYTES_PER_SECOND
+        self.ends[REDUCED, op.unit, -1, op.target] = self.free["link"]
 
     def rate(self, op: Op, way: str, moves: str) -> float:
         """The bytes/s from or to the tier below."""

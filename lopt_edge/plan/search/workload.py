@@ -22,11 +22,12 @@ from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
-from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.effects import REDUCED, Kind
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
+from lopt_edge.plan.schedule.ranks import for_ranks
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 
@@ -39,7 +40,7 @@ class Workload:
     batch.
 
     `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what of
-    it one process of a pipeline runs.
+    it one process of a pipeline runs. `ranks`: so many processes share a step, and `batches` are the largest share.
     """
 
     course: Course
@@ -52,6 +53,7 @@ class Workload:
     clip_scope: str = "segment"
     part: Part | None = None
     teacher: Teacher | None = None  # another model than the base
+    ranks: int = 1
 
     @property
     def method(self) -> str:
@@ -104,7 +106,8 @@ class Workload:
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The plan of the first kind of step, unless another is named. It is not validated: the search makes many."""
         own = knobs if self.part is None else own_knobs(knobs, self.part)
-        return arranged_plan(self.method, kind or self.kinds[0], own, n_micro_batches=n_micro_batches, part=self.part)
+        kind, part, ranks = kind or self.kinds[0], self.part, self.ranks
+        return arranged_plan(self.method, kind, own, n_micro_batches=n_micro_batches, part=part, ranks=ranks)
 
     def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The plan as the executor runs it. Raises PlanError if a pass broke a rule."""
@@ -152,7 +155,9 @@ class Workload:
         found = step_seconds(plan, self.sizes(knobs), few, self.profile)
         if not others:
             return found
-        passes = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP and op.item != "states"))
+        once = ("states", REDUCED)  # what comes once a step, however many micro-batches it has
+        kept = (op for op in plan.ops if op.kind not in (Kind.STEP, Kind.REDUCE, Kind.AGREE) and op.item not in once)
+        passes = replace(plan, ops=tuple(kept))
         each = step_seconds(passes, self.sizes(knobs), (_mean(others),) * len(few), self.profile)
         times = len(others) / len(few)
         return StepSeconds(
@@ -169,12 +174,17 @@ class Workload:
 
 
 @lru_cache(maxsize=16)  # a combination's bytes are asked for right after its seconds
-def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
-    """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
+def arranged_plan(
+    method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None, ranks: int = 1
+) -> Plan:
+    """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline or made one rank's of
+    several, tensors in their place.
 
     `knobs` are that process' own. The plan is not validated: the search makes many.
     """
     plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
+    if ranks > 1:
+        plan = for_ranks(plan, step_plan(method, kind, n_micro_batches=1), ranks=ranks)
     return arrange(plan if part is None else cut_for_process(plan, part), knobs)
 
 
