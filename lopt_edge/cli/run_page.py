@@ -14,6 +14,7 @@ from lopt_edge.cli.next_commands import next_commands
 from lopt_edge.cli.progress import TerminalProgress
 from lopt_edge.cli.terminal import err, out
 from lopt_edge.config.settings import Config
+from lopt_edge.training.pipeline.launch import torchrun_rank
 from lopt_edge.training.session.replacement import sentences
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def run(config: Config, *, verbose: bool) -> None:
     """Train, and show what is done and what came out."""
     progress = TerminalProgress(err, verbose=verbose)
     try:
-        progress.phase("start")
+        if not (torchrun_rank() or (0, 1))[0]:  # the ranks after the first are silent
+            progress.phase("start")
         from lopt_edge.training.run import finetune
 
         result = finetune(config, progress)

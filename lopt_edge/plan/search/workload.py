@@ -66,8 +66,8 @@ class Workload:
 
     @property
     def n_tokens(self) -> int:
-        """The number of tokens of the largest step, padding included."""
-        return sum(batch.n_rows for batch in self.batches)
+        """The number of tokens of the largest step, padding included; of ranks as if each had the largest share."""
+        return self.ranks * sum(batch.n_rows for batch in self.batches)
 
     def with_tokens(self, n_tokens: int) -> Workload:
         """The same run over sequences of another length, all supervised."""

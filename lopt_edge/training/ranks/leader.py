@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lopt_edge.errors import PeerLost, RunError
+from lopt_edge.errors import NotFinite, PeerLost, RunError
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.ranks import Rank, shares
 from lopt_edge.run.model.load import Model
@@ -137,8 +137,10 @@ class Leader:
         own = Share(0, totals)
         try:
             result = executor.run(plan, dealt[0], step=step, learning_rates=learning_rates, share=own)
-        finally:
+        except NotFinite:  # all have agreed on it; after any other fault they wait for a sum that does not come
             self.is_idle = not self.link.broken
+            raise
+        self.is_idle = True
         for report in self.link.reports[1:]:
             if number := report.pop("signal", 0):
                 self.heard(number)
@@ -174,7 +176,7 @@ class Leader:
         layers: Sequence[int] | None,
         between: Callable[[], None],
     ) -> float:
-        n = len(self.link.parts)
+        self.is_idle, n = False, len(self.link.parts)
         found: list[list[float]] = [[] for _ in batches]
         for peer in self.link.others:  # batches are sorted by length: every n-th one is a fair share
             share = [as_message(batch, whole=True) for batch in batches[peer::n]]
@@ -190,6 +192,7 @@ class Leader:
             found[place] = batch_losses(model, batches[place], token_tile, layers)
         for peer in self.link.others:
             found[peer::n] = self.link.receive_message(peer)["losses"]
+        self.is_idle = True
         if stopped is not None:
             raise stopped
         total = 0.0
