@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from lopt_edge.plan.costs.predict import Prediction, largest, predict
-from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
+from lopt_edge.plan.costs.seconds import StepSeconds, seconds_with_passes, step_seconds
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
-from lopt_edge.plan.schedule.effects import REDUCED, Kind
 from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES, Knobs
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange, in_pieces
@@ -164,13 +163,10 @@ class Workload:
     def _seconds(self, knobs: Knobs, kind: StepKind) -> StepSeconds:
         few, others = self._few(knobs)
         plan = self.arranged(knobs, len(few), kind)
-        found = step_seconds(plan, self.sizes(knobs), few, self.profile)
         if not others:
-            return found
-        once = ("states", REDUCED)  # what comes once a step, however many micro-batches it has
-        kept = (op for op in plan.ops if op.kind not in (Kind.STEP, Kind.REDUCE, Kind.AGREE) and op.item not in once)
-        passes = replace(plan, ops=tuple(kept))
-        each = step_seconds(passes, self.sizes(knobs), (_mean(others),) * len(few), self.profile)
+            return step_seconds(plan, self.sizes(knobs), few, self.profile)
+        alike = (_mean(others),) * len(few)
+        found, each = seconds_with_passes(plan, self.sizes(knobs), few, self.profile, others=alike)
         times = len(others) / len(few)
         return StepSeconds(
             found.seconds + times * each.seconds,
