@@ -245,20 +245,21 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
         free=free,
     )
     if card is not None:
-        return _around(card, stated)
-    stated, lowered = within_granted(stated, profile.device_type)
+        return _around(card, stated, ranks=config.ranks)
+    stated, lowered = within_granted(stated, profile.device_type, ranks=config.ranks)
     if stated.device_bytes is not None:
         return stated, ("device memory as stated", *lowered)
     if free.device is None:
         return stated, ("no device budget: what is free here is not known", *lowered)
     margin = round(FREE_SHARE * free.device)
+    each = f" for each of {config.ranks} ranks" if config.ranks > 1 else ""
     return replace(stated, device_bytes=margin), (
-        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now",
+        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now{each}",
         *lowered,
     )
 
 
-def _around(card: Card, stated: Budget) -> tuple[Budget, tuple[str, ...]]:
+def _around(card: Card, stated: Budget, *, ranks: int) -> tuple[Budget, tuple[str, ...]]:
     """The budgets of a run on a named card, with what is usual where nothing was stated."""
     reasons = ["device memory as stated"]
     if stated.device_bytes is None:
@@ -266,9 +267,9 @@ def _around(card: Card, stated: Budget) -> tuple[Budget, tuple[str, ...]]:
         reasons = [f"all of the card's memory, {format_bytes(card.memory_bytes)}"]
     if stated.host_bytes is None and card.kind in USUAL_HOST:
         ram = USUAL_HOST[card.kind]
-        stated = replace(stated, host_bytes=round(FREE_SHARE * ram))
+        stated = replace(stated, host_bytes=round(FREE_SHARE * ram / ranks))
         reasons.append(
-            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has; "
+            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has{'' if ranks == 1 else f', for {ranks} ranks'}; "
             "--host-memory states another"
         )
     return stated, tuple(reasons)

@@ -53,6 +53,10 @@ class PeerOps:
             except NotFinite as error:
                 state.fault, state.fault_op = error, op.text()
         link.agree(state.fault, state.fault_op)
+        if state.plan.ranks > 1:  # each has a part of every loss; whoever is lost here has left all values as they were
+            for other in link.gather({"losses": state.losses}):
+                for segment, loss in other["losses"].items():
+                    state.losses[int(segment)] = state.losses.get(int(segment), 0.0) + loss
         self.optimizer.checked = True
 
     def _reduce(self, state: StepState, op: Op) -> None:
@@ -67,13 +71,9 @@ class PeerOps:
         self.optimizer.complete_gradients(op.group)
 
     def exchange_results(self, state: StepState) -> None:
-        """Bring the losses of a step, and the norms of a pipeline's segments, to process 0."""
-        if self.link is None:
-            return
-        if state.plan.ranks > 1:  # each has a part of every loss; the norms are of sums that all hold
-            for other in self.link.gather({"losses": state.losses}):
-                for segment, loss in other["losses"].items():
-                    state.losses[int(segment)] = state.losses.get(int(segment), 0.0) + loss
+        """Bring the losses and norms of a pipeline's segments to process 0. Ranks have agreed on losses before their
+        updates, and hold the same norms."""
+        if self.link is None or state.plan.ranks > 1:
             return
         own, norms = state.plan.own_segments, self.optimizer.norms
         found = {

@@ -88,6 +88,16 @@ def _setup(inputs: Inputs, start: Start | None) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _between_steps() -> Iterator[None]:
+    """A context in which a rank may be lost, and the values here stay those of the last step."""
+    try:
+        yield
+    except PeerLost as error:
+        error.values_intact = True
+        raise
+
+
 class Leader:
     """Rank 0's side; `link` leads to the others. It stands where a pipeline has its coordinator."""
 
@@ -132,7 +142,8 @@ class Leader:
             if peer:
                 message = self._step_message(peer, self.inputs.plan(len(share), kind), share)
                 message |= {"step": step, "first": first, "totals": asdict(totals), "scale": executor.loss_scale}
-                self.link.send_message(peer, {**message, "rates": list(learning_rates.items())})
+                with _between_steps():
+                    self.link.send_message(peer, {**message, "rates": list(learning_rates.items())})
             first += len(share)
         own = Share(0, totals)
         try:
@@ -166,7 +177,8 @@ class Leader:
     ) -> dict[str, float]:
         """The mean task loss of each set of batches by its name, each rank having its share of them: bitwise that of one
         process. `between` is called before each batch of this rank; what it raises comes when the others are done."""
-        return {name: self._held_out(model, batches, token_tile, layers, between) for name, batches in evaluated.items()}
+        with _between_steps():
+            return {name: self._held_out(model, found, token_tile, layers, between) for name, found in evaluated.items()}
 
     def _held_out(
         self,
