@@ -270,7 +270,7 @@ def _around(card: Card, stated: Budget, *, ranks: int) -> tuple[Budget, tuple[st
         stated = replace(stated, host_bytes=round(FREE_SHARE * ram / ranks))
         shared = "" if ranks == 1 else f", for {ranks} ranks"
         reasons.append(
-            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has{shared}; "
-            "--host-memory states another"
+            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has{shared}"
+            "; --host-memory states another"
         )
     return stated, tuple(reasons)
