@@ -236,10 +236,14 @@ class Link:
     # messages between process 0 and another one ----------------------------------------------------------------------
 
     def send_message(self, peer: int, message: Mapping[str, Any]) -> None:
-        """Send JSON values to one process."""
-        payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        """Send JSON values to one process. Their bytes are no tensor of this thread, so no op is counted with them."""
+        payload = bytearray(json.dumps(message).encode())
         self.send_tensor(peer, torch.tensor([len(payload)]))
-        self.send_tensor(peer, payload)
+
+        def send() -> None:
+            self._control.send([torch.frombuffer(payload, dtype=torch.uint8)], peer, 0).wait(self.timeout)
+
+        self._wait(peer, send)
 
     def receive_message(self, peer: int, *, patient: bool = False) -> dict[str, Any]:
         """Receive the JSON values that `peer` sends; `patient`: however long it has nothing to say.
@@ -249,7 +253,13 @@ class Link:
         n_bytes = int(self.receive_tensor(peer, (1,), torch.int64, timeout=PATIENCE if patient else None))
         if not 0 < n_bytes <= MOST_MESSAGE_BYTES:
             raise RunError(f"a message of {n_bytes} bytes came from {self.parts[peer].text()}")
-        return dict(json.loads(self.receive_tensor(peer, (n_bytes,), torch.uint8).numpy().tobytes()))
+        payload = bytearray(n_bytes)
+
+        def receive() -> None:
+            self._control.recv([torch.frombuffer(payload, dtype=torch.uint8)], peer, 0).wait(self.timeout)
+
+        self._wait(peer, receive)
+        return dict(json.loads(payload))
 
     def send_tensor(self, peer: int, tensor: Tensor) -> None:
         """Send the bytes of a tensor to one process, and wait until they are taken; an empty tensor sends nothing."""
