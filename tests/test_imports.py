@@ -16,7 +16,7 @@ import lopt_edge
 PACKAGE = Path(lopt_edge.__file__).parent
 ROOMS = (  # the highest first
     "cli", "comparison",
-    "training", "training/session", "training/pipeline", "training/prepare", "training/checkpoint",
+    "training", "training/session", "training/ranks", "training/pipeline", "training/prepare", "training/checkpoint",
     "doctor", "planning", "adapters",
     "run/watch", "run/step", "run/model", "run/tiers", "run",
     "config", "models",

@@ -14,6 +14,7 @@ from lopt_edge.cli.next_commands import next_commands
 from lopt_edge.cli.progress import TerminalProgress
 from lopt_edge.cli.terminal import err, out
 from lopt_edge.config.settings import Config
+from lopt_edge.training.pipeline.launch import torchrun_rank
 from lopt_edge.training.session.replacement import sentences
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def run(config: Config, *, verbose: bool) -> None:
     """Train, and show what is done and what came out."""
     progress = TerminalProgress(err, verbose=verbose)
     try:
-        progress.phase("start")
+        if not (torchrun_rank() or (0, 1))[0]:  # the ranks after the first are silent
+            progress.phase("start")
         from lopt_edge.training.run import finetune
 
         result = finetune(config, progress)
@@ -50,6 +52,7 @@ def print_result(result: RunResult) -> None:
     if not after:
         table.add_row("loss of the last step", "", f"{result.final_loss:.4f}")
     whole = "whole process" if result.n_processes == 1 else f"{result.n_processes} processes"
+    whole = whole if result.ranks == 1 else f"the largest of {result.ranks} ranks"
     table.add_row(f"peak memory ({whole})", "", f"{result.peak_rss_bytes / 2**20:.0f} MiB")
     if result.peak_device_bytes != result.peak_rss_bytes:
         table.add_row("peak device memory", "", f"{result.peak_device_bytes / 2**20:.0f} MiB")

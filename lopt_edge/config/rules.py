@@ -55,6 +55,8 @@ def method_errors(config: Config) -> Iterator[Problem]:
         yield from _overwrite_errors(config)
     if config.pipeline > 1:
         yield from _pipeline_errors(config)
+    if config.ranks > 1:
+        yield from _rank_errors(config)
     yield from method.problems(config, config)
 
 
@@ -126,6 +128,26 @@ def _pipeline_errors(config: Config) -> Iterator[Problem]:
             yield Problem(name, f"cannot be with pipeline: {what}", fix)
 
 
+def _rank_errors(config: Config) -> Iterator[Problem]:
+    """The problems of what cannot be where several processes share each step."""
+    n = config.ranks
+    if config.grad_accum < n and not config.packing:
+        what = f"{config.grad_accum} micro-batches a step leave some of {n} ranks without any"
+        size, rest = divmod(config.batch_size * config.grad_accum, n)
+        same = f"--batch-size {size} --grad-accum {n} (the same step)" if size and not rest else f"--grad-accum {n}"
+        yield Problem("grad_accum", what, f"use {same}")
+    shared = {
+        "pipeline": (config.pipeline > 1, "each process has the whole model, or a part of it", "leave one of the two out"),
+        "boundary": (config.boundary is not None, "the short runs of auto are runs of one process",
+                     "name --boundary-layers"),
+        "apply": (config.apply != "step", "updates come when all have agreed, at the step's end", "use --apply step"),
+        "boundary_cache": (config.boundary_cache is not None, "it lies with one process", "leave one of the two out"),
+    }  # fmt: skip
+    for name, (found, what, fix) in shared.items():
+        if found:
+            yield Problem(name, f"cannot be with ranks: {what}", fix)
+
+
 def no_effect_warnings(config: Config) -> list[str]:
     """The settings that were given but change nothing in this combination, a sentence for each."""
     given = config.model_fields_set
@@ -145,8 +167,14 @@ def no_effect_warnings(config: Config) -> list[str]:
         found.append("choose_micro_batch has no effect: the step's sequences are packed into rows")
     if config.row_tokens and config.packing is False:
         found.append("row_tokens has no effect: packing is off")
-    if "pipeline_minutes" in given and config.pipeline == 1:
-        found.append("pipeline_minutes has no effect: pipeline is 1")
+    if "pipeline_minutes" in given and config.pipeline == config.ranks == 1:
+        found.append("pipeline_minutes has no effect: pipeline and ranks are 1")
+    if config.ranks > 1 and config.grad_accum % config.ranks and not config.packing:
+        found.append(
+            f"{config.grad_accum} micro-batches a step cannot be dealt evenly to {config.ranks} ranks: some wait for others"
+        )
+    if config.ranks > 1 and "closed_cache" in given:
+        found.append("closed_cache has no effect: ranks keep no boundary")
     if config.boundary_layers and uncut:
         found.append(f"boundary_layers has no effect: {uncut}")
     for name in ("lr_local", "lr_head", "local_weight"):

@@ -58,7 +58,12 @@ class Config(ObjectiveOptions, MethodOptions):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: int = Field(1, ge=1, description="passes over the data")
     pipeline: int = Field(1, ge=1, le=1024, description="lopt, frozen: run the segments in so many processes")
-    pipeline_minutes: float = Field(30.0, gt=0, description="end the run if one of them says nothing for so long")
+    pipeline_minutes: float = Field(
+        30.0, gt=0, description="end the run if a process (of a pipeline, or a rank) says nothing for so long"
+    )
+    ranks: int = Field(
+        1, ge=1, le=256, description="share each step among so many processes (torchrun and accelerate launch say it)"
+    )
     choose_segments: bool = Field(False, description="let the planner take more segments where fewer do not fit")
     batch_size: int = Field(1, ge=1, description="sequences (of dpo, orpo, simpo: pairs) per micro-batch")
     grad_accum: int = Field(8, ge=1, description="micro-batches per optimizer step")

@@ -36,11 +36,13 @@ def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[s
     host_is_below = kind_of(device.type).host_is_below
     folder = page_folder(config)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    n = config.ranks  # a budget is one rank's; of what they share each has its part
+    pinned = pinned_limit_bytes()[0] if host_is_below else None
     free = FreeBytes(
-        device=device_of(device).free_bytes(),
-        host=available_bytes() if host_is_below else None,
-        disk=shutil.disk_usage(parent).free,
-        pinned=pinned_limit_bytes()[0] if host_is_below else None,
+        device=device_of(device).free_bytes() // (1 if host_is_below else n),
+        host=available_bytes() // n if host_is_below else None,
+        disk=shutil.disk_usage(parent).free // n,
+        pinned=None if pinned is None else pinned // n,
     )
     stated = make_budget(
         device_memory=config.device_memory,
@@ -49,14 +51,15 @@ def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[s
         pinned_memory=config.pinned_memory,
         free=free,
     )
-    return within_granted(stated, device.type)
+    return within_granted(stated, device.type, ranks=n)
 
 
-def within_granted(stated: Budget, device_type: str) -> tuple[Budget, tuple[str, ...]]:
-    """The budgets with that of this machine's RAM lowered to what may be had of it, and a sentence if it was."""
+def within_granted(stated: Budget, device_type: str, *, ranks: int = 1) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets with that of this machine's RAM lowered to what each rank may have of it, and a sentence if it was."""
     tier = "host" if kind_of(device_type).host_is_below else "device"
     asked = stated.host_bytes if tier == "host" else stated.device_bytes
     granted, who = granted_bytes()
+    granted //= ranks
     most = round(GRANTED_SHARE * granted)
     if asked is None or asked <= most:
         return stated, ()
@@ -75,14 +78,19 @@ def free_bytes(profile: DeviceProfile) -> FreeBytes:
     return FreeBytes(device=available_bytes(), disk=disk)
 
 
-def planned_budget(stated: Budget, device: torch.device) -> tuple[Budget, str]:
-    """The budget that the plan must fit, and where it comes from: as stated, or what is free now less a margin."""
+def planned_budget(stated: Budget, device: torch.device, *, ranks: int = 1) -> tuple[Budget, str]:
+    """The budget that the plan must fit, and where it comes from: as stated, or what is free now less a margin.
+
+    Ranks of one machine share its RAM, and what is free of it is divided among them.
+    """
     if stated.device_bytes is not None:
         return stated, "as stated"
     from lopt_edge.run.device import device_of
 
-    free = device_of(device).free_bytes()
+    host_is_below = kind_of(device.type).host_is_below
+    free = device_of(device).free_bytes() // (1 if host_is_below else ranks)
     planned = replace(stated, device_bytes=round(FREE_SHARE * free))
-    if kind_of(device.type).host_is_below and stated.host_bytes is None:
-        planned = replace(planned, host_bytes=round(FREE_SHARE * available_bytes()))
-    return planned, f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free)} that are free now"
+    if host_is_below and stated.host_bytes is None:
+        planned = replace(planned, host_bytes=round(FREE_SHARE * available_bytes() / ranks))
+    each = "" if ranks == 1 or host_is_below else f", for each of {ranks} ranks"
+    return planned, f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free)} that are free now{each}"

@@ -23,6 +23,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.ranks import largest_share
 from lopt_edge.plan.search.search import Candidate, Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import settled
@@ -86,7 +87,7 @@ def mean_seconds(config: Config, workload: Workload, knobs: Knobs, train: Datase
 
     def seconds(window: Window) -> float:
         sizes = sizes_of(train, micro_batches(window, train, config, facts), packed=packed)
-        return replace(workload, batches=sizes).seconds(knobs).seconds
+        return replace(workload, batches=tuple(largest_share(sizes, config.ranks))).seconds(knobs).seconds
 
     return mean(map(seconds, windows))
 

@@ -17,6 +17,7 @@ from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.facts.profile import DeviceProfile, has_flash
 from lopt_edge.plan.methods.course import kept_while_read
+from lopt_edge.plan.schedule.ranks import largest_share
 from lopt_edge.plan.search.search import Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import against_facts, search_space
@@ -59,19 +60,21 @@ def search_for(config: Config, ground: Ground) -> Search:
     dropout, epochs = config.lora_dropout > 0, config.epochs if step.epochs is None else step.epochs
     if course.caches:
         course = replace(course, epochs=epochs)
-    elif not dropout and not ground.facts.key_sources:  # which would change a boundary each time; which it does not hold
+    elif not dropout and not ground.facts.key_sources and config.ranks == 1:
+        # dropout would change a boundary each time; keys it does not hold; of several ranks one would have it
         course = kept_while_read(course, epochs=epochs)
     shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
     shape = replace(shape, has_flash=has_flash(ground.profile))
     workload = Workload(
         course,
         shape,
-        step.batches,
+        tuple(largest_share(step.batches, config.ranks)),
         ground.profile,
         ground.library_bytes,
         ground.vocabulary_itemsize,
         evaluation=step.evaluation,
         clip_scope=config.clip_scope if config.clip else "none",
         teacher=ground.teacher,
+        ranks=config.ranks,
     )
     return Search(workload, search_space(config, ground.facts, device_type))

@@ -85,6 +85,7 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
         course = course_of(config, facts.n_layers)
         _check_replaced(course, facts)
         _check_shared_keys(config, course, facts)
+        _check_ranks(config, course)
     except InputError as error:
         errors.append(error)
     try:
@@ -176,6 +177,20 @@ def _check_shared_keys(config: Config, course: Course, facts: ModelFacts) -> Non
     raise_collected(errors[:1])
 
 
+def _check_ranks(config: Config, course: Course) -> None:
+    """Refuse what the kinds of step of a method need and several ranks do not have. Raises InputErrors."""
+    if config.ranks == 1:
+        return
+    errors = []
+    if any(kind.teacher for kind in course.kinds):
+        what = f"{course.method} here learns from a teacher, whose features lie with one process"
+        errors.append(InputError(what, where="ranks", fix="use another method or local_loss, or leave ranks out"))
+    if any(kind.fresh for kind in course.kinds):
+        what = "fresh cannot be with ranks: updates come when all have agreed, at the step's end"
+        errors.append(InputError(what, where="boundary_update", fix="use --boundary-update stale"))
+    raise_collected(errors)
+
+
 def search_space(config: Config, facts: ModelFacts, device_type: str) -> Space:
     """The combinations of memory settings that a run may take, those that the user set being fixed."""
     fixed = fixed_knobs(config, facts)
@@ -214,7 +229,8 @@ def variants(config: Config, facts: ModelFacts) -> Iterator[list[Config]]:
     n_sequences = config.batch_size * config.grad_accum
     splits = [config.batch_size]
     if config.choose_micro_batch:
-        splits = [size for size in range(n_sequences, 0, -1) if n_sequences % size == 0]
+        most = max(1, n_sequences // config.ranks)  # a micro-batch for each rank
+        splits = [size for size in range(most, 0, -1) if n_sequences % size == 0]
     for number in numbers:
         changes = ({"num_segments": number, "batch_size": size, "grad_accum": n_sequences // size} for size in splits)
         yield [config.model_copy(update=change) for change in changes]

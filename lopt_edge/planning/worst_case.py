@@ -74,6 +74,11 @@ def answer(asked: Question) -> RunPlan:
     """The planner's answer; for a pipeline that of all its processes."""
     kinds = CONSUMER if kind_of(asked.device_type).host_is_below else ()
     found = make_run_plan(asked.search, asked.budget, kinds_of_cards=kinds, notes=asked.notes)
+    if (n := asked.config.ranks) > 1:
+        shared = (
+            "" if kind_of(asked.device_type).host_is_below else f"; they share this machine's RAM: {n} times that in all"
+        )
+        found = replace(found, notes=(*found.notes, f"each of {n} ranks takes this{shared}"))
     if asked.config.pipeline == 1:
         return found
     assert found.chosen is not None
@@ -230,6 +235,8 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
     """The budgets and where they come from: as stated; else the card's memory and a usual machine's around it, or what is
     free here less a margin."""
     free = free_bytes(profile) if card is None else FreeBytes(device=card.memory_bytes)
+    if config.ranks > 1 and not kind_of(profile.device_type).host_is_below and free.device is not None:
+        free = replace(free, device=free.device // config.ranks)
     stated = make_budget(
         device_memory=config.device_memory,
         host_memory=config.host_memory,
@@ -238,20 +245,21 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
         free=free,
     )
     if card is not None:
-        return _around(card, stated)
-    stated, lowered = within_granted(stated, profile.device_type)
+        return _around(card, stated, ranks=config.ranks)
+    stated, lowered = within_granted(stated, profile.device_type, ranks=config.ranks)
     if stated.device_bytes is not None:
         return stated, ("device memory as stated", *lowered)
     if free.device is None:
         return stated, ("no device budget: what is free here is not known", *lowered)
     margin = round(FREE_SHARE * free.device)
+    each = f" for each of {config.ranks} ranks" if config.ranks > 1 else ""
     return replace(stated, device_bytes=margin), (
-        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now",
+        f"no budget was stated: {FREE_SHARE:.0%} of the {format_bytes(free.device)} that are free here now{each}",
         *lowered,
     )
 
 
-def _around(card: Card, stated: Budget) -> tuple[Budget, tuple[str, ...]]:
+def _around(card: Card, stated: Budget, *, ranks: int) -> tuple[Budget, tuple[str, ...]]:
     """The budgets of a run on a named card, with what is usual where nothing was stated."""
     reasons = ["device memory as stated"]
     if stated.device_bytes is None:
@@ -259,9 +267,10 @@ def _around(card: Card, stated: Budget) -> tuple[Budget, tuple[str, ...]]:
         reasons = [f"all of the card's memory, {format_bytes(card.memory_bytes)}"]
     if stated.host_bytes is None and card.kind in USUAL_HOST:
         ram = USUAL_HOST[card.kind]
-        stated = replace(stated, host_bytes=round(FREE_SHARE * ram))
+        stated = replace(stated, host_bytes=round(FREE_SHARE * ram / ranks))
+        shared = "" if ranks == 1 else f", for {ranks} ranks"
         reasons.append(
-            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has; "
-            "--host-memory states another"
+            f"no host memory was stated: {FREE_SHARE:.0%} of the {format_bytes(ram)} that a {card.kind} usually has{shared}"
+            "; --host-memory states another"
         )
     return stated, tuple(reasons)

@@ -62,6 +62,11 @@ class Interrupts:
         finally:
             self._depth -= 1
 
+    def note(self, number: int) -> None:
+        """Take a signal that another process of the run heard, as if this one had; it never counts as a second one."""
+        if self.signal_number is None:
+            self.signal_number = number
+
     def check(self) -> None:
         """Raise Interrupted if a signal was heard."""
         if self.signal_number is not None:

@@ -40,7 +40,8 @@ class RunResult:
     seconds: dict[str, float]
     scored_tokens: dict[str, int] = field(default_factory=dict)  # targets that each loss of `evaluation` is the mean of
     replacement: dict[str, Any] = field(default_factory=dict)  # method repl: training/session/replacement.py
-    n_processes: int = 1  # the peaks are their sums
+    n_processes: int = 1  # of a pipeline: the peaks are their sums
+    ranks: int = 1  # the peaks are the largest rank's
 
     def __repr__(self) -> str:
         losses = "".join(f", {name} {loss:.4f}" for name, loss in self.evaluation["after"].items())
@@ -66,6 +67,7 @@ def report(finished: Finished) -> RunResult:
         scored_tokens={name: data.n_supervised for name, data in inputs.evaluated.items()},
         replacement=replacement(state, inputs.course.replaced),
         n_processes=inputs.config.pipeline,
+        ranks=inputs.config.ranks,
     )
     corrected = finished.predicted.get("corrected_device_bytes")
     finished.first_steps.write(output, inputs.run_plan, corrected_bytes=corrected)

@@ -48,6 +48,8 @@ from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.read import read_inputs
 from lopt_edge.training.prepare.teacher import remove_features
 from lopt_edge.training.prepare.told import six_facts
+from lopt_edge.training.ranks.launched import check_cards, shared_cores, with_ranks
+from lopt_edge.training.ranks.replica import is_replica
 from lopt_edge.training.recovery import MOST_PLANS, smaller_plan
 from lopt_edge.training.session.callbacks import Callbacks, OnEval, OnStep
 from lopt_edge.training.session.loaded import RunContext
@@ -71,11 +73,14 @@ def finetune(
     run can be taken up again. `on_step` and `on_eval` hear of each step and evaluation as records, and end the run early by
     returning "stop"; `on_end` hears of the result.
 
-    Returns None for a dry run, and in the later processes of a pipeline that torchrun started. Raises InputError for
-    anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted (a
-    KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
+    Returns None for a dry run, and in all but the first process that torchrun or accelerate launch started. Raises
+    InputError for anything wrong with the input (nothing is written then), RunError for a run that failed, and Interrupted
+    (a KeyboardInterrupt) for one that SIGINT, SIGTERM or SIGHUP stopped.
     """
     progress = progress or Progress()
+    config = with_ranks(config, progress.warn)
+    if is_replica(config):
+        return None
     if on_step is not None or on_eval is not None:
         progress = Callbacks(progress, on_step, on_eval)
     if (trackers := trackers_of(config, progress.warn)) is not None:
@@ -95,12 +100,13 @@ def _finetune(config: Config, progress: Progress) -> RunResult | None:
     check_methods(config)
     if config.pipeline > 1 and is_worker(config):
         return None
+    check_cards(config)
     clock, output = PhaseClock(progress.phase), Path(config.output)
     if config.push_to_hub is not None:  # before the hours that it would cost
         check_name(config.push_to_hub, where="push_to_hub")
         check_token()
     interrupts = Interrupts(progress.warn)
-    with interrupts.listening(), ExitStack() as held:
+    with interrupts.listening(), shared_cores(config), ExitStack() as held:
         resumes = config.resume is not None and output.is_dir()
         if resumes:  # else the folder is not touched before all checks passed
             held.enter_context(output_lock(output, warn=progress.warn))
@@ -267,7 +273,7 @@ def _session(
             session = Session(inputs, start, context, skip=skip, most_loss_scale=most_loss_scale)
             finished = session.go()
     except OutOfMemory as error:
-        if inputs.config.pipeline > 1:  # what the others hold of the step is lost
+        if inputs.config.pipeline > 1 or inputs.config.ranks > 1:  # what the others hold of the step is lost
             raise
         return _Failed(_bare(error), 0 if session is None else session.state.steps)
     except NotFinite as error:

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lopt_edge.run import ranks
 from lopt_edge.run.tiers import moves
 from lopt_edge.run.watch.tracker import MemoryTracker
 from tests.fake_device.ledger import Ledger
@@ -331,11 +332,13 @@ def installed(card: FakeCard) -> Iterator[FakeCard]:
     played = play(card)
     before = {name: getattr(torch.cuda, name) for name in played}
     generator, workers, start = torch.Generator, moves.ThreadPoolExecutor, moves.Mover._start_workers
+    reducing = ranks.ThreadPoolExecutor
     try:
         for name, stand_in in played.items():
             setattr(torch.cuda, name, stand_in)
         torch.Generator = lambda device="cpu": generator()  # the card's needs CUDA's library
         moves.ThreadPoolExecutor, moves.Mover._start_workers = Inline, lambda self: None
+        ranks.ThreadPoolExecutor = Inline
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) would go past the mode
         with card:
             yield card
@@ -344,5 +347,6 @@ def installed(card: FakeCard) -> Iterator[FakeCard]:
         moves.ThreadPoolExecutor, moves.Mover._start_workers = Inline, lambda self: None
         torch._C._set_only_lift_cpu_tensors(False)
         torch.Generator, moves.ThreadPoolExecutor, moves.Mover._start_workers = generator, workers, start
+        ranks.ThreadPoolExecutor = reducing
         for name, real in before.items():
             setattr(torch.cuda, name, real)

@@ -17,9 +17,11 @@ from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Op
+from lopt_edge.run.ranks import Exchange
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from tests.fake_device.card import FakeCard, installed
 from tests.fake_device.one_layer import count_layer
+from tests.fake_device.played_ranks import PlayedLink
 from tests.laws.bench import make_bench, random_batch
 from tools.timeline_settings import Setting, compare
 from tools.tiny_models import FAMILIES, make_folder
@@ -42,6 +44,7 @@ class Case:
     n_micro_batches: int = 1
     n_layers: int = 2
     capability: tuple[int, int] = (8, 9)
+    ranks: int = 1
 
 
 def knobs_of(n_layers: int, **changes: Any) -> Knobs:
@@ -73,6 +76,7 @@ CASES = {
     "on the host": Case(knobs=tiers("host")),
     "tiers and 8 bits": Case("qwen3", method="lopt", num_segments=2, knobs=MIXED, dropout=0.1),
     "Turing": Case(dtype=HALF, capability=(7, 5)),
+    "two ranks": Case(method="lopt", num_segments=2, n_micro_batches=2, ranks=2),
 }
 MORE = {
     **{f"family {name}": Case(name, method="lopt", num_segments=2, n_layers=4) for name in FAMILIES},
@@ -133,9 +137,12 @@ class Bed:
         bench = make_bench(
             folder, method=case.method, num_segments=case.num_segments, dtype=case.dtype, device="cuda", knobs=knobs,
             page_dir=self.root, dropout=case.dropout, n_micro_batches=case.n_micro_batches,
-            clip=0.0 if knobs.apply == "layer" else 1.0, **case.options,
+            clip=0.0 if knobs.apply == "layer" else 1.0, ranks=case.ranks, **case.options,
         )  # fmt: skip
         executor = bench.executor
+        if case.ranks > 1:
+            link: Any = PlayedLink()
+            executor.link, executor.peers.exchange = link, Exchange(link, torch.device("cuda", 0))
         executor.caches = {"boundary": self._cache("boundary"), "teacher": self._cache("teacher")}
 
         def observe(op: Op, over: bool) -> None:

@@ -26,6 +26,7 @@ from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, mlp
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
+from lopt_edge.plan.schedule.ranks import for_ranks
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.run.model.averages import Averages
 from lopt_edge.run.model.load import Model, load_model
@@ -144,10 +145,11 @@ def make_bench(
     page_dir: Path | None = None,
     delay: Delay | None = None,
     part: Part | None = None,
+    ranks: int = 1,
     **options: Any,
 ) -> Bench:
     """`options` are the method's own. Without `knobs` everything lies on the device; with them, in `page_dir` and wherever
-    they say. `part`: what one process of a pipeline has of all that."""
+    they say. `part`: what one process of a pipeline has of all that. `ranks`: so many share a step."""
     facts = find_model(str(folder)).facts
     knobs = knobs or default_knobs(facts, device)
     page_file = None if page_dir is None else PageFile(page_dir, n_bytes=1 << 16, name="law")
@@ -156,6 +158,9 @@ def make_bench(
     steps = {kind.name: step_plan(method, kind, n_micro_batches=n_micro_batches) for kind in course.kinds}
     if part is not None:
         knobs, steps = own_knobs(knobs, part), {name: cut_for_process(step, part) for name, step in steps.items()}
+    if ranks > 1:
+        usual = {kind.name: step_plan(method, kind, n_micro_batches=1) for kind in course.kinds}
+        steps = {name: for_ranks(step, usual[name], ranks=ranks) for name, step in steps.items()}
     plans = {name: arrange(step, knobs) for name, step in steps.items()}
     for plan in plans.values():
         validate(plan, clip_scope=clip_scope if clip else "none")

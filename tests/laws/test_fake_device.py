@@ -32,6 +32,7 @@ WAITS = {
     "on the host": {ROWS: 2, NORMS: 1},
     "tiers and 8 bits": {ROWS: 2, NORMS: 1, **HEAD},  # an lm_head on disk is read in chunks
     "Turing": {ROWS: 2, NORMS: 1},
+    "two ranks": {ROWS: 4, NORMS.replace("STEP", "AGREE"): 1},
 }
 KERNELS = {  # by kind of op, over two layers
     "resident": {"EMBED": 26, "FORWARD": 292, "LOSS": 220, "BACKWARD": 538, "STEP": 20},
@@ -41,7 +42,7 @@ KERNELS = {  # by kind of op, over two layers
 # One layer of an 8B, 2,048 tokens, its MLP in one block. Before the last changes: 307 and 787 kernels, 3.31 and 7.93 GB.
 LAYER = "layer llama-3.1-8b 2048 14336"
 LAYER_KERNELS, LAYER_GB = [72, 205], [1.28, 2.79]
-REGISTERED = {"resident": 0, "on the host": 4, "tiers and 8 bits": 2, "Turing": 0}
+REGISTERED = {"resident": 0, "on the host": 4, "tiers and 8 bits": 2, "Turing": 0, "two ranks": 0}
 pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=shim.why_not() or "")
 
 

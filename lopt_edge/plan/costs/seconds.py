@@ -20,7 +20,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.plan.schedule.effects import Effect, Kind
+from lopt_edge.plan.schedule.effects import REDUCED, Effect, Kind
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import DELTA_CHUNK
@@ -34,6 +34,7 @@ ATTENTION_BACKWARD = 2.5  # of a forward: the scores again, and four products in
 # Of a layer's overhead, for each expert that tokens go to: measured on one core with experts of 64 x 64, 0.5 ms in a
 # forward and 0.8 in a backward.
 EXPERT_OVERHEAD = 0.35
+UPDATES = (Kind.STEP, Kind.REDUCE, Kind.AGREE)  # what comes once a step, however many micro-batches it has
 LINK_BYTES_PER_SECOND = 1e9  # between two processes of one machine; measured on loopback: 1 to 2 GB/s
 UPDATE_BYTES = {"adamw": 28, "adamw8bit": 60}  # a parameter's reads and writes; 8 bits: unpacked and packed again
 
@@ -174,7 +175,7 @@ def seconds_with_passes(
 ) -> tuple[StepSeconds, StepSeconds]:
     """The time of one step, and that of its passes alone, without updates and what moves for them, over other
     micro-batches."""
-    updates = [op.kind is Kind.STEP or op.item == "states" for op in plan.ops]
+    updates = [op.kind in UPDATES or op.item in ("states", REDUCED) for op in plan.ops]
     first = updates.index(True) if True in updates else len(updates)
     clock = _Clock(sizes, batches, profile)
     if tuple(others) == tuple(batches) and all(updates[first:]):  # one walk then knows both
@@ -277,7 +278,7 @@ class _Clock:
     def __init__(self, sizes: Sizes, batches: Sequence[MicroBatchSize], profile: DeviceProfile) -> None:
         self.costs = Costs(sizes, batches, profile)
         self.now = self.computed = 0.0
-        self.free = {"up": 0.0, "down": 0.0}
+        self.free = {"up": 0.0, "down": 0.0, "link": 0.0}
         self.moved = {"up": 0, "down": 0}
         self.ends: dict[tuple[str, str, int, int], float] = {}
         self.kept: dict[tuple[int, int], Keep] = {}
@@ -305,6 +306,8 @@ class _Clock:
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))
             elif row.role in ("up", "down"):
                 self.move(op, plan, row)
+            elif row.role == "exchange":
+                self.exchange(op, plan)
             elif row.seconds == "arrive":
                 self.now = max(self.now, self.arrivals.get(op.micro_batch, 0.0))
             elif row.seconds == "send":
@@ -324,6 +327,12 @@ class _Clock:
         self.moved[way] += n_bytes
         item = moves if moves in ("input", "pages") else op.item
         self.ends[item, op.unit, op.micro_batch, op.target] = self.free[way]
+
+    def exchange(self, op: Op, plan: Plan) -> None:
+        """Begin a sum over ranks: each rank sends all chunks but its own, then its own sum to all others."""
+        n_bytes = 2 * (plan.ranks - 1) / plan.ranks * self.costs.sizes.group_bytes(op.group)
+        self.free["link"] = max(self.now, self.free["link"]) + n_bytes / LINK_BYTES_PER_SECOND
+        self.ends[REDUCED, op.unit, -1, op.target] = self.free["link"]
 
     def rate(self, op: Op, way: str, moves: str) -> float:
         """The bytes/s from or to the tier below."""

@@ -20,10 +20,12 @@ from functools import cached_property, partial
 from lopt_edge.plan.costs.key_bytes import key_gradient_bytes, keys_bytes
 from lopt_edge.plan.costs.layer_bytes import GraphBytes
 from lopt_edge.plan.costs.sizes import MOST_PAGES, MicroBatchSize, Sizes, on_disk
-from lopt_edge.plan.schedule.effects import Effect, Kind, Thing
+from lopt_edge.plan.schedule.effects import REDUCED, Effect, Kind, Thing
 from lopt_edge.plan.schedule.ops import MOST_IN_FLIGHT, GroupName, Keep, Op, Plan
+from lopt_edge.plan.schedule.ranks import exchange_elements
 
 Key = tuple[str, int, int]  # (thing, micro-batch, layer or target)
+GRADIENT_BYTES = 4  # a gradient is summed in fp32
 _PRIORITY = ("saved inputs", "activations")  # a storage with several holders counts where the first of these says
 
 
@@ -134,6 +136,7 @@ class _Replay:
             "key gradients": lambda op: key_gradient_bytes(sizes, batch_of[op.micro_batch], op.target, plan.scope(op)),
             "states": lambda op: sizes.states_bytes(op.group),
             "gradients": lambda op: sizes.group_bytes(op.group),
+            "exchange": self._exchange_bytes,
         }  # fmt: skip
         self.workspaces: dict[str, Callable[[Op], int]] = {  # by the name that a row gives
             "embed": lambda op: sizes.embed_within(batch_of[op.micro_batch]),
@@ -145,6 +148,7 @@ class _Replay:
             "forward": self.within_forward,
             "backward": self.within_backward,
             "update": self.within_update,
+            "norm": lambda op: max(0, sizes.group_bytes(op.group) - self._exchange_bytes(op)),  # the buffer goes before it
         }
 
     # bookkeeping -----------------------------------------------------------------------------------------------------
@@ -224,12 +228,16 @@ class _Replay:
         uses = row.trains
         if uses == "layer" and self.plan.completes(op):
             return self.sizes.group_bytes(("layer", op.target))
-        done = op.micro_batch == self.plan.n_micro_batches - 1
+        done = self.plan.ranks == 1 and op.micro_batch == self.plan.n_micro_batches - 1
         return self.sizes.group_bytes(("aux", op.target)) if uses == "aux" and done and self.plan.trains(op) else 0
 
     def fresh_gradients(self, op: Op) -> int:
         """The bytes of a group's own block of gradients, where this op is the first that adds to it."""
         return self._block_bytes(self.plan.group_of(op)) if self.plan.trains(op) else 0
+
+    def _exchange_bytes(self, op: Op) -> int:
+        """The bytes of the buffer in which the parts of a group's sum over ranks come."""
+        return GRADIENT_BYTES * exchange_elements(self.sizes.group_elements(op.group), self.plan.ranks)
 
     def _block_bytes(self, group: GroupName) -> int:
         """The bytes of a group's own block of gradients: where gradients move each has one, made when its first gradient
@@ -254,6 +262,8 @@ class _Replay:
                         self.forget_below(key)
         if row.role == "down":
             self._begin_down(op, row)
+        elif row.role == "exchange":
+            self.at_wait[REDUCED, op.unit, -1, op.target] = (f"{REDUCED} {op.unit}",)
         elif row.role == "wait":
             for name in self.at_wait.pop((op.item, op.unit, op.micro_batch, op.target), ()):
                 self.drop((name, op.micro_batch, op.target))
@@ -283,7 +293,7 @@ class _Replay:
 
     def _make(self, thing: Thing, op: Op) -> None:
         (key,) = self._keys(thing, op)
-        if thing.name == "gradients" and op.effect.role == "compute":
+        if thing.name == "gradients" and op.effect.role in ("compute", "exchange"):
             if self.own_blocks and key not in self.held_by:  # else they lie in the group's steady bytes
                 self.hold(key, self.sizes.group_bytes(self.plan.group_of(op)), "gradients")
         elif thing.name == "graph input" and not self._graph(op).holds_input:

@@ -33,6 +33,7 @@ class Kind(StrEnum):
     RECV = "RECV"
     SEND = "SEND"
     AGREE = "AGREE"
+    REDUCE = "REDUCE"
     FETCH = "FETCH"
     WAIT = "WAIT"
     EVICT = "EVICT"
@@ -44,7 +45,8 @@ class Kind(StrEnum):
     STORE = "STORE"
 
 
-ITEMS = ("input", "pages", "states", "gradients", "boundary", "teacher", "held")  # what an op's text may name
+REDUCED = "reduced"  # the item of a sum over ranks
+ITEMS = ("input", "pages", "states", "gradients", "boundary", "teacher", "held", REDUCED)  # what an op's text may name
 GROUP_ITEMS = ("states", "gradients")  # of a parameter group
 
 
@@ -63,7 +65,9 @@ class Thing:
     per: Literal["step", "layer", "layers", "source", "group", "boundary"] = "step"
     shares: str = ""
     when: str = ""
-    takes: Literal["hidden", "layer context", "graph", "states", "gradients", "keys", "key gradients", ""] = "hidden"
+    takes: Literal["hidden", "layer context", "graph", "states", "gradients", "keys", "key gradients", "exchange", ""] = (
+        "hidden"
+    )
     counts_as: str = "activations"
 
 
@@ -72,15 +76,15 @@ class Effect:
     """The row of one kind of op: all that others ask about it.
 
     `role`: arithmetic in the order of the list (`compute`), or beside it (`beside`, which no movement is timed by), a
-    movement up or down, its end, or a copy that is given back. `says`: the op in words. `uses`: whose weights, states and
-    gradients it computes with. `trains`: the group whose gradients it adds to, where `Plan.trains` says so. `enters`: a
-    micro-batch begins with it. `makes`, `frees`: in this order. `moves`: what a movement moves (`group`: what its item
-    says), `until_wait`: things whose copy on the device is free at the movement's WAIT. `rule`, `workspace`, `seconds`: the
-    names of a check in validate.py, a formula in timeline.py and one in seconds.py; empty: nothing to check, no bytes on
-    top of what it makes, no time.
+    movement up or down, its end, a sum over ranks (`exchange`), or a copy that is given back. `says`: the op in words.
+    `uses`: whose weights, states and gradients it computes with. `trains`: the group whose gradients it adds to, where
+    `Plan.trains` says so. `enters`: a micro-batch begins with it. `makes`, `frees`: in this order. `moves`: what a movement
+    moves (`group`: what its item says), `until_wait`: things whose copy on the device is free at the movement's WAIT.
+    `rule`, `workspace`, `seconds`: the names of a check in validate.py, a formula in timeline.py and one in seconds.py;
+    empty: nothing to check, no bytes on top of what it makes, no time.
     """
 
-    role: Literal["compute", "beside", "up", "down", "wait", "evict"]
+    role: Literal["compute", "beside", "exchange", "up", "down", "wait", "evict"]
     says: str
     uses: Literal["", "embed", "layer", "head", "group"] = ""
     trains: Literal["", "layer", "aux"] = ""
@@ -102,6 +106,7 @@ GRAPH_INPUT, ALIGNED = Thing("graph input", "layer"), Thing("aligned", "layer")
 STATES = Thing("states", "group", takes="states", counts_as="optimizer")
 GRADIENTS = Thing("gradients", "group", takes="gradients", counts_as="gradients")
 ADDED = replace(GRADIENTS, when="trains")
+SUM = Thing(REDUCED, "group", takes="exchange", counts_as="gradients")
 KEPT = (
     Thing("target", shares="hidden", when="holds_target", counts_as="saved inputs"),
     replace(INPUT, shares="hidden", when="keeps_input"),
@@ -134,7 +139,7 @@ EFFECTS: dict[tuple[Kind, str], Effect] = {
         rule="backward", workspace="backward", seconds="backward"),
     (Kind.STEP, ""): Effect(
         "compute", "clip and update one parameter group (a layer's adapters, or a segment's aux head)", uses="group",
-        frees=(GRADIENTS,), rule="step", workspace="update", seconds="update"),
+        frees=(GRADIENTS, SUM), rule="step", workspace="update", seconds="update"),
     (Kind.READ, "boundary"): Effect(
         "compute", "hidden states from the cache, as they enter a layer: instead of EMBED and the layers before",
         enters=True, makes=BEGUN, frees=ALL_KEYS, rule="enter", workspace="cache read", seconds="cache read"),
@@ -163,10 +168,15 @@ EFFECTS: dict[tuple[Kind, str], Effect] = {
         "compute", "the hidden states that enter a layer go to the process after this one",
         makes=(Thing("sent", "boundary", shares="hidden"),), rule="send", seconds="send"),
     (Kind.AGREE, ""): Effect(
-        "compute", "whether all processes of a pipeline found finite numbers: only then come STEPs",
+        "compute", "whether all processes of a pipeline, or all ranks, found finite numbers: only then come STEPs",
         frees=(Thing("sent", "boundary"),), rule="agree"),
+    (Kind.REDUCE, ""): Effect(
+        "exchange", "the sum of a group's gradients over all ranks begins", uses="group", makes=(GRADIENTS, SUM),
+        until_wait=(REDUCED,), rule="reduce", seconds="exchange"),
     (Kind.FETCH, ""): Effect("up", "a layer's weights come into a buffer of the device", moves="weights"),
     (Kind.WAIT, ""): Effect("wait", "a movement ends here at the latest"),
+    (Kind.WAIT, REDUCED): Effect("wait", "the sum of a group's gradients over all ranks has come, and its norm is taken",
+                                 workspace="norm"),
     (Kind.EVICT, ""): Effect("evict", "that buffer of a layer's weights is free again", moves="weights"),
     (Kind.EVICT, "input"): Effect("evict", "a saved input's device copy goes, the one below stays", moves="input",
                                   frees=(INPUT,)),

@@ -49,9 +49,9 @@ class Op(NamedTuple):
     """One op of a plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
     `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where
-    the kind leaves it open: `input`, `pages`, `states`, `gradients`, `boundary`, `teacher`, `held`. `tier` is where to.
-    `micro_batch` is -1 for what belongs to the whole step. `pass_index` tells apart several runs of one layer in a step;
-    `adapters` names the adapter set that the op computes with.
+    the kind leaves it open (ITEMS of effects.py). `tier` is where to. `micro_batch` is -1 for what belongs to the whole
+    step. `pass_index` tells apart several runs of one layer in a step; `adapters` names the adapter set that the op
+    computes with.
     """
 
     kind: Kind
@@ -94,7 +94,7 @@ class Plan:
     `ring` is the number of buffers that streamed layers share, `tile` the tokens of which a loss is taken at a time, `mlp`
     the features and tokens of an MLP's pieces. `kind` names the kind of step where a run has several. `own`: the segments
     of this process of a pipeline, None where one process has them all. The layers before `closed` train no more in the run:
-    their optimizer states are gone.
+    their optimizer states are gone. `ranks`: so many processes share the step, each with a plan of its own micro-batches.
     """
 
     method: str
@@ -109,6 +109,7 @@ class Plan:
     own: tuple[int, ...] | None = None
     closed: int = 0
     mlp: tuple[int, int] = MLP_PIECES
+    ranks: int = 1
 
     def text(self) -> str:
         """The plan in words, a line for each op after the header: `parse_plan` reads it."""
@@ -116,6 +117,7 @@ class Plan:
         counts += "" if self.mlp == MLP_PIECES else f" mlp={self.mlp[0]}x{self.mlp[1]}"
         counts += "" if self.own is None else f" own={runs_text(self.own)}"
         counts += f" closed={self.closed}" if self.closed else ""
+        counts += f" ranks={self.ranks}" if self.ranks > 1 else ""
         kind = f" kind={self.kind}" if self.kind else ""
         head = [f"plan 4 method={self.method}{kind} {counts}", *(segment.text() for segment in self.segments)]
         head += [f"unit {unit} {place}" for unit, place in self.placement]
@@ -204,8 +206,8 @@ class Plan:
         return found
 
     def completes(self, op: Op) -> bool:
-        """Whether a layer's gradients of the step are complete after this BACKWARD."""
-        in_last = op.micro_batch == self.n_micro_batches - 1
+        """Whether a layer's gradients of the step are complete after this BACKWARD: not where other ranks' are to come."""
+        in_last = self.ranks == 1 and op.micro_batch == self.n_micro_batches - 1
         return in_last and op.adapters == "train" and op.pass_index == self._last_pass[op.target]
 
     @cached_property
@@ -231,7 +233,7 @@ class PlanTextError(ValueError):
 _LAYERS = r"\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){0,5000}"
 _HEAD = re.compile(
     r"plan 4 method=([\w-]+)(?: kind=([\w-]+))? layers=(\d{1,6}) micro_batches=(\d{1,6}) ring=(\d{1,6}) tile=(\d{1,6})"
-    rf"(?: mlp=(\d{{1,6}})x(\d{{1,6}}))?(?: own=({_LAYERS}))?(?: closed=(\d{{1,6}}))?"
+    rf"(?: mlp=(\d{{1,6}})x(\d{{1,6}}))?(?: own=({_LAYERS}))?(?: closed=(\d{{1,6}}))?(?: ranks=(\d{{1,4}}))?"
 )
 _SEGMENT = re.compile(
     rf"segment (\d{{1,6}}) layers=(\d{{1,6}})-(\d{{1,6}}) loss=({'|'.join(LOSSES)})"
@@ -272,7 +274,7 @@ def parse_plan(text: str) -> Plan:
     mlp = (int(head[7]), int(head[8])) if head[7] else MLP_PIECES
     return Plan(
         head[1], n_layers, n_micro_batches, tuple(segments), tuple(placement), tuple(ops), ring, tile, head[2] or "", own,
-        closed, mlp,
+        closed, mlp, int(head[11] or 1),
     )  # fmt: skip
 
 

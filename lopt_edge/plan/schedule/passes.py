@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from lopt_edge.plan.schedule.build import groups_of
-from lopt_edge.plan.schedule.effects import COMPUTE, RUNS_LAYER, Kind
+from lopt_edge.plan.schedule.effects import COMPUTE, REDUCED, RUNS_LAYER, Kind
 from lopt_edge.plan.schedule.knobs import Knobs, placement_of
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 
@@ -46,7 +46,7 @@ class _Insertions:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.compute = [i for i, op in enumerate(plan.ops) if op.kind in COMPUTE]
-        self.rank = {position: rank for rank, position in enumerate(self.compute)}
+        self.rank = list(accumulate(op.kind in COMPUTE for op in plan.ops))  # compute ops up to this one, itself included
         self._before: dict[int, list[Op]] = defaultdict(list)
         self._after: dict[int, list[Op]] = defaultdict(list)
 
@@ -58,11 +58,12 @@ class _Insertions:
 
     def earlier(self, position: int, n_ops: int, *, not_before: int = 0) -> int:
         """The compute op `n_ops` before this one (but none before `not_before`)."""
-        found = self.compute[max(0, self.rank[position] - n_ops)]
+        found = self.compute[max(0, self.rank[position] - 1 - n_ops)]
         return max(found, not_before)
 
     def later(self, position: int, n_ops: int) -> int:
-        return self.compute[min(len(self.compute) - 1, self.rank[position] + n_ops)]
+        """The compute op `n_ops` after this one; for none, this op itself."""
+        return self.compute[min(len(self.compute) - 1, self.rank[position] - 1 + n_ops)] if n_ops else position
 
     def result(self) -> Plan:
         if not self._before and not self._after:
@@ -174,17 +175,23 @@ def move_gradients(plan: Plan, knobs: Knobs) -> Plan:
     if knobs.gradients == "device" or knobs.apply == "layer":
         return plan
     found = _Insertions(plan)
-    uses = _uses(plan, lambda op: op.group if op.kind is Kind.STEP else _group_of(plan, op))
+    uses = _uses(plan, lambda op: op.group if op.kind is Kind.STEP or _sums(op) else _group_of(plan, op))
     for (unit, target), positions in uses.items():
         wait = Op(Kind.WAIT, target, item="gradients", unit=unit)
         for position, following in pairwise(positions):
-            if found.rank[following] - found.rank[position] <= min(1, knobs.prefetch):
+            apart, summing = found.rank[following] - found.rank[position], plan.ops[position].kind is Kind.REDUCE
+            if summing or apart <= min(1, knobs.prefetch):
                 continue  # used again before a movement down could end
             store = Op(Kind.STORE, target, item="gradients", unit=unit, tier=knobs.gradients)
             load = Op(Kind.LOAD, target, item="gradients", unit=unit)
             _move_down(found, position, store, wait, knobs)
             _move_up(found, following, load, wait, knobs, earliest=found.later(position, 1 + min(1, knobs.prefetch)))
     return found.result()
+
+
+def _sums(op: Op) -> bool:
+    """Whether a sum over ranks begins or ends here."""
+    return op.kind is Kind.REDUCE or op.item == REDUCED
 
 
 def move_states(plan: Plan, knobs: Knobs) -> Plan:

@@ -13,6 +13,8 @@
  (9) a process of a pipeline (`own` segments) has the ops of its own segments only; micro-batches come and go in order, each
      by RECV before its first layer (the first process: EMBED) and by SEND after its last one's FORWARD, before that
      segment's LOSS (the last process: none); one AGREE after all gradients, before any STEP
+ (10) where ranks share a step, each group that gets gradients has one REDUCE after the last of them, and its end (WAIT
+     reduced) before the one AGREE; its gradients are not touched in between
 
 It replays the list with small states instead of tensors; it knows no bytes. Movements are in `validate_moves.py`.
 """
@@ -75,7 +77,7 @@ def validate(plan: Plan, *, clip_scope: str = "segment") -> Plan:
     _check_cover(plan)
     for position, op in enumerate(plan.ops):
         problem = replay.moves.problem_before(op)
-        if not problem and op.effect.role in ("compute", "beside"):
+        if not problem and op.effect.role in ("compute", "beside", "exchange"):
             problem = _check(replay, op) or replay.moves.note_compute(op)
         if problem:
             raise PlanError(f"rule {problem}\n{plan.around(position)}")
@@ -193,13 +195,32 @@ def _send(replay: _Replay, op: Op) -> str:
 
 def _agree(replay: _Replay, op: Op) -> str:
     plan = replay.plan
-    if plan.own is None or replay.agreed:
-        return "(9): the processes agree once, in a pipeline"
+    if (plan.own is None and plan.ranks == 1) or replay.agreed:
+        return "(9): the processes agree once, in a pipeline or among ranks"
+    if plan.ranks > 1:
+        missing = [group for s in plan.segments for group in groups_of(s) if not replay.moves.is_reduced(group)]
+        replay.agreed = True
+        return f"(10): the gradients of {missing[0][0]} {missing[0][1]} are not summed over the ranks" if missing else ""
     for segment in plan.own_segments:
         for micro_batch in range(plan.n_micro_batches if segment.trains else 0):
             if replay.backward_from.get((micro_batch, segment.index), segment.first) >= segment.first:
                 return f"(9): the gradients of segment {segment.index} are not complete"
     replay.agreed = True
+    return ""
+
+
+def _reduce(replay: _Replay, op: Op) -> str:
+    plan = replay.plan
+    with_gradients = {group: s for s in plan.segments for group in groups_of(s)}
+    if plan.ranks == 1 or replay.agreed or op.group not in with_gradients:
+        return f"(10): no rank has gradients of {op.unit} {op.target} to be summed here"
+    for s in plan.segments:
+        is_layer = op.unit == "layer"
+        concerned = s.has_loss and (op.target in s.reached if is_layer else s.index == op.target)
+        for micro_batch in range(plan.n_micro_batches if concerned else 0):
+            progress = replay.backward_from.get((micro_batch, s.index))
+            if progress is None or (is_layer and progress >= op.target):
+                return f"(10): the gradients of {op.unit} {op.target} are not complete"
     return ""
 
 
@@ -320,7 +341,7 @@ def _backward(replay: _Replay, op: Op) -> str:
 
 
 def _step(replay: _Replay, op: Op) -> str:
-    if replay.plan.own is not None and not replay.agreed:
+    if (replay.plan.own is not None or replay.plan.ranks > 1) and not replay.agreed:
         return "(9): the processes have not agreed"
     segments = {group: s for s in replay.plan.own_segments for group in groups_of(s)}
     resting = op.unit == "layer" and any(op.target in s.through for s in replay.plan.segments)
@@ -347,5 +368,5 @@ def _step(replay: _Replay, op: Op) -> str:
 _RULES: dict[str, Callable[[_Replay, Op], str]] = {
     "enter": _enter, "forward": _forward, "loss": _loss, "backward": _backward, "step": _step, "take held": _take_held,
     "teacher": _teacher, "next layer": _next_layer, "align": _align, "hold": _hold, "average": _average, "send": _send,
-    "agree": _agree,
+    "agree": _agree, "reduce": _reduce,
 }  # fmt: skip

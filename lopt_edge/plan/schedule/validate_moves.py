@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lopt_edge.plan.schedule.effects import GROUP_ITEMS, Kind
-from lopt_edge.plan.schedule.ops import Op, Plan
+from lopt_edge.plan.schedule.effects import GROUP_ITEMS, REDUCED, Kind
+from lopt_edge.plan.schedule.ops import GroupName, Op, Plan
 
 FOLLOWED = ("input", "pages")  # what a layer leaves and movements carry, by (micro-batch, layer)
 State = Literal["here", "below", "up", "down", "both"]
@@ -31,6 +31,10 @@ class Moves:
         """Whether this thing is on the device."""
         return self.at.get((item, micro_batch, target)) in ("here", "both")
 
+    def is_reduced(self, group: GroupName) -> bool:
+        """Whether the sum of a group's gradients over the ranks has come."""
+        return self.at.get((f"{REDUCED} {group[0]}", -1, group[1])) == "here"
+
     def problem_before(self, op: Op) -> str:
         """The rule that an op breaks where things are now, with its number; empty if it breaks none."""
         row = op.effect
@@ -40,6 +44,8 @@ class Moves:
             return f"(6): {op.text()} does not say what moves"
         if row.role == "up" and row.moves == "weights" and op.unit != "layer":
             return f"(1): {op.text()} names no layer"
+        if row.role == "exchange":
+            return self._reduce_needs(op)
         if row.role in ("compute", "beside"):
             return (
                 (self._step_needs(op) if row.uses == "group" else self._unplaced(op) or self._needs(op)) if row.uses else ""
@@ -63,6 +69,8 @@ class Moves:
     def _needs(self, op: Op) -> str:
         row = op.effect
         group = row.trains if row.trains == "aux" or (row.trains and self.plan.trains(op)) else ""
+        if group and (f"reduced {group}", -1, op.target) in self.at:
+            return f"(10): the gradients of {group} {op.target} are being summed already"
         if group and self.at.get((f"gradients {group}", -1, op.target), "here") != "here":
             return f"(7): the gradients of {group} {op.target} so far are not on the device"
         for item in (thing.name for thing in row.frees if thing.name in FOLLOWED):
@@ -76,6 +84,13 @@ class Moves:
         for item, default in (("states", resting), ("gradients", "here")):
             if self.at.get((f"{item} {op.unit}", -1, op.target), default) != "here":
                 return f"(7): the {item} of {op.unit} {op.target} are not on the device"
+        return ""
+
+    def _reduce_needs(self, op: Op) -> str:
+        if (f"reduced {op.unit}", -1, op.target) in self.at:
+            return f"(10): the gradients of {op.unit} {op.target} are being summed already"
+        if self.at.get((f"gradients {op.unit}", -1, op.target), "here") != "here":
+            return f"(10): the gradients of {op.unit} {op.target} are not on the device"
         return ""
 
     def note_compute(self, op: Op) -> str:
@@ -93,7 +108,7 @@ class Moves:
                 self.at[thing.name, op.micro_batch, op.target] = "here"
             elif thing.per == "group":
                 unit, target = self.plan.group_of(op)
-                self.at[f"{thing.name} {unit}", -1, target] = "here"
+                self.at[f"{thing.name} {unit}", -1, target] = "up" if thing.name == REDUCED else "here"
         return ""
 
     def _weights(self, op: Op) -> str:
@@ -111,7 +126,9 @@ class Moves:
     def _move(self, op: Op) -> str:
         row = op.effect
         item = row.moves if row.moves in FOLLOWED else op.item
-        key = f"{item} {op.unit}" if item in GROUP_ITEMS else item or "layer"
+        key = f"{item} {op.unit}" if item in (*GROUP_ITEMS, REDUCED) else item or "layer"
+        if item == "gradients" and self.at.get((f"{REDUCED} {op.unit}", -1, op.target)) == "up":
+            return f"(10): the gradients of {op.unit} {op.target} move while they are being summed"
         thing: Thing = (key, op.micro_batch, op.target)
         default: State | None = "below" if item == "states" and op.group in self.below_at_rest else None
         state = self.at.get(thing, default)

@@ -26,6 +26,7 @@ from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES, Knobs
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange, in_pieces
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
+from lopt_edge.plan.schedule.ranks import for_ranks
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 
@@ -39,7 +40,7 @@ class Workload:
     batch.
 
     `library_bytes` is what the process takes beside its tensors: libraries on a CPU, the context on CUDA. `part`: what of
-    it one process of a pipeline runs.
+    it one process of a pipeline runs. `ranks`: so many processes share a step, and `batches` are the largest share.
     """
 
     course: Course
@@ -52,6 +53,7 @@ class Workload:
     clip_scope: str = "segment"
     part: Part | None = None
     teacher: Teacher | None = None  # another model than the base
+    ranks: int = 1
 
     @property
     def method(self) -> str:
@@ -63,8 +65,8 @@ class Workload:
 
     @property
     def n_tokens(self) -> int:
-        """The number of tokens of the largest step, padding included."""
-        return sum(batch.n_rows for batch in self.batches)
+        """The number of tokens of the largest step, padding included; of ranks as if each had the largest share."""
+        return self.ranks * sum(batch.n_rows for batch in self.batches)
 
     def with_tokens(self, n_tokens: int) -> Workload:
         """The same run over sequences of another length, all supervised."""
@@ -115,7 +117,8 @@ class Workload:
     def arranged(self, knobs: Knobs, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The plan of the first kind of step, unless another is named. It is not validated: the search makes many."""
         own = knobs if self.part is None else own_knobs(knobs, self.part)
-        return arranged_plan(self.method, kind or self.kinds[0], own, n_micro_batches=n_micro_batches, part=self.part)
+        kind, part, ranks = kind or self.kinds[0], self.part, self.ranks
+        return arranged_plan(self.method, kind, own, n_micro_batches=n_micro_batches, part=part, ranks=ranks)
 
     def plan(self, knobs: Knobs, *, n_micro_batches: int, kind: StepKind | None = None) -> Plan:
         """The plan as the executor runs it. Raises PlanError if a pass broke a rule."""
@@ -178,19 +181,24 @@ class Workload:
         return (*few, *(_mean(others),) * len(others)) if others else few
 
 
-def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
-    """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
+def arranged_plan(
+    method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None, ranks: int = 1
+) -> Plan:
+    """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline or made one rank's of
+    several, tensors in their place.
 
     `knobs` are that process' own. The plan is not validated: the search makes many.
     """
     whole = replace(knobs, token_tile=TOKEN_TILES[0], mlp_block=MLP_PIECES[0], mlp_tile=MLP_PIECES[1])
-    plan = _arranged(method, kind, whole, n_micro_batches, part)
+    plan = _arranged(method, kind, whole, n_micro_batches, part, ranks)
     return plan if whole == knobs else in_pieces(plan, knobs)
 
 
 @lru_cache(maxsize=64)  # a combination's bytes are asked for after its seconds, and those of its other pieces
-def _arranged(method: str, kind: StepKind, knobs: Knobs, n_micro_batches: int, part: Part | None) -> Plan:
+def _arranged(method: str, kind: StepKind, knobs: Knobs, n_micro_batches: int, part: Part | None, ranks: int) -> Plan:
     plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
+    if ranks > 1:
+        plan = for_ranks(plan, step_plan(method, kind, n_micro_batches=1), ranks=ranks)
     return arrange(plan if part is None else cut_for_process(plan, part), knobs)
 
 

@@ -8,7 +8,7 @@ Where the task loss is of preferences a batch has its `Choices`, and the totals 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -134,29 +134,44 @@ def _real_positions(lengths: Sequence[int], n_tokens: int) -> Tensor | None:
     return (torch.arange(n_tokens).unsqueeze(0) < lengths_B).view(-1).nonzero().squeeze(1)
 
 
-def as_message(batch: Batch) -> dict[str, Any]:
-    """The JSON values of a batch that the later processes of a pipeline need: all but its token ids."""
-    return {
+def as_message(batch: Batch, *, whole: bool = False) -> dict[str, Any]:
+    """The JSON values of a batch that the later processes of a pipeline need: all but its token ids and its preferences;
+    `whole`: with these, too, for a rank."""
+    found: dict[str, Any] = {
         "n_tokens": batch.ids_BT.shape[1],
         "lengths": list(batch.lengths),
         "packed": batch.packed,
         "supervised": batch.supervised_N.tolist(),
         "targets": batch.targets_N.tolist(),
     }
+    if whole:
+        choices = None if batch.choices is None else asdict(batch.choices)
+        found |= {"ids": batch.ids_BT.tolist(), "examples": list(batch.examples), "choices": choices}
+    return found
 
 
 def from_message(values: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch that `as_message` described, on `device`; its token ids are zeros."""
+    """The batch that `as_message` described, on `device`; its token ids are zeros where it left them out."""
     lengths, n_tokens, packed = tuple(values["lengths"]), values["n_tokens"], values["packed"]
     real_N = None if packed else _real_positions(lengths, n_tokens)
+    ids, choices = values.get("ids"), values.get("choices")
+    if ids is None:
+        ids_BT = torch.zeros(1 if packed else len(lengths), n_tokens, dtype=torch.int64)
+    else:
+        ids_BT = torch.tensor(ids, dtype=torch.int64)
+    if choices is not None:
+        listed: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in choices.items()}
+        choices = Choices(**listed)
     return Batch(
-        ids_BT=torch.zeros(1 if packed else len(lengths), n_tokens, dtype=torch.int64),
+        ids_BT=ids_BT,
         supervised_N=torch.tensor(values["supervised"], dtype=torch.int64, device=device),
         targets_N=torch.tensor(values["targets"], dtype=torch.int64, device=device),
         real_N=None if real_N is None else real_N.to(device),
         n_tokens=sum(lengths),
         lengths=lengths,
+        examples=tuple(values.get("examples", ())),
         packed=packed,
+        choices=choices,
     )
 
 

@@ -90,8 +90,13 @@ def work(model: Model, link: Link, token_tile: int) -> None:
             total += loss
         n_supervised += batch.n_supervised
     link.flush()
-    if link.part.is_last:
+    if link.is_last:
         link.send_message(0, {"loss": total / max(1, n_supervised)})
+
+
+def batch_losses(model: Model, batch: Batch, token_tile: int, layers: Sequence[int] | None) -> list[float]:
+    """The summed task loss of each tile of a batch, in one process: what a rank has of an evaluation."""
+    return _tile_losses(model, None, batch, token_tile, layers)
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def _tile_losses(
     hidden_BTD = model.run_all(
         hidden_BTD, model.layer_context(hidden_BTD, batch.ids_BT, lengths=batch.in_a_row), layers=layers
     )
-    if link is not None and not link.part.is_last:
+    if link is not None and not link.is_last:
         link.send_boundary(hidden_BTD)
         return []
     selected_ND = hidden_BTD.flatten(0, 1)[batch.supervised_N]

@@ -10,8 +10,8 @@ overflow). If one overflows, the same step is run again with a quarter of the sc
 update in the step it cannot be run again: the caller goes back to a checkpoint (training/run.py).
 
 A step may be left and taken up again between two micro-batches (`Cut`). What a loss computes is segment_loss.py's matter,
-movements between tiers are movement_ops.py's; in a pipeline of processes a bad number is reported where they agree. State
-lives in one `StepState` (step_state.py), dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
+movements between tiers are movement_ops.py's, what other processes take part in peer_ops.py's. State lives in one
+`StepState` (step_state.py), dropped with the step. Shapes: B sequences, T tokens, N selected tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -41,9 +41,21 @@ from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.step.movement_ops import MovementOps
 from lopt_edge.run.step.op_faults import op_error
 from lopt_edge.run.step.optim import SegmentOptimizer
+from lopt_edge.run.step.peer_ops import PeerOps
 from lopt_edge.run.step.preference_loss import add_measured, measured_means
 from lopt_edge.run.step.segment_loss import SegmentLosses, SegmentOutput, aligned, name_of_loss, take_losses
-from lopt_edge.run.step.step_state import ALIGNED, Cut, Rates, StepResult, StepState, UnreadLoss, present, segments_of
+from lopt_edge.run.step.step_state import (
+    ALIGNED,
+    Cut,
+    Rates,
+    Share,
+    StepResult,
+    StepState,
+    UnreadLoss,
+    enter_later,
+    present,
+    segments_of,
+)
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -75,7 +87,7 @@ class Executor:
         self.averages, self.cascade_weight = averages, cascade_weight  # of windows: what reaches the segment before
         self.mover = optimizer.mover
         self.observers: list[Observer] = []
-        self.link: Link | None = None  # to the other processes of a pipeline
+        self.peers = PeerOps(model, optimizer, check_finite=self._check_finite)
         self.far: FarGroups | None = None  # their tensors, for checkpoints
         self.caches: dict[str, FeatureCache] = {}  # "boundary", "teacher": what READ and WRITE name
         self.state: StepState | None = None  # of the step under way, for those who observe
@@ -83,9 +95,18 @@ class Executor:
         self.methods: dict[Kind, Callable[[StepState, Op], None]] = {
             Kind.EMBED: self._embed, Kind.FORWARD: self._forward, Kind.LOSS: self._loss, Kind.BACKWARD: self._backward,
             Kind.STEP: self._update, Kind.READ: self._read, Kind.WRITE: self._write, Kind.ALIGN: self._align,
-            Kind.HOLD: self._hold, Kind.AVERAGE: self._average, Kind.RECV: self._receive, Kind.SEND: self._send,
-            Kind.AGREE: self._agree, **MovementOps(model, optimizer).methods,
+            Kind.HOLD: self._hold, Kind.AVERAGE: self._average, **self.peers.methods,
+            **MovementOps(model, optimizer, wait_reduced=self.peers.wait_reduced).methods,
         }  # fmt: skip
+
+    @property
+    def link(self) -> Link | None:
+        """The link to the other processes of the run, a pipeline's or ranks; None where there are none."""
+        return self.peers.link
+
+    @link.setter
+    def link(self, link: Link | None) -> None:
+        self.peers.link = link
 
     def run(
         self,
@@ -97,13 +118,15 @@ class Executor:
         align_weight: float = 0.0,
         start: Cut | None = None,
         between: Callable[[Cut], None] | None = None,
+        share: Share | None = None,
     ) -> StepResult:
         """Run one optimizer step. Raises RunError, which shows the plan around the op that failed.
 
         `learning_rates` are by segment index (of an aux head by its group, if it has its own), `align_weight` is that of
         ALIGN ops, and `start` is a cut to go on from. `between` is called before each micro-batch but the first; what it
-        raises ends the step there, and the adapters are those of the last step. In float16 the step is run again with a
-        smaller loss scale if a gradient overflows.
+        raises ends the step there, and the adapters are those of the last step. `share`: which part of a step these batches
+        are, where ranks share it; the losses are then this rank's part, in rank 0 those of all. In float16 the step is run
+        again with a smaller loss scale if a gradient overflows.
         """
         while True:
             try:
@@ -115,6 +138,7 @@ class Executor:
                     align_weight=align_weight,
                     start=start,
                     between=between,
+                    share=share or Share(0, window_totals(batches)),
                 )
             except NotFinite as error:
                 if self.loss_scale <= 1.0 or not error.untouched or error.of_loss:
@@ -131,11 +155,12 @@ class Executor:
         align_weight: float,
         start: Cut | None,
         between: Callable[[Cut], None] | None,
+        share: Share,
     ) -> StepResult:
         state = StepState(
             plan,
             batches,
-            window_totals(batches),
+            share.totals,
             learning_rates,
             {s.index: 0.0 for s in plan.segments},
             own_blocks=any(op.kind is Kind.STORE and op.item == "gradients" for op in plan.ops),
@@ -152,10 +177,11 @@ class Executor:
             for position, op in enumerate(plan.ops[first:], start=first):
                 if op.effect.enters and between is not None and position > first:
                     self._pause(state, op, between)
-                clock.micro_batch = op.micro_batch
+                clock.micro_batch = share.first + op.micro_batch
                 try:
                     self._run_op(state, op)
-                except PeerLost:
+                except PeerLost as error:
+                    error.values_intact = not self.optimizer.any_updated
                     raise
                 except Exception as error:
                     intact = self._clean_up(state)
@@ -245,12 +271,7 @@ class Executor:
             state.teacher_BTD = found_BTD
             return
         state.hidden_BTD = found_BTD
-        self._enter_later(state, batch)
-
-    def _enter_later(self, state: StepState, batch: Batch) -> None:
-        """Make the context of a micro-batch that begins with hidden states of a later layer."""
-        hidden_BTD, lengths = present(state.hidden_BTD), batch.in_a_row
-        state.layer_context = self.model.layer_context(hidden_BTD, batch.ids_BT, embedded=False, lengths=lengths)
+        enter_later(self.model, state, batch)
 
     def _cached(self, name: str, batch: Batch) -> Tensor:
         """The hidden states of a micro-batch from a cache."""
@@ -271,27 +292,6 @@ class Executor:
         state.aligned[op.micro_batch, op.target], value = aligned(output, scale=scale)
         self._note_loss(state, UnreadLoss(ALIGNED, "alignment", op.text(), value, weight))
         state.teacher_BTD = None
-
-    def _receive(self, state: StepState, op: Op) -> None:
-        batch = state.batches[op.micro_batch]
-        shape = (*batch.ids_BT.shape, self.model.facts.hidden_size)
-        state.hidden_BTD = present(self.link).receive_boundary(shape, self.model.dtype, self.model.device)
-        self._enter_later(state, batch)
-
-    def _send(self, state: StepState, op: Op) -> None:
-        present(self.link).send_boundary(present(state.hidden_BTD))
-
-    def _agree(self, state: StepState, op: Op) -> None:
-        """Agree with the other processes: after one bad number anywhere no process updates anything."""
-        link = present(self.link)
-        link.flush()
-        if state.fault is None:
-            try:
-                self._check_finite(state)
-            except NotFinite as error:
-                state.fault, state.fault_op = error, op.text()
-        link.agree(state.fault, state.fault_op)
-        self.optimizer.checked = True
 
     def _forward(self, state: StepState, op: Op) -> None:
         hidden_BTD, key = present(state.hidden_BTD), (op.micro_batch, op.target)
@@ -341,7 +341,7 @@ class Executor:
         state.target_BTD = None
         if state.plan.is_last_run(op):
             state.hidden_BTD = state.teacher_BTD = None  # nothing runs on them any more
-        if segment.has_head and op.micro_batch == state.plan.n_micro_batches - 1:
+        if segment.has_head and state.plan.ranks == 1 and op.micro_batch == state.plan.n_micro_batches - 1:
             self.optimizer.complete_gradients(("aux", op.target))
 
     def _take_gradient(self, state: StepState, op: Op, segment: Segment) -> None:
@@ -429,8 +429,7 @@ class Executor:
     def _result(self, state: StepState) -> StepResult:
         segments = state.plan.segments
         self._read_losses(state)
-        if self.link is not None:
-            self._exchange(state, self.link)
+        self.peers.exchange_results(state)
         return StepResult(
             loss=state.losses[segments[-1].index],
             local_loss=tuple(state.losses[s.index] for s in segments if s.is_local),
@@ -439,12 +438,3 @@ class Executor:
             align_loss=state.losses.get(ALIGNED),
             choices=measured_means(state.losses, self.losses.objective),
         )
-
-    def _exchange(self, state: StepState, link: Link) -> None:
-        """Bring the losses and norms of all segments to process 0."""
-        own = state.plan.own_segments
-        losses = {segment.index: state.losses[segment.index] for segment in own}
-        norms = {segment.index: self.optimizer.norms.get(segment.index, 0.0) for segment in own}
-        for other in link.gather({"losses": losses, "norms": norms}):
-            state.losses.update({int(segment): loss for segment, loss in other["losses"].items()})
-            self.optimizer.norms.update({int(segment): norm for segment, norm in other["norms"].items()})

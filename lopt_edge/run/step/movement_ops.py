@@ -7,9 +7,9 @@ and optim.py's matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from lopt_edge.plan.schedule.effects import Kind
+from lopt_edge.plan.schedule.effects import REDUCED, Kind
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.optim import SegmentOptimizer
@@ -28,7 +28,8 @@ class Held(Protocol):
 class MovementOps:
     """The runners of all movements; `methods` has them by the kind of op, for the executor's table."""
 
-    def __init__(self, model: Model, optimizer: SegmentOptimizer) -> None:
+    def __init__(self, model: Model, optimizer: SegmentOptimizer, *, wait_reduced: Callable[[Any, Op], None]) -> None:
+        self.wait_reduced = wait_reduced  # the end of a sum over ranks (peer_ops.py)
         self.model, self.optimizer, self.mover = model, optimizer, optimizer.mover
         self.methods: Mapping[Kind, Callable[[Held, Op], None]] = {
             Kind.FETCH: self._fetch, Kind.WAIT: self._wait, Kind.EVICT: self._evict, Kind.SPILL: self._spill,
@@ -72,5 +73,7 @@ class MovementOps:
             self.optimizer.wait_states(op.group)
         elif op.item == "gradients":
             self.optimizer.wait_gradients(op.group)
+        elif op.item == REDUCED:
+            self.wait_reduced(held, op)
         else:
             present(self.model.weights).wait(op.target)

@@ -16,6 +16,7 @@ from lopt_edge.errors import NotFinite
 from lopt_edge.plan.schedule.build import groups_of
 from lopt_edge.plan.schedule.ops import GroupName, Plan
 from lopt_edge.run.model.context import LayerContext
+from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.tiers.graphs import LayerGraph
 from lopt_edge.run.tiers.moves import OffloadedTensor
@@ -81,6 +82,15 @@ class UnreadLoss:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a step that one rank has: `first` is the place of its first micro-batch in the window, whose totals these
+    are."""
+
+    first: int
+    totals: Totals
+
+
 @dataclass(eq=False)
 class StepState:
     """All that is alive inside one step. `graphs` and `inputs` are keyed by (micro-batch, layer)."""
@@ -102,9 +112,10 @@ class StepState:
     aligned: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # gradients that wait for their BACKWARD
     cleaned: bool = False
     unread: list[UnreadLoss] = field(default_factory=list)
-    fault: NotFinite | None = None  # in a pipeline: reported when the processes agree
+    fault: NotFinite | None = None  # among several processes: reported when the processes agree
     fault_op: str = ""
     key_gradients: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # wait for their layer
+    reducing: dict[GroupName, Callable[[], None]] = field(default_factory=dict)  # sums over ranks: what waits for each
     inputs: dict[tuple[int, int], OffloadedTensor] = field(default_factory=dict)
     graphs: dict[tuple[int, int], LayerGraph] = field(default_factory=dict)
 
@@ -120,3 +131,9 @@ def segments_of(plan: Plan) -> dict[GroupName, int]:
     """The segment of each group that this step updates."""
     found = {group: segment.index for segment in plan.segments for group in groups_of(segment)}
     return found | {("layer", layer): segment.index for segment in plan.segments for layer in segment.through}
+
+
+def enter_later(model: Model, state: StepState, batch: Batch) -> None:
+    """Make the context of a micro-batch that begins with hidden states of a later layer."""
+    hidden_BTD, lengths = present(state.hidden_BTD), batch.in_a_row
+    state.layer_context = model.layer_context(hidden_BTD, batch.ids_BT, embedded=False, lengths=lengths)

@@ -11,10 +11,8 @@ its part of the adapter, and the run ends with the newest checkpoint; none is le
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
@@ -25,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lopt_edge.errors import InputError, LoptError, NotFinite, PeerLost, RunError
+from lopt_edge.errors import NotFinite, PeerLost, RunError
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.ops import GroupName
 from lopt_edge.plan.schedule.processes import Part, parts_of
 from lopt_edge.run.step.batches import Batch, as_message
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.step_state import Cut, Rates, StepResult
-from lopt_edge.training.pipeline.launch import SETUP, Children, ended, torchrun_rank
+from lopt_edge.training.pipeline.launch import FOLLOW
+from lopt_edge.training.pipeline.peers import Peers, started
 
 if TYPE_CHECKING:
     from lopt_edge.plan.schedule.build import StepKind
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from lopt_edge.run.link import FarGroup, Link
     from lopt_edge.training.checkpoint.resume import Start
     from lopt_edge.training.prepare.inputs import Inputs
-CAUSE_SECONDS = 5.0  # to find out why a process was lost
 
 
 @contextmanager
@@ -54,32 +52,18 @@ def open_coordinator(
     if inputs.part is None:
         yield None
         return
-    from lopt_edge.run.link import host_store, torchrun_store  # torch.distributed is for those who need it
-
-    config, timeout = inputs.config, timedelta(minutes=inputs.config.pipeline_minutes)
-    parts = parts_of(inputs.course.kinds[0].segments, config.pipeline)
-    children: Children | None = None
-    store: Any = None
-    is_idle = False
-    try:
-        if torchrun_rank() is None:
-            here = host_store(len(parts), timeout)
-            children, store = Children(len(parts), port=here.port), here
-        else:
-            store = torchrun_store(timeout)
-        coordinator = Coordinator(store, parts, children, timeout=timeout, report=report)
-        coordinator.shares_memory = kind_of(inputs.device.type).counts_process
-        coordinator.begin(_setup(inputs, parts, start))
+    config = inputs.config
+    parts, timeout = parts_of(inputs.course.kinds[0].segments, config.pipeline), timedelta(minutes=config.pipeline_minutes)
+    with started(parts, follow=FOLLOW, timeout=timeout, whole=" of the pipeline") as peers:
+        link = peers.meet(_setup(inputs, parts, start), report=report)
+        coordinator = Coordinator(peers, parts, link, shares_memory=kind_of(inputs.device.type).counts_process)
         try:
             yield coordinator
         except PeerLost as error:
             raise coordinator.explained(error) from None
         if coordinator.is_idle:
             coordinator.link.broadcast({"do": "end"})
-            is_idle = True
-    finally:
-        if children is not None:
-            children.end(at_once=not is_idle)
+            peers.are_done = True
 
 
 def _setup(inputs: Inputs, parts: Sequence[Part], start: Start | None) -> dict[str, Any]:
@@ -101,50 +85,20 @@ def _setup(inputs: Inputs, parts: Sequence[Part], start: Start | None) -> dict[s
     }
 
 
-def _lost(what: str, *, fix: str = "") -> RunError:
-    error = RunError(what, fix=fix)
-    error.values_intact = False  # a part of them is gone
-    return error
-
-
 class Coordinator:
     """Process 0's side of a pipeline; `link` leads to the others.
 
     Executor and model also ask it for what lies there (FarGroups, FarLayers).
     """
 
-    link: Link
+    def __init__(self, peers: Peers, parts: Sequence[Part], link: Link, *, shares_memory: bool) -> None:
+        self.peers, self.parts, self.link, self.shares_memory = peers, parts, link, shares_memory
+        self.is_idle = False
 
-    def __init__(
-        self,
-        store: Any,
-        parts: Sequence[Part],
-        children: Children | None,
-        *,
-        timeout: timedelta,
-        report: Callable[[], dict[str, int]],
-    ) -> None:
-        self.store, self.parts, self.children, self.timeout, self.report = store, parts, children, timeout, report
-        self.is_idle, self.shares_memory = False, True
-
-    def begin(self, setup: dict[str, Any]) -> None:
-        """Leave the run's facts at the meeting place, and meet the others there. Raises what `explained` gives."""
-        from lopt_edge.run.link import Link
-
-        self.store.set(SETUP, json.dumps(setup))
-        alive = self.children.check if self.children is not None else lambda: None
-        try:
-            self.link = Link(
-                self.store,
-                self.parts,
-                0,
-                timeout=self.timeout,
-                loopback=self.children is not None,
-                alive=alive,
-                report=self.report,
-            )
-        except PeerLost as error:
-            raise self.explained(error) from None
+    @property
+    def can_save(self) -> bool:
+        """Whether a checkpoint can be written now: only idle processes hand out what they have."""
+        return self.is_idle
 
     def join(self, executor: Executor) -> None:
         """Wait until the others have loaded; the executor is one of a pipeline from then on."""
@@ -257,37 +211,9 @@ class Coordinator:
             yield flat[: prod(shape)].view(shape)
             flat = flat[prod(shape) :]
 
-    # what went wrong -------------------------------------------------------------------------------------------------
-
     def explained(self, error: RunError) -> RunError:
         """The error to raise for this one: for a lost process with the reason, as far as it can be known.
 
         Raises InputError for a fault that a process found in its input.
         """
-        if not isinstance(error, PeerLost):
-            return error
-        deadline = time.monotonic() + CAUSE_SECONDS
-        codes: dict[int, int] = {}
-        faults: dict[int, dict[str, Any]] = {}
-        while time.monotonic() < deadline and not faults and not codes:
-            time.sleep(0.1)
-            codes = {} if self.children is None else self.children.exit_codes()
-            faults = self._faults()
-        for rank, fault in faults.items():
-            text = f"{self.parts[rank].text()} of the pipeline failed: {fault['text']}"
-            if fault["exit_code"] == InputError.exit_code:
-                raise InputError(text)
-            return _lost(text)
-        if codes:
-            rank, code = min(codes.items(), key=lambda item: item[1])  # negative: killed; the others ended for want of it
-            fix = "was memory short? (dmesg says)" if code < 0 else ""
-            return _lost(f"{self.parts[rank].text()} of the pipeline {ended(code)}", fix=fix)
-        return _lost(str(error))
-
-    def _faults(self) -> dict[int, dict[str, Any]]:
-        found: dict[int, dict[str, Any]] = {}
-        with suppress(RuntimeError, LoptError):  # the meeting place may be gone as well
-            for part in self.parts[1:]:
-                if self.store.check([f"fault {part.rank}"]):
-                    found[part.rank] = json.loads(self.store.get(f"fault {part.rank}"))
-        return found
+        return self.peers.explained(error)

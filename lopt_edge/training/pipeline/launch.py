@@ -1,4 +1,4 @@
-"""The processes of a pipeline: started by us on this machine, or by torchrun.
+"""The processes of a run, a pipeline's or ranks that share a step: started by us on this machine, or by torchrun.
 
 Process 0 is the one that the user started; it starts the others (`FOLLOW`) and tells them where to meet by variables of the
 environment. The rules: no process outlives process 0 (the kernel kills it then; where the kernel does not know that, it
@@ -27,10 +27,8 @@ SET_PARENT_DEATH_SIGNAL = 1  # of prctl, linux/prctl.h
 PATIENCE_SECONDS = 10.0  # for a process to end by itself
 
 
-FOLLOW = (
-    "from lopt_edge.training.pipeline.launch import end_with_parent; end_with_parent(); "
-    "from lopt_edge.training.pipeline.worker import main; main()"
-)
+BEGIN = "from lopt_edge.training.pipeline.launch import end_with_parent; end_with_parent(); "
+FOLLOW = f"{BEGIN}from lopt_edge.training.pipeline.worker import main; main()"
 
 
 def torchrun_rank() -> tuple[int, int] | None:
@@ -41,15 +39,15 @@ def torchrun_rank() -> tuple[int, int] | None:
 
 
 class Children:
-    """Processes 1 .. n - 1 of a pipeline on this machine, started when this is made."""
+    """Processes 1 .. n - 1 of a run on this machine, started with the code `follow` when this is made."""
 
-    def __init__(self, n: int, *, port: int) -> None:
+    def __init__(self, n: int, *, port: int, follow: str = FOLLOW) -> None:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         own = {PORT: str(port), PARENT: str(os.getpid())}
         try:
             for rank in range(1, n):
                 self.processes[rank] = subprocess.Popen(
-                    [sys.executable, "-c", FOLLOW],
+                    [sys.executable, "-c", follow],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, **own, RANK: str(rank)},
@@ -61,7 +59,7 @@ class Children:
     def check(self) -> None:
         """Raise PeerLost if one of the processes has ended."""
         for rank, code in self.exit_codes().items():
-            raise PeerLost(f"process {rank} of the pipeline {ended(code)}")
+            raise PeerLost(f"process {rank} of the run {ended(code)}")
 
     def exit_codes(self) -> dict[int, int]:
         """The exit codes by rank of the processes that have ended; a negative one is a signal's number."""

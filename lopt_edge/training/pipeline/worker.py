@@ -14,10 +14,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lopt_edge.models.four_bit import four_bit_folder
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.methods.course import Course
-from lopt_edge.plan.schedule.knobs import Knobs, mlp_pieces, placement_of
+from lopt_edge.plan.schedule.knobs import Knobs, mlp_pieces
 from lopt_edge.plan.schedule.ops import GroupName, Plan
 from lopt_edge.plan.schedule.processes import Part, own_knobs, parts_of
 from lopt_edge.plan.schedule.validate import validate
@@ -41,8 +41,10 @@ from lopt_edge.run.device import DTYPES, device_of, peak_device_bytes
 from lopt_edge.run.link import Link, join_store, torchrun_store
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
+from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run.step import evaluation
 from lopt_edge.run.step.batches import from_message
+from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.step_state import Cut, Rates
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import HeapWatch, release_free_memory, settle_host_allocator
@@ -70,8 +72,8 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     knobs: Knobs  # this process'
-    parts: tuple[Part, ...]
-    part: Part
+    parts: tuple[Part, ...]  # of a pipeline
+    part: Part | None
 
     @lru_cache(maxsize=MOST_PLANS)  # noqa: B019 - the task lives as long as its process
     def plan(self, n_micro_batches: int, kind: str) -> Plan:
@@ -86,53 +88,72 @@ def read_task(setup: dict[str, Any], rank: int) -> Task:
     config = Config(**setup["config"])
     source = find_model(config.model, revision=config.revision, tokenizer=config.tokenizer)
     course, targets, _ = against_facts(config, source.facts)
-    parts = parts_of(course.kinds[0].segments, config.pipeline)
+    parts = parts_of(course.kinds[0].segments, config.pipeline) if config.pipeline > 1 else ()
+    part = parts[rank] if parts else None
     knobs: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in setup["knobs"].items()
     }
     device = device_of(torch.device(setup["device"])).for_process(int(os.environ.get("LOCAL_RANK", rank)))
-    own = own_knobs(Knobs(**knobs), parts[rank])
-    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], own, parts, parts[rank])
+    own = Knobs(**knobs) if part is None else own_knobs(Knobs(**knobs), part)
+    return Task(config, source, course, targets, device, DTYPES[setup["dtype"]], own, parts, part)
+
+
+def loaded_executor(task: Task, mover: Mover, setup: Mapping[str, Any], *, rank: int) -> Executor:
+    """The executor of what this process has of the model, with its heap watched."""
+    folder, _ = four_bit_folder(task.source, cache_dir=task.config.cache_dir)
+    model = load_model(
+        folder,
+        task.source.facts,
+        device=task.device,
+        dtype=task.dtype,
+        placement=loading_placement(task.knobs, task.course.replaced),
+        mover=mover,
+        pieces=mlp_pieces(task.knobs, task.device.type),
+    )
+    if setup["resumed"] is not None:
+        apply_replaced(model, Path(setup["resumed"]))
+    elif task.course.replaced:
+        fit_layers(model, task.course.replaced)
+    executor, _ = build_executor(task, model, adapter=setup["adapter"])
+    if kind_of(task.device.type).counts_process:
+        heap = HeapWatch(setup["trim_bytes"][rank])
+        executor.observers.append(lambda op, after: None if after else heap.look())
+    return executor
+
+
+def go_on_from(
+    executor: Executor, checkpoint: str, *, tier: str
+) -> tuple[dict[int, float], Callable[[GroupName], Tensor | None]]:
+    """Restore optimizer and loss scale; returns the losses of a step that was left, by segment, and its gradients."""
+    folder = Path(checkpoint)
+    values = read_json(folder / STATE)
+    gradient = restore(executor, folder, values, tier=tier)
+    executor.loss_scale = values["run"]["loss_scale"]
+    return {int(segment): loss for segment, loss in values["run"]["losses"].items()}, gradient
+
+
+def own_peaks(task: Task, mover: Mover) -> dict[str, int]:
+    """The most bytes that this process took so far, by name."""
+    return {"rss": peak_rss_bytes(), "device": peak_device_bytes(task.device), "disk": peaks_below(mover).disk}
 
 
 class Worker:
     """The process between `setup` and `end`: its loaded layers, and an answer to each message."""
 
     def __init__(self, task: Task, link: Link, mover: Mover, setup: dict[str, Any]) -> None:
-        self.task, self.link, self.mover = task, link, mover
-        folder, _ = four_bit_folder(task.source, cache_dir=task.config.cache_dir)
-        self.model = load_model(
-            folder,
-            task.source.facts,
-            device=task.device,
-            dtype=task.dtype,
-            placement=placement_of(task.knobs),
-            mover=mover,
-            pieces=mlp_pieces(task.knobs, task.device.type),
-        )
-        self.executor, _ = build_executor(task, self.model, adapter=setup["adapter"])
+        assert task.part is not None
+        self.task, self.link, self.mover, self.part = task, link, mover, task.part
+        self.executor = loaded_executor(task, mover, setup, rank=link.rank)
+        self.model = self.executor.model
         self.executor.link = link
-        if kind_of(task.device.type).counts_process:
-            heap = HeapWatch(setup["trim_bytes"][task.part.rank])
-            self.executor.observers.append(lambda op, after: None if after else heap.look())
         self.losses: dict[int, float] = {}
         self.gradient: Callable[[GroupName], Tensor | None] = lambda name: None
         if setup["resumed"] is not None:
-            self._go_on_from(Path(setup["resumed"]))
-        link.report = self._peaks
+            losses, self.gradient = go_on_from(self.executor, setup["resumed"], tier=task.knobs.states)
+            self.losses = {segment: losses[segment] for segment in self.part.segments if segment in losses}
+        link.report = partial(own_peaks, task, mover)
         release_free_memory()
         link.send_message(0, {"ready": True})
-
-    def _go_on_from(self, folder: Path) -> None:
-        values = read_json(folder / STATE)
-        self.gradient = restore(self.executor, folder, values, tier=self.task.knobs.states)
-        self.executor.loss_scale = values["run"]["loss_scale"]
-        losses = {int(segment): loss for segment, loss in values["run"]["losses"].items()}
-        self.losses = {segment: losses[segment] for segment in self.task.part.segments if segment in losses}
-
-    def _peaks(self) -> dict[str, int]:
-        device = peak_device_bytes(self.task.device)
-        return {"rss": peak_rss_bytes(), "device": device, "disk": peaks_below(self.mover).disk}
 
     def go(self) -> None:
         """Do what process 0 asks for, one thing after another, until it sends `end`."""
@@ -209,11 +230,11 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
         Worker(task, link, mover, setup).go()
 
 
-def _work(store: Any, rank: int, *, loopback: bool) -> int:
-    """The exit code of `work`. A fault of this process is left for process 0; a lost peer is reported by whoever knows
-    why."""
+def exit_code_of(life: Callable[..., None], store: Any, rank: int, *, loopback: bool) -> int:
+    """The exit code of a process' life. A fault of this process is left for process 0; a lost peer is reported by whoever
+    knows why."""
     try:
-        work(store, rank, loopback=loopback)
+        life(store, rank, loopback=loopback)
     except PeerLost:
         return 1
     except Exception as error:
@@ -226,9 +247,9 @@ def _work(store: Any, rank: int, *, loopback: bool) -> int:
     return 0
 
 
-def work_for_torchrun(rank: int, n: int, *, minutes: float) -> None:
+def work_for_torchrun(life: Callable[..., None], rank: int, *, minutes: float) -> None:
     """Follow process 0 in a process that torchrun started; one that failed exits here."""
-    code = _work(torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
+    code = exit_code_of(life, torchrun_store(timedelta(minutes=minutes)), rank, loopback=False)
     if code:
         sys.exit(code)
 
@@ -236,7 +257,7 @@ def work_for_torchrun(rank: int, n: int, *, minutes: float) -> None:
 def main() -> None:
     """Follow process 0 in a process that launch.py started, and exit."""
     rank, port = int(os.environ[RANK]), int(os.environ[PORT])
-    code = _work(join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
+    code = exit_code_of(work, join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
     sys.stderr.flush()
     os._exit(code)  # a thread may still wait for a peer that is gone
 
@@ -258,7 +279,5 @@ def is_worker(config: Config) -> bool:
             fix=f"use torchrun --nproc-per-node {config.pipeline}, or --pipeline {n}",
         )
     if rank and not config.dry_run:
-        from lopt_edge.training.pipeline.worker import work_for_torchrun
-
-        work_for_torchrun(rank, n, minutes=config.pipeline_minutes)
+        work_for_torchrun(work, rank, minutes=config.pipeline_minutes)
     return bool(rank)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.processes import Part, own_knobs
+from lopt_edge.plan.schedule.ranks import shares
 from lopt_edge.plan.search.run_plan import RunPlan
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.packing import micro_batches
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+T = TypeVar("T")
 MOST_PLANS = 16  # kept; a plan of an 8B is some 2,000 ops
 
 
@@ -159,10 +161,14 @@ class Inputs:
 
     @property
     def n_micro_batches(self) -> int:
-        """The micro-batches of a usual step; where sequences are packed, of the largest one."""
+        """The micro-batches of a usual step (of this process' share of it); where sequences are packed, of the largest."""
         if self.config.packing:
             return len(self.workload.batches)
-        return min(self.config.grad_accum, -(-self.train.n_units // self.config.batch_size))
+        return len(self.share(range(min(self.config.grad_accum, -(-self.train.n_units // self.config.batch_size)))))
+
+    def share(self, micro_batches: Sequence[T]) -> Sequence[T]:
+        """What of a step's micro-batches this process has: where ranks share it, rank 0's part."""
+        return shares(micro_batches, self.config.ranks)[0]
 
 
 def by_length(dataset: Dataset) -> tuple[int, ...]:

@@ -165,7 +165,7 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     """Budgets, what the planner settles of the settings, and the plan. Raises DoesNotFit, unless forced."""
     device, source = found.device, found.source
     stated, lowered = stated_budget(config, device)
-    budget, reason = planned_budget(stated, device)
+    budget, reason = planned_budget(stated, device, ranks=config.ranks)
     reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
@@ -250,6 +250,11 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
     yield from planned.pipeline_reasons
+    if planned.config.ranks > 1:
+        yield (
+            f"{planned.config.ranks} ranks share each step; budgets, plan and predictions are one rank's, and each has "
+            "page files of its own"
+        )
     yield from chosen_settings(asked, planned.config)
     yield from chosen_packing(asked, planned.config)
     yield from (f"predicted for the largest step: {line}" for line in summary(run_plan))

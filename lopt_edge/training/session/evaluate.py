@@ -75,6 +75,8 @@ def _losses(loaded: Loaded, step: int, between: Callable[[], None]) -> dict[str,
         measured = loaded.chosen.held_out(loaded.model, chosen, between=between, layers=layers)
         found = {f"eval_{name}": value for name, value in measured.items()}
     tile = loaded.inputs.knobs.token_tile
+    if (leader := loaded.leader) is not None:
+        return found | leader.held_out(loaded.model, batches, token_tile=tile, between=between, layers=layers)
     return found | losses(loaded.model, batches, token_tile=tile, between=between, layers=layers, link=loaded.link)
 
 

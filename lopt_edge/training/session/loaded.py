@@ -8,8 +8,8 @@ the attempt ends, however it ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.reference import fill_references, open_references
 from lopt_edge.training.prepare.teacher import fill_features, teacher_features
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
+from lopt_edge.training.ranks.leader import Leader, open_leader
 from lopt_edge.training.session.choices import ChosenBatches
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.saving import Saver
@@ -80,7 +81,8 @@ class Loaded:
 
     `evaluated` has the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
     step goes on, if it was left inside; `begins_again`: it was, but its micro-batches are cut in another way now.
-    `coordinator`: of the other processes of a pipeline. `chosen`: the maker of batches where preferences are learned.
+    `coordinator`: of the other processes of a pipeline, or the leader of other ranks. `chosen`: the maker of batches where
+    preferences are learned.
     """
 
     inputs: Inputs
@@ -95,7 +97,7 @@ class Loaded:
     saver: Saver
     first_steps: FirstSteps
     caches: BoundaryCaches | None
-    coordinator: Coordinator | None
+    coordinator: Coordinator | Leader | None
     replacement: Replacement | None
     cut: Cut | None
     begins_again: bool
@@ -104,7 +106,12 @@ class Loaded:
     @property
     def link(self) -> Link | None:
         """The link to the other processes of a pipeline; None without one."""
-        return self.executor.link
+        return None if self.leader is not None else self.executor.link
+
+    @property
+    def leader(self) -> Leader | None:
+        """The leader of the ranks that share each step; None without such."""
+        return self.coordinator if isinstance(self.coordinator, Leader) else None
 
     def batches(self, window: Window) -> list[Batch]:
         """The batches of a step; of preferences with what they are compared with."""
@@ -148,7 +155,7 @@ def loading(
         journal_bytes=predicted["journal_bytes"],
     )
     open_mover: list[Mover] = []
-    opened = open_coordinator(inputs, start, report=lambda: _own_peaks(inputs, open_mover[0]))
+    opened = _others(inputs, start, context, report=lambda: _own_peaks(inputs, open_mover[0]))
     kept = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs))
     with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator:
         open_mover.append(mover)
@@ -159,6 +166,15 @@ def loading(
             found.executor.loss_scale = min(found.executor.loss_scale, most_loss_scale)
             release_free_memory()
         yield found
+
+
+def _others(
+    inputs: Inputs, start: Start | None, context: RunContext, *, report: Callable[[], dict[str, int]]
+) -> AbstractContextManager[Coordinator | Leader | None]:
+    """Who leads the other processes of the run, opened; None where there are none."""
+    if inputs.config.ranks > 1:
+        return open_leader(inputs, start, report=report, heard=context.interrupts.note)
+    return open_coordinator(inputs, start, report=report)
 
 
 def _own_peaks(inputs: Inputs, mover: Mover) -> dict[str, int]:
@@ -184,7 +200,7 @@ class _Loader:
         self.mover, self.features, self.references = mover, features, references
 
     def load(
-        self, state: RunState, caches: BoundaryCaches | None, coordinator: Coordinator | None, *, cache_bytes: int
+        self, state: RunState, caches: BoundaryCaches | None, coordinator: Coordinator | Leader | None, *, cache_bytes: int
     ) -> Loaded:
         inputs, start = self.inputs, self.start
         model = self._model()
@@ -273,9 +289,12 @@ class _Loader:
             return None, False
         micro_batch = micro_batches_of(next(self.inputs.windows(first=state.steps)), state.sequences)
         row_tokens = start.values["settled"].get("row_tokens")
-        same_rows = row_tokens == (self.inputs.config.row_tokens if self.inputs.config.packing else None)
+        together = self.inputs.config.ranks == 1  # else its micro-batches are dealt anew
+        same_rows = together and row_tokens == (self.inputs.config.row_tokens if self.inputs.config.packing else None)
         if micro_batch is None or not same_rows:  # the checkpoint's were smaller ones, or rows with others in them
-            self.context.progress.warn(f"step {state.steps + 1} begins again: its micro-batches are cut in another way now")
+            self.context.progress.warn(
+                f"step {state.steps + 1} begins again: its micro-batches are cut or dealt in another way now"
+            )
             return None, True
         losses = {int(segment): loss for segment, loss in state.losses.items()}
         return Cut(micro_batch, lambda: losses, gradient), False

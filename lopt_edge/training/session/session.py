@@ -202,7 +202,7 @@ class Session:
     def _with_checkpoint(self, error: RunError) -> RunError:
         """The error with where the run stands; the last finished step gets a checkpoint if it has none."""
         saver, coordinator, steps, said = self.loaded.saver, self.loaded.coordinator, self.state.steps, ""
-        can_save = error.values_intact and (coordinator is None or coordinator.is_idle)
+        can_save = error.values_intact and (coordinator is None or coordinator.can_save)
         if can_save and steps and not saver.is_saved and saver.newest_steps < steps:
             self.state.sequences, self.state.losses = 0, {}
             try:
@@ -261,7 +261,8 @@ class Session:
             self._skip(step, "known from before", f"step {step}: numbers that are not finite")
             return
         batches = self.loaded.batches(window)
-        plan, start, self.cut = self.inputs.plan(len(batches), kind), self.cut, None
+        own = self.inputs.share(batches)
+        plan, start, self.cut = self.inputs.plan(len(own), kind), self.cut, None
 
         def between(cut: Cut) -> None:
             self.state.sequences = sum(len(indices) for indices in window[: cut.micro_batch])
@@ -273,7 +274,7 @@ class Session:
                 self._save_or_warn(cut=cut)
 
         try:
-            with self.context.clock.phase("train"), self._watch(step, batches, plan, kind, whole=start is None):
+            with self.context.clock.phase("train"), self._watch(step, own, plan, kind, whole=start is None):
                 run: Callable[..., StepResult] = partial(
                     self.loaded.executor.run, align_weight=self.loaded.kinds.align_weight(step)
                 )
@@ -333,7 +334,7 @@ class Session:
         self.state.steps, self.state.sequences, self.state.losses = step, 0, {}
 
     @contextmanager
-    def _watch(self, step: int, batches: list[Batch], plan: Plan, kind: StepKind, *, whole: bool) -> Iterator[None]:
+    def _watch(self, step: int, batches: Sequence[Batch], plan: Plan, kind: StepKind, *, whole: bool) -> Iterator[None]:
         """Measure the first steps against the plan, and with --memory-report the second (or the only one) by tensors."""
         first_steps = self.loaded.first_steps
         compares = whole and len(first_steps.steps) < N_STEPS

@@ -41,7 +41,7 @@ TOY = {  # file -> what is put in, before what
     ),
     "plan/schedule/build.py": ((WRITER, "    if kind.teacher:\n"),),
     "run/step/executor.py": (
-        ("            Kind.TOY: self._toy,\n", "            Kind.AGREE:"),
+        ("            Kind.TOY: self._toy,\n", "            Kind.HOLD:"),
         (RUNNER, "    def _hold(self"),
     ),
 }

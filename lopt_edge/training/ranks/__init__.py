@@ -1,0 +1,1 @@
+"""Data parallel: several processes, each with the whole model, share every step."""
