@@ -116,9 +116,10 @@ class Sizes:
     replaced: tuple[int, ...] = ()
     closed: int = 0
 
-    def closing(self, closed: int) -> Sizes:
-        """The sizes once the layers before `closed` train no more."""
-        return self if closed == self.closed else replace(self, closed=closed)
+    def closing(self, closed: int, *, evaluates: bool) -> Sizes:
+        """The sizes once the layers before `closed` train no more, of a run that evaluates or does not."""
+        same = (closed, evaluates) == (self.closed, self.evaluates)
+        return self if same else replace(self, closed=closed, evaluates=evaluates)
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """The parameter groups that are updated at some time."""

@@ -65,71 +65,94 @@ class Bounds:
     # seconds
 
     def seconds(self, knobs: Knobs) -> float:
-        """The least time of a step: all arithmetic, or all bytes of the busier channel; without prefetching one after the
-        other."""
+        """The least time of a step: of each phase all its arithmetic, or all bytes of the busier channel; without
+        prefetching one after the other."""
         few = knobs.gradients == "device"  # which micro-batches are timed
         pieces = (knobs.token_tile, knobs.mlp_block)
-        key: tuple[Any, ...] = ("computed", knobs.activations, knobs.head, knobs.optimizer, pieces, few)
-        computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
+        key: tuple[Any, ...] = (
+            "beside",
+            knobs.head,
+            knobs.optimizer,
+            knobs.states,
+            knobs.apply,
+            pieces,
+            few,
+            knobs.prefetch,
+        )
+        beside = self._once(key, lambda: self._over_kinds(self._beside, knobs))
+        key = ("computed", knobs.activations, pieces, few)
+        computed = self._once(key, lambda: self._over_phases(self._computed, knobs))
         key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
-        up, down = self._once(key, lambda: self._moved(self._costs(knobs), knobs))
-        return max(computed, up, down) if knobs.prefetch else computed + up
+        moved = self._once(key, lambda: self._over_phases(self._moved, knobs))
+        if not knobs.prefetch:
+            return beside + sum(map(sum, computed)) + sum(up + down for up, down in moved)
+        return beside + sum(max(*one, *other) for one, other in zip(computed, moved, strict=True))
 
     def _costs(self, knobs: Knobs) -> Costs:
         return Costs(self.workload.sizes(knobs), self.workload.batches, self.workload.profile)
 
-    def _computed(self, costs: Costs, knobs: Knobs) -> float:
-        found = [self._computed_in(costs, knobs, kind) for kind in self.workload.kinds]
-        return sum(share * seconds for share, seconds in zip(self.workload.course.shares, found, strict=True))
+    def _over_kinds(self, of_kind: Callable[[Costs, Knobs, StepKind], float], knobs: Knobs) -> float:
+        """The mean over the kinds of step."""
+        costs, shares = self._costs(knobs), self.workload.course.shares
+        return sum(share * of_kind(costs, knobs, kind) for share, kind in zip(shares, self.workload.kinds, strict=True))
 
-    def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
-        """The seconds of one kind of step's arithmetic; the passes that a fresh boundary adds are left out."""
-        alike = Counter(self.workload.timed(knobs)).items()
-        total = sum(n_alike * self._passed_in(costs, knobs, kind, batch) for batch, n_alike in alike)
-        groups = (group for segment in kind.segments for group in groups_of(segment))
-        return total + sum(costs.update(group) for group in (*groups, *kind.resting))
-
-    def _passed_in(self, costs: Costs, knobs: Knobs, kind: StepKind, batch: MicroBatchSize) -> float:
-        """The seconds of one micro-batch's arithmetic in one kind of step."""
-        facts, kinds = self.workload.shape.facts, self.workload.shape.facts.kind_of_layer
-        firsts = [kinds.index(each) for each in range(len(facts.kinds))]
-        total = costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
-        for segment in _run(kind):
-            by_kind = [costs.layer(first, batch, trains=segment.loss != "none") for first in firsts]
-            total += sum(by_kind[kinds[layer]].forward for layer in segment.window)
-            if segment.has_loss:
-                again = (by_kind[kinds[i]].again for i in segment.turned[:-1] if knobs.activations[i] == "recompute")
-                total += sum(by_kind[kinds[layer]].backward for layer in segment.turned) + sum(again)
-                aligns = segment.loss == "align"
-                total += costs.align(batch) if aligns else costs.loss(batch, task=segment.reads_out)
-        return total
-
-    def _moved(self, costs: Costs, knobs: Knobs) -> tuple[float, float]:
-        """The least seconds of the channels up and down: weights less what a ring may hold, pages, saved inputs."""
-        found = [self._moved_in(costs, knobs, kind) for kind in self.workload.kinds]
-        shares = self.workload.course.shares
-        up, down = (sum(share * each[way] for share, each in zip(shares, found, strict=True)) for way in (0, 1))
-        return up, down
-
-    def _moved_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> tuple[float, float]:
-        sizes, profile, segments = costs.sizes, costs.profile, _run(kind)
-        ups, downs = ({tier: way(tier) for tier in ("device", "host", "disk")} for way in (profile.up, profile.down))
-        fetches = [
-            sizes.bytes_of_layers[layer] / ups[knobs.weights[layer]]
-            for segment in segments
-            for layer in (*segment.window, *segment.turned)
-            if knobs.weights[layer] != "resident"
+    def _over_phases(
+        self, of_segment: Callable[[Costs, Knobs, MicroBatchSize, Segment], list[tuple[float, ...]]], knobs: Knobs
+    ) -> list[tuple[float, ...]]:
+        """The seconds in each phase (forward, backward) of each segment, times its share of a step: micro-batches of one
+        size together."""
+        costs, workload = self._costs(knobs), self.workload
+        return [
+            tuple(share * n_alike * seconds for seconds in phase)
+            for share, kind in zip(workload.course.shares, workload.kinds, strict=True)
+            for batch, n_alike in Counter(workload.timed(knobs)).items()
+            for segment in _run(kind)
+            for phase in of_segment(costs, knobs, batch, segment)
         ]
-        turns = 2 * len(segments) if any(segment.overlaps for segment in segments) else len(segments) + 1
-        fetched = sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * turns)])
-        up = down = 0.0
+
+    def _beside(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
+        """The seconds of what lies between the phases: embeddings, losses, and updates with the movements of states. The
+        passes that a fresh boundary adds are left out."""
+        total = 0.0
         for batch, n_alike in Counter(self.workload.timed(knobs)).items():
-            up += n_alike * fetched
-            for segment in segments:
-                for layer in segment.turned[:-1]:
-                    n_bytes, tier = _moved_bytes(costs, knobs, batch, layer, segment)
-                    up, down = up + n_alike * n_bytes / ups[tier], down + n_alike * n_bytes / downs[tier]
-        return up, down
+            enter = costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
+            losses = (
+                costs.align(batch) if segment.loss == "align" else costs.loss(batch, task=segment.reads_out)
+                for segment in _run(kind)
+                if segment.has_loss
+            )
+            total += n_alike * (enter + sum(losses))
+        groups = (*(group for segment in kind.segments for group in groups_of(segment)), *kind.resting)
+        updates = sum(costs.update(group) for group in groups)
+        if knobs.states == "device" or knobs.apply != "step":
+            return total + updates
+        n_bytes = sorted(map(costs.sizes.states_bytes, groups))[: max(0, len(groups) - knobs.prefetch - 1)]
+        profile = costs.profile
+        return total + max(updates, sum(n_bytes) / min(profile.up(knobs.states), profile.down(knobs.states)))
+
+    def _computed(self, costs: Costs, knobs: Knobs, batch: MicroBatchSize, segment: Segment) -> list[tuple[float, ...]]:
+        """The arithmetic of a segment's forwards, and of its backwards."""
+        facts, kinds = self.workload.shape.facts, self.workload.shape.facts.kind_of_layer
+        firsts = (kinds.index(each) for each in range(len(facts.kinds)))
+        by_kind = [costs.layer(first, batch, trains=segment.loss != "none") for first in firsts]
+        forward = sum(by_kind[kinds[layer]].forward for layer in segment.window)
+        again = (by_kind[kinds[i]].again for i in segment.turned[:-1] if knobs.activations[i] == "recompute")
+        return [(forward,), (sum(by_kind[kinds[layer]].backward for layer in segment.turned) + sum(again),)]
+
+    def _moved(self, costs: Costs, knobs: Knobs, batch: MicroBatchSize, segment: Segment) -> list[tuple[float, ...]]:
+        """What comes up and goes down beside a segment's forwards, and beside its backwards: weights less what a ring may
+        hold, pages, saved inputs. A thing comes `prefetch` ops early, so as many may have come before the phase."""
+        profile, bytes_of = costs.profile, costs.sizes.bytes_of_layers
+        ups, downs = ({tier: way(tier) for tier in ("device", "host", "disk")} for way in (profile.up, profile.down))
+
+        def fetched(layers: tuple[int, ...]) -> float:
+            each = sorted(bytes_of[i] / ups[knobs.weights[i]] for i in layers if knobs.weights[i] != "resident")
+            return sum(each[: max(0, len(each) - knobs.ring)])
+
+        sent = [_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.turned[:-1]]
+        down = sum(n_bytes / downs[tier] for n_bytes, tier in sent)
+        back = sorted(n_bytes / ups[tier] for n_bytes, tier in sent)[: max(0, len(sent) - knobs.prefetch + 1)]
+        return [(fetched(segment.window), down), (fetched(segment.turned) + sum(back), 0.0)]
 
     # bytes
 
