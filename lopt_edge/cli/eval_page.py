@@ -1,4 +1,5 @@
-"""`lopt-edge eval`: a model or an adapter on a data file, as loss, perplexity and exact matches.
+"""`lopt-edge eval`: a model or an adapter on a data file, as loss, perplexity and exact matches, or on the tasks of
+lm-evaluation-harness.
 
 The rule: what is printed stands in the JSON form, too; with an adapter the base is measured beside it, so that the figure
 means something. Nothing is written.
@@ -7,15 +8,16 @@ means something. Nothing is written.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from lopt_edge.adapters.harness import Asked, figures_of, manager_of, run_tasks
 from lopt_edge.cli.options import BaseOption, CacheOption, DeviceOption, DtypeOption, RevisionOption
 from lopt_edge.cli.terminal import out, warn
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, raise_collected
 
 
 def evaluate(
@@ -23,6 +25,11 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", help="what to score: file, folder or hub data set")] = "",
     model: BaseOption = None,
     exact_match: Annotated[int, typer.Option("--exact-match", help="compare greedy completions of the first N rows")] = 0,
+    tasks: Annotated[str, typer.Option("--tasks", help="tasks of lm-evaluation-harness, by name: a,b")] = "",
+    task_folder: Annotated[str | None, typer.Option("--task-folder", help="--tasks: a folder with more of them")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="--tasks: the first rows of each alone")] = None,
+    few_shot: Annotated[int | None, typer.Option("--few-shot", help="--tasks: examples before each question")] = None,
+    as_chat: Annotated[bool, typer.Option("--as-chat", help="--tasks: questions in the chat template")] = False,
     with_base: Annotated[bool, typer.Option("--base/--no-base", help="measure the base beside an adapter")] = True,
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="longest sequence in tokens")] = None,
     revision: RevisionOption = None,
@@ -31,46 +38,79 @@ def evaluate(
     compute_dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
-    """Score a model, with or without an adapter, on a data file: loss, perplexity, exact matches."""
-    if not data:
-        raise InputError("is needed", where="--data", fix="name the file to score")
-    if adapter is None and model is None:
-        raise InputError("is needed", where="--model", fix="name a model, or a run's output folder")
-    if exact_match < 0:
-        raise InputError("must be 0 or more", where="--exact-match", fix="give a number of rows")
+    """Score a model, with or without an adapter, on a data file (loss, perplexity, exact matches) or on tasks."""
+    asked = Asked(_names(tasks), task_folder, limit, few_shot, as_chat)
+    _check(data, adapter or model, exact_match, asked)
+    manager = manager_of(asked) if asked.tasks else None
     loading: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "device": device, "say": warn}
     loading["compute_dtype"] = compute_dtype
-    how: dict[str, Any] = {"data": data, "n_matches": exact_match, "max_seq_len": max_seq_len}
-    rows = {"adapter" if adapter else "model": _scored(model, adapter, loading, **how)}
+    how = Measured(data, exact_match, max_seq_len, asked, manager)
+    rows = {"adapter" if adapter else "model": _scored(model, adapter, loading, how)}
     if adapter is not None and with_base:
         from lopt_edge.adapters.base import base_of
 
         source = base_of(adapter, model=model, revision=revision, say=lambda text: None)
-        rows = {"base": _scored(str(source.path), None, loading, **how), **rows}
+        rows = {"base": _scored(str(source.path), None, loading, how), **rows}
     if as_json:
         print(json.dumps(rows, indent=2))
-    else:
+        return
+    if data:
         out.print(_table(rows), soft_wrap=False)
+    if asked.tasks:
+        out.print(_task_table({name: row["tasks"] for name, row in rows.items()}), soft_wrap=False)
 
 
-def _scored(
-    model: str | None,
-    adapter: str | None,
-    loading: dict[str, Any],
-    *,
-    data: str,
-    n_matches: int,
-    max_seq_len: int | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of each model: a data file, exact matches on its first rows, tasks."""
+
+    data: str
+    n_matches: int
+    max_seq_len: int | None
+    asked: Asked
+    manager: Any
+
+
+def _names(tasks: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
+def _check(data: str, named: str | None, exact_match: int, asked: Asked) -> None:
+    """Refuse a command that asks for nothing, or gives what has no effect. Raises InputError(s)."""
+    errors = []
+    if not data and not asked.tasks:
+        errors.append(InputError("is needed", where="--data", fix="name the file to score, or tasks with --tasks"))
+    if named is None:
+        errors.append(InputError("is needed", where="--model", fix="name a model, or a run's output folder"))
+    if exact_match < 0:
+        errors.append(InputError("must be 0 or more", where="--exact-match", fix="give a number of rows"))
+    if exact_match and not data and asked.tasks:
+        errors.append(InputError("has no effect without --data", where="--exact-match", fix="leave it out"))
+    given = {"--task-folder": asked.folder, "--limit": asked.limit, "--few-shot": asked.few_shot}
+    for option in [name for name, value in given.items() if value is not None] + ["--as-chat"] * asked.as_chat:
+        if not asked.tasks:
+            errors.append(InputError("has no effect without --tasks", where=option, fix="leave it out"))
+    for option, value, least in (("--limit", asked.limit, 1), ("--few-shot", asked.few_shot, 0)):
+        if value is not None and value < least:
+            errors.append(InputError(f"must be {least} or more", where=option, fix="give another number"))
+    raise_collected(errors)
+
+
+def _scored(model: str | None, adapter: str | None, loading: dict[str, Any], how: Measured) -> dict[str, Any]:
     from lopt_edge.adapters.generation import load_generator
     from lopt_edge.adapters.perplexity import read_for, score
     from lopt_edge.comparison.exact_match import matches_of, questions
 
-    asked = questions(data, n_matches, None) if n_matches else []
-    generator = load_generator(model, adapter, **loading)
-    found = score(generator, read_for(generator, data, max_seq_len=max_seq_len))
-    values = {**asdict(found), "perplexity": found.perplexity}
-    return {**values, **({"asked": len(asked), "matches": matches_of(generator, asked)} if asked else {})}
+    asked = questions(how.data, how.n_matches, None) if how.n_matches else []
+    generator, values = load_generator(model, adapter, **loading), dict[str, Any]()
+    if how.data:
+        found = score(generator, read_for(generator, how.data, max_seq_len=how.max_seq_len))
+        values |= {**asdict(found), "perplexity": found.perplexity}
+    if asked:
+        values |= {"asked": len(asked), "matches": matches_of(generator, asked)}
+    if how.asked.tasks:
+        values["tasks"] = run_tasks(generator, how.asked, how.manager, max_seq_len=how.max_seq_len)
+    return values
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:
@@ -83,4 +123,19 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
         cells += [f"{row['n_truncated']:,}", f"{row['n_dropped']:,}"]
         cells += [f"{row['matches']} of {row['asked']}"] if matched else []
         table.add_row(*cells)
+    return table
+
+
+def _task_table(rows: dict[str, dict[str, Any]]) -> Table:
+    """The figures of each task and metric, a column for each model, each with its standard error where it has one."""
+    table = Table(title_justify="left")
+    for heading in ("task", "metric", *rows):
+        table.add_column(heading, justify="right" if heading in rows else "left")
+    for task, name in figures_of(list(rows.values())):
+        metric, comma, kind = name.partition(",")
+        cells = []
+        for row in rows.values():
+            value, error = row[task].get(name), row[task].get(f"{metric}_stderr{comma}{kind}")
+            cells.append("" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+        table.add_row(task, name, *cells)
     return table

@@ -71,11 +71,15 @@ class Columns:
     """The fields of one data file as they are met: what is ignored, what is harmless, what nobody knows."""
 
     def __init__(self, ignored: Iterable[str] = (), *, is_named: bool = False) -> None:
-        self._ignored = frozenset(ignored)
+        self._ignored, self._is_named = frozenset(ignored), is_named
         self._other = FORM_FIELDS if is_named else frozenset()  # who names the form has chosen among its fields
         self._met: set[str] = set()  # of the ignored
         self._harmless: dict[str, None] = {}
         self._unknown: dict[str, tuple[dict[str, None], str]] = {}  # (the rows' places, where it stands)
+
+    def anew(self) -> Columns:
+        """The same with nothing met yet."""
+        return Columns(self._ignored, is_named=self._is_named)
 
     @property
     def unused(self) -> tuple[str, ...]:

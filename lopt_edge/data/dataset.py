@@ -13,7 +13,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,10 @@ from lopt_edge.data.notes import Note, Notes
 from lopt_edge.data.preferences import Wanted, mismatched, preferences_of, put_together, taken_apart
 from lopt_edge.data.records import Record
 from lopt_edge.data.renamed import mapping_of, renamed
-from lopt_edge.data.rows import AnyRow, Conversation, Preferences, Row
-from lopt_edge.data.sources import mixed, sources_of
+from lopt_edge.data.rows import AnyRow, Conversation, Preferences
+from lopt_edge.data.sources import Source, mixed, sources_of
+from lopt_edge.data.stored import LAST_TURN_ONLY, TRUNCATED, StoredExamples
+from lopt_edge.data.streamed import LargeRows, is_large
 from lopt_edge.data.template import ChatTemplate, load_template
 from lopt_edge.data.thoughts import Think
 from lopt_edge.errors import InputError
@@ -42,7 +44,7 @@ class Dataset:
     first, then the rejected one.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     format: DataFormat
     reason: str
     template: ChatTemplate | None  # None where no row is a conversation
@@ -68,10 +70,25 @@ class Dataset:
         """The number of what a step counts: pairs, or single examples."""
         return len(self.examples) // self.together
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
+    @cached_property
+    def lengths(self) -> Sequence[int]:
         """The number of tokens of each example."""
-        return tuple(len(example) for example in self.examples)
+        stored = self.examples
+        return stored.lengths if isinstance(stored, StoredExamples) else tuple(len(example) for example in stored)
+
+    @cached_property
+    def target_counts(self) -> Sequence[int]:
+        """The number of targets of each example."""
+        stored = self.examples
+        return stored.target_counts if isinstance(stored, StoredExamples) else tuple(one.n_supervised for one in stored)
+
+    @property
+    def largest_id(self) -> int:
+        """A number that no token's id is above."""
+        stored = self.examples
+        if isinstance(stored, StoredExamples):
+            return stored.store.largest_id
+        return max((max(example.input_ids) for example in stored), default=0)
 
     @property
     def n_tokens(self) -> int:
@@ -81,15 +98,19 @@ class Dataset:
     @property
     def n_supervised(self) -> int:
         """The number of targets of all examples."""
-        return sum(example.n_supervised for example in self.examples)
+        return sum(self.target_counts)
 
     @property
     def n_truncated(self) -> int:
-        return sum(example.truncated for example in self.examples)
+        stored = self.examples
+        return stored.count(TRUNCATED) if isinstance(stored, StoredExamples) else sum(one.truncated for one in stored)
 
     @property
     def n_last_turn_only(self) -> int:
-        return sum(example.last_turn_only for example in self.examples)
+        stored = self.examples
+        if isinstance(stored, StoredExamples):
+            return stored.count(LAST_TURN_ONLY)
+        return sum(example.last_turn_only for example in stored)
 
 
 READ_SETTINGS = ("think", "escape_special_tokens", "ignore_columns", "columns")  # of a run, beside format and template
@@ -115,23 +136,28 @@ def load_dataset(
     notes, fields = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
     ignored = tuple(ignore_columns or ())
     detect = partial(detect_format, preferred=preferences != "none", ignored=ignored)
-    read, found, reason = _read(str(path), data_format, mapping_of(columns or ()), fields, notes, detect)
-    form, rows = preferences_of(found, preferences, where=str(path)), taken_apart(read)
-    template, template_reason = _template_for(rows, tokenizer, chat_template)
-    encoded = encode_rows(
-        rows,
-        tokenizer,
-        template=template,
-        max_seq_len=max_seq_len,
-        think=think,
-        escape=escape_special_tokens,
-        notes=notes,
+    encode = partial(
+        encode_rows, tokenizer=tokenizer, max_seq_len=max_seq_len, think=think, escape=escape_special_tokens, notes=notes
     )
-    kept = put_together(read, encoded, form, notes)
-    examples = kept.examples
+    sources, mapping = sources_of(str(path)), mapping_of(columns or ())
+    labels: tuple[bool, ...] = ()
+    examples: Sequence[Example]
+    if preferences == "none" and not mapping and is_large(sources):
+        large = LargeRows(sources, data_format, detect, fields, notes)
+        found, reason, n_rows = large.formats[0], large.reason, large.n_rows
+        form = preferences_of(found, preferences, where=str(path))
+        template, template_reason = _template_for(large.conversations, large.tools, tokenizer, chat_template)
+        examples, n_dropped = large.encoded(partial(encode, template=template))
+    else:
+        read, found, reason = _read(sources, str(path), data_format, mapping, fields, notes, detect)
+        form, rows = preferences_of(found, preferences, where=str(path)), taken_apart(read)
+        talks = [row for row in rows if isinstance(row, Conversation)]
+        template, template_reason = _template_for(bool(talks), any(row.tools for row in talks), tokenizer, chat_template)
+        together = put_together(read, encode(rows, template=template), form, notes)
+        examples, labels, n_dropped, n_rows = together.examples, together.labels, together.n_dropped, len(read)
     if not examples:
         raise InputError(
-            f"no token to learn from is left within {max_seq_len} tokens ({len(read)} rows, all dropped)",
+            f"no token to learn from is left within {max_seq_len} tokens ({n_rows} rows, all dropped)",
             where=str(path),
             fix="raise --max-seq-len, or shorten the prompts so that the replies fit",
         )
@@ -142,19 +168,20 @@ def load_dataset(
         template=template,
         template_reason=template_reason,
         max_seq_len=max_seq_len,
-        n_rows=len(read),
-        n_dropped=kept.n_dropped,
-        fingerprint=fingerprint_of(examples, kept.labels),
+        n_rows=n_rows,
+        n_dropped=n_dropped,
+        fingerprint=fingerprint_of(examples, labels),
         notes=notes.all(),
         unused_columns=fields.unused,
         ignored_columns=fields.ignored,
         missing_columns=fields.without_effect,
         preferences=form,
-        labels=kept.labels,
+        labels=labels,
     )
 
 
 def _read(
+    sources: Sequence[Source],
     spec: str,
     data_format: DataFormat | None,
     mapping: Mapping[str, str],
@@ -163,7 +190,6 @@ def _read(
     detect: Callable[[Sequence[Record]], tuple[DataFormat, str]],
 ) -> tuple[list[AnyRow], DataFormat, str]:
     """(rows, format, its reason) of all sources; with several, the reason has what each of them gave."""
-    sources = sources_of(spec)
     rows_of, formats, reasons = list[Sequence[AnyRow]](), list[DataFormat](), list[str]()
     for source in sources:
         records = renamed(source.records(), mapping, name=source.text)
@@ -214,26 +240,28 @@ def fingerprint_of(examples: Sequence[Example], labels: Sequence[bool] = ()) -> 
 
 
 def _part(dataset: Dataset, indices: Sequence[int], *, name: str) -> Dataset:
-    examples = tuple(dataset.examples[index] for index in indices)
+    stored = dataset.examples
+    examples: Sequence[Example] = (
+        stored.some(indices) if isinstance(stored, StoredExamples) else tuple(stored[index] for index in indices)
+    )
     labels = tuple(dataset.labels[index] for index in indices) if dataset.labels else ()
     return replace(
         dataset,
         examples=examples,
         labels=labels,
         reason=f"{dataset.reason}; {name} part of a seeded split",
-        n_rows=len({example.where for example in examples}),
+        n_rows=examples.n_rows if isinstance(examples, StoredExamples) else len({one.where for one in examples}),
         n_dropped=0,
         fingerprint=fingerprint_of(examples, labels),
     )
 
 
 def _template_for(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, override: str | Path | None
+    conversations: bool, tools: bool, tokenizer: PreTrainedTokenizerBase, override: str | Path | None
 ) -> tuple[ChatTemplate | None, str]:
-    if any(isinstance(row, Conversation) for row in rows):
-        return load_template(
-            tokenizer, override, for_tools=any(isinstance(row, Conversation) and row.tools for row in rows)
-        )
+    """The template, for data that holds conversations, some of them with tools."""
+    if conversations:
+        return load_template(tokenizer, override, for_tools=tools)
     if override is not None:
         return None, "not used: this data holds no conversations, so --chat-template has no effect"
     return None, "not used: this data holds no conversations"

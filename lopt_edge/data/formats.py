@@ -22,7 +22,7 @@ Not here: single messages (`messages`), chat templates and tokens (`template`, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from os.path import commonprefix
@@ -98,18 +98,35 @@ def to_rows(
 
     `fields` says what is ignored and learns which fields there are, `notes` takes what the file's owner should know.
     """
-    fields, notes = fields or Columns(), notes or Notes()
-    faults, rows, faulty = Faults(), list[AnyRow](), set()
-    for record in records:
-        try:
-            rows.append(_converted(record, data_format, Reading(record.where, fields, notes)))
-        except InputError as error:
-            faults.add(error)
-            faulty.add(record.where)
-    for unknown in fields.unknown(faulty=faulty):
-        faults.add(unknown)
-    faults.raise_any()
+    maker = RowMaker(data_format, fields or Columns(), notes or Notes())
+    rows = maker.rows(records)
+    maker.finish()
     return rows
+
+
+class RowMaker:
+    """Makes rows of the records of one source, some at a time; what is wrong is kept until all have been seen."""
+
+    def __init__(self, data_format: DataFormat, fields: Columns, notes: Notes) -> None:
+        self.format, self.fields, self.notes = data_format, fields, notes
+        self._faults, self._faulty = Faults(), set[str]()
+
+    def rows(self, records: Iterable[Record]) -> list[AnyRow]:
+        """The rows of those records that are sound."""
+        found = list[AnyRow]()
+        for record in records:
+            try:
+                found.append(_converted(record, self.format, Reading(record.where, self.fields, self.notes)))
+            except InputError as error:
+                self._faults.add(error)
+                self._faulty.add(record.where)
+        return found
+
+    def finish(self) -> None:
+        """Raise InputError(s) for all records that were not sound, and for fields that nobody knows."""
+        for unknown in self.fields.unknown(faulty=self._faulty):
+            self._faults.add(unknown)
+        self._faults.raise_any()
 
 
 def to_conversation(record: Record, data_format: DataFormat) -> AnyRow:

@@ -27,7 +27,6 @@ import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,34 @@ class Record:
 
 def read_records(path: str | Path) -> list[Record]:
     """The records of a data file, in file order; at least one. Raises InputError(s)."""
+    return list(iterate_records(path))
+
+
+def iterate_records(path: str | Path) -> Iterator[Record]:
+    """Yield what `read_records` returns; faults of records are raised once all others have come."""
     path = Path(path)
     reader = _READERS.get(_ending(path))
     _check_path(path, known=reader is not None)
     assert reader is not None
+    count = 0
     try:
-        records = list(islice(reader(path), MAX_ROWS + 1))
+        for count, record in enumerate(reader(path), start=1):
+            if count > MAX_ROWS:
+                fix = "take a part of it"
+                raise InputError(f"the file holds more than {MAX_ROWS:,} rows", where=str(path), fix=fix)
+            yield record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         fix = "compress it again; it may be cut short"
         raise InputError(f"not a readable gzip file ({error})", where=str(path), fix=fix) from error
     except OSError as error:
         raise InputError(f"cannot read the file ({error.strerror or error})", where=str(path)) from error
-    if len(records) > MAX_ROWS:
-        raise InputError(f"the file holds more than {MAX_ROWS:,} rows", where=str(path), fix="take a part of it")
-    if not records:
+    if not count:
         raise InputError("the file holds no rows", where=str(path), fix="give a data file with at least one row")
-    return records
+
+
+def is_streamed(path: Path) -> bool:
+    """Whether the rows of a file are read one after the other, not the file as a whole."""
+    return _ending(path) == ".parquet" or (_ending(path) in (".jsonl", ".ndjson") and not _is_printed(path))
 
 
 def _ending(path: Path) -> str:

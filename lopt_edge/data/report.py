@@ -8,7 +8,7 @@ Nothing is decided here; the figures are those of the `Dataset`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ def _figures(dataset: Dataset) -> Table:
     return table
 
 
-def _histogram(lengths: tuple[int, ...]) -> Table:
+def _histogram(lengths: Sequence[int]) -> Table:
     """The lengths in equal bins from the shortest to the longest; a bin that is not empty has a bar."""
     low, high = min(lengths), max(lengths)
     width = max(-(-(high - low + 1) // BINS), 1)

@@ -78,7 +78,7 @@ def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> lis
     """The longest examples (or pairs) in micro-batches, longest first: no window of any order takes more."""
     lengths = unit_lengths(dataset.lengths, dataset.together)
     units = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    most, scored = max(example.n_supervised for example in dataset.examples), dataset.together if dataset.labels else 0
+    most, scored = max(dataset.target_counts), dataset.together if dataset.labels else 0
     found = []
     for start in range(0, min(len(units), batch_size * grad_accum), batch_size):
         rows = [dataset.lengths[index] for index in members(units[start : start + batch_size], dataset.together)]

@@ -67,7 +67,7 @@ def largest_rows(dataset: Dataset, *, row_tokens: int, n_sequences: int | None =
     sizes = sizes_of(dataset, rows, packed=True)
     longest = dataset.lengths[order[0]]
     n_tokens = min(max(row_tokens, longest), sum(dataset.lengths[index] for index in order))
-    most = sorted((example.n_supervised for example in dataset.examples), reverse=True)[:n_sequences]
+    most = sorted(dataset.target_counts, reverse=True)[:n_sequences]
     first = replace(sizes[0], n_tokens=n_tokens, n_supervised=min(n_tokens, sum(most)), in_a_row=(longest,))
     return [first, *sizes[1:]]
 

@@ -101,6 +101,22 @@ def test_a_tracker_has_the_numbers_of_the_log(tmp_path, cache):
     assert not (tmp_path / "other").exists()
 
 
+def test_trackio_has_the_numbers_offline(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    config = make_config(TINY, tmp_path, max_steps=2, cache_dir=cache, track="trackio", eval_fraction=0.3)
+    finetune(config)
+    (run,) = SQLiteStorage.get_runs("lopt-edge")
+    logs = SQLiteStorage.get_logs("lopt-edge", run)
+    steps, evaluations = metrics_of(config)
+    for name, lines in (("loss", steps), ("eval_loss", evaluations)):
+        logged = [(one["step"], one[name]) for one in logs if name in one]
+        assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
 class Failing:
     """A tracker whose service goes away at a moment of its life."""
 

@@ -379,7 +379,7 @@ def read_datasets(
             read(config.retention_data, columns=None), tokenizer.eos_token_id, path=config.retention_data
         )
     for dataset in (train, held_out, retention):
-        largest = max((max(example.input_ids) for example in dataset.examples), default=0) if dataset else 0
+        largest = dataset.largest_id if dataset else 0
         if largest >= vocab_size:
             raise InputError(
                 f"the tokenizer gives id {largest}, the model has {vocab_size} rows",

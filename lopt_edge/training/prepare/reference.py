@@ -71,7 +71,7 @@ def fill_references(
         for indices in inputs.groups(data, missing) if missing else ():
             between()
             batch = inputs.batch(data, indices)
-            n_targets = [data.examples[index].n_supervised for index in indices]
+            n_targets = [data.target_counts[index] for index in indices]
             found = log_probs(base, batch, n_targets, token_tile=token_tile)
             for index, value in zip(indices, found, strict=True):
                 if not isfinite(value):

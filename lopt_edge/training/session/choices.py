@@ -77,7 +77,7 @@ class ChosenBatches:
         shares: dict[int, float] = {}
         for indices in inputs.groups(data, sorted(examples, key=data.lengths.__getitem__)):
             between()
-            batch, n_targets = inputs.batch(data, indices), [data.examples[index].n_supervised for index in indices]
+            batch, n_targets = inputs.batch(data, indices), [data.target_counts[index] for index in indices]
             found = log_probs(model, batch, n_targets, token_tile=inputs.knobs.token_tile, layers=layers)
             shares |= dict(zip(indices, found, strict=True))
         return baseline(tuple(shares[index] for index in examples), tuple(references[index] for index in examples))
