@@ -164,6 +164,34 @@ def fetch_without_mark(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Weights, "_copy", lambda self, buffer, source, mark: copy(self, buffer, source, None))
 
 
+def one_way_without_mark(way: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Copies of one direction begin at once: the stream that both shared once would have kept them in order."""
+
+    def change(patch: pytest.MonkeyPatch) -> None:
+        on_side = Mover.on_side
+        patch.setattr(
+            Mover,
+            "on_side",
+            lambda self, stream, mark: on_side(self, stream, None if stream is getattr(self, f"going_{way}") else mark),
+        )
+
+    return change
+
+
+def one_way_without_hold(way: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """The computing stream waits for copies of one direction only."""
+
+    def change(patch: pytest.MonkeyPatch) -> None:
+        copy = getattr(Mover, f"copy_{way}")
+
+        def call(self: Mover, *given: Any, **named: Any) -> Any:
+            return Event(copy(self, *given, **named).races, {})
+
+        patch.setattr(Mover, f"copy_{way}", call)
+
+    return change
+
+
 def weights_without_hold(patch: pytest.MonkeyPatch) -> None:
     wait = Weights.wait
 
@@ -177,16 +205,16 @@ def weights_without_hold(patch: pytest.MonkeyPatch) -> None:
 
 def copies_without_mark(patch: pytest.MonkeyPatch) -> None:
     on_side = Mover.on_side
-    patch.setattr(Mover, "on_side", lambda self, mark: on_side(self, None))
+    patch.setattr(Mover, "on_side", lambda self, stream, mark: on_side(self, stream, None))
 
 
 def copy_on_no_stream(patch: pytest.MonkeyPatch) -> None:
     """An event is put before the copy that it is to follow."""
     copy = Mover._copy
 
-    def call(self: Mover, target: Any, source: Any) -> Any:
-        event = self.stream.record_event()  # type: ignore[union-attr]
-        copy(self, target, source)
+    def call(self: Mover, stream: Any, *given: Any) -> Any:
+        event = stream.record_event()
+        copy(self, stream, *given)
         return event
 
     patch.setattr(Mover, "_copy", call)
@@ -196,6 +224,10 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the computing stream never waits": lambda patch: patch.setattr(Mover, "before_compute", lambda self, event: None),
     "copies never wait": lambda patch: patch.setattr(Mover, "after_compute", lambda self: None),
     "copies ignore their marks": copies_without_mark,
+    "copies up begin at once": one_way_without_mark("up"),
+    "copies down begin at once": one_way_without_mark("down"),
+    "nothing waits for copies up": one_way_without_hold("up"),
+    "nothing waits for copies down": one_way_without_hold("down"),
     "an event comes before its copy": copy_on_no_stream,
     "a tensor is let go before its copy": let_go_early,
     "a tensor is handed out before its copy": hand_out_early,
@@ -211,6 +243,10 @@ SEEN_IN = {  # a plan, and whether workers are lazy; others hide the fault behin
     "the computing stream never waits": ("host", False),
     "copies never wait": ("host", False),
     "copies ignore their marks": ("host", False),
+    "copies up begin at once": ("host", False),
+    "copies down begin at once": ("host", False),
+    "nothing waits for copies up": ("host", False),
+    "nothing waits for copies down": ("host", False),
     "an event comes before its copy": ("host", False),
     "a tensor is let go before its copy": ("host", False),
     "a tensor is handed out before its copy": ("host", False),
