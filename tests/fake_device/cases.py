@@ -17,6 +17,8 @@ from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Op
+from lopt_edge.run.step.batches import sent
+from lopt_edge.run.step.step_state import present
 from lopt_edge.run.tiers.feature_cache import FeatureCache
 from tests.fake_device.card import FakeCard, installed
 from tests.fake_device.one_layer import count_layer
@@ -142,10 +144,13 @@ class Bed:
             card.op = "-" if over else op.kind.name
 
         executor.observers.append(observe)
-        batches = [random_batch(lengths, device="cuda") for lengths in LENGTHS[: case.n_micro_batches]]
-        batches = [replace(batch, examples=(2 * i, 2 * i + 1)) for i, batch in enumerate(batches)]
+        made = [random_batch(lengths) for lengths in LENGTHS[: case.n_micro_batches]]
+        made = [replace(batch, examples=(2 * i, 2 * i + 1)) for i, batch in enumerate(made)]
+        stage, embedding = present(executor.mover.stage), bench.model.embedding
+        executor.optimizer.meanwhile = lambda: embedding.read_ahead(made[0].ids_BT.reshape(-1))
         for number, (kind, plan) in enumerate(bench.plans.items(), start=1):
             card.clear()
+            batches = [sent(batch, stage) for batch in made]
             executor.run(plan, batches, step=number, learning_rates=dict.fromkeys(range(9), 1e-3), align_weight=0.5)
             yield (
                 kind or "step",

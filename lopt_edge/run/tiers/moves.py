@@ -9,8 +9,7 @@ The rules:
   computing stream by events in both directions, because a buffer that is overwritten too early trains on garbage while the
   loss still falls. The two streams know each other through the computing one only: a WAIT holds that, a mark of it begins
   the next copy;
-- small things that the host makes for the device (token ids, rows of the vocabulary) go up on the computing stream itself,
-  through pinned memory: nobody waits for them, and they are in order by where they stand;
+- what the host itself makes for the device goes up in another way (staging.py);
 - a fault of a worker appears at `wait`, as a RunError.
 An offloaded tensor may name the page file that its copies go to; that is for what must outlive damage to the other one
 (run/step/optim.py).
@@ -32,9 +31,11 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import RunError
-from lopt_edge.run.device import SideStream, device_of
+from lopt_edge.run.device import device_of
+from lopt_edge.run.devices.interface import SideStream
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.pinned import PinnedPool
+from lopt_edge.run.tiers.staging import Stage
 from quant.files import tensor_bytes
 from quant.headers import FolderError
 
@@ -88,6 +89,7 @@ class Mover:
         self._start_workers()
         own = device_of(device)
         self.going_up, self.going_down = own.side_stream(), own.side_stream()  # None where copies need no stream
+        self.stage = Stage(device, self.pinned, self.after_compute) if self.pinned.is_tier else None
         self.bytes_moved = 0
 
     def _start_workers(self) -> None:

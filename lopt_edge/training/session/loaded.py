@@ -45,6 +45,7 @@ from lopt_edge.training.prepare.inputs import Inputs
 from lopt_edge.training.prepare.reference import fill_references, open_references
 from lopt_edge.training.prepare.teacher import fill_features, teacher_features
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
+from lopt_edge.training.session.ahead import Ahead
 from lopt_edge.training.session.choices import ChosenBatches
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.saving import Saver
@@ -80,7 +81,8 @@ class Loaded:
 
     `evaluated` has the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
     step goes on, if it was left inside; `begins_again`: it was, but its micro-batches are cut in another way now.
-    `coordinator`: of the other processes of a pipeline. `chosen`: the maker of batches where preferences are learned.
+    `coordinator`: of the other processes of a pipeline. `ahead`: the maker of the steps' batches; `chosen`: of those where
+    preferences are learned.
     """
 
     inputs: Inputs
@@ -99,6 +101,7 @@ class Loaded:
     replacement: Replacement | None
     cut: Cut | None
     begins_again: bool
+    ahead: Ahead
     chosen: ChosenBatches | None = None
 
     @property
@@ -109,7 +112,7 @@ class Loaded:
     def batches(self, window: Window) -> list[Batch]:
         """The batches of a step; of preferences with what they are compared with."""
         if self.chosen is None:
-            return [self.inputs.batch(self.inputs.train, indices) for indices in window]
+            return self.ahead.batches(window)
         with memory_faults("comparing"):
             return self.chosen.of_step(self.model, window)
 
@@ -203,9 +206,12 @@ class _Loader:
         cut, begins_again = (None, False) if start is None else self._go_on_from(start, executor, shape)
         saver = Saver(inputs, executor, shape, state=state, start=start, seconds=self.context.clock.seconds)
         first_steps = FirstSteps(executor, evaluated=state.evaluated < 0)
+        ahead = Ahead(inputs, model)
+        if self.mover.stage is not None and inputs.objective is None:
+            executor.optimizer.meanwhile = ahead.make_ready
         return Loaded(
             inputs, self.folder, cache_bytes, self.mover, model, executor, shape, evaluated, kinds, saver, first_steps,
-            caches, coordinator, replacement, cut, begins_again,
+            caches, coordinator, replacement, cut, begins_again, ahead,
             None if inputs.objective is None else ChosenBatches(inputs, inputs.objective, self.references),
         )  # fmt: skip
 
