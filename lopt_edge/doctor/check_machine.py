@@ -62,7 +62,7 @@ class System:
 @dataclass(frozen=True)
 class Device:
     """A device for computing: `name` is torch's; `features` are the CPU's that matter for the dtype; `capability` is
-    CUDA's."""
+    CUDA's; `allocator` says how a run takes memory there."""
 
     name: str
     model: str
@@ -70,6 +70,7 @@ class Device:
     cores: int | None = None
     features: tuple[str, ...] = ()
     capability: str | None = None
+    allocator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def _gpus() -> tuple[tuple[Device, Tier], ...]:
 
     found = []
     for gpu in accelerators():
-        device = Device(str(gpu.device), gpu.name(), gpu.total_bytes(), capability=gpu.capability())
+        age, allocator = gpu.capability(), gpu.allocator()
+        device = Device(str(gpu.device), gpu.name(), gpu.total_bytes(), capability=age, allocator=allocator)
         found.append((device, Tier("device", device.name, device.memory_bytes, gpu.free_bytes())))
     return tuple(found)
 
@@ -345,6 +347,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         parts = [device.model, *([f"{device.cores} cores"] if device.cores else []), *device.features]
         parts += [f"capability {device.capability}"] if device.capability else []
         rows.append((device.name, ", ".join([*parts, f"{device.memory_bytes / GIB:.1f} GiB"])))
+        if device.allocator is not None:
+            rows.append((f"{device.name} memory", device.allocator))
     for tier in report.tiers:
         kind = f", {tier.file_system}" if tier.file_system else ""
         rows.append((f"{tier.name} tier", f"{tier.where}: {_free_text(tier)}{kind}"))

@@ -40,7 +40,7 @@ class Ground:
 
     `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary, `library_bytes` what the
     process takes beside its tensors. `largest_step` finds the largest step of given settings, whose micro-batches may be
-    split in another way. `teacher` is another model than the base.
+    split in another way. `teacher` is another model than the base. `pinned_bytes`: of host memory that may be page-locked.
     """
 
     facts: ModelFacts
@@ -50,6 +50,7 @@ class Ground:
     vocabulary_itemsize: int
     largest_step: Callable[[Config], LargestStep]
     teacher: Teacher | None = None
+    pinned_bytes: int | None = None
 
 
 def search_for(config: Config, ground: Ground) -> Search:
@@ -73,5 +74,6 @@ def search_for(config: Config, ground: Ground) -> Search:
         evaluation=step.evaluation,
         clip_scope=config.clip_scope if config.clip else "none",
         teacher=ground.teacher,
+        pinned_bytes=ground.pinned_bytes,
     )
     return Search(workload, search_space(config, ground.facts, device_type))

@@ -32,7 +32,7 @@ from lopt_edge.plan.schedule.processes import parts_of
 from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search.search import Candidate, Search
-from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, within_granted
+from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, with_pinned_limit, within_granted
 from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, LargestStep, search_for
 from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings
@@ -115,6 +115,7 @@ def question(
         vocabulary_itemsize,
         largest or partial(_worst_step, max_seq_len),
         _teacher(config, itemsize, device_type),
+        budget.pinned_bytes,
     )
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
@@ -239,7 +240,7 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
     )
     if card is not None:
         return _around(card, stated)
-    stated, lowered = within_granted(stated, profile.device_type)
+    stated, lowered = within_granted(with_pinned_limit(stated, profile.device_type), profile.device_type)
     if stated.device_bytes is not None:
         return stated, ("device memory as stated", *lowered)
     if free.device is None:

@@ -147,7 +147,7 @@ class Bed:
         made = [random_batch(lengths) for lengths in LENGTHS[: case.n_micro_batches]]
         made = [replace(batch, examples=(2 * i, 2 * i + 1)) for i, batch in enumerate(made)]
         stage, embedding = present(executor.mover.stage), bench.model.embedding
-        executor.optimizer.meanwhile = lambda: embedding.read_ahead(made[0].ids_BT.reshape(-1))
+        executor.optimizer.meanwhile = [lambda: embedding.read_ahead(made[0].ids_BT.reshape(-1))]
         for number, (kind, plan) in enumerate(bench.plans.items(), start=1):
             card.clear()
             batches = [sent(batch, stage) for batch in made]

@@ -87,7 +87,7 @@ def races_of(
         )
         batches = [random_batch(lengths, seed=1) for lengths in ((9, 6), (12,))[:n_micro_batches]]
         embedding = bench.model.embedding
-        bench.executor.optimizer.meanwhile = lambda: embedding.read_ahead(batches[0].ids_BT.reshape(-1))
+        bench.executor.optimizer.meanwhile = [lambda: embedding.read_ahead(batches[0].ids_BT.reshape(-1))]
         with races:
             for step in (1, 2):
                 bench.executor.run(bench.plan, batches, step=step, learning_rates=RATES)

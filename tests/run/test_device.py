@@ -19,6 +19,7 @@ from lopt_edge.plan.facts import device_kinds
 from lopt_edge.plan.facts.device_kinds import CPU, CUDA, DEVICE_TYPES, KINDS, in_words, kind_of
 from lopt_edge.run import device as devices
 from lopt_edge.run.device import CLASSES, choose_device, choose_dtype, device_of, random_sources
+from lopt_edge.run.devices import cuda
 from lopt_edge.run.devices.cuda import Cuda
 from lopt_edge.run.devices.host import Host
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
@@ -196,6 +197,39 @@ def test_cudas_figures(played):
     assert [name for name, *_ in played.calls] == ["reset_peak_memory_stats", "set_device", "synchronize"]
     assert [one.device.index for one in devices.accelerators()] == [0, 1]
     assert choose_device("auto") == choose_device("cuda") == (torch.device("cuda", 1), "a card")
+
+
+@pytest.mark.parametrize(
+    ("environment", "platform", "wsl", "grows", "words"),
+    [
+        ({}, "linux", False, True, "segments that grow"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            "linux",
+            False,
+            False,
+            "as PYTORCH_CUDA_ALLOC_CONF says: max",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "linux", True, False, "as PYTORCH_ALLOC_CONF says: exp"),
+        ({}, "linux", True, False, "fixed segments, since the driver of WSL"),
+        ({}, "win32", False, False, "fixed segments, since this system"),
+    ],
+)
+def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
+    played, monkeypatch, environment, platform, wsl, grows, words
+):
+    for name in cuda.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cuda.sys, "platform", platform)
+    monkeypatch.setattr(cuda, "is_wsl", lambda: wsl)
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    device_of(GPU).settle_allocator()
+    assert asked == (["expandable_segments:True"] if grows else [])
+    assert str(device_of(GPU).allocator()).startswith(words)
+    assert device_of(HOST).allocator() is None
 
 
 def test_cudas_limit_is_a_share_of_the_card(played):

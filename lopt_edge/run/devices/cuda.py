@@ -1,7 +1,15 @@
-"""NVIDIA's GPUs, and AMD's, which torch drives under the same name (ROCm)."""
+"""NVIDIA's GPUs, and AMD's, which torch drives under the same name (ROCm).
+
+torch's allocator takes memory in segments. Of fixed ones a run over batches of many lengths leaves pieces that fit nothing;
+segments that grow (`expandable_segments`) do not. So they are asked for before the first tensor, unless the user has set
+the allocator by the environment. On WSL they are left alone: its driver fails at the calls behind them (pytorch issue
+192330, "CUDA driver error: unknown error" at the first tensor), Windows has none, and on AMD nobody has tried.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -11,6 +19,24 @@ from torch import Tensor
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import CUDA
 from lopt_edge.run.devices.interface import Counters, SideStream, Wall
+from lopt_edge.system.memory import is_wsl
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def growing_segments() -> tuple[bool, str]:
+    """Whether a run asks for segments that grow, and what holds, in words."""
+    for name in ALLOCATOR_VARIABLES:
+        if os.environ.get(name):
+            return False, f"as {name} says: {os.environ[name]}"
+    if sys.platform != "linux" or is_wsl():
+        return (
+            False,
+            f"fixed segments, since {'the driver of WSL' if is_wsl() else 'this system'} has trouble with growing ones",
+        )
+    if torch.version.hip:
+        return False, "fixed segments: growing ones are untried on AMD"
+    return True, "segments that grow (expandable_segments)"
 
 
 class Cuda:
@@ -80,6 +106,13 @@ class Cuda:
 
     def counters(self) -> Counters | None:
         return _CudaCounters(self.device)
+
+    def allocator(self) -> str | None:
+        return growing_segments()[1]
+
+    def settle_allocator(self) -> None:
+        if growing_segments()[0]:
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
     def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
         """Bound torch's allocator by `n_bytes` less `context_bytes`, which the driver takes beside it."""

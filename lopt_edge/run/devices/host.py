@@ -82,6 +82,12 @@ class Host:
     def counters(self) -> Counters | None:
         return None
 
+    def allocator(self) -> str | None:
+        return None
+
+    def settle_allocator(self) -> None:
+        """Nothing: a heap is system/allocator.py's matter, since there is one where no torch is loaded, too."""
+
     def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
         left = n_bytes - resident_bytes()
         if left <= 0:

@@ -117,6 +117,12 @@ class Device(Protocol):
     def counters(self) -> Counters | None:
         """The allocator's counters; None where no allocator counts tensors."""
 
+    def allocator(self) -> str | None:
+        """How the allocator takes memory, and why, in words; None where there is nothing to say."""
+
+    def settle_allocator(self) -> None:
+        """Let the allocator take memory in the way that `allocator` says. Called before a run's first tensor."""
+
     def limit(self, n_bytes: int, *, context_bytes: int) -> Wall:
         """Let the system refuse what is beyond `n_bytes`. Raises RunError if the process takes more already."""
 

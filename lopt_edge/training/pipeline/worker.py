@@ -196,6 +196,7 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
     torch.set_num_threads(setup["threads"])
     link = Link(store, task.parts, rank, timeout=timedelta(minutes=task.config.pipeline_minutes), loopback=loopback)
     settle_host_allocator(setup["mmap_bytes"])
+    device_of(task.device).settle_allocator()
     disk_bytes, journal_bytes = setup["disk_bytes"][rank], setup["journal_bytes"][rank]
     tiers = open_tiers(
         task.config,

@@ -170,6 +170,7 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
     ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
+    ground = replace(ground, pinned_bytes=budget.pinned_bytes)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
         search = search_for(variant, ground)

@@ -18,7 +18,7 @@ from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.models.four_bit import folder_bytes, four_bit_folder
 from lopt_edge.plan.schedule.knobs import mlp_pieces
-from lopt_edge.run.device import peak_device_bytes
+from lopt_edge.run.device import device_of, peak_device_bytes
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run.step.batches import Batch
@@ -31,6 +31,7 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.score_file import ScoreFile
 from lopt_edge.run.watch.clock import PhaseClock
 from lopt_edge.run.watch.first_steps import FirstSteps
+from lopt_edge.run.watch.neighbours import Neighbours
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.system.files import JsonLines
 from lopt_edge.system.memory import peak_rss_bytes
@@ -156,6 +157,7 @@ def loading(
     with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator:
         open_mover.append(mover)
         settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
+        device_of(inputs.device).settle_allocator()
         with context.clock.phase("load"), memory_faults("loading"):
             loader = _Loader(inputs, start, context, folder=folder, mover=mover, features=features, references=references)
             found = loader.load(state, caches, coordinator, cache_bytes=cache_bytes)
@@ -207,13 +209,24 @@ class _Loader:
         saver = Saver(inputs, executor, shape, state=state, start=start, seconds=self.context.clock.seconds)
         first_steps = FirstSteps(executor, evaluated=state.evaluated < 0)
         ahead = Ahead(inputs, model)
-        if self.mover.stage is not None and inputs.objective is None:
-            executor.optimizer.meanwhile = ahead.make_ready
+        if self.mover.stage is not None:
+            makes_ready = inputs.objective is None  # else the model has a say in a batch
+            executor.optimizer.meanwhile = [self._neighbours().look, *([ahead.make_ready] if makes_ready else [])]
         return Loaded(
             inputs, self.folder, cache_bytes, self.mover, model, executor, shape, evaluated, kinds, saver, first_steps,
             caches, coordinator, replacement, cut, begins_again, ahead,
             None if inputs.objective is None else ChosenBatches(inputs, inputs.objective, self.references),
         )  # fmt: skip
+
+    def _neighbours(self) -> Neighbours:
+        inputs, context = self.inputs, self.context
+
+        def tell(sentence: str) -> None:
+            context.progress.warn(sentence)
+            context.events.write({"event": "other programs", "reason": sentence})
+
+        need, library = inputs.predict().device_bytes, inputs.workload.library_bytes
+        return Neighbours(device_of(inputs.device), need_bytes=need, context_bytes=library, tell=tell)
 
     def _model(self) -> Model:
         inputs = self.inputs
