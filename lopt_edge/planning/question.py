@@ -63,7 +63,7 @@ def search_for(config: Config, ground: Ground) -> Search:
     elif not dropout and not ground.facts.key_sources:  # which would change a boundary each time; which it does not hold
         course = kept_while_read(course, epochs=epochs)
     shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
-    shape = replace(shape, has_flash=has_flash(ground.profile))
+    shape = replace(shape, has_flash=has_flash(ground.profile), deterministic=config.deterministic)
     workload = Workload(
         course,
         shape,

@@ -52,7 +52,7 @@ def run(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def test_steps_on_a_card_in_name(tmp_path):
     """One test: the child takes longer to start than a case to run."""
-    found = run(tmp_path, [*WAITS, "bytes, flash", LAYER])
+    found = run(tmp_path, [*WAITS, "bytes, flash", "bytes, deterministic", LAYER])
     forward, backward = found[LAYER]["ops"]
     assert [sum(op["kernels"].values()) for op in (forward, backward)] == LAYER_KERNELS
     assert [round(op["bytes_outside"] / 1e9, 2) for op in (forward, backward)] == LAYER_GB
@@ -60,7 +60,9 @@ def test_steps_on_a_card_in_name(tmp_path):
     assert {name: step["waits"] for name, step in steps.items()} == WAITS
     assert {name: steps[name]["kernels"] for name in KERNELS} == KERNELS
     assert {name: step["n_registered"] for name, step in steps.items()} == REGISTERED
-    check_bytes(found["bytes, flash"]["rows"])
+    for name, kernel in (("bytes, flash", "flash"), ("bytes, deterministic", "efficient")):
+        check_bytes(found[name]["rows"])
+        assert found[name]["attention"] and all(kernel in called for called in found[name]["attention"])
 
 
 CONSTANTS = 2048  # bytes: code maps, offsets, rotary bases, which the card's allocator counts and no plan does

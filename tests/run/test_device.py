@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
 from lopt_edge.plan.facts import device_kinds
 from lopt_edge.plan.facts.device_kinds import CPU, CUDA, DEVICE_TYPES, KINDS, in_words, kind_of
 from lopt_edge.run import device as devices
@@ -230,6 +232,18 @@ def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
     assert asked == (["expandable_segments:True"] if grows else [])
     assert str(device_of(GPU).allocator()).startswith(words)
     assert device_of(HOST).allocator() is None
+
+
+def test_the_same_bits_are_asked_for_and_given_back(played, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setenv(*cuda.CUBLAS_WORKSPACE)
+    monkeypatch.delenv(cuda.CUBLAS_WORKSPACE[0])  # undone at the test's end, whatever it sets
+    gpu = device_of(GPU)
+    assert gpu.attention_kernel(torch.bfloat16, 128) == FLASH
+    with gpu.made_deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and os.environ[cuda.CUBLAS_WORKSPACE[0]] == ":4096:8"
+        assert gpu.attention_kernel(torch.bfloat16, 128) == EFFICIENT
+    assert not torch.are_deterministic_algorithms_enabled() and gpu.attention_kernel(torch.bfloat16, 128) == FLASH
 
 
 def test_cudas_limit_is_a_share_of_the_card(played):

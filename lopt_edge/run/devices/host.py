@@ -61,6 +61,10 @@ class Host:
     def attention_kernel(self, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
+    def made_deterministic(self) -> AbstractContextManager[None]:
+        """Nothing: with as many threads the same bits come anyway."""
+        return nullcontext()
+
     def made_current(self) -> AbstractContextManager[Any]:
         return nullcontext()
 

@@ -94,6 +94,9 @@ class Device(Protocol):
     def attention_kernel(self, dtype: torch.dtype, head_dim: int) -> str | None:
         """The fused kernel (plan/costs/tiles.py) that attention without a mask is to call; None: torch shall choose."""
 
+    def made_deterministic(self) -> AbstractContextManager[None]:
+        """A context inside which the device's kernels give the same bits each time."""
+
     def made_current(self) -> AbstractContextManager[Any]:
         """A context inside which kernels of other libraries, too, run on this device."""
 

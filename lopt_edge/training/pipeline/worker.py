@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -206,7 +207,8 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
         need_disk_bytes=disk_bytes,
         journal_bytes=journal_bytes,
     )
-    with tiers as mover:
+    own = device_of(task.device)
+    with tiers as mover, own.made_deterministic() if task.config.deterministic else nullcontext():
         Worker(task, link, mover, setup).go()
 
 

@@ -43,6 +43,7 @@ from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
     chosen_settings,
+    deterministic_notes,
     memory_warnings,
     split_to_fit,
 )
@@ -250,6 +251,7 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         values = ", ".join(f"{name} {value:g}" for name, value in objective.settings.items())
         yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
+    yield from deterministic_notes(asked, found.device.type)
     yield from planned.pipeline_reasons
     yield from chosen_settings(asked, planned.config)
     yield from chosen_packing(asked, planned.config)

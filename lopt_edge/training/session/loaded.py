@@ -9,7 +9,7 @@ the attempt ends, however it ends.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,11 +153,12 @@ def loading(
     )
     open_mover: list[Mover] = []
     opened = open_coordinator(inputs, start, report=lambda: _own_peaks(inputs, open_mover[0]))
-    kept = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs))
-    with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator:
+    kept, own = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs)), device_of(inputs.device)
+    alike = own.made_deterministic() if inputs.config.deterministic else nullcontext()
+    with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator, alike:
         open_mover.append(mover)
         settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
-        device_of(inputs.device).settle_allocator()
+        own.settle_allocator()
         with context.clock.phase("load"), memory_faults("loading"):
             loader = _Loader(inputs, start, context, folder=folder, mover=mover, features=features, references=references)
             found = loader.load(state, caches, coordinator, cache_bytes=cache_bytes)
