@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from lopt_edge.plan.costs.predict import Prediction, largest, predict
-from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
+from lopt_edge.plan.costs.seconds import StepSeconds, seconds_with_passes, step_seconds
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.costs.teacher_pass import Teacher
@@ -23,7 +23,6 @@ from lopt_edge.plan.costs.timeline import timeline
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
-from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES, Knobs
 from lopt_edge.plan.schedule.ops import Plan
 from lopt_edge.plan.schedule.passes import arrange, in_pieces
@@ -164,11 +163,10 @@ class Workload:
         few, others = self._few(knobs)
         plan = self.arranged(knobs, len(few), kind)
         profile = self._profile_with(knobs, plan, few)
-        found = step_seconds(plan, self.sizes(knobs), few, profile)
         if not others:
-            return found
-        passes = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP and op.item != "states"))
-        each = step_seconds(passes, self.sizes(knobs), (_mean(others),) * len(few), profile)
+            return step_seconds(plan, self.sizes(knobs), few, profile)
+        alike = (_mean(others),) * len(few)
+        found, each = seconds_with_passes(plan, self.sizes(knobs), few, profile, others=alike)
         times = len(others) / len(few)
         return StepSeconds(
             found.seconds + times * each.seconds,
