@@ -33,6 +33,12 @@ def accelerators() -> tuple[Device, ...]:
     return tuple(one for cls in CLASSES.values() if cls.kind.host_is_below for one in cls.found())
 
 
+def unused_accelerator() -> str | None:
+    """The kind of accelerator that torch finds here and no run can use (Intel's xpu, Apple's mps, ...), by torch's name."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type in CLASSES else found.type
+
+
 def random_sources(device: torch.device) -> tuple[Device, ...]:
     """The devices whose random numbers a run on `device` draws: the CPU, then the device itself if it is another one."""
     own, host = device_of(device), Host(Host.current())
@@ -57,7 +63,8 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         if cls.kind.host_is_below:
             return device, cls(device).name()
         others = [other.kind.title for other in CLASSES.values() if other is not cls]
-        return device, "asked for" if name == cls.kind.name else f"no {in_words(*others)} device found"
+        unused = "" if (found := unused_accelerator()) is None else f"; {found} is not supported yet"
+        return device, "asked for" if name == cls.kind.name else f"no {in_words(*others)} device found{unused}"
     what = f"this machine offers no {kind_of(name).title} device to torch"
     raise InputError(what, where="device", fix=f"use --device {CPU.name}, or see lopt-edge doctor")
 

@@ -148,6 +148,9 @@ def test_choices_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == (HOST, "no CUDA device found")
     assert choose_device("cpu") == (HOST, "asked for")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+        assert choose_device("auto") == (HOST, "no CUDA device found; mps is not supported yet")
     with pytest.raises(InputError, match="no CUDA device to torch") as caught:
         choose_device("cuda")
     assert "use --device cpu" in str(caught.value)

@@ -69,6 +69,11 @@ class Cuda:
         facts = torch.cuda.get_device_properties(self.device)
         return f"{facts.major}.{facts.minor}"
 
+    def standing(self) -> str:
+        if torch.version.hip:
+            return "untried: AMD's cards take NVIDIA's path here, and nobody has reported one (doctor --prove looks)"
+        return "no run has met a GPU yet; the path is proved on a card in name (doctor --prove looks at this one)"
+
     def auto_dtype(self) -> tuple[torch.dtype, str]:
         if self._has_bfloat16():
             return torch.bfloat16, "the GPU has bfloat16 matrix units"

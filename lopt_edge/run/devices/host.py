@@ -45,6 +45,9 @@ class Host:
     def capability(self) -> str | None:
         return None
 
+    def standing(self) -> str:
+        return "measured: every law and every bench runs here"
+
     def auto_dtype(self) -> tuple[torch.dtype, str]:
         if torch.cpu.get_capabilities().get("amx_bf16"):
             return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"

@@ -82,6 +82,9 @@ class Device(Protocol):
     def capability(self) -> str | None:
         """The version of the device's instructions, as "8.9"; None for a kind that has no such number."""
 
+    def standing(self) -> str:
+        """What is known of runs on such a device, in words: measured, proved otherwise, or untried."""
+
     def auto_dtype(self) -> tuple[torch.dtype, str]:
         """The compute dtype that the device is best at, and the reason in words."""
 
