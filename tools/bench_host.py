@@ -88,6 +88,7 @@ def measured(tree: Path, family: str, n_steps: int) -> tuple[int, float]:
 def compare(before: Path | None, family: str, *, n_rounds: int, n_steps: int) -> list[dict[str, object]]:
     """A row for each tree: `before` first, if there is one, then this one."""
     trees = {**({} if before is None else {"before": before}), "now": ROOT}
+    commits = {name: commit_of(tree) for name, tree in trees.items()}
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in trees}
     for _ in range(n_rounds):
         for name, tree in trees.items():
@@ -98,11 +99,11 @@ def compare(before: Path | None, family: str, *, n_rounds: int, n_steps: int) ->
         "threads": 1, "versions": ", ".join(f"{name} {found}" for name, found in versions().items()), "family": family,
         "steps": n_steps, "rounds": n_rounds,
     }  # fmt: skip
-    for name, tree in trees.items():
+    for name in trees:
         calls, seconds = found[name][0][0], statistics.median(each for _, each in found[name])
         first = first or seconds
         rows.append({
-            **shared, "commit": commit_of(tree), "tree": name, "calls": calls, "step_seconds": round(seconds, 5),
+            **shared, "commit": commits[name], "tree": name, "calls": calls, "step_seconds": round(seconds, 5),
             "us_a_call": round(1e6 * seconds / calls, 2), "times_before": round(seconds / first, 3),
         })  # fmt: skip
     return rows

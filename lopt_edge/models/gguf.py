@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import CACHE_VARIABLE, default_cache
 from lopt_edge.plan.facts.forms import Forms
 from lopt_edge.plan.facts.gguf_architectures import config_of, entries_of
 from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.system.cache import CACHE_VARIABLE, default_cache
 from lopt_edge.system.files import write_json
 from quant.gguf.header import GgufHeader, is_gguf, read_gguf_header
 from quant.gguf.types import ORDER_SUFFIX
