@@ -59,6 +59,7 @@ class Setting:
     packed: bool = False  # a micro-batch's sequences lie in one row
     device: str = "cpu"
     has_flash: bool = True  # of that device
+    deterministic: bool = False
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
     objective: str = ""  # of preferences; of pairs each micro-batch has an even number of sequences
@@ -329,7 +330,7 @@ def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[B
     targets = setting.targets or facts.linear_names
     itemsize, dropout = setting.dtype.itemsize, setting.dropout > 0
     shape = LayerShape(facts, itemsize, setting.rank, targets, device_type=setting.device, dropout=dropout)
-    shape = replace(shape, has_flash=setting.has_flash)
+    shape = replace(shape, has_flash=setting.has_flash, deterministic=setting.deterministic)
     groups = tuple(bench.executor.optimizer.groups)
     replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
     sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)

@@ -122,6 +122,9 @@ class Config(ObjectiveOptions, MethodOptions):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the matrix products"
     )
+    deterministic: bool = Field(
+        False, description="on a GPU: kernels that give the same bits each time (attention gets slower)"
+    )
     weights: str = Field("auto", description="layers' weights: resident, host or disk; by layer: disk,0-5=resident")
     activations: str = Field("auto", description="keep, recompute or page what a backward needs; by layer: page,20-23=keep")
     saved_inputs: Literal["auto", "device", "host", "disk"] = Field("auto", description="where layers' inputs wait")

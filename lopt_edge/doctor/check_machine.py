@@ -48,7 +48,7 @@ Found = TypeVar("Found")
 class System:
     """The software of this machine. `nvidia`: there is an NVIDIA driver; `torch_cuda`: the CUDA that torch was built for.
 
-    `faults` are what torch, or a package above it, raised.
+    `faults` are what torch, or a package above it, raised; `unused` is an accelerator that torch finds and no run can use.
     """
 
     python: str
@@ -57,12 +57,13 @@ class System:
     nvidia: bool
     torch_cuda: str | None
     faults: tuple[str, ...] = ()
+    unused: str | None = None
 
 
 @dataclass(frozen=True)
 class Device:
     """A device for computing: `name` is torch's; `features` are the CPU's that matter for the dtype; `capability` is
-    CUDA's."""
+    CUDA's; `allocator` says how a run takes memory there, `standing` what is known of runs there."""
 
     name: str
     model: str
@@ -70,6 +71,8 @@ class Device:
     cores: int | None = None
     features: tuple[str, ...] = ()
     capability: str | None = None
+    allocator: str | None = None
+    standing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,12 @@ def check_machine(*, cache_dir: Path | None = None) -> Report:
     """The report on this machine; takes a few seconds (imports, one small layer for each device and dtype)."""
     versions = {name: _version(name) for name in PACKAGES}
     faults: list[str] = []
-    torch_cuda, choice = None, None
+    torch_cuda = unused = choice = None
     gpus: tuple[tuple[Device, Tier], ...] = ()
     checks: tuple[Check, ...] = ()
     if versions["torch"] is not None:
         torch_cuda = _attempt(_torch_cuda, None, faults)
+        unused = _attempt(_unused, None, faults)
         gpus = _attempt(_gpus, gpus, faults)
         choice = _attempt(_choice, None, faults)
         checks = _attempt(check_layers, checks, faults)
@@ -144,6 +148,7 @@ def check_machine(*, cache_dir: Path | None = None) -> Report:
         nvidia=shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists(),
         torch_cuda=torch_cuda,
         faults=tuple(dict.fromkeys(faults)),
+        unused=unused,
     )
     host, cache = _host_tier(has_gpu=bool(gpus)), cache_dir or default_cache()
     tiers = (*(tier for _, tier in gpus), host, _disk_tier("model cache", cache), _disk_tier("current folder", Path.cwd()))
@@ -188,12 +193,25 @@ def _torch_cuda() -> str | None:
     return torch_build()
 
 
+def _unused() -> str | None:
+    from lopt_edge.run.device import unused_accelerator
+
+    return unused_accelerator()
+
+
 def _gpus() -> tuple[tuple[Device, Tier], ...]:
     from lopt_edge.run.device import accelerators
 
     found = []
     for gpu in accelerators():
-        device = Device(str(gpu.device), gpu.name(), gpu.total_bytes(), capability=gpu.capability())
+        device = Device(
+            str(gpu.device),
+            gpu.name(),
+            gpu.total_bytes(),
+            capability=gpu.capability(),
+            allocator=gpu.allocator(),
+            standing=gpu.standing(),
+        )
         found.append((device, Tier("device", device.name, device.memory_bytes, gpu.free_bytes())))
     return tuple(found)
 
@@ -252,6 +270,13 @@ def _software_problems(report: Report) -> list[Problem]:
             (
                 f"there is an NVIDIA driver, but torch (CUDA {system.torch_cuda}) finds no GPU",
                 "update the driver, or give the container its GPU (docker run --gpus all)",
+            )
+        )
+    if system.unused is not None:
+        found.append(
+            (
+                f"torch finds an accelerator ({system.unused}) that lopt-edge does not use yet",
+                f"runs take the CPU there: --device {CPU.name}",
             )
         )
     if system.wsl and has_gpu:
@@ -345,6 +370,10 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         parts = [device.model, *([f"{device.cores} cores"] if device.cores else []), *device.features]
         parts += [f"capability {device.capability}"] if device.capability else []
         rows.append((device.name, ", ".join([*parts, f"{device.memory_bytes / GIB:.1f} GiB"])))
+        if device.standing is not None:
+            rows.append((f"{device.name} tested", device.standing))
+        if device.allocator is not None:
+            rows.append((f"{device.name} memory", device.allocator))
     for tier in report.tiers:
         kind = f", {tier.file_system}" if tier.file_system else ""
         rows.append((f"{tier.name} tier", f"{tier.where}: {_free_text(tier)}{kind}"))

@@ -43,7 +43,8 @@ def one_line(error: Exception) -> str:
 
 def check_layers() -> tuple[Check, ...]:
     """A check for every device and dtype that a run on this machine may use."""
-    from lopt_edge.run.device import Host, accelerators
+    from lopt_edge.run.device import accelerators
+    from lopt_edge.run.devices.host import Host
 
     checks = []
     for one in (*Host.found(), *accelerators()):

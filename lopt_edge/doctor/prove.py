@@ -24,7 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line, relative
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
-from lopt_edge.run.device import DTYPES, Device, device_of
+from lopt_edge.run.device import DTYPES, device_of
+from lopt_edge.run.devices.interface import Device
 from lopt_edge.run.model.fused_attention import KERNELS, fused
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.step.op_faults import is_out_of_memory

@@ -51,7 +51,33 @@ def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[s
         pinned_memory=config.pinned_memory,
         free=free,
     )
-    return within_granted(stated, device.type, ranks=n)
+    stated = with_pinned_limit(stated, device.type)
+    lowered, reasons = within_granted(stated, device.type, ranks=n)
+    found, more = within_free(lowered, device)
+    return found, (*reasons, *more)
+
+
+def with_pinned_limit(stated: Budget, device_type: str) -> Budget:
+    """The budgets with what this machine lets a process page-lock, where nothing was stated: the search counts on it."""
+    if stated.pinned_bytes is not None or not kind_of(device_type).host_is_below:
+        return stated
+    return replace(stated, pinned_bytes=pinned_limit_bytes()[0])
+
+
+def within_free(stated: Budget, device: torch.device) -> tuple[Budget, tuple[str, ...]]:
+    """The budgets with a GPU's lowered to what other programs leave of it now, and a sentence if it was."""
+    from lopt_edge.run.device import device_of
+
+    own, asked = device_of(device), stated.device_bytes
+    if asked is None or not own.kind.host_is_below:
+        return stated, ()
+    free = own.free_bytes() + own.taken_bytes() + own.kind.context_bytes  # this process' own context is there by now
+    if asked <= free:
+        return stated, ()
+    return replace(stated, device_bytes=free), (
+        f"device memory lowered from the {format_bytes(asked)} that were stated to the {format_bytes(free)} that other "
+        f"programs leave of {own.name()} (see {own.kind.watcher})",
+    )
 
 
 def within_granted(stated: Budget, device_type: str, *, ranks: int = 1) -> tuple[Budget, tuple[str, ...]]:

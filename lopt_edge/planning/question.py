@@ -41,7 +41,7 @@ class Ground:
 
     `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary, `library_bytes` what the
     process takes beside its tensors. `largest_step` finds the largest step of given settings, whose micro-batches may be
-    split in another way. `teacher` is another model than the base.
+    split in another way. `teacher` is another model than the base. `pinned_bytes`: of host memory that may be page-locked.
     """
 
     facts: ModelFacts
@@ -51,6 +51,7 @@ class Ground:
     vocabulary_itemsize: int
     largest_step: Callable[[Config], LargestStep]
     teacher: Teacher | None = None
+    pinned_bytes: int | None = None
 
 
 def search_for(config: Config, ground: Ground) -> Search:
@@ -64,7 +65,7 @@ def search_for(config: Config, ground: Ground) -> Search:
         # dropout would change a boundary each time; keys it does not hold; of several ranks one would have it
         course = kept_while_read(course, epochs=epochs)
     shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
-    shape = replace(shape, has_flash=has_flash(ground.profile))
+    shape = replace(shape, has_flash=has_flash(ground.profile), deterministic=config.deterministic)
     workload = Workload(
         course,
         shape,
@@ -76,5 +77,6 @@ def search_for(config: Config, ground: Ground) -> Search:
         clip_scope=config.clip_scope if config.clip else "none",
         teacher=ground.teacher,
         ranks=config.ranks,
+        pinned_bytes=ground.pinned_bytes,
     )
     return Search(workload, search_space(config, ground.facts, device_type))

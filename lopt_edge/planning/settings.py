@@ -23,6 +23,18 @@ LEAST_ROW = 16  # tokens; a longer sequence has a row of its own
 Asked = TypeVar("Asked")
 
 
+def deterministic_notes(config: Config, device_type: str) -> tuple[str, ...]:
+    """What --deterministic does on this kind of device, and what it costs; nothing where it was not asked for."""
+    if not config.deterministic:
+        return ()
+    if not kind_of(device_type).host_is_below:
+        return ("deterministic: a CPU with the same number of threads gives the same bits anyway",)
+    return (
+        "deterministic: attention by the memory-efficient kernel, since flash's backward adds up in whatever order its "
+        "blocks end. It is slower, by how much is not measured: the seconds here are flash's",
+    )
+
+
 def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str) -> None:
     """Refuse memory settings that cannot be or contradict each other, all together (InputErrors)."""
     errors: list[InputError] = []
@@ -42,6 +54,14 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
                     "there is no host tier without a GPU: RAM is the device", where=name, fix="state --device-memory"
                 )
             )
+    if config.deterministic and kind_of(device_type).host_is_below and any(kind.delta for kind in facts.kinds):
+        errors.append(
+            InputError(
+                "a gated delta rule adds up along its tokens, for which torch has no deterministic kernel on a GPU",
+                where="deterministic",
+                fix="leave it out (two runs then agree within rounding), or use --device cpu",
+            )
+        )
     if config.apply == "layer" and config.clip:
         errors.append(
             InputError(

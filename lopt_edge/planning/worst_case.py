@@ -32,10 +32,10 @@ from lopt_edge.plan.schedule.processes import parts_of
 from lopt_edge.plan.search.processes import in_processes
 from lopt_edge.plan.search.run_plan import RunPlan, make_run_plan
 from lopt_edge.plan.search.search import Candidate, Search
-from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, within_granted
+from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, with_pinned_limit, within_granted
 from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, LargestStep, search_for
-from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings
+from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, deterministic_notes
 from lopt_edge.units import format_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def question(
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
-    notes = (*_what_is_planned(card, profile), *notes)
+    notes = (*_what_is_planned(card, profile), *notes, *deterministic_notes(config, device_type))
     library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
     ground = Ground(
         facts,
@@ -120,6 +120,7 @@ def question(
         vocabulary_itemsize,
         largest or partial(_worst_step, max_seq_len),
         _teacher(config, itemsize, device_type),
+        budget.pinned_bytes,
     )
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
@@ -246,7 +247,9 @@ def _budget(config: Config, card: Card | None, profile: DeviceProfile) -> tuple[
     )
     if card is not None:
         return _around(card, stated, ranks=config.ranks)
-    stated, lowered = within_granted(stated, profile.device_type, ranks=config.ranks)
+    stated, lowered = within_granted(
+        with_pinned_limit(stated, profile.device_type), profile.device_type, ranks=config.ranks
+    )
     if stated.device_bytes is not None:
         return stated, ("device memory as stated", *lowered)
     if free.device is None:

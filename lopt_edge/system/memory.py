@@ -65,7 +65,7 @@ def granted_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -
 def pinned_limit_bytes(*, proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> tuple[int, str]:
     """The page-locked host memory that the run may take, as (bytes, reason)."""
     half = available_bytes(proc=proc, control_groups=control_groups) // 2
-    if _is_wsl(proc) and half > WSL_PINNED_BYTES:
+    if is_wsl(proc=proc) and half > WSL_PINNED_BYTES:
         return WSL_PINNED_BYTES, "WSL lets a process pin about 1 GB of host memory"
     group = cgroup_memory(membership=proc / "self/cgroup", root=control_groups)
     if group is not None and group[0] < _system_memory(proc)[0]:
@@ -128,7 +128,8 @@ def machine_memory() -> tuple[int, int]:
     return memory.total, memory.available
 
 
-def _is_wsl(proc: Path) -> bool:
+def is_wsl(*, proc: Path = PROC) -> bool:
+    """Whether this is Linux inside Windows, where a driver of Windows' drives the GPU."""
     try:
         return "microsoft" in (proc / "sys/kernel/osrelease").read_text().lower()
     except OSError:

@@ -126,13 +126,20 @@ def test_gpu_that_torch_does_not_see(report):
     assert no_gpu.sound  # it trains on the CPU
 
 
+def test_an_accelerator_that_no_run_uses_is_said(report):
+    assert report.system.unused is None
+    apple = replace(report, system=replace(report.system, unused="mps"))
+    assert "--device cpu" in advice(apple, "an accelerator (mps) that lopt-edge does not use yet")
+    assert apple.sound
+
+
 def test_gpu_of_others_under_wsl(report):
-    gpu = Device("cuda:0", "a GPU", 24 * GIB, capability="8.9")
+    gpu = Device("cuda:0", "a GPU", 24 * GIB, capability="8.9", standing="untried", allocator="segments that grow")
     tier = Tier("device", "cuda:0", 24 * GIB, 3 * GIB)
     worse = replace(report, devices=(gpu, *report.devices), tiers=(tier,), system=replace(report.system, wsl=True))
     assert "nvidia-smi" in advice(worse, "memory of cuda:0: 3.0 of 24.0 GiB free")
     assert "host tier" in advice(worse, "WSL")
-    assert "capability 8.9" in shown(worse)
+    assert all(word in shown(worse) for word in ("capability 8.9", "untried", "segments that grow"))
 
 
 def test_little_memory_and_disk(report):

@@ -1,12 +1,12 @@
 """A GPU's streams played on the CPU, with vector clocks: what may happen at once is told from what must come first.
 
-The CPU stands for a card (its kind has a host tier below it, its copies go to a side stream), so the real movement code
+The CPU stands for a card (its kind has a host tier below it, its copies go to side streams), so the real movement code
 runs on real tensors, while a dispatch mode notes for every op which actor reads and writes which bytes: the computing
-stream, the side stream, the host, or a job of a worker. An actor knows of another's doings only by what the code says: an
-event that is waited for, a job's result that is taken, a launch (a stream knows what its launcher knew). Two accesses to
-the same bytes of which one writes, where the later actor does not know of the earlier one, are a race: on a card they may
-come in the other order. So is memory that is freed while an actor may still use it, since the allocator hands it to the
-next computation.
+stream, one of the two side streams, the host, or a job of a worker. An actor knows of another's doings only by what the
+code says: an event that is waited for, a job's result that is taken, a launch (a stream knows what its launcher knew). Two
+accesses to the same bytes of which one writes, where the later actor does not know of the earlier one, are a race: on a
+card they may come in the other order. So is memory that is freed while an actor may still use it, since the allocator hands
+it to the next computation.
 
 A worker's job runs when it is submitted or when its result is asked for (`lazy`); both must hold. It cannot see kernels
 that keep memory inside, nor what another process does.
@@ -15,6 +15,7 @@ that keep memory inside, nor what another process does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import weakref
 from collections import Counter, defaultdict
@@ -24,17 +25,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopt_edge.plan.facts import device_kinds
 from lopt_edge.plan.facts.device_kinds import CUDA
 from lopt_edge.run import device as devices
-from lopt_edge.run.device import Host
+from lopt_edge.run.devices.host import Host
 from lopt_edge.run.tiers import moves, weights
 from lopt_edge.run.tiers.pinned import PinnedPool
+from lopt_edge.run.tiers.staging import Room, Stage
 
-COMPUTE, SIDE, HOST = "compute", "side", "host"
+COMPUTE, HOST = "compute", "host"
+SIDES = ("up", "down")  # in the order in which a mover asks for them
 N_NAMES = 8  # of jobs, in turn: each is a column of every clock
 Clock = dict[str, int]
 
@@ -61,6 +65,7 @@ class Races(TorchDispatchMode):
         self.found: Counter[str] = Counter()
         self.thread, self.stream, self.n_jobs = HOST, COMPUTE, 0
         self.bytes_of: Tensor | None = None  # whose bytes were asked for last
+        self.quiet = False
 
     # clocks ----------------------------------------------------------------------------------------------------------
 
@@ -111,6 +116,8 @@ class Races(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.quiet:
+            return result
         name = func._schema.name.partition("::")[2]
         if name == "_local_scalar_dense":  # the host waits for the number
             self.learn(self.thread, self.clocks[COMPUTE])
@@ -174,22 +181,23 @@ class Event:
 @dataclass
 class Stream:
     races: Races
+    name: str
 
     def record_event(self) -> Event:
-        self.races.learn(SIDE, self.races.clocks[self.races.thread])
-        return Event(self.races, dict(self.races.clocks[SIDE]))
+        self.races.learn(self.name, self.races.clocks[self.races.thread])
+        return Event(self.races, dict(self.races.clocks[self.name]))
 
     def mark_compute(self) -> Event:
         self.races.learn(COMPUTE, self.races.clocks[self.races.thread])
         return Event(self.races, dict(self.races.clocks[COMPUTE]))
 
     def after(self, mark: Event | None) -> AbstractContextManager[None]:
-        self.races.learn(SIDE, {} if mark is None else mark.clock)
+        self.races.learn(self.name, {} if mark is None else mark.clock)
         return self._current()
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
-        before, self.races.stream = self.races.stream, SIDE
+        before, self.races.stream = self.races.stream, self.name
         try:
             yield
         finally:
@@ -199,7 +207,7 @@ class Stream:
         self.races.learn(COMPUTE, mark.clock)
 
     def synchronize(self) -> None:
-        self.races.learn(self.races.thread, self.races.clocks[SIDE])
+        self.races.learn(self.races.thread, self.races.clocks[self.name])
 
 
 @dataclass
@@ -263,13 +271,13 @@ class Workers:
 
 def install(patch: pytest.MonkeyPatch, races: Races) -> None:
     """Let the CPU stand for a card, and workers and files tell the clocks what they do."""
-    row = replace(CUDA, name="cpu", attention_bytes=0)
+    row, names = replace(CUDA, name="cpu", attention_bytes=0), itertools.cycle(SIDES)
 
     class Disguised(Host):
         kind = row
 
         def side_stream(self) -> Any:
-            return Stream(races)
+            return Stream(races, next(names))
 
         def pin(self, block: Tensor) -> bool:
             return True
@@ -291,6 +299,22 @@ def install(patch: pytest.MonkeyPatch, races: Races) -> None:
 
     patch.setattr(PinnedPool, "take", take_told)
     patch.setattr(PinnedPool, "give", give_told)
+    room, put = Stage.room, Stage.put
+
+    def room_told(self: Stage, shape: tuple[int, ...], dtype: torch.dtype) -> Room:
+        found = room(self, shape, dtype)
+        races.by_thread(found.host, writes=True)  # the host is about to
+        return found
+
+    def put_told(self: Stage, tensor: Tensor, *, dtype: torch.dtype | None = None) -> Room:
+        races.quiet = True  # this copy is the host's own, and its room was told
+        try:
+            return put(self, tensor, dtype=dtype)
+        finally:
+            races.quiet = False
+
+    patch.setattr(Stage, "room", room_told)
+    patch.setattr(Stage, "put", put_told)
     tensor_bytes, read_layout, file = moves.tensor_bytes, weights._read, moves.PageFile
 
     def remembered(tensor: Tensor) -> memoryview:

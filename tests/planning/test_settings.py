@@ -24,6 +24,7 @@ from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
+    deterministic_notes,
     fixed_knobs,
     memory_warnings,
     search_space,
@@ -90,6 +91,18 @@ def test_all_mistakes_are_told_together():
 )  # fmt: skip
 def test_settings_that_can_be(device_type, values):
     check_memory_settings(make_config(**values), FACTS, device_type=device_type)
+
+
+def test_the_same_bits_are_refused_where_no_kernel_gives_them_and_their_cost_is_said():
+    hybrid = facts_from_config(tiny_config("qwen3_5_text").to_dict(), where="test")
+    asked = make_config(deterministic=True)
+    with pytest.raises(InputError, match=r"deterministic: a gated delta rule .* no deterministic kernel"):
+        check_memory_settings(asked, hybrid, device_type="cuda")
+    for facts, device_type in ((hybrid, "cpu"), (FACTS, "cuda")):
+        check_memory_settings(asked, facts, device_type=device_type)
+    assert "memory-efficient kernel" in deterministic_notes(asked, "cuda")[0]
+    assert "the same bits anyway" in deterministic_notes(asked, "cpu")[0]
+    assert deterministic_notes(make_config(), "cuda") == ()
 
 
 def test_what_the_user_said_is_fixed_and_nothing_else():

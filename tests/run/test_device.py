@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,10 +16,14 @@ import pytest
 import torch
 
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
 from lopt_edge.plan.facts import device_kinds
 from lopt_edge.plan.facts.device_kinds import CPU, CUDA, DEVICE_TYPES, KINDS, in_words, kind_of
 from lopt_edge.run import device as devices
-from lopt_edge.run.device import CLASSES, Cuda, Host, choose_device, choose_dtype, device_of, random_sources
+from lopt_edge.run.device import CLASSES, choose_device, choose_dtype, device_of, random_sources
+from lopt_edge.run.devices import cuda
+from lopt_edge.run.devices.cuda import Cuda
+from lopt_edge.run.devices.host import Host
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
 from lopt_edge.run.tiers.pinned import PAGE, PinnedPool
 from lopt_edge.system.memory import resident_bytes
@@ -30,7 +35,7 @@ MIB = 1 << 20
 
 # nobody goes past it ----------------------------------------------------------------------------------------------------
 
-KNOW_KINDS = (ROOT / "lopt_edge" / "run" / "device.py", ROOT / "lopt_edge" / "plan" / "facts")
+KNOW_KINDS = tuple(ROOT / "lopt_edge" / place for place in ("run/device.py", "run/devices", "plan/facts"))
 MODULES = re.compile(r"\btorch\.(cuda|xpu|mps)\b")  # of torch, each for one kind of device
 
 
@@ -66,7 +71,7 @@ def names_of_kinds(tree: ast.AST) -> Iterator[int]:
 def test_no_other_file_knows_kinds_of_devices():
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sources()}
     assert len(texts) > 100
-    assert not [path for path, text in texts.items() if MODULES.search(text)], "that is run/device.py's"
+    assert not [path for path, text in texts.items() if MODULES.search(text)], "that is run/devices'"
     found = [f"{path}:{line}" for path, text in texts.items() for line in names_of_kinds(ast.parse(text))]
     assert not found, "ask a field of plan/facts/device_kinds.py"
 
@@ -143,6 +148,9 @@ def test_choices_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == (HOST, "no CUDA device found")
     assert choose_device("cpu") == (HOST, "asked for")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+        assert choose_device("auto") == (HOST, "no CUDA device found; mps is not supported yet")
     with pytest.raises(InputError, match="no CUDA device to torch") as caught:
         choose_device("cuda")
     assert "use --device cpu" in str(caught.value)
@@ -194,6 +202,51 @@ def test_cudas_figures(played):
     assert [name for name, *_ in played.calls] == ["reset_peak_memory_stats", "set_device", "synchronize"]
     assert [one.device.index for one in devices.accelerators()] == [0, 1]
     assert choose_device("auto") == choose_device("cuda") == (torch.device("cuda", 1), "a card")
+
+
+@pytest.mark.parametrize(
+    ("environment", "platform", "wsl", "grows", "words"),
+    [
+        ({}, "linux", False, True, "segments that grow"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            "linux",
+            False,
+            False,
+            "as PYTORCH_CUDA_ALLOC_CONF says: max",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "linux", True, False, "as PYTORCH_ALLOC_CONF says: exp"),
+        ({}, "linux", True, False, "fixed segments, since the driver of WSL"),
+        ({}, "win32", False, False, "fixed segments, since this system"),
+    ],
+)
+def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
+    played, monkeypatch, environment, platform, wsl, grows, words
+):
+    for name in cuda.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cuda.sys, "platform", platform)
+    monkeypatch.setattr(cuda, "is_wsl", lambda: wsl)
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    device_of(GPU).settle_allocator()
+    assert asked == (["expandable_segments:True"] if grows else [])
+    assert str(device_of(GPU).allocator()).startswith(words)
+    assert device_of(HOST).allocator() is None
+
+
+def test_the_same_bits_are_asked_for_and_given_back(played, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setenv(*cuda.CUBLAS_WORKSPACE)
+    monkeypatch.delenv(cuda.CUBLAS_WORKSPACE[0])  # undone at the test's end, whatever it sets
+    gpu = device_of(GPU)
+    assert gpu.attention_kernel(torch.bfloat16, 128) == FLASH
+    with gpu.made_deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and os.environ[cuda.CUBLAS_WORKSPACE[0]] == ":4096:8"
+        assert gpu.attention_kernel(torch.bfloat16, 128) == EFFICIENT
+    assert not torch.are_deterministic_algorithms_enabled() and gpu.attention_kernel(torch.bfloat16, 128) == FLASH
 
 
 def test_cudas_limit_is_a_share_of_the_card(played):

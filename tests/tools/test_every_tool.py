@@ -35,6 +35,14 @@ def test_the_laptop_table_is_what_the_planner_says(run_tool):
     assert run_tool("laptop_table", "--check") == (0, "", "")
 
 
+def test_bench_host_counts_the_calls_of_a_step_and_times_them(run_tool, tmp_path):
+    code, out, err = run_tool("bench_host", "--rounds", 1, "--steps", 1, "--csv", tmp_path / "host.csv")
+    assert code == 0, err
+    (row,) = csv.DictReader((tmp_path / "host.csv").open())
+    assert int(row["calls"]) > 1000 and float(row["us_a_call"]) > 0 and row["times_before"] == "1.0"
+    assert f"now: {row['calls']} calls" in out
+
+
 def losses(row: dict[str, str]) -> list[float]:
     return [float(text) for text in row["losses"].split()]
 

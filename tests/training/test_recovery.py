@@ -207,7 +207,7 @@ CAPPED = """
 import sys
 from lopt_edge.training.session import session
 from lopt_edge.cli.main import main
-from lopt_edge.run.device import Wall
+from lopt_edge.run.devices.interface import Wall
 from lopt_edge.system.memory import cap_data_bytes
 session.hold_budget = lambda *arguments, **options: Wall(cap_data_bytes(MIB << 20).lift)
 sys.argv = ["lopt-edge", *sys.argv[1:]]

@@ -21,7 +21,8 @@ class LayerShape:
     linear layers with LoRA.
 
     `mixed`: its weights are mixtures of others' (quant/mixed.py). `pieces`: those of its MLP. `layer_kind` says which of
-    the model's kinds of layers, `has_flash` whether flash attention runs on the device in half precision.
+    the model's kinds of layers, `has_flash` whether flash attention runs on the device in half precision, `deterministic`
+    whether a run does without kernels that sum in whatever order their blocks end.
     """
 
     facts: ModelFacts
@@ -33,6 +34,7 @@ class LayerShape:
     mixed: bool = False
     layer_kind: int = 0
     has_flash: bool = True
+    deterministic: bool = False
     pieces: MlpPieces = PIECES
 
     @property
@@ -79,7 +81,8 @@ class LayerShape:
         """The kernel by whose name attention without a mask is called; None where torch chooses."""
         if not self.kind.attention_bytes or self.attention_kernel != "sdpa" or self.layer.delta is not None:
             return None
-        return FLASH if self.itemsize == 2 and self.has_flash and self.layer.head_dim <= FLASH_WIDEST else EFFICIENT
+        flash = self.itemsize == 2 and self.has_flash and not self.deterministic
+        return FLASH if flash and self.layer.head_dim <= FLASH_WIDEST else EFFICIENT
 
     def saves(self, short_name: str) -> bool:
         """Whether a linear layer keeps its input for the backward."""

@@ -385,11 +385,8 @@ class Sizes:
         if kind is None:
             return Vocabularies(self.vocabulary_itemsize, resident)
         row_bytes, hidden = BLOCK_TYPES[kind].n_bytes((self.shape.facts.hidden_size,)), self.shape.facts.hidden_size
-        return (
-            Vocabularies(row_bytes // hidden, resident)
-            if BLOCK_TYPES[kind].is_plain
-            else Vocabularies(1, resident, row_bytes)
-        )
+        plain = BLOCK_TYPES[kind].is_plain
+        return Vocabularies(row_bytes // hidden, resident) if plain else Vocabularies(1, resident, row_bytes)
 
     @property
     def head_bytes(self) -> int:
@@ -443,8 +440,8 @@ class Sizes:
         key = (batch, facts.kind_of_layer[layer], kind, first, frozen, mixed, in_tail, gives_back)
         if key not in self._runs:
             shape = self.in_pieces.of_layer(layer)
-            shape = replace(shape, targets=() if frozen else shape.targets, mixed=mixed or shape.mixed,
-                            dropout=shape.dropout and not in_tail)  # fmt: skip
+            targets, dropout = () if frozen else shape.targets, shape.dropout and not in_tail
+            shape = replace(shape, targets=targets, mixed=mixed or shape.mixed, dropout=dropout)
             lengths = tuple(sorted(set(batch.in_a_row)))
             masked = shape.masked(kind, batch.n_tokens) and not lengths
             window = shape.window(kind, batch.longest, in_a_row=bool(lengths))

@@ -3,7 +3,7 @@
 The rule: whoever asks how a CPU differs from a GPU asks a field of the row, which says what it means; no other file under
 plan/ compares a device's name, and no table is keyed by one. A size that decides both what is run and what is predicted
 stands here once, if it differs by device, else in plan/costs/tiles.py or quant/sizes.py: the planner and the code that runs
-read the same one. What torch can do on a device is run/device.py's, one class a kind.
+read the same one. What torch can do on a device is run/devices', one class a kind.
 
 So a further kind (Intel's `xpu`, say) is a row here and a class there: settings, messages, planner and runtime take it from
 these two. Rates of its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.

@@ -93,6 +93,15 @@ class DeviceProfile:
         link = copy if kind_of(self.device_type).host_is_below else self.memory_bandwidth / 2  # a byte is read and written
         return link if tier == "host" else min(link, disk)
 
+    def with_pinned(self, share: float) -> DeviceProfile:
+        """The profile where only this share of the host tier's bytes is pinned: the rest is copied at pageable rates."""
+
+        def rate(pinned: float, pageable: float) -> float:
+            return 1 / (share / pinned + (1 - share) / pageable)
+
+        up, down = rate(self.copy_up_pinned, self.copy_up_pageable), rate(self.copy_down_pinned, self.copy_down_pageable)
+        return replace(self, copy_up_pinned=up, copy_down_pinned=down)
+
     @property
     def file_read(self) -> float:
         """The bytes/s of weights read from their files to the device, nothing cached."""

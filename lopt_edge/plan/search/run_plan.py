@@ -143,9 +143,19 @@ def make_run_plan(
         smallest_card=None if brief else smallest_card(search.smallest, kinds_of_cards),
         step_tokens=workload.n_tokens,
         n_combinations=found.n_combinations,
-        notes=notes,
+        notes=(*notes, *_beyond_pinned(chosen.prediction, budget)),
         kinds=tuple(_kinds(workload, chosen)),
         chosen=chosen,
+    )
+
+
+def _beyond_pinned(prediction: Prediction, budget: Budget) -> tuple[str, ...]:
+    """A sentence about host memory that cannot be page-locked, if the plan has some."""
+    if budget.pinned_bytes is None or prediction.host_bytes <= budget.pinned_bytes:
+        return ()
+    return (
+        f"of {format_bytes(prediction.host_bytes)} on the host {format_bytes(budget.pinned_bytes)} may be page-locked: the "
+        "rest is copied more slowly, and counted so; --pinned-memory states another limit",
     )
 
 

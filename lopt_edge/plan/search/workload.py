@@ -19,6 +19,7 @@ from lopt_edge.plan.costs.seconds import StepSeconds, seconds_with_passes, step_
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.costs.teacher_pass import Teacher
+from lopt_edge.plan.costs.timeline import timeline
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
@@ -52,6 +53,7 @@ class Workload:
     evaluation: MicroBatchSize | None = None
     clip_scope: str = "segment"
     part: Part | None = None
+    pinned_bytes: int | None = None  # of host memory that may be page-locked; None: all
     teacher: Teacher | None = None  # another model than the base
     ranks: int = 1
 
@@ -163,10 +165,11 @@ class Workload:
     def _seconds(self, knobs: Knobs, kind: StepKind) -> StepSeconds:
         few, others = self._few(knobs)
         plan = self.arranged(knobs, len(few), kind)
+        profile = self._profile_with(knobs, plan, few)
         if not others:
-            return step_seconds(plan, self.sizes(knobs), few, self.profile)
+            return step_seconds(plan, self.sizes(knobs), few, profile)
         alike = (_mean(others),) * len(few)
-        found, each = seconds_with_passes(plan, self.sizes(knobs), few, self.profile, others=alike)
+        found, each = seconds_with_passes(plan, self.sizes(knobs), few, profile, others=alike)
         times = len(others) / len(few)
         return StepSeconds(
             found.seconds + times * each.seconds,
@@ -174,6 +177,13 @@ class Workload:
             found.bytes_up + round(times * each.bytes_up),
             found.bytes_down + round(times * each.bytes_down),
         )
+
+    def _profile_with(self, knobs: Knobs, plan: Plan, few: tuple[MicroBatchSize, ...]) -> DeviceProfile:
+        """The profile; where more lies on the host than may be pinned, with copies as slow as that makes them."""
+        if self.pinned_bytes is None or "host" not in (*knobs.weights, *knobs.tiers):
+            return self.profile
+        most = timeline(plan, self.sizes(knobs), few).host_bytes
+        return self.profile if most <= self.pinned_bytes else self.profile.with_pinned(self.pinned_bytes / most)
 
     def timed(self, knobs: Knobs) -> tuple[MicroBatchSize, ...]:
         """The micro-batches whose seconds `seconds` adds up."""

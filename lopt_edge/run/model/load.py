@@ -321,10 +321,11 @@ def make_skeleton(
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
 
-    known = {} if shared is None else shared
+    known, mover = {} if shared is None else shared, mover or Mover(device)
 
     def vocabulary(name: str, *, resident: bool) -> Vocabulary:
-        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known)
+        stage = mover.stage
+        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known, stage=stage)
 
     own: OwnInputs | None = None
     if facts.own_inputs is not None:
@@ -342,7 +343,7 @@ def make_skeleton(
         device=device,
         dtype=dtype,
         clock=DropoutClock(),
-        mover=mover or Mover(device),
+        mover=mover,
         here=tuple(range(facts.n_layers)),
         own_inputs=own,
     )

@@ -8,7 +8,8 @@ Where the task loss is of preferences a batch has its `Choices`, and the totals 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from lopt_edge.data import IGNORED, MicroBatch
 from lopt_edge.objectives.objective import Window as ChoiceTotals
 from lopt_edge.plan.costs.sizes import MicroBatchSize
+from lopt_edge.run.tiers.staging import Stage, brought
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Batch:
     `supervised_N` are the flat positions (into B x T) whose next token is a target, `targets_N` those targets, `real_N` the
     flat positions of non-padding tokens (None: no padding). `examples` and `lengths` say which example of the data each row
     is, and how long; `n_tokens` is the sum of the lengths. `packed`: they lie in one row, one after the other. `choices`:
-    which of them are preferred.
+    which of them are preferred. `host_targets_N` are the targets on the host, which reads their rows where the lm_head is
+    on disk (None: nobody kept them).
     """
 
     ids_BT: Tensor
@@ -65,11 +68,16 @@ class Batch:
     examples: tuple[int, ...] = ()
     packed: bool = False
     choices: Choices | None = None
+    host_targets_N: Tensor | None = None
 
     @property
     def in_a_row(self) -> tuple[int, ...] | None:
         """The lengths of the sequences that lie in one row; None where each has a row of its own."""
         return self.lengths if self.packed else None
+
+    def host_targets(self, tile: slice) -> Tensor | None:
+        """The targets of a tile of the supervised tokens on the host, if they are there."""
+        return None if self.host_targets_N is None else self.host_targets_N[tile]
 
     @property
     def n_supervised(self) -> int:
@@ -105,24 +113,40 @@ class Totals:
 
 
 def make_batch(
-    micro_batch: MicroBatch, device: torch.device, *, examples: Sequence[int] = (), choices: Choices | None = None
+    micro_batch: MicroBatch,
+    device: torch.device,
+    *,
+    examples: Sequence[int] = (),
+    choices: Choices | None = None,
+    stage: Stage | None = None,
 ) -> Batch:
-    """The batch of a micro-batch of the data, on `device`."""
+    """The batch of a micro-batch of the data, on `device`; through `stage`, if there is one, so that a GPU's host waits for
+    nothing."""
     ids_BT = torch.tensor(micro_batch.input_ids, dtype=torch.int64)
     targets_flat = torch.tensor(micro_batch.targets, dtype=torch.int64).view(-1)
     supervised_N = (targets_flat != IGNORED).nonzero().squeeze(1)
-    n_tokens = sum(micro_batch.lengths)
+    targets_N, n_tokens = targets_flat[supervised_N], sum(micro_batch.lengths)
     real_N = None if micro_batch.packed else _real_positions(micro_batch.lengths, ids_BT.shape[1])
     return Batch(
         ids_BT=ids_BT,
-        supervised_N=supervised_N.to(device),
-        targets_N=targets_flat[supervised_N].to(device),
-        real_N=None if real_N is None else real_N.to(device),
+        supervised_N=brought(stage, supervised_N, device),
+        targets_N=brought(stage, targets_N, device),
+        real_N=None if real_N is None else brought(stage, real_N, device),
         n_tokens=n_tokens,
         lengths=micro_batch.lengths,
         examples=tuple(examples),
         packed=micro_batch.packed,
         choices=choices,
+        host_targets_N=targets_N,
+    )
+
+
+def sent(batch: Batch, stage: Stage) -> Batch:
+    """A batch of the host, on the stage's device."""
+    real_N, up = batch.real_N, partial(brought, stage, device=stage.device)
+    supervised_N, targets_N = up(tensor=batch.supervised_N), up(tensor=batch.targets_N)
+    return replace(
+        batch, supervised_N=supervised_N, targets_N=targets_N, real_N=None if real_N is None else up(tensor=real_N)
     )
 
 

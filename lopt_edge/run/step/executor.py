@@ -275,9 +275,8 @@ class Executor:
 
     def _cached(self, name: str, batch: Batch) -> Tensor:
         """The hidden states of a micro-batch from a cache."""
-        device, dtype, n_tokens = self.model.device, self.model.dtype, batch.ids_BT.shape[1]
-        packed = batch.packed
-        return self.caches[name].read(batch.examples, n_tokens=n_tokens, packed=packed, device=device, dtype=dtype)
+        read = partial(self.caches[name].read, device=self.model.device, dtype=self.model.dtype, stage=self.mover.stage)
+        return read(batch.examples, n_tokens=batch.ids_BT.shape[1], packed=batch.packed)
 
     def _write(self, state: StepState, op: Op) -> None:
         """Write to the cache and go on with what it gives back, so that this step equals one that reads, bit for bit."""

@@ -59,30 +59,53 @@ def logits(model: Model, hidden_ND: Tensor) -> Tensor:
     return scores if form.soft_cap is None else scores.div_(form.soft_cap).tanh_().mul_(form.soft_cap)
 
 
-def task_loss(model: Model, hidden_ND: Tensor, targets_N: Tensor, *, each_N: Tensor | None = None) -> Tensor:
+def task_loss(
+    model: Model,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    *,
+    each_N: Tensor | None = None,
+    host_targets_N: Tensor | None = None,
+) -> Tensor:
     """The summed cross-entropy (fp32 scalar) of hidden states (N, D) against targets (N,); differentiable in the former.
 
-    `each_N` (fp32) takes each token's.
+    `each_N` (fp32) takes each token's. `host_targets_N` are the targets on the host, if they are there, too: it reads their
+    rows where the lm_head is on disk.
     """
     normed_ND, form = model.norm(hidden_ND), logit_form(model)
-    loss: Tensor = _VocabularyLoss.apply(normed_ND, targets_N, model.lm_head, form, each_N)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    loss: Tensor = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
+        normed_ND, targets_N, model.lm_head, form, each_N, host_targets_N
+    )
     return loss
 
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, normed_ND: Tensor, targets_N: Tensor, lm_head: Vocabulary, form: LogitForm, each_N: Tensor | None
+        ctx: Any,
+        normed_ND: Tensor,
+        targets_N: Tensor,
+        lm_head: Vocabulary,
+        form: LogitForm,
+        each_N: Tensor | None,
+        host_targets_N: Tensor | None,
     ) -> Tensor:
-        need_grad = ctx.needs_input_grad[0]
-        loss, grad_ND = online_cross_entropy(normed_ND, targets_N, lm_head, form=form, need_grad=need_grad, each_N=each_N)
+        loss, grad_ND = online_cross_entropy(
+            normed_ND,
+            targets_N,
+            lm_head,
+            form=form,
+            need_grad=ctx.needs_input_grad[0],
+            each_N=each_N,
+            host_targets_N=host_targets_N,
+        )
         ctx.save_for_backward(*(() if grad_ND is None else (grad_ND,)))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None, None
+        return grad_ND * grads[0], None, None, None, None, None
 
 
 def online_cross_entropy(
@@ -93,6 +116,7 @@ def online_cross_entropy(
     form: LogitForm,
     need_grad: bool,
     each_N: Tensor | None = None,
+    host_targets_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The summed loss (fp32 scalar) and its gradient with respect to `normed_ND` (same dtype), in one pass.
 
@@ -137,7 +161,7 @@ def online_cross_entropy(
     del losses_N
     if sum_ND is None:
         return loss, None
-    target_rows_ND = lm_head.rows(targets_N).float()
+    target_rows_ND = lm_head.rows(targets_N, host_ids_N=host_targets_N).float()
     grad_ND = _scaled(sum_ND.div_(normaliser_N).sub_(target_rows_ND.mul_(target_slope_N)), form.factor)
     return loss, grad_ND.to(normed_ND.dtype)
 

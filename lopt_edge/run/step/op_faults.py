@@ -15,12 +15,19 @@ from lopt_edge.errors import LoptError, NotFinite, OutOfMemory, RunError
 from lopt_edge.plan.schedule.ops import Plan
 
 LESS_MEMORY = "lower --max-seq-len or --batch-size, or page more (--weights, --saved-inputs, --optimizer-states)"
-# The third line has oneDNN's words (torch's matrix products on the CPU) where its own workspace is refused, the last those
-# of CUDA's libraries: a kernel's own memory, and a handle's, are not the allocator's to refuse.
+# The second line has the allocators' words, the third the runtimes' and the drivers' (the latter where segments grow), the
+# fourth oneDNN's (torch's matrix products on the CPU) where its own workspace is refused; then come CUDA's libraries: a
+# kernel's own memory, and a handle's, are not the allocator's to refuse. A handle that cannot be made says no more than
+# that.
 REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate memory",
-            "CUDA out of memory", "HIP out of memory", "CUDA error: out of memory", "HIP error: out of memory",
+            "CUDA out of memory", "HIP out of memory", "XPU out of memory", "MPS backend out of memory",
+            "CUDA error: out of memory", "HIP error: out of memory", "CUDA driver error: out of memory",
+            "Triton Error [CUDA]: out of memory", "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
             "could not create a primitive", "could not create a memory object",
-            "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")  # fmt: skip
+            "CUBLAS_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+            "CUSOLVER_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "hipErrorOutOfMemory",
+            "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate", "when calling `cublasLtCreate",
+            "HIPBLAS_STATUS_NOT_INITIALIZED when calling `hipblasCreate")  # fmt: skip
 
 
 def op_error(plan: Plan, position: int, step: int, error: Exception, *, intact: bool) -> RunError:

@@ -111,6 +111,7 @@ class SegmentOptimizer:
         self.checked = False
         self.loss_scale = 1.0
         self.journal_fault: LoptError | None = None  # of the step under way, which goes on to its end
+        self.meanwhile: Sequence[Callable[[], None]] = ()  # what the host does before it waits for a GPU's norms
 
     def _make_group(self, name: GroupName, parameters: list[nn.Parameter]) -> Group:
         """Move the parameters' values into the flat block."""
@@ -268,6 +269,8 @@ class SegmentOptimizer:
                 squares.setdefault(group.segment, []).append(group.square_norm)
         if not squares and not beside:
             return
+        for work in self.meanwhile:
+            work()
         read = torch.stack([*(torch.stack(found).sum().double() for found in squares.values()), *beside]).cpu().tolist()
         told(read[len(squares) :])
         sums = read[: len(squares)]  # one wait for a GPU

@@ -53,7 +53,12 @@ def choice_gradient(
         part = slice(start, start + tile)
         tile_N = batch.supervised_N[part]
         grad_ND[tile_N] = _tile(
-            model, flat_ND[tile_N], batch.targets_N[part], scale=loss_scale * share, each_N=losses_N[part]
+            model,
+            flat_ND[tile_N],
+            batch.targets_N[part],
+            scale=loss_scale * share,
+            each_N=losses_N[part],
+            host_targets_N=batch.host_targets(part),
         )
     choices = present(batch.choices)
     scored = scored_sequences(choices, sequence_sums(losses_N, choices.n_targets))
@@ -64,12 +69,21 @@ def choice_gradient(
     return SegmentGradient(grad_ND.view_as(hidden_BTD), loss, measured(scored, judged, choices.together))
 
 
-def _tile(model: Model, leaf_ND: Tensor, targets_N: Tensor, *, scale: float, each_N: Tensor) -> Tensor:
+def _tile(
+    model: Model,
+    leaf_ND: Tensor,
+    targets_N: Tensor,
+    *,
+    scale: float,
+    each_N: Tensor,
+    host_targets_N: Tensor | None,
+) -> Tensor:
     """The gradient (N, D) of a tile's summed cross-entropy times `scale`, which is the task loss', so that half precision
     holds it; `each_N` takes the tokens' cross-entropies."""
     leaf_ND.requires_grad_()
     with torch.enable_grad():
-        torch.autograd.backward(task_loss(model, leaf_ND, targets_N, each_N=each_N) * scale)
+        loss = task_loss(model, leaf_ND, targets_N, each_N=each_N, host_targets_N=host_targets_N)
+        torch.autograd.backward(loss * scale)
     return present(leaf_ND.grad)
 
 

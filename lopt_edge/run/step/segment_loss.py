@@ -99,7 +99,8 @@ class SegmentLosses:
         leaf_ND.requires_grad_()
         with torch.enable_grad():
             if segment.reads_out:
-                loss = task_loss(self.model, leaf_ND, output.batch.targets_N[start : start + output.tile])
+                tile, batch = slice(start, start + output.tile), output.batch
+                loss = task_loss(self.model, leaf_ND, batch.targets_N[tile], host_targets_N=batch.host_targets(tile))
                 denominator = max(1, output.totals.supervised)
             else:
                 loss = self.heads[segment.index](leaf_ND, present(output.target_BTD).flatten(0, 1)[tile_N])

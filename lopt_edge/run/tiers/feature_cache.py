@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.errors import InputError, RunError
+from lopt_edge.run.tiers.staging import Stage
 from lopt_edge.system.files import write_json
 from quant.files import tensor_bytes
 from quant.headers import FolderError, read_json
@@ -93,15 +94,24 @@ class FeatureCache:
             self.known.add(example)
 
     def read(
-        self, examples: Sequence[int], *, n_tokens: int, device: torch.device, dtype: torch.dtype, packed: bool = False
+        self,
+        examples: Sequence[int],
+        *,
+        n_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        packed: bool = False,
+        stage: Stage | None = None,
     ) -> Tensor:
-        """The hidden states (B, n_tokens, width) of examples that are there; padding is zero."""
-        n_rows = 1 if packed else len(examples)
-        hidden_BTD = torch.zeros(n_rows, n_tokens, self.width, dtype=dtype, device=device)
+        """The hidden states (B, n_tokens, width) of examples that are there; padding is zero. `stage`: the way up to a
+        GPU, whose host then waits for nothing."""
+        shape = (1 if packed else len(examples), n_tokens, self.width)
+        room = None if stage is None else stage.room(shape, dtype)
+        hidden_BTD = torch.zeros(shape, dtype=dtype, device=device) if room is None else room.host.zero_()
         for example, place in zip(examples, self._places(examples, packed=packed), strict=True):
             found = torch.frombuffer(self._example_bytes(example), dtype=torch.bfloat16)
-            hidden_BTD[place] = found.view(-1, self.width).to(device=device, dtype=dtype)
-        return hidden_BTD
+            hidden_BTD[place] = found.view(-1, self.width).to(device=hidden_BTD.device, dtype=dtype)
+        return hidden_BTD if stage is None or room is None else stage.send(room)
 
     def _places(self, examples: Sequence[int], *, packed: bool) -> Iterator[tuple[int, slice]]:
         """Yield where each example lies in a micro-batch: its row, and its tokens there."""

@@ -4,9 +4,12 @@ An `OffloadedTensor` is one tensor that may be on the device, below (in pinned h
 The rules:
 - what a movement reads or overwrites stays alive and untouched until `wait`: the device copy is let go only there, a new
   device tensor is handed out only there;
-- disk work is done by worker threads with positioned reads and writes; on a GPU device copies run on a stream of their own,
-  ordered against the computing stream by events in both directions, because a buffer that is overwritten too early trains
-  on garbage while the loss still falls;
+- disk work is done by worker threads with positioned reads and writes; on a GPU copies up run on one stream and copies down
+  on another, since a link carries both ways at once (plan/costs/seconds.py counts on it); each is ordered against the
+  computing stream by events in both directions, because a buffer that is overwritten too early trains on garbage while the
+  loss still falls. The two streams know each other through the computing one only: a WAIT holds that, a mark of it begins
+  the next copy;
+- what the host itself makes for the device goes up in another way (staging.py);
 - a fault of a worker appears at `wait`, as a RunError.
 An offloaded tensor may name the page file that its copies go to; that is for what must outlive damage to the other one
 (run/step/optim.py).
@@ -29,8 +32,10 @@ from torch import Tensor
 
 from lopt_edge.errors import RunError
 from lopt_edge.run.device import device_of
+from lopt_edge.run.devices.interface import SideStream
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.pinned import PinnedPool
+from lopt_edge.run.tiers.staging import Stage
 from quant.files import tensor_bytes
 from quant.headers import FolderError
 
@@ -82,7 +87,9 @@ class Mover:
         self.pinned = pinned or PinnedPool(device)
         self.workers = ThreadPoolExecutor(N_WORKERS, thread_name_prefix="lopt-move")
         self._start_workers()
-        self.stream = device_of(device).side_stream()
+        own = device_of(device)
+        self.going_up, self.going_down = own.side_stream(), own.side_stream()  # None where copies need no stream
+        self.stage = Stage(device, self.pinned, self.after_compute) if self.pinned.is_tier else None
         self.bytes_moved = 0
 
     def _start_workers(self) -> None:
@@ -96,20 +103,43 @@ class Mover:
             self.workers.submit(barrier.wait)
         barrier.wait()
 
-    # the side stream -------------------------------------------------------------------------------------------------
+    # the side streams ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether copies run beside the computing stream."""
+        return self.going_up is not None
 
     def after_compute(self) -> Any:
-        """A mark on the computing stream that a copy of the side stream must wait for (None on the CPU)."""
-        return None if self.stream is None else self.stream.mark_compute()
-
-    def on_side(self, mark: Any) -> AbstractContextManager[Any]:
-        """A context in which work goes to the side stream, after `mark`; on the CPU it does nothing."""
-        return nullcontext() if self.stream is None else self.stream.after(mark)
+        """A mark on the computing stream that a copy of a side stream must wait for (None on the CPU)."""
+        return None if self.going_up is None else self.going_up.mark_compute()
 
     def before_compute(self, event: Any) -> None:
-        """Let the computing stream wait for a side-stream event."""
-        if self.stream is not None and event is not None:
-            self.stream.hold_compute(event)
+        """Let the computing stream wait for a side stream's event."""
+        if self.going_up is not None and event is not None:
+            self.going_up.hold_compute(event)
+
+    def copy_up(self, target: Tensor, source: Tensor, *, after: Any, stage: str = "copy") -> Any:
+        """Copy pinned memory to the device beside the computing stream, once the mark `after` is passed.
+
+        Returns the copy's event; on the CPU it is over by then, and there is none.
+        """
+        return self._copy(self.going_up, target, source, after, stage)
+
+    def copy_down(self, target: Tensor, source: Tensor) -> Any:
+        """Copy from the device to pinned memory beside the computing stream, once that is where it is now; returns the
+        copy's event."""
+        return self._copy(self.going_down, target, source, self.after_compute(), "copy")
+
+    def _copy(self, stream: SideStream | None, target: Tensor, source: Tensor, after: Any, stage: str) -> Any:
+        with self.on_side(stream, after):
+            self.pause(stage)
+            target.copy_(source, non_blocking=True)
+            return None if stream is None else stream.record_event()
+
+    def on_side(self, stream: SideStream | None, mark: Any) -> AbstractContextManager[Any]:
+        """A context in which work goes to a side stream, after `mark`; on the CPU it does nothing."""
+        return nullcontext() if stream is None else stream.after(mark)
 
     def submit(self, name: str, work: Callable[[], None]) -> Future[None]:
         """Run `work` in a worker; `result_of` makes RunErrors of its faults. `name` is that of the stage, for `delay`."""
@@ -141,19 +171,19 @@ class Mover:
         if tier == "host":
             if offloaded.host is None:
                 offloaded.host = self.pinned.take(tensor.nbytes)
-            event = self._copy(offloaded.host, _flat(tensor))
+            event = self.copy_down(offloaded.host, _flat(tensor))
             offloaded.pending = _in_turn(lambda: self.before_compute(event), lambda: self._let_go(offloaded))
             return
         file = self._file(offloaded)
         if offloaded.offset is None:
             offloaded.offset = file.allocate(tensor.nbytes)
         offset = offloaded.offset
-        if self.stream is None:
+        if not self.has_streams:
             job = self.submit("write", lambda: file.write(offset, tensor_bytes(tensor)))
             offloaded.pending = _in_turn(lambda: result_of(job), lambda: self._let_go(offloaded))
             return
         staging = self.pinned.take(tensor.nbytes)
-        event = self._copy(staging, _flat(tensor))
+        event = self.copy_down(staging, _flat(tensor))
 
         def write() -> None:
             event.synchronize()
@@ -172,7 +202,7 @@ class Mover:
             offloaded.tensor = tensor
 
         if offloaded.host is not None:
-            event = self._copy(_flat(tensor), offloaded.host)
+            event = self.copy_up(_flat(tensor), offloaded.host, after=self.after_compute())
             offloaded.pending = _in_turn(lambda: self.before_compute(event), arrive)
             return
         if offloaded.offset is None:
@@ -181,27 +211,16 @@ class Mover:
         offloaded.pending = _in_turn(lambda: result_of(job), arrive)
 
     def _reader(self, file: PageFile, offset: int, tensor: Tensor, mark: Any) -> Callable[[], None]:
-        stream = self.stream
-        if stream is None:
+        if not self.has_streams:
             return lambda: file.read(offset, tensor_bytes(tensor))
 
         def read() -> None:
             staging = self.pinned.take(tensor.nbytes)
             file.read(offset, tensor_bytes(staging))
-            with self.on_side(mark):
-                _flat(tensor).copy_(staging, non_blocking=True)
-                event = stream.record_event()
-            event.synchronize()
+            self.copy_up(_flat(tensor), staging, after=mark).synchronize()
             self.pinned.give(staging)
 
         return read
-
-    def _copy(self, target: Tensor, source: Tensor) -> Any:
-        """A copy between device and pinned host memory on the side stream; returns its event (None on the CPU)."""
-        with self.on_side(self.after_compute()):
-            self.pause("copy")
-            target.copy_(source, non_blocking=True)
-            return None if self.stream is None else self.stream.record_event()
 
     def wait(self, offloaded: OffloadedTensor) -> None:
         """End the movement under way. Raises RunError if it failed."""
@@ -214,8 +233,8 @@ class Mover:
         if offloaded.tensor is not None:
             return offloaded.tensor.detach().cpu()
         if offloaded.host is not None:
-            if self.stream is not None:
-                self.stream.synchronize()
+            if self.going_down is not None:
+                self.going_down.synchronize()
             return offloaded.host[: offloaded.n_bytes].clone().view(offloaded.dtype).view(offloaded.shape)
         if offloaded.offset is None:
             raise RuntimeError("this offloaded tensor is nowhere")

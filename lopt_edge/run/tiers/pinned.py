@@ -5,7 +5,8 @@ the first that fits; neighbours that are given back grow together. (torch's own 
 power of two; a pool keyed by exact sizes registered anew for every length of a micro-batch: 3,200 times, 29 GiB, in 100
 steps.) A block that a copy still reads or writes is given back with a mark, and is cut out again only once the mark has
 passed: first what is free is looked through, then marks are waited for, then the arena grows: by as much again as it has,
-but by no more than SLAB_BYTES beyond what is asked for.
+but by no more than SLAB_BYTES beyond what is asked for. For a small block the arena grows before anybody waits: those are
+what the host sends ahead (staging.py), and a wait would hold all that it launches.
 
 `limit_bytes` bounds what is registered. Beyond it, and where the driver refuses (WSL, containers), blocks are pageable: it
 is said once, copies then wait for the CPU, results are the same, and such a block goes back to the system with its last
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lopt_edge.run.device import device_of
 
-SLAB_BYTES = 64 << 20
+SLAB_BYTES, LEAST_SLAB_BYTES = 64 << 20, 1 << 20
 GRAIN = 512  # bytes: blocks begin at multiples of it
 PAGE = mmap.PAGESIZE
 
@@ -108,7 +109,7 @@ class PinnedPool:
         self._let_in(wait=False)
         if (found := self._cut(size)) is not None:
             return found
-        if sum(stop - start for _, _, start, stop in self._leaving) >= size:
+        if size >= LEAST_SLAB_BYTES and sum(stop - start for _, _, start, stop in self._leaving) >= size:
             self._let_in(wait=True)
             if (found := self._cut(size)) is not None:
                 return found
@@ -139,7 +140,8 @@ class PinnedPool:
         """Register one more slab, of so many bytes at least; False where that is not possible any more."""
         if self.refused or self.closed:
             return False
-        least, wanted = (-(-n // PAGE) * PAGE for n in (size, max(size, min(self.pinned_bytes, SLAB_BYTES))))
+        usual = max(LEAST_SLAB_BYTES, min(self.pinned_bytes, SLAB_BYTES))
+        least, wanted = (-(-n // PAGE) * PAGE for n in (size, max(size, usual)))
         left = None if self.limit_bytes is None else (self.limit_bytes - self.pinned_bytes) // PAGE * PAGE
         n_bytes = wanted if left is None else min(wanted, left)
         if n_bytes < least:

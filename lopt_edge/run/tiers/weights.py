@@ -112,7 +112,7 @@ class Weights:
         event = None
         if layer in self.host:
             event = self._copy(buffer, self.host[layer], mark)
-        elif self.mover.stream is None:
+        elif not self.mover.has_streams:
             job = self.mover.submit("fetch", lambda: _read(layout, buffer))
         else:
 
@@ -126,10 +126,7 @@ class Weights:
         self._taken[layer] = (buffer, job, event)
 
     def _copy(self, buffer: Tensor, source: Tensor, mark: Any) -> Any:
-        with self.mover.on_side(mark):
-            self.mover.pause("fetch")
-            buffer[: len(source)].copy_(source, non_blocking=True)
-            return None if self.mover.stream is None else self.mover.stream.record_event()
+        return self.mover.copy_up(buffer[: len(source)], source, after=mark, stage="fetch")
 
     def wait(self, layer: int) -> None:
         """End the fetch of a layer, whose weights are there from now on. Raises RunError if reading them failed."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from lopt_edge.pictures.step_bytes import OpRow, draw_timeline
 from lopt_edge.plan.costs.predict import Prediction
 from lopt_edge.plan.schedule.ops import Op
-from lopt_edge.run.device import Counters, device_of
+from lopt_edge.run.device import device_of
+from lopt_edge.run.devices.interface import Counters
 from lopt_edge.run.step.batches import Batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.watch.tracker import MemoryTracker

@@ -28,7 +28,8 @@ from torch import Tensor
 from lopt_edge.adapters.save import AdapterShape, save_adapter
 from lopt_edge.errors import InputError, NotFinite
 from lopt_edge.plan.schedule.ops import GroupName
-from lopt_edge.run.device import Device, random_sources
+from lopt_edge.run.device import random_sources
+from lopt_edge.run.devices.interface import Device
 from lopt_edge.run.model.adapter_config import ADAPTER_NAME, REPLACED_NAME
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.step_state import Cut

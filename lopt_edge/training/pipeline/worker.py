@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -217,6 +218,7 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
     torch.set_num_threads(setup["threads"])
     link = Link(store, task.parts, rank, timeout=timedelta(minutes=task.config.pipeline_minutes), loopback=loopback)
     settle_host_allocator(setup["mmap_bytes"])
+    device_of(task.device).settle_allocator()
     disk_bytes, journal_bytes = setup["disk_bytes"][rank], setup["journal_bytes"][rank]
     tiers = open_tiers(
         task.config,
@@ -226,7 +228,8 @@ def work(store: Any, rank: int, *, loopback: bool) -> None:
         need_disk_bytes=disk_bytes,
         journal_bytes=journal_bytes,
     )
-    with tiers as mover:
+    own = device_of(task.device)
+    with tiers as mover, own.made_deterministic() if task.config.deterministic else nullcontext():
         Worker(task, link, mover, setup).go()
 
 

@@ -32,6 +32,7 @@ from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.packing import micro_batches
 from lopt_edge.planning.question import Ground
 from lopt_edge.run.step.batches import Batch, Choices, make_batch
+from lopt_edge.run.tiers.staging import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,16 +149,24 @@ class Inputs:
         """These examples in micro-batches, in their order where they are not packed."""
         return self._cut((tuple(indices),), dataset)
 
-    def batch(self, dataset: Dataset, indices: Sequence[int]) -> Batch:
+    def batch(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        *,
+        device: torch.device | None = None,
+        stage: Stage | None = None,
+    ) -> Batch:
+        """Some examples of a dataset as one micro-batch on the run's device (or another): padded, or in a row. `stage` is
+        the way up to a GPU."""
         # Padding is neither attended to nor supervised, so any id does; a tokenizer's own may lie beyond the embedding.
-        """Some examples of a dataset as one micro-batch on the device: padded, or in a row."""
         examples = [dataset.examples[i] for i in indices]
         found = collate(examples, pad_id=0, packed=bool(self.config.packing))
         choices = None
         if dataset.labels:
             n_targets = tuple(example.n_supervised for example in examples)
             choices = Choices(tuple(dataset.labels[i] for i in indices), n_targets, dataset.together)
-        return make_batch(found, self.device, examples=indices, choices=choices)
+        return make_batch(found, device or self.device, examples=indices, choices=choices, stage=stage)
 
     @property
     def n_micro_batches(self) -> int:

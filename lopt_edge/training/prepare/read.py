@@ -43,6 +43,7 @@ from lopt_edge.planning.settings import (
     against_facts,
     check_memory_settings,
     chosen_settings,
+    deterministic_notes,
     memory_warnings,
     split_to_fit,
 )
@@ -170,6 +171,7 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
     ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
+    ground = replace(ground, pinned_bytes=budget.pinned_bytes)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
         search = search_for(variant, ground)
@@ -249,6 +251,7 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         values = ", ".join(f"{name} {value:g}" for name, value in objective.settings.items())
         yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
+    yield from deterministic_notes(asked, found.device.type)
     yield from planned.pipeline_reasons
     if planned.config.ranks > 1:
         yield (

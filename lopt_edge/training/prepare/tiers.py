@@ -25,7 +25,8 @@ from lopt_edge.models.four_bit import folder_bytes, four_bit_path
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.knobs import Knobs
-from lopt_edge.run.device import Wall, device_of
+from lopt_edge.run.device import device_of
+from lopt_edge.run.devices.interface import Wall
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import PageFile
 from lopt_edge.run.tiers.page_folder import check_page_dir, prepare_page_dir

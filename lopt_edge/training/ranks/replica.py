@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,7 @@ from lopt_edge.objectives.objective import Window as ChoiceTotals
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.ops import Plan, parse_plan
 from lopt_edge.plan.schedule.ranks import Rank
+from lopt_edge.run.device import device_of
 from lopt_edge.run.link import Link, join_store
 from lopt_edge.run.ranks import Exchange
 from lopt_edge.run.step.batches import Totals, from_message
@@ -104,6 +106,8 @@ def follow(store: Any, rank: int, *, loopback: bool) -> None:
         ranks, timeout = [Rank(each) for each in range(task.config.ranks)], task.config.pipeline_minutes
         link = Link(store, ranks, rank, timeout=timedelta(minutes=timeout), whole="", loopback=loopback)
         settle_host_allocator(setup["mmap_bytes"])
+        own = device_of(task.device)
+        own.settle_allocator()
         tiers = open_tiers(
             task.config,
             task.knobs,
@@ -112,7 +116,7 @@ def follow(store: Any, rank: int, *, loopback: bool) -> None:
             need_disk_bytes=setup["disk_bytes"][rank],
             journal_bytes=setup["journal_bytes"][rank],
         )
-        with tiers as mover:
+        with tiers as mover, own.made_deterministic() if task.config.deterministic else nullcontext():
             Replica(task, link, mover, setup, interrupts).go()
 
 

@@ -9,7 +9,7 @@ the attempt ends, however it ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from lopt_edge.adapters.save import AdapterShape
 from lopt_edge.data import Window, micro_batches_of
 from lopt_edge.models.four_bit import folder_bytes, four_bit_folder
 from lopt_edge.plan.schedule.knobs import mlp_pieces
-from lopt_edge.run.device import peak_device_bytes
+from lopt_edge.run.device import device_of, peak_device_bytes
 from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.replaced import apply_replaced, fit_layers, loading_placement
 from lopt_edge.run.step.batches import Batch
@@ -31,6 +31,7 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.score_file import ScoreFile
 from lopt_edge.run.watch.clock import PhaseClock
 from lopt_edge.run.watch.first_steps import FirstSteps
+from lopt_edge.run.watch.neighbours import Neighbours
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.system.files import JsonLines
 from lopt_edge.system.memory import peak_rss_bytes
@@ -46,6 +47,7 @@ from lopt_edge.training.prepare.reference import fill_references, open_reference
 from lopt_edge.training.prepare.teacher import fill_features, teacher_features
 from lopt_edge.training.prepare.tiers import open_tiers, peaks_below
 from lopt_edge.training.ranks.leader import Leader, open_leader
+from lopt_edge.training.session.ahead import Ahead
 from lopt_edge.training.session.choices import ChosenBatches
 from lopt_edge.training.session.progress import Progress
 from lopt_edge.training.session.saving import Saver
@@ -81,8 +83,8 @@ class Loaded:
 
     `evaluated` has the batches of each loss that is measured beside the steps, by the loss' name. `cut`: where the first
     step goes on, if it was left inside; `begins_again`: it was, but its micro-batches are cut in another way now.
-    `coordinator`: of the other processes of a pipeline, or the leader of other ranks. `chosen`: the maker of batches where
-    preferences are learned.
+    `coordinator`: of the other processes of a pipeline, or the leader of other ranks. `ahead`: the maker of the steps'
+    batches; `chosen`: of those where preferences are learned.
     """
 
     inputs: Inputs
@@ -101,6 +103,7 @@ class Loaded:
     replacement: Replacement | None
     cut: Cut | None
     begins_again: bool
+    ahead: Ahead
     chosen: ChosenBatches | None = None
 
     @property
@@ -116,7 +119,7 @@ class Loaded:
     def batches(self, window: Window) -> list[Batch]:
         """The batches of a step; of preferences with what they are compared with."""
         if self.chosen is None:
-            return [self.inputs.batch(self.inputs.train, indices) for indices in window]
+            return self.ahead.batches(window)
         with memory_faults("comparing"):
             return self.chosen.of_step(self.model, window)
 
@@ -156,10 +159,12 @@ def loading(
     )
     open_mover: list[Mover] = []
     opened = _others(inputs, start, context, report=lambda: _own_peaks(inputs, open_mover[0]))
-    kept = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs))
-    with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator:
+    kept, own = (boundary_caches(inputs), teacher_features(inputs), open_references(inputs)), device_of(inputs.device)
+    alike = own.made_deterministic() if inputs.config.deterministic else nullcontext()
+    with kept[0] as caches, kept[1] as features, kept[2] as references, tiers as mover, opened as coordinator, alike:
         open_mover.append(mover)
         settle_host_allocator(inputs.workload.mmap_bytes(inputs.knobs))
+        own.settle_allocator()
         with context.clock.phase("load"), memory_faults("loading"):
             loader = _Loader(inputs, start, context, folder=folder, mover=mover, features=features, references=references)
             found = loader.load(state, caches, coordinator, cache_bytes=cache_bytes)
@@ -219,11 +224,25 @@ class _Loader:
         cut, begins_again = (None, False) if start is None else self._go_on_from(start, executor, shape)
         saver = Saver(inputs, executor, shape, state=state, start=start, seconds=self.context.clock.seconds)
         first_steps = FirstSteps(executor, evaluated=state.evaluated < 0)
+        ahead = Ahead(inputs, model)
+        if self.mover.stage is not None:
+            makes_ready = inputs.objective is None  # else the model has a say in a batch
+            executor.optimizer.meanwhile = [self._neighbours().look, *([ahead.make_ready] if makes_ready else [])]
         return Loaded(
             inputs, self.folder, cache_bytes, self.mover, model, executor, shape, evaluated, kinds, saver, first_steps,
-            caches, coordinator, replacement, cut, begins_again,
+            caches, coordinator, replacement, cut, begins_again, ahead,
             None if inputs.objective is None else ChosenBatches(inputs, inputs.objective, self.references),
         )  # fmt: skip
+
+    def _neighbours(self) -> Neighbours:
+        inputs, context = self.inputs, self.context
+
+        def tell(sentence: str) -> None:
+            context.progress.warn(sentence)
+            context.events.write({"event": "other programs", "reason": sentence})
+
+        need, library = inputs.predict().device_bytes, inputs.workload.library_bytes
+        return Neighbours(device_of(inputs.device), need_bytes=need, context_bytes=library, tell=tell)
 
     def _model(self) -> Model:
         inputs = self.inputs

@@ -229,7 +229,7 @@ class Session:
         state = self.state
         if state.steps and self._evaluation_due():
             state.after = self._evaluate(state.steps)
-        windows = self.inputs.windows(first=state.steps)
+        windows = self.loaded.ahead.windows(first=state.steps)
         while state.steps < self.n_steps and not self._ends_early():
             step = state.steps + 1
             self._step(step, next(windows))

@@ -122,3 +122,18 @@ def test_no_draw_of_uniform_lcsb_takes_more_than_was_planned(machine):
         planned = workload.predict(knobs).device_bytes
         drawn = [workload.predict(knobs, kind=course.kind(step, 40)).device_bytes for step in range(1, 41)]
         assert max(drawn) <= planned
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_what_cannot_be_pinned_is_copied_at_pageable_rates(share):
+    """A step whose movements take all the time takes what their rates say."""
+    workload = make_workload(machine="rtx4090")
+    slow = {"copy_up_pinned": 1e7, "copy_down_pinned": 1e7, "copy_up_pageable": 4e6, "copy_down_pageable": 4e6}
+    workload = replace(workload, profile=replace(workload.profile, **slow))
+    knobs = make_knobs(4, weights="host", saved_inputs="host", states="host")
+    n_bytes = workload.predict(knobs).host_bytes
+    free, limited = workload.seconds(knobs), replace(workload, pinned_bytes=round(share * n_bytes)).seconds(knobs)
+    slower = share + (1 - share) * 1e7 / 4e6
+    assert limited.bytes_moved == free.bytes_moved
+    assert limited.seconds == pytest.approx(slower * free.seconds, rel=0.02)
+    assert replace(workload, pinned_bytes=0).seconds(make_knobs(4)) == workload.seconds(make_knobs(4))  # nothing there

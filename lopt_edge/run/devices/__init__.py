@@ -1,0 +1,1 @@
+"""The kinds of devices, one file each, and what each of them must offer."""
