@@ -93,8 +93,7 @@ def test_eight_bit_states_are_the_same_wherever_they_lie(four_bit, tmp_path):
 LONG = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 320, "max_position_embeddings": 1024}
 
 
-@pytest.mark.parametrize("n_micro_batches", [1, 2])
-@pytest.mark.parametrize(("method", "num_segments"), [("e2e", 1), ("lopt", 2), ("frozen", 2)])
+@pytest.mark.parametrize(("method", "num_segments", "n_micro_batches"), [("e2e", 1, 1), ("lopt", 2, 2), ("frozen", 2, 1)])
 def test_tiles_of_the_losses_agree_within_a_hundred_thousandth(four_bit, method, num_segments, n_micro_batches):
     """256, 512 and 1024 tokens at a time in fp32; every gradient compared by its norm. Measured: 5e-7 at most."""
     batches = [random_batch((900, 333), seed=5), random_batch((700,), seed=6)][:n_micro_batches]

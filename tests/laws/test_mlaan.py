@@ -27,7 +27,7 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan, parse_plan
 from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.validate import PlanError, validate
-from lopt_edge.plan.search.search import Bounds
+from lopt_edge.plan.search.bounds import Bounds
 from lopt_edge.run.model.lora import ADAPTER_NAME, layer_parameters
 from lopt_edge.run.step.batches import Batch, window_totals
 from lopt_edge.run.step.losses import task_loss
@@ -254,7 +254,7 @@ def test_every_layer_of_a_window_runs_once_in_it_and_nothing_before():
 
 
 BROKEN = {
-    "(8)": lambda op: replace(op, adapters="train") if op.kind is Kind.BACKWARD and op.adapters == "ema" else op,
+    "(8)": lambda op: op._replace(adapters="train") if op.kind is Kind.BACKWARD and op.adapters == "ema" else op,
     "(2): nothing was held": lambda op: None if op.kind is Kind.HOLD else op,
     "(7): the gradients of segment 3": lambda op: None if op.pass_index == 3 else op,
     "an average of a tail's layer is never": lambda op: None if op.kind is Kind.AVERAGE else op,

@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(runs, tmp_path, stop_in)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "settings",  # long: those of which another case has all, and more
     [
         {"optimizer": "adamw8bit"},
         {"lora_dropout": 0.3},
@@ -114,17 +114,23 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(runs, tmp_path, stop_in)
         {"eval_fraction": 0.3, "eval_every": 1, "keep_best": True},
         {"schedule": "linear", "weight_decay": 0.1, "batch_size": 3, "grad_accum": 3},
         {"sample_prompt": "What is 3?", "seed": 9},
-        {"method": "lcsb"},
+        pytest.param({"method": "lcsb"}, marks=pytest.mark.long),
         {"method": "lcsb", "selection": "uniform", "unselected": "rest"},
-        {"method": "top-layers", "train_layers": 3},
+        pytest.param(
+            {"method": "top-layers", "train_layers": 3}, marks=pytest.mark.long
+        ),  # as a case that has more of the same
         {"local_every": 2, "open_every": 3},
         {"open_until": 0.5, "n_rows": 4, "max_steps": 5},
         {"reach": "0.5:all,0.8:3,1:half", "optimizer": "adamw8bit"},
         {"reach": "auto", "max_steps": 12, "lr": 3e-2},
         {"boundary_update": "fresh"},
-        {"method": "segprop", "tail_layers": 1, "stages": 3},
+        pytest.param(
+            {"method": "segprop", "tail_layers": 1, "stages": 3}, marks=pytest.mark.long
+        ),  # as a case that has more of the same
         {"method": "let", "align_layer": 1},
-        {"method": "let-local", "align_until": 0.75},
+        pytest.param(
+            {"method": "let-local", "align_until": 0.75}, marks=pytest.mark.long
+        ),  # as a case that has more of the same
         {"method": "segprop", "tail_layers": 2, "stages": 2, "eval_fraction": 0.3, "eval_every": 1, "stage_patience": 1},
         {"local_loss": "next-token", "num_segments": 3},
         {"packing": True, "row_tokens": 48, "eval_fraction": 0.2},

@@ -31,13 +31,13 @@ from tools.timeline_settings import (
 )
 from tools.tiny_models import FAMILIES
 
-PLAIN = (23, 51, 64, 87, 88, 102, 111, 116, 128, 144, 147, 183, 229, 244, 246, 257, 276, 281)
+PLAIN = (23, 51, 64, 87, 88, 116, 128, 144, 147, 183, 229, 244, 246, 257, 273, 276, 281, 365)
 DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
 # Every token goes to all experts: the most that a routing takes.
-EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (2,)}
-LATER = {"glm4": (1, 4, 9), "arcee": (2, 5), "granitemoehybrid": (6,)}  # families that no number draws
+EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (8,)}
+LATER = {"glm4": (1, 4, 9), "arcee": (2, 5), "granitemoehybrid": (4,)}  # families that no number draws
 CATEGORIES = {
     "weights",
     "adapters",
@@ -61,7 +61,7 @@ METHODS = (
     (34, "lopt", "open", {"open_every": 3}),
     (35, "lopt", None, {"local_loss": "next-token"}),
     (58, "lopt", None, {"boundary_update": "fresh"}),
-    (30, "lopt", "closed", {"open_until": 0.5}),
+    (56, "lopt", "closed", {"open_until": 0.5}),
     (83, "lopt", "last-1-read", {"reach": "0.5:all,1:1", "boundary_cache": "x"}),
     (244, "segprop", "stage-1", {"stages": 1, "tail_layers": 1}),
     (251, "segprop", "stage-2", {"stages": 2, "tail_layers": 1}),

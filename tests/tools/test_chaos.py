@@ -28,7 +28,7 @@ from lopt_edge.training.checkpoint.folder import CHECKPOINTS, MANIFEST, STATE, n
 pytestmark = pytest.mark.usefixtures("warm_children")
 
 TOOLS = Path(__file__).parents[2] / "tools"
-SMALL = {"kills": 5, "in-checkpoint": 1, "in-pages": 1, "in-loading": 1, "steps": 4}
+SMALL = {"kills": 3, "in-checkpoint": 1, "in-pages": 1, "in-loading": 1, "steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def check_kills(path: Path, options: dict[str, int], *, seconds: float) -> dict[
     return row
 
 
-def test_five_kills_change_nothing(tmp_path):
-    """12 s of one core on a quiet machine, five of them imports."""
+def test_three_kills_change_nothing(tmp_path):
+    """One in each place that has its own rules; some 8 s of one core on a quiet machine, five of them imports."""
     check_kills(tmp_path / "chaos.csv", SMALL, seconds=240)
 
 

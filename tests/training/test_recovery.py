@@ -104,7 +104,7 @@ def refuse(error: Exception) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("op", "error"),
     [
-        ("FORWARD 2", MemoryError("no room")),
+        pytest.param("FORWARD 2", MemoryError("no room"), marks=pytest.mark.long),
         ("LOSS 0", torch.OutOfMemoryError("CUDA out of memory")),
         ("BACKWARD 1 mb=1", RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")),
         ("STEP layer 2", MemoryError("no room")),
@@ -216,7 +216,7 @@ main()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit needs Linux")
-@pytest.mark.parametrize(("mib", "code"), [(20, 0), (4, 1)])
+@pytest.mark.parametrize(("mib", "code"), [(20, 0), pytest.param(4, 1, marks=pytest.mark.long)])
 def test_memory_that_the_kernel_refuses(tmp_path, tiny_cache, mib, code):
     """A limit that the plan knows nothing of, in a child: it ends well with smaller plans, or says why not."""
     program = CAPPED.replace("MIB", str(mib))
@@ -319,8 +319,10 @@ def test_after_early_updates_the_step_is_skipped_from_the_last_checkpoint(model,
     assert "skipped" in lines[2]
 
 
-@pytest.mark.parametrize("settings", [{"boundary_update": "fresh"}, {"apply": "segment", "optimizer_states": "disk"}])
-@pytest.mark.parametrize("on_nan", ["skip", "stop"])
+@pytest.mark.parametrize(
+    ("settings", "on_nan"),
+    [({"boundary_update": "fresh"}, "skip"), ({"apply": "segment", "optimizer_states": "disk"}, "stop")],
+)
 def test_an_overflow_after_an_early_update_costs_no_step(model, tmp_path, monkeypatch, settings, on_nan):
     """As in float16: the task's gradients overflow at first, those of the local loss, with next to no weight, do not.
     A loss scale is a power of two, so the run that goes back and lowers it is the run without one, bit for bit.

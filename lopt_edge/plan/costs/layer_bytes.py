@@ -9,7 +9,7 @@ The programs were traced on the CPU. On CUDA other attention kernels save slight
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lopt_edge.plan.costs.own_input_bytes import own_inputs
 from lopt_edge.plan.costs.programs import Replay, program
@@ -35,6 +35,13 @@ class LayerRun:
     window: int | None = None
     in_a_row: tuple[int, ...] = ()
     gives_back: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.n_sequences, self.n_tokens, self.first, self.masked, self.in_a_row))
 
     @property
     def keys_bytes(self) -> int:

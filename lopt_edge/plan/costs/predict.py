@@ -179,7 +179,7 @@ def predict(
     """The peaks of one step. `evaluation` is the largest batch of the held-out data (forward only); `beside_bytes` live
     through all of the step; `teaching_bytes` are those of another teacher's pass (teacher_pass.py), beside the weights."""
     kind = sizes.shape.kind
-    sizes = replace(sizes, evaluates=evaluation is not None, closed=plan.closed)
+    sizes = sizes.closing(plan.closed, evaluates=evaluation is not None)
     found = timeline(plan, sizes, batches, beside_bytes=beside_bytes)
     by_category = sizes.persistent(plan)
     steady = sum(by_category.values())

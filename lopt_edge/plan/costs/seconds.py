@@ -20,7 +20,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.profile import DeviceProfile
-from lopt_edge.plan.schedule.effects import Effect
+from lopt_edge.plan.schedule.effects import Effect, Kind
 from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 from lopt_edge.plan.schedule.segments import Segment
 from quant.sizes import DELTA_CHUNK
@@ -157,11 +157,31 @@ def step_seconds(
     """
     clock = _Clock(sizes, batches, profile)
     clock.arrivals.update(arrivals or {})
-    found = clock.walk(plan)
+    found = clock.walk(plan, plan.ops)
     if arrivals is not None:
         arrivals.clear()
         arrivals.update(clock.sent)
     return found
+
+
+def seconds_with_passes(
+    plan: Plan,
+    sizes: Sizes,
+    batches: Sequence[MicroBatchSize],
+    profile: DeviceProfile,
+    *,
+    others: Sequence[MicroBatchSize],
+) -> tuple[StepSeconds, StepSeconds]:
+    """The time of one step, and that of its passes alone, without updates and what moves for them, over other
+    micro-batches."""
+    updates = [op.kind is Kind.STEP or op.item == "states" for op in plan.ops]
+    first = updates.index(True) if True in updates else len(updates)
+    clock = _Clock(sizes, batches, profile)
+    if tuple(others) == tuple(batches) and all(updates[first:]):  # one walk then knows both
+        passes = clock.walk(plan, plan.ops[:first])
+        return clock.walk(plan, plan.ops[first:]), passes
+    alone = tuple(op for op, is_update in zip(plan.ops, updates, strict=True) if not is_update)
+    return clock.walk(plan, plan.ops), _Clock(sizes, others, profile).walk(plan, alone)
 
 
 class Costs:
@@ -277,8 +297,9 @@ class _Clock:
             "backward": self.backward,
         }
 
-    def walk(self, plan: Plan) -> StepSeconds:
-        for op in plan.ops:
+    def walk(self, plan: Plan, ops: Sequence[Op]) -> StepSeconds:
+        """The time since the clock began, after these ops of the plan."""
+        for op in ops:
             row = op.effect
             if row.role == "wait":
                 self.now = max(self.now, self.ends.pop((op.item, op.unit, op.micro_batch, op.target), 0.0))

@@ -116,9 +116,10 @@ class Sizes:
     replaced: tuple[int, ...] = ()
     closed: int = 0
 
-    def closing(self, closed: int) -> Sizes:
-        """The sizes once the layers before `closed` train no more."""
-        return self if closed == self.closed else replace(self, closed=closed)
+    def closing(self, closed: int, *, evaluates: bool) -> Sizes:
+        """The sizes once the layers before `closed` train no more, of a run that evaluates or does not."""
+        same = (closed, evaluates) == (self.closed, self.evaluates)
+        return self if same else replace(self, closed=closed, evaluates=evaluates)
 
     def groups_of(self, segments: Sequence[Segment]) -> tuple[GroupName, ...]:
         """The parameter groups that are updated at some time."""
@@ -429,20 +430,24 @@ class Sizes:
         """The shape with the pieces in which its MLP runs."""
         return _in_pieces(self.shape, mlp_pieces(self.knobs, self.shape.device_type))
 
+    @cached_property
+    def _runs(self) -> dict[tuple[MicroBatchSize, int, str, bool, bool, bool, bool, bool], LayerRun]:
+        """The runs of layers by what they depend on: most layers are alike, and a search asks for each of them."""
+        return {}
+
     def _run(self, batch: MicroBatchSize, layer: int, segment: Segment) -> LayerRun:
-        shape = self.in_pieces.of_layer(layer)
-        shape = shape if segment.loss != "none" else replace(shape, targets=())
-        shape = replace(shape, mixed=True) if layer in self.replaced else shape
-        shape = replace(shape, dropout=False) if layer in segment.tail else shape
-        first = layer == (segment.reached[0] if segment.has_loss else segment.first)
-        kind, lengths = shape.facts.layer_types[layer], tuple(sorted(set(batch.in_a_row)))
-        return LayerRun(
-            shape,
-            batch.n_sequences,
-            batch.n_tokens,
-            shape.masked(kind, batch.n_tokens) and not lengths,
-            first,
-            shape.window(kind, batch.longest, in_a_row=bool(lengths)),
-            lengths,
-            shape.facts.gives_back(layer, segment.reached),
-        )
+        facts = self.shape.facts
+        kind, first = facts.layer_types[layer], layer == (segment.reached[0] if segment.has_loss else segment.first)
+        frozen, mixed, in_tail = segment.loss == "none", layer in self.replaced, layer in segment.tail
+        gives_back = bool(facts.key_sources) and facts.gives_back(layer, segment.reached)
+        key = (batch, facts.kind_of_layer[layer], kind, first, frozen, mixed, in_tail, gives_back)
+        if key not in self._runs:
+            shape = self.in_pieces.of_layer(layer)
+            shape = replace(shape, targets=() if frozen else shape.targets, mixed=mixed or shape.mixed,
+                            dropout=shape.dropout and not in_tail)  # fmt: skip
+            lengths = tuple(sorted(set(batch.in_a_row)))
+            masked = shape.masked(kind, batch.n_tokens) and not lengths
+            window = shape.window(kind, batch.longest, in_a_row=bool(lengths))
+            n_sequences, n_tokens = batch.n_sequences, batch.n_tokens
+            self._runs[key] = LayerRun(shape, n_sequences, n_tokens, masked, first, window, lengths, gives_back)
+        return self._runs[key]

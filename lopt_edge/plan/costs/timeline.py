@@ -12,7 +12,7 @@ seconds here, no choice, no torch.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -101,12 +101,12 @@ def _rows(plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_by
         yield OpBytes(op, held, within, replay.below["host"], replay.below["disk"])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Storage:
-    """A storage whose bytes live while somebody holds them; `holders` name categories."""
+    """A storage whose bytes live while somebody holds them."""
 
     n_bytes: int
-    holders: list[str] = field(default_factory=list)
+    n_holders: int = 0
 
 
 class _Replay:
@@ -114,11 +114,11 @@ class _Replay:
     micro-batch, target)."""
 
     def __init__(self, plan: Plan, sizes: Sizes, batches: Sequence[MicroBatchSize], beside_bytes: int) -> None:
-        sizes = sizes.closing(plan.closed)
+        sizes = sizes.closing(plan.closed, evaluates=sizes.evaluates)
         self.plan, self.sizes, self.batches = plan, sizes, batches
-        self.live = sizes.persistent(plan)  # bytes by category, now
-        self.live["activations"] = beside_bytes + sum(sizes.batch_bytes(batch) for batch in batches)
-        self.total = sum(self.live.values())  # of all categories
+        self.steady = sizes.persistent(plan)  # bytes by category that live through the step
+        self.steady["activations"] = beside_bytes + sum(sizes.batch_bytes(batch) for batch in batches)
+        self.total = sum(self.steady.values())  # of all that lives now
         self.below: Counter[str] = Counter(sizes.persistent_below(plan.own_segments))
         self.held_by: dict[tuple[str, int, int], tuple[_Storage, str]] = {}
         self.at_wait: dict[tuple[str, str, int, int], tuple[str, ...]] = {}
@@ -150,31 +150,29 @@ class _Replay:
     # bookkeeping -----------------------------------------------------------------------------------------------------
 
     def held(self) -> dict[str, int]:
-        return {category: n_bytes for category, n_bytes in self.live.items() if n_bytes}
+        """The bytes that live now, by category."""
+        found, holders = Counter(self.steady), defaultdict[_Storage, list[str]](list)
+        for storage, category in self.held_by.values():
+            holders[storage].append(category)
+        for storage, categories in holders.items():
+            found[next((name for name in _PRIORITY if name in categories), categories[0])] += storage.n_bytes
+        return {category: n_bytes for category, n_bytes in found.items() if n_bytes}
 
     def hold(self, key: tuple[str, int, int], storage: _Storage | int, category: str) -> None:
         self.drop(key)
         if isinstance(storage, int):
             storage = _Storage(storage)
-        self._count(storage, -1)
-        storage.holders.append(category)
-        self._count(storage, 1)
+        if not storage.n_holders:
+            self.total += storage.n_bytes
+        storage.n_holders += 1
         self.held_by[key] = (storage, category)
 
     def drop(self, key: tuple[str, int, int]) -> None:
-        found = self.held_by.pop(key, None)
-        if found is None:
-            return
-        storage, category = found
-        self._count(storage, -1)
-        storage.holders.remove(category)
-        self._count(storage, 1)
-
-    def _count(self, storage: _Storage, sign: int) -> None:
-        if storage.holders:
-            category = next((name for name in _PRIORITY if name in storage.holders), storage.holders[0])
-            self.live[category] = self.live.get(category, 0) + sign * storage.n_bytes
-            self.total += sign * storage.n_bytes
+        if (found := self.held_by.pop(key, None)) is not None:
+            storage = found[0]
+            storage.n_holders -= 1
+            if not storage.n_holders:
+                self.total -= storage.n_bytes
 
     def storage(self, key: tuple[str, int, int]) -> _Storage:
         return self.held_by[key][0]
@@ -270,6 +268,8 @@ class _Replay:
         """The keys of a thing as this op names it; of boundaries in flight the one that it sends, or all of them."""
         if thing.per == "layer":
             return [(thing.name, op.micro_batch, op.target)]
+        if thing.per == "step":
+            return [(thing.name, -1, -1)]
         if thing.per == "source":
             return [(thing.name, op.micro_batch, self.sizes.shape.facts.source_of.get(op.target, op.target))]
         if thing.per == "layers":
@@ -277,10 +277,9 @@ class _Replay:
         if thing.per == "group":
             unit, target = self.plan.group_of(op)
             return [(f"{thing.name} {unit}", -1, target)]
-        if thing.per == "boundary":  # it is held until the next but one goes (run/link.py)
-            places = range(MOST_IN_FLIGHT) if op.micro_batch < 0 else (op.micro_batch % MOST_IN_FLIGHT,)
-            return [(thing.name, place, -1) for place in places]
-        return [(thing.name, -1, -1)]
+        # a boundary is held until the next but one goes (run/link.py)
+        places = range(MOST_IN_FLIGHT) if op.micro_batch < 0 else (op.micro_batch % MOST_IN_FLIGHT,)
+        return [(thing.name, place, -1) for place in places]
 
     def _make(self, thing: Thing, op: Op) -> None:
         (key,) = self._keys(thing, op)

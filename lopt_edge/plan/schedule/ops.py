@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from lopt_edge.plan.schedule.effects import ITEMS, Effect, Kind, effect_of
 from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES
@@ -45,8 +45,7 @@ class Keep(StrEnum):
     PAGES = "pages"
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One op of a plan. `target` is a layer, a segment (LOSS, and groups of unit `aux`) or -1 (EMBED).
 
     `unit` says what the target counts where that is not clear from the kind: `layer` or `aux`. `item` is what moves, where

@@ -21,7 +21,7 @@ from lopt_edge.plan.schedule.ops import Keep, Op, Plan
 
 def arrange(plan: Plan, knobs: Knobs) -> Plan:
     """The plan with all of `knobs` carried out."""
-    plan = replace(plan, tile=knobs.token_tile, mlp=(knobs.mlp_block, knobs.mlp_tile))
+    plan = in_pieces(plan, knobs)
     for one_pass in (
         choose_activations,
         move_pages,
@@ -33,6 +33,11 @@ def arrange(plan: Plan, knobs: Knobs) -> Plan:
     ):
         plan = one_pass(plan, knobs)
     return plan
+
+
+def in_pieces(plan: Plan, knobs: Knobs) -> Plan:
+    """The plan with the tiles of its losses and the pieces of its MLPs, which no op names."""
+    return replace(plan, tile=knobs.token_tile, mlp=(knobs.mlp_block, knobs.mlp_tile))
 
 
 class _Insertions:
@@ -77,7 +82,7 @@ def choose_activations(plan: Plan, knobs: Knobs) -> Plan:
     def choose(op: Op) -> Op:
         if op.kind is not Kind.FORWARD or op.keep is Keep.NONE or op.target == plan.scope(op).turned[-1]:
             return op
-        return replace(op, keep=kept[knobs.activations[op.target]])
+        return op._replace(keep=kept[knobs.activations[op.target]])
 
     return replace(plan, ops=tuple(choose(op) for op in plan.ops))
 

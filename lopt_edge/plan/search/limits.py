@@ -19,7 +19,8 @@ from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.cards import CARDS, Card
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, mlp_blocks
-from lopt_edge.plan.search.search import QUARTERS, Bounds, Candidate, Search, last_layers
+from lopt_edge.plan.search.bounds import Bounds
+from lopt_edge.plan.search.search import QUARTERS, Candidate, Search, last_layers
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.units import format_bytes
 

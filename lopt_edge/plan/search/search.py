@@ -17,25 +17,21 @@ It reads no settings and asks no device: candidates' fixed knobs, budget and wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
-from lopt_edge.plan.costs.predict import Prediction, slack_bytes
-from lopt_edge.plan.costs.seconds import Costs, StepSeconds
-from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
+from lopt_edge.plan.costs.predict import Prediction
+from lopt_edge.plan.costs.seconds import StepSeconds
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.facts.device_kinds import kind_of
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.plan.schedule.build import StepKind, groups_of
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, Tier, default_knobs, mlp_blocks
-from lopt_edge.plan.schedule.ops import Keep
-from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.plan.search.bounds import Bounds
 from lopt_edge.plan.search.workload import Workload
 
-T = TypeVar("T")
 QUARTERS = (0, 1, 2, 3, 4)
 PREFETCH = (1, 0, 2)
 
@@ -241,7 +237,7 @@ class Search:
             if best is not None and seconds >= _rank(best):
                 break
             too_large = budget.device_bytes is not None and device_bytes > budget.device_bytes
-            if too_large or (best is not None and self._moves_more(knobs, best.knobs)) or self._is_slower(knobs, best):
+            if too_large or (best is not None and self._moves_more(knobs, best.knobs)):
                 continue
             found = self.fitting(knobs, budget, best)
             if found is not None and (best is None or _rank(found) < _rank(best)):
@@ -285,165 +281,3 @@ def _moves_more(knobs: Knobs, best: Knobs) -> bool:
 
 def _has_larger_pieces(knobs: Knobs, best: Knobs) -> bool:
     return knobs.token_tile > best.token_tile or knobs.mlp_block > best.mlp_block
-
-
-def _run(kind: StepKind) -> tuple[Segment, ...]:
-    """The segments that run: those before a boundary that is read do not."""
-    return tuple(segment for segment in kind.segments if segment.last >= (kind.reads or 0))
-
-
-def _moved_bytes(costs: Costs, knobs: Knobs, batch: MicroBatchSize, layer: int, segment: Segment) -> tuple[int, str]:
-    """The (bytes, tier) of what a layer's forward sends down for its backward."""
-    if knobs.activations[layer] == "page":
-        return costs.page_bytes(batch, layer, segment), knobs.pages
-    if knobs.activations[layer] == "recompute" and knobs.saved_inputs != "device":
-        return costs.sizes.hidden_bytes(batch), knobs.saved_inputs
-    return 0, "device"
-
-
-class Bounds:
-    """The lower bounds of a combination, from sums that depend on few knobs."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-        self._parts: dict[Any, Any] = {}
-
-    @property
-    def _segments(self) -> tuple[Segment, ...]:
-        """The segments of the first kind of step: what lives from step to step is the same in all of them."""
-        return self.workload.kinds[0].segments
-
-    @property
-    def _training(self) -> list[Segment]:
-        """The segments of all kinds that have a loss."""
-        return [segment for kind in self.workload.kinds for segment in kind.segments if segment.has_loss]
-
-    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        if key not in self._parts:
-            self._parts[key] = make()
-        found: T = self._parts[key]
-        return found
-
-    # seconds
-
-    def seconds(self, knobs: Knobs) -> float:
-        """The least time of a step: all arithmetic, or all bytes of the busier channel; without prefetching one after the
-        other."""
-        few = knobs.gradients == "device"  # which micro-batches are timed
-        key: tuple[Any, ...] = (
-            "computed",
-            knobs.activations,
-            knobs.head,
-            knobs.optimizer,
-            knobs.token_tile,
-            knobs.mlp_block,
-            few,
-        )
-        computed = self._once(key, lambda: self._computed(self._costs(knobs), knobs))
-        key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
-        up, down = self._once(key, lambda: self._moved(self._costs(knobs), knobs))
-        return max(computed, up, down) if knobs.prefetch else computed + up
-
-    def _costs(self, knobs: Knobs) -> Costs:
-        return Costs(self.workload.sizes(knobs), self.workload.batches, self.workload.profile)
-
-    def _computed(self, costs: Costs, knobs: Knobs) -> float:
-        found = [self._computed_in(costs, knobs, kind) for kind in self.workload.kinds]
-        return sum(share * seconds for share, seconds in zip(self.workload.course.shares, found, strict=True))
-
-    def _computed_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> float:
-        """The seconds of one kind of step's arithmetic; the passes that a fresh boundary adds are left out."""
-        total, kinds = 0.0, self.workload.shape.facts.kind_of_layer
-        for batch in self.workload.timed(knobs):
-            total += costs.embed(batch) if kind.reads is None else costs.cache(batch, reads=True)
-            for segment in _run(kind):
-                firsts = [kinds.index(each) for each in range(len(self.workload.shape.facts.kinds))]
-                by_kind = [costs.layer(first, batch, trains=segment.loss != "none") for first in firsts]
-                total += sum(by_kind[kinds[layer]].forward for layer in segment.window)
-                if segment.has_loss:
-                    again = (by_kind[kinds[i]].again for i in segment.turned[:-1] if knobs.activations[i] == "recompute")
-                    total += sum(by_kind[kinds[layer]].backward for layer in segment.turned) + sum(again)
-                    aligns = segment.loss == "align"
-                    total += costs.align(batch) if aligns else costs.loss(batch, task=segment.reads_out)
-        groups = (group for segment in kind.segments for group in groups_of(segment))
-        return total + sum(costs.update(group) for group in (*groups, *kind.resting))
-
-    def _moved(self, costs: Costs, knobs: Knobs) -> tuple[float, float]:
-        """The least seconds of the channels up and down: weights less what a ring may hold, pages, saved inputs."""
-        found = [self._moved_in(costs, knobs, kind) for kind in self.workload.kinds]
-        shares = self.workload.course.shares
-        up, down = (sum(share * each[way] for share, each in zip(shares, found, strict=True)) for way in (0, 1))
-        return up, down
-
-    def _moved_in(self, costs: Costs, knobs: Knobs, kind: StepKind) -> tuple[float, float]:
-        sizes, profile, segments = costs.sizes, costs.profile, _run(kind)
-        up = down = 0.0
-        for batch in self.workload.timed(knobs):
-            fetches = [
-                sizes.bytes_of_layers[layer] / profile.up(knobs.weights[layer])
-                for segment in segments
-                for layer in (*segment.window, *segment.turned)
-                if knobs.weights[layer] != "resident"
-            ]
-            turns = 2 * len(segments) if any(segment.overlaps for segment in segments) else len(segments) + 1
-            up += sum(sorted(fetches)[: max(0, len(fetches) - knobs.ring * turns)])
-            for segment in segments:
-                for layer in segment.turned[:-1]:
-                    n_bytes, tier = _moved_bytes(costs, knobs, batch, layer, segment)
-                    up, down = up + n_bytes / profile.up(tier), down + n_bytes / profile.down(tier)
-        return up, down
-
-    # bytes
-
-    def device_bytes(self, knobs: Knobs) -> int:
-        """The least device bytes: what lives through the step, and the most that a segment needs where it turns round."""
-        sizes = self.workload.sizes(knobs)
-        moving = knobs.gradients != "device" and knobs.apply != "layer"
-        key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, moving, knobs.head, knobs.prefetch, knobs.mlp_block)
-        steady = self._once(key, lambda: sum(sizes.steady(self._segments, gradients_move=moving).values()))
-        key = ("turning", knobs.activations, knobs.saved_inputs, knobs.head, knobs.token_tile, knobs.mlp_block)
-        turning = self._once(key, lambda: self._turning(sizes, knobs))
-        slack = slack_bytes(sizes.shape.device_type, turning)
-        return steady + turning + slack + self.workload.library_bytes
-
-    def host_bytes(self, knobs: Knobs) -> int:
-        """The least bytes on the host."""
-        return self._below_bytes(knobs, "host")
-
-    def disk_bytes(self, knobs: Knobs) -> int:
-        """The least bytes on the disk."""
-        return self._below_bytes(knobs, "disk")
-
-    def _below_bytes(self, knobs: Knobs, tier: str) -> int:
-        """The bytes of a tier: what lies there through the step, and what a segment has there where it turns round."""
-        sizes, segments = self.workload.sizes(knobs), self._segments
-        key: tuple[Any, ...] = (tier, knobs.weights, knobs.states, "disk" in knobs.tiers)
-        steady = self._once(key, lambda: sizes.persistent_below(segments)[tier])
-        key = (f"{tier} turning", knobs.activations, knobs.saved_inputs, knobs.pages)
-        return steady + self._once(key, lambda: self._turning_below(self._costs(knobs), knobs, tier))
-
-    def _turning_below(self, costs: Costs, knobs: Knobs, wanted: str) -> int:
-        batch, most = self.workload.batches[0], 0
-        for segment in self._training:
-            moved = (_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.turned[:-1])
-            most = max(most, sum(n_bytes for n_bytes, tier in moved if tier == wanted))
-        return most
-
-    def _turning(self, sizes: Sizes, knobs: Knobs) -> int:
-        """The most of a segment's loss, its last layer's backward and the first recomputed one before it."""
-        batch, most = self.workload.batches[0], 0
-        hidden = sizes.hidden_bytes(batch)
-        for segment in self._training:
-            held, last = 0, segment.turned[-1]
-            for layer in segment.turned[:-1]:
-                if knobs.activations[layer] == "keep":
-                    held += sizes.graph(batch, layer, segment).rest
-                elif knobs.activations[layer] == "recompute" and knobs.saved_inputs == "device":
-                    held += hidden
-            with_graph = held + sizes.graph(batch, last, segment).rest
-            most = max(most, with_graph + sizes.backward_within(batch, last, segment, kept=Keep.GRAPH, fresh=0))
-            most = max(most, with_graph + sizes.loss_within(batch, task=segment.reads_out))
-            if len(segment.turned) > 1 and knobs.activations[before := segment.turned[-2]] == "recompute":
-                again = sizes.backward_within(batch, before, segment, kept=Keep.INPUT, fresh=0)
-                most = max(most, held + again)
-        return most

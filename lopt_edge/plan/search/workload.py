@@ -12,24 +12,24 @@ bytes are those of the largest, seconds the mean over their shares. It chooses n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lopt_edge.plan.costs.predict import Prediction, largest, predict
-from lopt_edge.plan.costs.seconds import StepSeconds, step_seconds
+from lopt_edge.plan.costs.seconds import StepSeconds, seconds_with_passes, step_seconds
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.profile import DeviceProfile
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.build import StepKind, step_plan
-from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.knobs import Knobs
+from lopt_edge.plan.schedule.knobs import MLP_PIECES, TOKEN_TILES, Knobs
 from lopt_edge.plan.schedule.ops import Plan
-from lopt_edge.plan.schedule.passes import arrange
+from lopt_edge.plan.schedule.passes import arrange, in_pieces
 from lopt_edge.plan.schedule.processes import Part, cut_for_process, own_knobs
 from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.system.allocator import LEAST_MMAP_BYTES, MMAP_BYTES
 
+MOST_SIZES = 32  # kept: a combination's are asked for by its bounds, its clock and its replay
 N_MOVING = 2  # micro-batches to look at where gradients move between them
 
 
@@ -89,6 +89,17 @@ class Workload:
 
     def sizes(self, knobs: Knobs) -> Sizes:
         """The bytes of everything that the run has with these knobs."""
+        if knobs not in self._sizes:
+            if len(self._sizes) >= MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[knobs] = self._make_sizes(knobs)
+        return self._sizes[knobs]
+
+    @cached_property
+    def _sizes(self) -> dict[Knobs, Sizes]:
+        return {}
+
+    def _make_sizes(self, knobs: Knobs) -> Sizes:
         part, groups = self.part, self.course.groups
         if part is not None:
             knobs, groups = own_knobs(knobs, part), tuple(group for group in groups if part.owns(group))
@@ -149,11 +160,10 @@ class Workload:
     def _seconds(self, knobs: Knobs, kind: StepKind) -> StepSeconds:
         few, others = self._few(knobs)
         plan = self.arranged(knobs, len(few), kind)
-        found = step_seconds(plan, self.sizes(knobs), few, self.profile)
         if not others:
-            return found
-        passes = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP and op.item != "states"))
-        each = step_seconds(passes, self.sizes(knobs), (_mean(others),) * len(few), self.profile)
+            return step_seconds(plan, self.sizes(knobs), few, self.profile)
+        alike = (_mean(others),) * len(few)
+        found, each = seconds_with_passes(plan, self.sizes(knobs), few, self.profile, others=alike)
         times = len(others) / len(few)
         return StepSeconds(
             found.seconds + times * each.seconds,
@@ -168,12 +178,18 @@ class Workload:
         return (*few, *(_mean(others),) * len(others)) if others else few
 
 
-@lru_cache(maxsize=16)  # a combination's bytes are asked for right after its seconds
 def arranged_plan(method: str, kind: StepKind, knobs: Knobs, *, n_micro_batches: int, part: Part | None) -> Plan:
     """The plan of one kind of step as a process runs it: written, cut to its part of a pipeline, tensors in their place.
 
     `knobs` are that process' own. The plan is not validated: the search makes many.
     """
+    whole = replace(knobs, token_tile=TOKEN_TILES[0], mlp_block=MLP_PIECES[0], mlp_tile=MLP_PIECES[1])
+    plan = _arranged(method, kind, whole, n_micro_batches, part)
+    return plan if whole == knobs else in_pieces(plan, knobs)
+
+
+@lru_cache(maxsize=64)  # a combination's bytes are asked for after its seconds, and those of its other pieces
+def _arranged(method: str, kind: StepKind, knobs: Knobs, n_micro_batches: int, part: Part | None) -> Plan:
     plan = step_plan(method, kind, n_micro_batches=n_micro_batches)
     return arrange(plan if part is None else cut_for_process(plan, part), knobs)
 

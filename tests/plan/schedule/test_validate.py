@@ -41,7 +41,7 @@ def without(text: str) -> Ops:
 
 
 def changed(text: str, **changes: object) -> Ops:
-    return [replace(op, **changes) if op.text() == text else op for op in PLAN.ops]
+    return [op._replace(**changes) if op.text() == text else op for op in PLAN.ops]
 
 
 def moved(text: str, *, before: str) -> Ops:
@@ -197,7 +197,7 @@ BROKEN_MOVES: dict[str, tuple[int, Callable[[], Ops]]] = {
     "gradients are loaded after their step": (6, lambda: added("LOAD gradients layer 3")),
     "a movement is never waited for": (6, lambda: dropped("WAIT states layer 3 #-1")),
     "a wait too many": (6, lambda: doubled("WAIT states layer 3 #-1")),
-    "a wait for another micro-batch": (6, lambda: [replace(op, micro_batch=1) if i == nth("WAIT pages 2 mb=0") else op
+    "a wait for another micro-batch": (6, lambda: [op._replace(micro_batch=1) if i == nth("WAIT pages 2 mb=0") else op
                                                    for i, op in enumerate(MOVING.ops)]),
 }  # fmt: skip
 
@@ -276,7 +276,7 @@ def test_rule_7_every_micro_batch_contributes():
 
 def test_a_micro_batch_beyond_the_window_is_refused():
     plan = make_plan(n_micro_batches=2)
-    beyond = tuple(replace(op, micro_batch=7) if op.micro_batch == 1 else op for op in plan.ops)
+    beyond = tuple(op._replace(micro_batch=7) if op.micro_batch == 1 else op for op in plan.ops)
     with pytest.raises(PlanError):
         validate(replace(plan, ops=beyond))
     extra = make_plan(n_micro_batches=3)

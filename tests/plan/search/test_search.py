@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs
-from lopt_edge.plan.search.search import Bounds, Candidate, Search, three_digits
+from lopt_edge.plan.search.bounds import Bounds
+from lopt_edge.plan.search.search import Candidate, Search, three_digits
 from tests.plan.plans import Case, cases, make_course
 from tests.plan.workloads import make_search, make_workload, search_of
 
@@ -101,12 +102,13 @@ def test_the_smallest_fits_its_own_bytes_and_nothing_fits_one_less():
 
 
 SHORT = {"preset": "llama-3.1-8b", "n_layers": 4, "n_tokens": (512,)}  # of a size where the loss is the peak
+AT_HOME = {"states": "device", "gradients": "device"}  # fixed: a loss takes the same, wherever they lie
 
 
 @cache
 def loss_search(evaluates: bool) -> Search:
     evaluation = MicroBatchSize(1, 1000, 900) if evaluates else None
-    return make_search(make_workload("lopt", "rtx 4060 laptop", evaluation=evaluation, **SHORT))
+    return make_search(make_workload("lopt", "rtx 4060 laptop", evaluation=evaluation, **SHORT), **AT_HOME)
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
@@ -128,7 +130,7 @@ def test_a_smaller_tile_is_taken_where_nothing_else_fits(evaluates):
         taken.knobs.token_tile < 1024 and search.prediction(replace(taken.knobs, token_tile=1024)).device_bytes >= largest
     )
     assert search.within(Budget()).best.knobs.token_tile == 1024
-    fixed = make_search(search.workload, token_tile=1024)
+    fixed = make_search(search.workload, token_tile=1024, **AT_HOME)
     assert fixed.smallest.prediction.device_bytes == largest
     assert fixed.within(Budget(device_bytes=largest - 1)).best is None
 
@@ -162,14 +164,15 @@ def test_tiles_that_are_not_tried_would_not_help(evaluates):
 
 
 @pytest.mark.parametrize(
-    ("method", "machine", "n_layers", "n_tokens"),
-    [("lopt", "cpu", 4, (700, 700)), ("e2e", "cpu, slow disk", 6, (300, 60, 20)), ("frozen", "cpu, slow disk", 5, (64,)),
-     ("lopt", "rtx 4060 laptop, slow link", 4, (900, 200)), ("e2e", "rtx4090, slow disk", 4, (2000,))],
+    ("method", "machine", "n_layers", "n_tokens", "fixed"),
+    [("lopt", "cpu", 4, (700, 700), {}), ("e2e", "cpu, slow disk", 6, (300, 60, 20), {}),
+     ("frozen", "cpu, slow disk", 5, (64,), {}),
+     ("lopt", "rtx 4060 laptop, slow link", 4, (900, 200), {"head": "resident", "prefetch": 1}),
+     ("e2e", "rtx4090, slow disk", 4, (2000,), {"gradients": "device", "prefetch": 1})],
 )  # fmt: skip
-def test_the_walk_finds_what_looking_at_everything_finds(method, machine, n_layers, n_tokens):
-    search = make_search(
-        make_workload(method, machine, n_layers=n_layers, n_tokens=n_tokens)
-    )  # let go with all it remembers
+def test_the_walk_finds_what_looking_at_everything_finds(method, machine, n_layers, n_tokens, fixed):
+    workload = make_workload(method, machine, n_layers=n_layers, n_tokens=n_tokens)
+    search = make_search(workload, **fixed)  # let go with all it remembers
     found = set()
     for share, below in product((0.02, 0.4, 0.9), (None, 0.5)):
         budget = budgets(search, share, below, below)
