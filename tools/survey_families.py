@@ -1,8 +1,8 @@
 """Which causal language models of the installed transformers run here without a record, and why the others do not.
 
 Each model type that transformers has a causal language model for and lopt-edge no record of is tried as a user's model
-would be, on a tiny config with its own defaults: its parts are found, a tiny model is proved (tracing/proof.py), its layers are
-traced (tracing/unlisted.py). What comes out is docs/families.md's two lists.
+would be, on a tiny config with its own defaults: its parts are found, a tiny model is proved (tracing/proof.py), its
+layers are traced (tracing/unlisted.py). What comes out is docs/families.md's two lists.
 
     python tools/survey_families.py            prints them (five minutes of a core); --families a,b: these alone
 """

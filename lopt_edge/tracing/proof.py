@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from lopt_edge.data import MicroBatch
 from lopt_edge.errors import InputError
+from lopt_edge.models.skeleton import layers_to_show
 from lopt_edge.models.tiny import VOCABULARY, random_model, smaller
-from lopt_edge.models.unlisted import config_of, layers_to_show, read_facts
+from lopt_edge.models.unlisted import config_of, read_facts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
