@@ -17,7 +17,10 @@ import tempfile
 from typing import Any
 
 GROUPS = (  # a reason as docs have it, and what a message says
-    ("experts, which need a record", r"no linear layer, and would stay unpacked|tensor '[^']*experts[^']*' is missing"),
+    (
+        "experts, which need a record",
+        r"no linear layer, and would stay unpacked|tensor '[^']*experts[^']*' is missing",
+    ),
     ("a state over the tokens, in chunks or steps (mamba and others): not planned", r"depends on the number of tokens"),
     ("a matrix used past its linear layer", r"PackedWeight"),
     ("matrices that are Conv1Ds", r"Conv1D"),

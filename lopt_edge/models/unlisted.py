@@ -51,7 +51,13 @@ def read_facts(config: object, *, where: str) -> ModelFacts:
 @lru_cache(maxsize=8)
 def _facts(text: str, where: str, of_version: str) -> ModelFacts:
     config = config_of(text, where=where, of_version=of_version)
-    return skeleton_facts(config, skeleton_of(config, where=where), where=where)
+    skeleton = skeleton_of(config, where=where)
+    try:
+        return skeleton_facts(config, skeleton, where=where)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind, from values that nobody expects there
+        raise _unusable(error, where) from None
 
 
 def config_of(text: str, *, where: str, of_version: str = "") -> Any:
