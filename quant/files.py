@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.headers import FolderError, TensorEntry
+from quant.headers import Beside, FolderError, TensorEntry
 from quant.nf4 import PackedWeight, pack
 from quant.sizes import packed_sizes
 from quant.untrusted import parse_json
@@ -32,6 +32,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+WORD = 4  # bytes
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 MAX_STATE_BYTES = 4096  # of the JSON text of one quantisation state
 NamedTensor = tuple[str, Tensor]
@@ -41,9 +42,11 @@ Layout = list[tuple[str, str, tuple[int, ...]]]
 def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
     """Fill `out` with the tensor's bytes from byte `start` on, by positioned reads. Raises FolderError.
 
-    Rows that lie pair by pair are put in order on the way; such a tensor is read whole.
+    Rows that lie pair by pair, or in two places, are put in order on the way; such a tensor is read whole.
     """
     try:
+        if entry.beside is not None:
+            return _read_in_turn(entry, entry.beside, out)
         with entry.path.open("rb", buffering=0) as file:
             if entry.rotary_heads:
                 return _read_pairs(file.fileno(), entry, out)
@@ -55,6 +58,25 @@ def read_bytes(entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
                 done += n_read
     except OSError as error:
         raise FolderError(f"{entry.path}: cannot read tensor {entry.name!r} ({error.strerror})") from None
+
+
+def _read_in_turn(entry: TensorEntry, beside: Beside, out: memoryview) -> None:
+    """Read a tensor whose units come in turn from two places: each place from its beginning, unit by unit to its place."""
+    assert len(out) == entry.n_bytes
+    size, most = beside.unit_bytes, os.sysconf("SC_IOV_MAX")
+    for half, (path, start) in enumerate(((entry.path, entry.start), (beside.path, beside.start))):
+        with path.open("rb", buffering=0) as file:
+            if size == WORD:  # single numbers
+                words = bytearray(entry.n_bytes // 2)
+                if os.preadv(file.fileno(), [words], start) != len(words):
+                    raise FolderError(f"{path}: ends inside tensor {entry.name!r} (truncated while reading?)")
+                out.cast("I")[half::2] = memoryview(words).cast("I")
+                continue
+            units = [out[place : place + size] for place in range(half * size, len(out), 2 * size)]
+            for first in range(0, len(units), most):
+                some = units[first : first + most]
+                if os.preadv(file.fileno(), some, start + first * size) != len(some) * size:
+                    raise FolderError(f"{path}: ends inside tensor {entry.name!r} (truncated while reading?)")
 
 
 def _read_pairs(descriptor: int, entry: TensorEntry, out: memoryview) -> None:

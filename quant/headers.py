@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from quant.sizes import DTYPE_BYTES
 from quant.untrusted import MAX_JSON_BYTES, FolderError, check_folder, file_bytes, parse_json, pickles_in, read_json
@@ -31,12 +31,20 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
+class Beside(NamedTuple):
+    """The place of a second tensor of as many bytes, whose units of so many bytes come in turn with those of the first."""
+
+    path: Path
+    start: int
+    unit_bytes: int
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """The place of one tensor in a file; `start` is its byte offset from the beginning of the file.
 
     What readers undo: `rotary_heads` have their rows pair by pair, (0, n/2, 1, n/2 + 1, ...) of n; `offset` was added;
-    `transposed`: the file has the columns of the matrix one after the other.
+    `transposed`: the file has the columns of the matrix one after the other; `beside`: every other row lies elsewhere.
     """
 
     name: str
@@ -48,6 +56,7 @@ class TensorEntry:
     rotary_heads: int = 0
     offset: float = 0.0
     transposed: bool = False
+    beside: Beside | None = None
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

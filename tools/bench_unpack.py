@@ -25,7 +25,13 @@ from quant.mxfp4.weight import Mxfp4Weight
 from quant.nf4 import pack
 from quant.packed import Packed
 
-GROUPED = ("INT2_G128_F16", "INT4_G128_F16", "INT8_G128_F16", "FP8_G128_F32")  # GPTQ, AWQ, compressed-tensors, FP8
+GROUPED = (
+    "INT2_G128_F16",
+    "INT4_G128_F16",
+    "INT4_G128_F16_ORDER",
+    "INT8_G128_F16",
+    "FP8_G128_F32",
+)  # GPTQ, AWQ, compressed-tensors, FP8
 TABLE = Path(__file__).resolve().parent / "results" / "unpack.csv"
 
 
@@ -36,7 +42,8 @@ def forms(shape: tuple[int, int]) -> dict[str, Packed]:
     scratch = Scratch(new_scratch(torch.device("cpu")))
     for kind in (*TYPES.values(), *(BLOCK_TYPES[name] for name in GROUPED)):
         blocks = torch.randint(0, 60, (kind.n_bytes(shape),), dtype=torch.uint8)  # scales that are small normal numbers
-        found[kind.name] = GgufWeight(blocks, shape, kind, scratch)
+        order = torch.randperm(shape[1]).int() if kind.is_ordered else None
+        found[kind.name] = GgufWeight(blocks, shape, kind, scratch, order)
     n_blocks = shape[0] * shape[1] // 32
     codes = torch.randint(0, 256, (16 * n_blocks,), dtype=torch.uint8)
     exponents = torch.randint(118, 124, (n_blocks,), dtype=torch.uint8)

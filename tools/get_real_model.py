@@ -68,7 +68,7 @@ def as_folder(path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n", encoding="utf-8")
     copy_small_files(source.path, folder)
     layout = [(name, "BF16", entry.shape) for name, entry in sorted(entries.items())]
-    write_sharded(folder, layout, ((name, read_gguf(entries[name]).to(torch.bfloat16)) for name, _, _ in layout))
+    write_sharded(folder, layout, ((name, read_gguf(entries, name).to(torch.bfloat16)) for name, _, _ in layout))
 
 
 def _sha256(path: Path) -> str:

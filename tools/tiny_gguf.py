@@ -19,7 +19,8 @@ from gguf import GGUFValueType as Value
 from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file
 
-ARCHITECTURES = {"gemma3_text": "gemma3"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
+EXPERTS = "MXFP4"
 PAIRS = ("llama", "smollm3", "granite")
 # where the half-precision scales of a block lie, and the largest code times sub-scale that they multiply, roughly
 SCALES = {
@@ -64,7 +65,13 @@ def write_gguf(
         writer.add_tensor("rope_freqs.weight", np.array(frequencies, dtype=np.float32))
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     random, turn = np.random.default_rng(0), 0
-    for key, tensor in sorted(load_file(source / "model.safetensors").items(), key=lambda item: _order(item[0])):
+    tensors = load_file(source / "model.safetensors")
+    for key, tensor in _of_experts(tensors):
+        theirs = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        values = tensor.float().numpy()
+        kind = Kind[EXPERTS] if values.ndim == 3 else None
+        writer.add_tensor(theirs, values if kind is None else gguf.quantize(values, kind), raw_dtype=kind)
+    for key, tensor in sorted(tensors.items(), key=lambda item: _order(item[0])):
         values = tensor.float().numpy()
         theirs = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, key
@@ -85,6 +92,25 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def _of_experts(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """gpt-oss' stacks (experts, in, out) and biases, taken out of `tensors`: gate and up, which lie in turn, apart."""
+    found = []
+    for key in [key for key in tensors if ".mlp.experts." in key]:
+        values, prefix = tensors.pop(key), key.rpartition(".")[0]
+        kind = "bias" if key.endswith("_bias") else "weight"
+        values = values.transpose(1, 2) if kind == "weight" else values
+        if "gate_up" in key:
+            found += [
+                (f"{prefix}.{part}_proj.{kind}", values[:, first::2].contiguous())
+                for first, part in enumerate(("gate", "up"))
+            ]
+        else:
+            found.append((f"{prefix}.down_proj.{kind}", values.contiguous()))
+    for key in [key for key in tensors if key.endswith(".sinks")]:
+        found.append((f"{key}.weight", tensors.pop(key)))
+    return found
 
 
 def weights_of(path: Path, *, n_heads: int, n_kv_heads: int) -> dict[str, torch.Tensor]:
@@ -165,7 +191,14 @@ def _metadata(writer: gguf.GGUFWriter, config: dict, name: str) -> None:
     rope = config.get("rope_parameters") or {}
     writer.add_rope_freq_base(float(rope.get("full_attention", rope).get("rope_theta", 10_000.0)))
     writer.add_vocab_size(config["vocab_size"])
-    if config.get("sliding_window") and name in ("gemma2", "gemma3", "phi3"):
+    if name == "gpt-oss":
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if config.get("sliding_window") and name in ("gemma2", "gemma3", "phi3", "gpt-oss"):
         writer.add_sliding_window(config["sliding_window"])
     for key, ours in EXTRA.get(name, {}).items():
         writer.add_float32(f"{name}.{key}", config[ours])

@@ -23,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "gptq-2": GPTQ | {"bits": 2, "sym": False},
     "gptq-3": GPTQ | {"bits": 3, "sym": False, "checkpoint_format": "gptq_v2"},
     "gptq-4": GPTQ | {"bits": 4, "sym": True},
+    "gptq-4-order": GPTQ | {"bits": 4, "sym": False, "desc_act": True},
     "gptq-4-row": GPTQ | {"bits": 4, "sym": False, "group_size": -1, "checkpoint_format": "gptq"},
     "gptq-8": GPTQ | {"bits": 8, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True},
@@ -96,9 +97,10 @@ def _random(shape: tuple[int, int], spec: dict[str, Any], generator: torch.Gener
     return codes, scales, zeros, group
 
 
-def _values(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Tensor:
-    difference = (codes - zeros.repeat_interleave(group, 1)).to(scales.dtype)
-    return (difference * scales.repeat_interleave(group, 1)).float()
+def _values(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, index: Tensor | None = None) -> Tensor:
+    """(code - zero) * scale; `index`: the group of each column, if not one after the other."""
+    index = torch.arange(codes.shape[1]) // group if index is None else index
+    return ((codes - zeros[:, index]).to(scales.dtype) * scales[:, index]).float()
 
 
 def _words(codes: Tensor, n_bits: int) -> Tensor:
@@ -115,14 +117,17 @@ def _words(codes: Tensor, n_bits: int) -> Tensor:
 def _gptq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     codes, scales, zeros, group = _random(tuple(weight.shape), spec, generator)
     scales = scales.half()
+    index = torch.arange(weight.shape[1]) // group
+    if spec["desc_act"]:
+        index = index[torch.randperm(len(index), generator=generator)]
     stored = zeros - int(spec.get("checkpoint_format", "gptq") == "gptq")
     parts = {
         "qweight": _words(codes, spec["bits"]).T,
         "qzeros": _words(stored.T.contiguous(), spec["bits"]),
         "scales": scales.T,
-        "g_idx": (torch.arange(weight.shape[1]) // group).int(),
+        "g_idx": index.int(),
     }
-    return parts, _values(codes, scales, zeros, group)
+    return parts, _values(codes, scales, zeros, group, index)
 
 
 def _awq(weight: Tensor, spec: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:

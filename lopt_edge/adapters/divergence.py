@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from math import isfinite
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from lopt_edge.adapters.probe import Probe
 from lopt_edge.errors import RunError
-from lopt_edge.models.folder import tensor_entries
-from lopt_edge.run.model.load import Model, fill_parameters, make_skeleton, put_experts
+from lopt_edge.models.folder import find_model, tensor_entries
+from lopt_edge.run.model.load import Model, fill_parameters, load_model, make_skeleton, put_experts
 from lopt_edge.run.step.losses import logits
 from lopt_edge.system.memory import available_bytes
 from lopt_edge.units import format_bytes
@@ -38,7 +38,9 @@ from quant.linear import UnpackBuffer
 from quant.untrusted import printable
 
 LARGE_KL = 0.02  # nats a token
-ALIKE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative difference of logits that are the same, by what computed them
+# Relative difference of logits that are the same, by what computed them. 4 bits count as bfloat16: where the processor has
+# its instructions, bitsandbytes computes so.
+ALIKE = {"float32": 1e-3, "bfloat16": 5e-2}
 LIBRARIES_BYTES, SPARE = 700 << 20, 1.1  # of a process with torch and transformers; tensors beside the weights
 
 
@@ -55,11 +57,13 @@ class Divergence:
     left_out: str = ""  # why transformers did not
 
 
-def measure(tuned: Model, merged: Path, probe: Probe, *, n_parameters: int) -> Divergence:
-    """Compare a merged folder with the adapter on its base. Raises RunError if transformers reads it otherwise than we."""
-    dtype, left_out = _affordable(n_parameters)
-    entries = tensor_entries(merged, tuned.facts)
-    ours = make_skeleton(merged, tuned.facts, entries, device=tuned.device, dtype=tuned.dtype)
+def measure(tuned: Model, merged: Path, probe: Probe, *, needs: Mapping[str, int]) -> Divergence:
+    """Compare a merged folder with the adapter on its base. Raises RunError if transformers reads it otherwise than we.
+
+    `needs` are the bytes of its weights in each dtype in which transformers may read it, the best first.
+    """
+    dtype, left_out = _affordable(needs)
+    ours, entries = _as_we_read(merged, tuned)
     sums = _Sums()
     with closing(_through_transformers(merged, probe, dtype, n_columns=tuned.facts.vocab_size)) as theirs:
         for row in probe.rows:
@@ -67,7 +71,7 @@ def measure(tuned: Model, merged: Path, probe: Probe, *, n_parameters: int) -> D
             found_TV = _read_through(ours, ids_BT, entries=entries)
             try:
                 if not left_out:
-                    found_TV = _same(next(theirs), found_TV, dtype)
+                    found_TV = _same(next(theirs), found_TV, ALIKE[dtype] if entries is not None else ALIKE["bfloat16"])
             except _Killed:
                 left_out = "its process was killed, as the system does when memory runs out"
             sums.add(_read_through(tuned, ids_BT), found_TV)
@@ -76,14 +80,23 @@ def measure(tuned: Model, merged: Path, probe: Probe, *, n_parameters: int) -> D
     return sums.divergence(probe, left_out)
 
 
-def _affordable(n_parameters: int) -> tuple[str, str]:
+def _as_we_read(merged: Path, tuned: Model) -> tuple[Model, dict[str, TensorEntry] | None]:
+    """The merged model without its layers' weights, and where they lie; packed it is whole, and they are None."""
+    facts = find_model(str(merged), say=lambda text: None).facts
+    if facts.quantised:
+        return load_model(merged, facts, device=tuned.device, dtype=tuned.dtype), None
+    entries = tensor_entries(merged, tuned.facts)
+    return make_skeleton(merged, tuned.facts, entries, device=tuned.device, dtype=tuned.dtype), entries
+
+
+def _affordable(needs: Mapping[str, int]) -> tuple[str, str]:
     """The dtype in which the whole model fits the memory that is left; or why transformers is left out."""
-    available = available_bytes()
-    needs = {name: round(SPARE * size * n_parameters) + LIBRARIES_BYTES for name, size in (("float32", 4), ("bfloat16", 2))}
-    for dtype, need in needs.items():
+    available, need = available_bytes(), 0
+    for dtype, n_bytes in needs.items():
+        need = round(SPARE * n_bytes) + LIBRARIES_BYTES
         if need <= available:
             return dtype, ""
-    return "", f"it would need {format_bytes(needs['bfloat16'])} of memory, {format_bytes(available)} are left"
+    return "", f"it would need {format_bytes(need)} of memory, {format_bytes(available)} are left"
 
 
 class _Killed(Exception):
@@ -124,10 +137,10 @@ def _failure(code: int, told: IO[bytes]) -> Exception:
     )
 
 
-def _same(theirs_TV: Tensor, ours_TV: Tensor, dtype: str) -> Tensor:
+def _same(theirs_TV: Tensor, ours_TV: Tensor, alike: float) -> Tensor:
     """Transformers' logits, if they are ours up to rounding. Raises RunError."""
     error = ((theirs_TV - ours_TV).norm() / ours_TV.norm()).item()
-    if error > ALIKE[dtype]:
+    if error > alike:
         raise RunError(
             f"transformers gets other logits from the merged folder than lopt-edge (relative difference {error:.1%})",
             where="export",

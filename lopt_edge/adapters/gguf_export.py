@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lopt_edge.adapters.base import BaseOptions, base_of, is_the_base
 from lopt_edge.adapters.gguf_file import FILE_TYPES, Info, check_new, check_type, in_pairs, need_gguf, new_gguf
+from lopt_edge.adapters.llama_quantiser import FTYPES, quantised
 from lopt_edge.adapters.merge import merged_tensors, tensor_shapes
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import ModelFolder
@@ -60,7 +61,10 @@ def export_gguf(adapter: str | Path, file: str | Path, *, kind: str = "f16", **b
     need_gguf()
     adapter, path, kind = Path(adapter), Path(file), check_type(kind)
     check_new(path)
-    tuned = _load(adapter, **base)
+    if kind in FTYPES:
+        quantised(path, kind, lambda wide: export_gguf(adapter, wide, kind="f16", **base))
+        return Written(path, path.stat().st_size, f"the merged model in {kind}")
+    tuned = _load(adapter, whole=True, **base)
     layout, target = tuned.source.facts.layout, tuned.target
     shapes = tensor_shapes(tuned.model, tuned.weights)
     table = table_of(tuned.source)
@@ -85,7 +89,7 @@ def export_gguf_adapter(adapter: str | Path, file: str | Path, **base: Unpack[Ba
     need_gguf()
     adapter, path = Path(adapter), Path(file)
     check_new(path)
-    tuned = _load(adapter, **base)
+    tuned = _load(adapter, whole=False, **base)
     pairs = list(_adapter_tensors(tuned))
     if not pairs:
         raise InputError("has no matrices", where=str(adapter), fix="give the output folder of a finetune run")
@@ -106,7 +110,7 @@ def export_gguf_adapter(adapter: str | Path, file: str | Path, **base: Unpack[Ba
     return Written(path, path.stat().st_size, f"an adapter for {tuned.source.name}")
 
 
-def _load(adapter: Path, **base: Unpack[BaseOptions]) -> _Tuned:
+def _load(adapter: Path, *, whole: bool, **base: Unpack[BaseOptions]) -> _Tuned:
     say = base.get("say", warnings.warn)
     source = base_of(adapter, model=base.get("model"), revision=base.get("revision"), say=say)
     if not is_the_base(source, adapter):
@@ -114,7 +118,7 @@ def _load(adapter: Path, **base: Unpack[BaseOptions]) -> _Tuned:
         raise InputError(f"was trained on another model than {source.name}", where=str(adapter), fix=fix)
     if source.facts.forms is None:
         load_tokenizer(source.path, say=say)  # a broken one is a sentence here
-    target = target_of(source)
+    target = target_of(source, whole=whole)
     folder, _ = four_bit_folder(source, cache_dir=base.get("cache_dir"))
     tuned = load_model(folder, source.facts, device=torch.device("cpu"), dtype=torch.float32)
     apply_replaced(tuned, adapter)

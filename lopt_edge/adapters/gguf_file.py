@@ -1,7 +1,7 @@
 """A GGUF file that is written tensor by tensor, with the `gguf` package's writer, and appears under its name when whole.
 
 The rule: one tensor is in memory at a time. Nothing half written stays: it is written beside, synced and renamed, and after
-a fault nothing is left. Types: those for which the package has a quantiser; K types need llama.cpp's own program.
+a fault nothing is left. Types: those for which the package has a quantiser; K types are llama_quantiser.py's.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt_edge.adapters.llama_quantiser import FTYPES, SHORT, check_quantiser
 from lopt_edge.errors import InputError, RunError
 from quant.gguf.types import TYPES
 
 QUANTISERS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}  # general.file_type
 Info = tuple[str, tuple[int, ...], str]  # name, shape, type
 
 
 def check_type(name: str) -> str:
     """The type by its name in any case. Raises InputError for one that cannot be written here, with the way to it."""
-    kind = name.upper()
-    if kind.removesuffix("_M").removesuffix("_S").removesuffix("_L") in K_QUANTS:
-        fix = f"export --type f16, then: llama-quantize FILE.gguf OUT.gguf {kind} (llama.cpp's program)"
-        raise InputError(f"{name} needs llama.cpp's quantiser", where="--type", fix=fix)
-    if kind not in QUANTISERS:
-        raise InputError(f"{name[:40]!r} is unknown", where="--type", fix=f"choose {', '.join(QUANTISERS).lower()}")
+    kind = SHORT.get(name.upper(), name.upper())
+    if kind in FTYPES:
+        check_quantiser(kind)
+    elif kind not in QUANTISERS:
+        raise InputError(
+            f"{name[:40]!r} is unknown", where="--type", fix=f"choose {', '.join((*QUANTISERS, *FTYPES)).lower()}"
+        )
     return kind
 
 

@@ -5,15 +5,15 @@ Merged weight = W + scale (A B)^T in fp32, rounded once to bfloat16 (or kept: `d
 (`onto="original"`) or the dequantised 4-bit one (`onto="dequantized"`: what the adapter was trained on). Either rounds, so
 the function changes; how far is measured and returned (divergence.py), and written beside the weights. The rule: beside the
 packed model and its adapter, memory holds one full matrix (two in a replaced layer, all experts' where a checkpoint stacks
-them) while writing and one full layer while measuring. The folder appears under its name only when complete and read by
-transformers, where memory suffices for that.
+them) while writing, and one full layer (of a model written in NF4: that model) while measuring. The folder appears under
+its name only when complete and read by transformers, where memory suffices for that.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from lopt_edge.adapters.base import base_of
 from lopt_edge.adapters.divergence import LARGE_KL, Divergence, measure
 from lopt_edge.adapters.merged_files import write_beside
+from lopt_edge.adapters.packed_forms import check_form, check_packable, config_of_form, packed
 from lopt_edge.adapters.probe import probe_of
 from lopt_edge.errors import InputError, RunError
 from lopt_edge.models.expert_tensors import as_published
@@ -33,7 +34,7 @@ from lopt_edge.run.model.load import Model, load_model
 from lopt_edge.run.model.lora import load_adapters
 from lopt_edge.run.model.replaced import apply_replaced
 from lopt_edge.system.files import write_json
-from quant.files import is_packed, packed_on_disk, read_packed
+from quant.files import NamedTensor, is_packed, packed_on_disk, read_packed
 from quant.folders import new_folder
 from quant.gguf.weight import read_gguf
 from quant.headers import FolderError, TensorEntry
@@ -58,12 +59,15 @@ class Merged:
     dtype: str
     n_bytes: int
     divergence: Divergence
+    form: str | None = None  # in which matrices are packed
 
     @property
     def advice(self) -> str:
         """What makes the difference smaller; nothing where it is small."""
         if self.divergence.mean_kl <= LARGE_KL:
             return ""
+        if self.form is not None:
+            return "packing the merged weights anew rounds them; without --form, or as base and adapter, they are not"
         if self.onto == "original":
             return "--onto dequantized merges onto the 4-bit weights that the adapter was trained on"
         return "--dtype float32 keeps what bfloat16 rounds away" if self.dtype == "bfloat16" else ""
@@ -75,6 +79,7 @@ def export(
     merged: str | Path,
     onto: str = "original",
     dtype: str = "bfloat16",
+    form: str | None = None,
     model: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
@@ -82,17 +87,20 @@ def export(
 ) -> Merged:
     """Merge the adapter of a finetune output folder into a model folder `merged` (new).
 
-    `model` is the base, where it is not what the adapter's config names; `say` hears what is odd about it. Raises
-    InputError for a folder that is no adapter, an unknown `onto` or `dtype`, or a target that exists.
+    `form="nf4"` packs the layers' matrices, and `dtype` is that of the rest. `model` is the base, where it is not what the
+    adapter's config names; `say` hears what is odd about it. Raises InputError for a folder that is no adapter, an unknown
+    `onto`, `dtype` or `form`, or a target that exists.
     """
     adapter, target = Path(adapter), Path(merged)
     if dtype not in DTYPES:
         raise InputError(f"{dtype!r} is unknown", where="dtype", fix=f"choose {' or '.join(DTYPES)}")
     if onto not in ("original", "dequantized"):
         raise InputError(f"{onto!r} is unknown", where="onto", fix="choose original or dequantized")
+    check_form(form)
     if target.exists():
         raise InputError("exists already", where=str(target), fix="choose a new folder for --merged")
     source = base_of(adapter, model=model, revision=revision, say=say)
+    check_packable(source, form)
     if onto == "original" and source.facts.quantised and source.facts.forms is None:  # a GGUF file is its own original
         raise InputError("the base model is there in 4 bits only", where="onto", fix="use --onto dequantized")
     tokenizer = load_tokenizer(source.path, say=say)
@@ -102,24 +110,37 @@ def export(
     load_adapters(tuned, adapter)
     try:
         with new_folder(target) as partial:
-            n_bytes = _write_weights(tuned, source.path if onto == "original" else folder, partial, dtype)
-            write_beside(partial, source, adapter, tokenizer, dtype)
+            base = source.path if onto == "original" else folder
+            n_bytes = _write_weights(tuned, base, partial, dtype=dtype, form=form)
+            config = config_of_form(form, source.facts, list(tensor_shapes(tuned, base)), dtype=dtype)
+            write_beside(partial, source, adapter, tokenizer, {"dtype": dtype, **config})
             probe = probe_of(adapter, load_tokenizer(partial, say=lambda text: None))  # with the template that was used
-            divergence = measure(tuned, partial, probe, n_parameters=n_bytes // DTYPE_BYTES[DTYPES[dtype]])
-            made = {"adapter": str(adapter), "base": source.name, "onto": onto, "dtype": dtype, **asdict(divergence)}
+            divergence = measure(tuned, partial, probe, needs=_needs(n_bytes, dtype=dtype, form=form))
+            made = {"adapter": str(adapter), "base": source.name, "onto": onto, "dtype": dtype, "form": form}
+            made |= asdict(divergence)
             write_json(partial / EXPORT_NAME, made)
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(target), fix="free space there") from None
-    return Merged(target, onto, dtype, n_bytes, divergence)
+    return Merged(target, onto, dtype, n_bytes, divergence, form)
 
 
-def _write_weights(model: Model, base: Path, target: Path, dtype: str) -> int:
+def _write_weights(model: Model, base: Path, target: Path, *, dtype: str, form: str | None) -> int:
     """All shards and their index; returns the bytes of the tensors."""
     layout = [(name, DTYPES[dtype], shape) for name, shape in tensor_shapes(model, base).items()]
-    tensors = ((name, tensor.to(getattr(torch, dtype))) for name, tensor in merged_tensors(model, base))
+    tensors: Iterable[NamedTensor] = (
+        (name, tensor.to(getattr(torch, dtype))) for name, tensor in merged_tensors(model, base)
+    )
+    if form is not None:
+        layout, tensors = packed(layout, tensors, model.facts, dtype=dtype)
     return write_sharded(target, layout, tensors)
+
+
+def _needs(n_bytes: int, *, dtype: str, form: str | None) -> dict[str, int]:
+    """The bytes of the weights in each dtype in which transformers may read the folder."""
+    n_parameters = n_bytes // DTYPE_BYTES[DTYPES[dtype]]
+    return {dtype: n_bytes} if form is not None else {"float32": 4 * n_parameters, "bfloat16": 2 * n_parameters}
 
 
 def tensor_shapes(model: Model, base: Path) -> dict[str, tuple[int, ...]]:
@@ -214,7 +235,7 @@ def _read(name: str, entries: dict[str, TensorEntry]) -> Tensor:
     if is_mxfp4(entries, name):
         return read_mxfp4(entries, name)
     if not is_packed(entries, name):
-        return read_gguf(entries[name])
+        return read_gguf(entries, name)
     weight = read_packed(entries, name)
     return unpack_into(weight, torch.empty(weight.shape))
 

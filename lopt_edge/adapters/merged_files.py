@@ -8,7 +8,7 @@ is copied, nor named by the config.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 END_KEY = "end_token_ids"  # in run.json
 
 
-def write_beside(target: Path, source: ModelFolder, adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
-    """Write all files of a merged model but its weights; `tokenizer` is the base's.
+def write_beside(
+    target: Path, source: ModelFolder, adapter: Path, tokenizer: PreTrainedTokenizerBase, changes: Mapping[str, Any]
+) -> None:
+    """Write all files of a merged model but its weights; `tokenizer` is the base's, `changes` are of its config.
 
     Raises InputError, RunError, FolderError, OSError.
     """
-    _write_config(source, target, dtype)
+    _write_config(source, target, changes)
     copy_small_files(source.path, target, names=LICENCE_NAMES)
     write_tokenizer_files(target, base=source.path, tokenizer=tokenizer, template=template_in(adapter), has_config=True)
     ends = _trained_ends(adapter, target)
@@ -50,7 +52,7 @@ def end_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerB
     return _ids(tokenizer.eos_token_id)
 
 
-def _write_config(source: ModelFolder, target: Path, dtype: str) -> None:
+def _write_config(source: ModelFolder, target: Path, changes: Mapping[str, Any]) -> None:
     config = read_json(source.path / "config.json")
     for key in ("quantization_config", "torch_dtype", "auto_map"):  # no code is copied that auto_map could name
         config.pop(key, None)
@@ -58,7 +60,7 @@ def _write_config(source: ModelFolder, target: Path, dtype: str) -> None:
     for inner in (part for part in config.values() if isinstance(part, dict)):  # of a multimodal model
         for key in ("torch_dtype", "dtype"):
             inner.pop(key, None)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    (target / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
 
 
 def _trained_ends(adapter: Path, merged: Path) -> list[int]:

@@ -21,6 +21,7 @@ def export_command(
     merged: Annotated[str | None, typer.Option("--merged", help="new folder for the merged model")] = None,
     onto: Annotated[str | None, typer.Option("--onto", help="--merged: original (default) or dequantized weights")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="--merged: bfloat16 (default) or float32")] = None,
+    form: Annotated[str | None, typer.Option("--form", help="--merged: nf4 packs it to 4 bits (bitsandbytes)")] = None,
     gguf: Annotated[str | None, typer.Option("--gguf", help="new GGUF file with the merged model")] = None,
     kind: Annotated[str | None, typer.Option("--type", help="--gguf, --ollama: f16 (default), q8_0, q4_0, ...")] = None,
     gguf_adapter: Annotated[str | None, typer.Option("--gguf-adapter", help="new GGUF file with the adapter alone")] = None,
@@ -30,11 +31,11 @@ def export_command(
     cache_dir: CacheOption = None,
 ) -> None:
     """Write an adapter for other programs: merged into a model folder or a GGUF file, as a GGUF adapter, for Ollama."""
-    _check(merged=merged, onto=onto, dtype=dtype, gguf=gguf, type=kind, gguf_adapter=gguf_adapter, ollama=ollama)
+    _check(merged=merged, onto=onto, dtype=dtype, form=form, gguf=gguf, type=kind, gguf_adapter=gguf_adapter, ollama=ollama)
     common: dict[str, Any] = {"model": model, "revision": revision, "cache_dir": cache_dir, "say": warn}
     with stoppable():
         if merged is not None:
-            options = {"onto": onto or "original", "dtype": dtype or "bfloat16"}
+            options = {"onto": onto or "original", "dtype": dtype or "bfloat16", "form": form}
             for line in _merged(adapter, merged, **options, **common):
                 out.print(line, markup=False)
         for line in _gguf_forms(
@@ -63,7 +64,12 @@ def _check(**given: str | None) -> None:
     if not any(given[form] for form in forms):
         fix = "give --merged DIR, --gguf FILE, --gguf-adapter FILE or --ollama DIR"
         errors.append(InputError("names nothing to write", where="export", fix=fix))
-    for option, owners in (("onto", ("merged",)), ("dtype", ("merged",)), ("type", ("gguf", "ollama"))):
+    for option, owners in (
+        ("onto", ("merged",)),
+        ("dtype", ("merged",)),
+        ("form", ("merged",)),
+        ("type", ("gguf", "ollama")),
+    ):
         if given[option] is not None and not any(given[owner] for owner in owners):
             named = " or ".join(f"--{owner}" for owner in owners)
             errors.append(InputError(f"has no effect without {named}", where=f"--{option}", fix="leave it out"))

@@ -19,7 +19,7 @@ def written(found: Written) -> str:
 def lines(merged: Merged) -> Iterator[str]:
     """The sentences about an export."""
     found = merged.divergence
-    size = f"{merged.n_bytes / 2**20:.0f} MiB in {merged.dtype}"
+    size = f"{merged.n_bytes / 2**20:.0f} MiB in {merged.form or merged.dtype}"
     yield f"{merged.folder}: {size}, merged onto the {merged.onto} weights"
     yield (
         f"read by {found.reader}, against the adapter on the 4-bit base: mean KL {found.mean_kl:.2e} nats a token, "

@@ -29,8 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lopt_edge.doctor.layer_check import Check, check_layers, one_line
-from lopt_edge.models.cache import default_cache
 from lopt_edge.plan.facts.device_kinds import CPU, kind_of
+from lopt_edge.system.cache import default_cache
 from lopt_edge.system.file_systems import MEMORY_FILE_SYSTEMS
 from lopt_edge.system.memory import cgroup_memory, machine_memory
 from lopt_edge.system.processor import processor_name

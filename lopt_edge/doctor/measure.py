@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING
 
 from lopt_edge.doctor.check_machine import cpu_device
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import default_cache
 from lopt_edge.plan.facts.device_kinds import DEVICE_TYPES, in_words, kind_of
 from lopt_edge.plan.facts.profile import DISK_READ, DISK_WRITE, DeviceProfile
+from lopt_edge.system.cache import default_cache
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import CACHE_VARIABLE, check_room, default_cache
 from lopt_edge.models.gguf import facts_of_gguf
 from lopt_edge.models.unlisted import read_facts
 from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.system.cache import CACHE_VARIABLE, check_room, default_cache
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale
 from quant.grouped.kinds import WORDS, planned_entries, unreadable

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import check_room, default_cache
 from lopt_edge.models.folder import ModelFolder, check_weights, tensor_entries, told_untied
+from lopt_edge.system.cache import check_room, default_cache
 from quant.folders import remove_stale, wait_for
 from quant.headers import FolderError, TensorEntry, read_json
 from quant.sizes import DTYPE_BYTES

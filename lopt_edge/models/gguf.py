@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import CACHE_VARIABLE, default_cache
 from lopt_edge.plan.facts.forms import Forms
 from lopt_edge.plan.facts.gguf_architectures import config_of, entries_of
 from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.system.cache import CACHE_VARIABLE, default_cache
 from lopt_edge.system.files import write_json
 from quant.gguf.header import GgufHeader, is_gguf, read_gguf_header
+from quant.gguf.types import ORDER_SUFFIX
 from quant.headers import FolderError, TensorEntry, read_json
 from quant.small_files import TEMPLATE_NAMES, TOKENIZER_NAMES, copy_small_files
 from quant.untrusted import check_folder
@@ -116,8 +117,12 @@ def facts_of_gguf(facts: ModelFacts, entries: dict[str, TensorEntry], *, where: 
         tuple(kind(f"{layout.layer(layer)}{linear.name}.weight") for linear in facts.layer(layer).linears)
         for layer in range(facts.n_layers)
     )
+    around = (kind(layout.embedding), kind(layout.head(tied=facts.tied)))
+    if any(one.endswith(ORDER_SUFFIX) for one in around):
+        what = "its lm_head is quantised in act-order (desc_act), which is read inside the layers alone"
+        raise InputError(what, where=where, fix="use a build that leaves lm_head as it is")
     experts = tuple(_of_experts(facts, layer, kind, where=where) for layer in range(facts.n_layers))
-    forms = Forms(layers, kind(layout.embedding), kind(layout.head(tied=facts.tied)), experts if any(experts) else ())
+    forms = Forms(layers, *around, experts if any(experts) else ())
     return replace(facts, quantised=True, forms=forms)
 
 

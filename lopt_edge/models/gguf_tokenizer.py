@@ -25,6 +25,11 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 _MODERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BY_CASE = (  # o200k_base, which GPT-4o and gpt-oss have: words are cut where upper case begins anew
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # `pre` -> the expressions that cut a text one after the other, and what else is its own
 CUTS: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo"), ((GPT2,), {})),
@@ -32,6 +37,7 @@ CUTS: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **dict.fromkeys(("dbrx", "smaug-bpe"), ((_MODERN % "{1,3}",), {})),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), ((_MODERN % "{1,3}",), {"ignore_merges": True, "bos": True})),
     **dict.fromkeys((CUT_AS_QWEN2, "deepseek-r1-qwen"), ((_MODERN % "",), {"normalizer": {"type": "NFC"}})),
+    "gpt-4o": ((_BY_CASE,), {}),
 }
 UNKNOWN, CONTROL, USER = 2, 3, 4  # token types
 TOKENS, KINDS, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))

@@ -70,11 +70,12 @@ class Target:
         return self.architecture.norm_offset if name.endswith("norm.weight") else 0.0
 
 
-def target_of(source: ModelFolder) -> Target:
-    """How a model is written as GGUF. Raises InputError for what cannot be."""
+def target_of(source: ModelFolder, *, whole: bool = True) -> Target:
+    """How a model is written as GGUF; not `whole`: an adapter for it, of which the names say all. Raises InputError."""
     facts, header = source.facts, gguf_in(source.path)
     if header is not None:
         name, kind = architecture_of(header)
+        _check_experts(kind, whole=whole)
         return Target(name, kind, _copied(header.paths[0]), facts.n_heads, facts.n_kv_heads)
     if facts.wrapper:
         raise InputError("a multimodal model cannot be written as GGUF", where="export", fix=CONVERTER)
@@ -83,12 +84,21 @@ def target_of(source: ModelFolder) -> Target:
         what = f"a model of the family {facts.family.name} cannot be written as GGUF here"
         raise InputError(what, where="export", fix=f"{CONVERTER}; written are {', '.join(ARCHITECTURES)}")
     name, kind = found
+    _check_experts(kind, whole=whole)
+    if not whole:
+        return Target(name, kind, {}, facts.n_heads, facts.n_kv_heads)
     try:
         config = read_json(source.path / "config.json")
         metadata = _keys(source, config, name, kind) | _vocabulary(source.path)
     except FolderError as error:
         raise InputError(str(error), where="model") from None
     return Target(name, kind, metadata, facts.n_heads, facts.n_kv_heads)
+
+
+def _check_experts(kind: Architecture, *, whole: bool) -> None:
+    if whole and kind.has_experts:
+        fix = f"export --gguf-adapter writes the adapter alone; of the whole model {CONVERTER}"
+        raise InputError(f"the experts of {kind.published} are not written as GGUF here", where="export", fix=fix)
 
 
 def table_of(source: ModelFolder) -> list[float]:

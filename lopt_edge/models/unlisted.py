@@ -19,11 +19,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError
-from lopt_edge.models.cache import default_cache
 from lopt_edge.models.skeleton import ADVICE, Parts, habits
 from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS
 from lopt_edge.plan.facts.families.family import Family, Unlisted
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config, quantisation_of
+from lopt_edge.system.cache import default_cache
 from lopt_edge.system.versions import versions
 from quant.untrusted import printable_name
 

@@ -8,12 +8,14 @@ needs no byte formula a type. Types that we do not unpack are named here too, so
 `SPLIT` is no block type: a matrix in two tensors, which files other than GGUF's have (quant/mxfp4).
 
 `GROUPED` are blocks of our own, for what other formats (GPTQ, AWQ, compressed-tensors, FP8) have as matrices of codes,
-scales and zero points (quant/grouped): a group of a row with its scale before it. No GGUF file has them.
+scales and zero points (quant/grouped): a group of a row with its scale before it. No GGUF file has them. Of each there is
+one more, `_ORDER`, whose columns lie group by group in another order than the matrix' own (GPTQ's act-order): a second
+tensor says where each column of the matrix lies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -33,6 +35,7 @@ class BlockType:
     number: int
     block_elements: int
     block_bytes: int
+    is_ordered: bool = False  # its columns lie in an order that a tensor beside the blocks says
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """The bytes of a tensor of this shape, whose rows are whole blocks."""
@@ -77,7 +80,12 @@ def _grouped(code: str, elements: int, scale: str) -> BlockType:
 
 
 GROUPED = {one.name: one for one in (_grouped(*words) for words in product(CODE_BITS, GROUP_ELEMENTS, SCALE_BYTES))}
-BLOCK_TYPES = {**TYPES, **GROUPED}
+ORDER_SUFFIX, ORDER_BYTES = "_ORDER", 4  # an int32 for each column
+ORDER = ".order"  # behind the name of a matrix: the tensor with them
+ORDERED = {
+    f"{name}{ORDER_SUFFIX}": replace(one, name=f"{name}{ORDER_SUFFIX}", is_ordered=True) for name, one in GROUPED.items()
+}
+BLOCK_TYPES = {**TYPES, **GROUPED, **ORDERED}
 SPLIT = {"MXFP4_SPLIT": (16, 1)}  # bytes of 32 elements in each of its tensors: codes, scales
 BY_NUMBER = {one.number: one for one in TYPES.values()}
 # what ggml has beside, for a refusal
@@ -89,7 +97,10 @@ OTHER_NAMES = {
 
 def parts_bytes(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bytes of each tensor that a matrix of this shape is stored in."""
-    return tuple(prod(shape) // 32 * one for one in SPLIT[kind]) if kind in SPLIT else (BLOCK_TYPES[kind].n_bytes(shape),)
+    if kind in SPLIT:
+        return tuple(prod(shape) // 32 * one for one in SPLIT[kind])
+    order = (ORDER_BYTES * shape[-1],) if BLOCK_TYPES[kind].is_ordered else ()
+    return (BLOCK_TYPES[kind].n_bytes(shape), *order)
 
 
 def chunk_elements(*, on_cpu: bool) -> int:

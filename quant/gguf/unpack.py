@@ -20,6 +20,7 @@ from quant.gguf.types import (
     BLOCK_TYPES,
     CODE_BITS,
     GROUPED,
+    ORDER_SUFFIX,
     SCALE_BYTES,
     TABLE_BYTES,
     TABLES_BYTES,
@@ -292,4 +293,5 @@ UNPACK: dict[str, Unpack] = {
     "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
 UNPACK |= {name: partial(_unpack_grouped, name) for name in GROUPED}
+UNPACK |= {f"{name}{ORDER_SUFFIX}": UNPACK[name] for name in GROUPED}
 assert set(UNPACK) == {name for name, one in BLOCK_TYPES.items() if not one.is_plain}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -48,13 +48,22 @@ def lay_out_folder(source: Path, target: Path, *, on_tensor: Callable[[str], Non
                 where = str(entries[f"{matrix}.{suffix}"].path)
                 grouped = form.read(part, quantisation, where=f"{where}: {matrix}")
                 kind, blocks = grouped.laid_out(f"{where}: {matrix}")
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 shape = [*grouped.codes_OI.shape]
-                places[f"{matrix}.weight"] = {"type": kind.name, "shape": shape, "start": file.tell()}
-                file.write(tensor_bytes(blocks))
+                place = {"type": kind.name, "shape": shape, "start": _append(file, blocks)}
+                if grouped.place_I is not None:
+                    place["order"] = _append(file, grouped.place_I)
+                places[f"{matrix}.weight"] = place
                 on_tensor(f"{matrix}.weight")
         layout = [(name, entries[name].dtype, entries[name].shape) for name in plain]
         write_sharded(partial, layout, ((name, read_tensor(entries[name])) for name in plain), on_tensor=on_tensor)
         (partial / PLACES_NAME).write_text(json.dumps(places), encoding="utf-8")
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_small_files(source, partial)
+
+
+def _append(file: BinaryIO, tensor: Tensor) -> int:
+    """Write a tensor's bytes at the next multiple of ALIGNMENT, which is returned."""
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    start = file.tell()
+    file.write(tensor_bytes(tensor))
+    return start

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from quant.gguf.types import GROUP_ELEMENTS, GROUPED, BlockType
+from quant.gguf.types import GROUP_ELEMENTS, GROUPED, ORDER, ORDER_BYTES, ORDER_SUFFIX, ORDERED, BlockType
 from quant.headers import FolderError, TensorEntry
 
 SCALES = {"F16", "BF16", "F32"}
@@ -71,6 +71,11 @@ def _check_awq(config: Mapping[str, Any]) -> str:
     return (
         "" if version == "gemm" or (type(size) is int and (size > 0 or size == -1)) else f"group_size is {str(size)[:20]!r}"
     )
+
+
+def is_ordered(config: Mapping[str, Any], n_groups: int) -> bool:
+    """Whether a config says act-order, so that the inputs of a matrix of several groups may be out of order."""
+    return config["quant_method"] == "gptq" and bool(config.get("desc_act")) and n_groups > 1
 
 
 def is_gemv(config: Mapping[str, Any]) -> bool:
@@ -139,6 +144,10 @@ def planned_entries(entries: Mapping[str, TensorEntry], quantisation: Mapping[st
         shape, n_groups, code, scale = _READERS[method](part, quantisation, where)
         kind = block_type(code, n_columns=shape[1], n_groups=n_groups, scale=scale, where=where)
         weight = f"{name}.weight"
+        if is_ordered(quantisation, n_groups):
+            kind = ORDERED[kind.name + ORDER_SUFFIX]
+            order, n_bytes = f"{weight}{ORDER}", ORDER_BYTES * shape[1]
+            found[order] = TensorEntry(order, entry.path, "I32", shape[1:], 0, n_bytes)
         found[weight] = TensorEntry(weight, entry.path, kind.name, shape, 0, kind.n_bytes(shape))
     return found
 

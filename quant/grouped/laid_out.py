@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.gguf.types import BlockType
+from quant.gguf.types import ORDER_SUFFIX, ORDERED, BlockType
 from quant.grouped.kinds import FLOAT8, WIDTHS, block_type
 
 SCALE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -23,12 +23,16 @@ SCALE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32
 
 @dataclass(frozen=True)
 class Grouped:
-    """Codes (O, I) uint8 or float8_e4m3fn, scales (O, G) and zero points (O, G), which floating-point codes have not."""
+    """Codes (O, I) uint8 or float8_e4m3fn, scales (O, G) and zero points (O, G), which floating-point codes have not.
+
+    `place_I`: where each column of the matrix stands among those of the codes, if not in its place.
+    """
 
     codes_OI: Tensor
     scales_OG: Tensor
     zeros_OG: Tensor | None
     n_bits: int
+    place_I: Tensor | None = None
 
     def laid_out(self, where: str) -> tuple[BlockType, Tensor]:
         """The block type, and the rows (O, bytes) in blocks. Raises FolderError for sizes that make no blocks."""
@@ -37,6 +41,7 @@ class Grouped:
         code = WIDTHS[self.n_bits] if self.zeros_OG is not None else FLOAT8
         scale = SCALE_NAMES.get(self.scales_OG.dtype, str(self.scales_OG.dtype))
         kind = block_type(code, n_columns=n_columns, n_groups=n_groups, scale=scale, where=where)
+        kind = kind if self.place_I is None else ORDERED[kind.name + ORDER_SUFFIX]
         elements = kind.block_elements
         n_blocks = n_columns // elements
         parts = [_bytes(self.scales_OG, n_blocks)]

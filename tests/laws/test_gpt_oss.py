@@ -6,6 +6,7 @@ ones (law 6), and what a run leaves is read elsewhere (law 8). A full-precision 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +16,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lopt_edge import export, finetune
+from lopt_edge.adapters.gguf_export import export_gguf, export_gguf_adapter
+from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
+from lopt_edge.plan.facts.gguf_architectures import entries_of
 from lopt_edge.plan.schedule.knobs import default_knobs
 from lopt_edge.run.model.load import load_model
+from quant.gguf.header import read_gguf_header
 from quant.headers import SINGLE_NAME
 from tests.laws.bench import by_rows, make_bench, random_batch
 from tests.laws.test_families import LONG, SHORT, our_logits
 from tests.laws.test_timeline import check
 from tools.timeline_settings import random_setting
-from tools.tiny_models import make_folder
+from tools.tiny_gguf import write_gguf
+from tools.tiny_models import make_folder, tiny_config
 from tools.tiny_quantised import write_mxfp4
-from tools.tiny_runs import make_config, make_model
+from tools.tiny_runs import make_config, make_model, save_tokenizer
 
 FAMILY, CPU = "gpt_oss", torch.device("cpu")
 
@@ -84,9 +90,9 @@ def test_gradients_are_autograds_and_streamed_weights_change_nothing(folder, tmp
             assert (mine - expected).norm() <= 2e-5 * expected.norm(), (index, number)
 
 
-@pytest.mark.parametrize("number", [58])
-def test_predicted_bytes_are_the_tracked_ones(tmp_path, number):
-    check(replace(random_setting(number, family=FAMILY), form="mxfp4", targets=None), tmp_path)
+@pytest.mark.parametrize(("number", "form"), [(58, {"form": "mxfp4"}), (12, {"gguf": ("F16", "Q8_0")})])
+def test_predicted_bytes_are_the_tracked_ones(tmp_path, number, form):
+    check(replace(random_setting(number, family=FAMILY), targets=None, **form), tmp_path)
 
 
 @pytest.mark.usefixtures("warm_children")
@@ -100,6 +106,72 @@ def test_a_run_and_its_merged_model(tmp_path):
     assert found.divergence.mean_kl < 1e-6 and not found.divergence.left_out
     merged, plain = load_file(tmp_path / "merged" / SINGLE_NAME), load_file(tmp_path / "source" / SINGLE_NAME)
     assert {name: one.shape for name, one in merged.items()} == {name: one.shape for name, one in plain.items()}
+
+
+@pytest.fixture(scope="module")
+def gguf(folder, tmp_path_factory) -> Path:
+    """The same model as llama.cpp's converter writes it: experts in MXFP4 with gate and up apart, the rest in F32."""
+    root = tmp_path_factory.mktemp("gguf")
+    shutil.copytree(folder[0].parent / "source", root / "twin")
+    tensors = load_file(root / "twin" / SINGLE_NAME)
+    tensors |= {name: values.to(torch.bfloat16) for name, values in folder[1].items()}
+    save_file(tensors, root / "twin" / SINGLE_NAME, metadata={"format": "pt"})
+    return write_gguf(root / "twin", root / "model.gguf", ("F32",), embedding="F32")
+
+
+def test_a_gguf_file_is_the_published_folder(folder, gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOPT_EDGE_CACHE", str(tmp_path / "cache"))
+    found = find_model(str(gguf))
+    assert found.facts.forms.experts == (("MXFP4", "MXFP4"),) * 4
+    config = type(tiny_config(FAMILY)).from_pretrained(found.path)
+    for key in ("rope_parameters", "layer_types", "num_experts_per_tok", "intermediate_size", "head_dim"):
+        assert getattr(config, key) == getattr(tiny_config(FAMILY), key), key
+    ours = load_model(found.path, found.facts, device=CPU, dtype=torch.float32)
+    theirs = transformers_model(folder[0], torch.float32)
+    for ids_BT in (SHORT, LONG):
+        with torch.no_grad():
+            reference = theirs(ids_BT, use_cache=False).logits
+        assert torch.equal(our_logits(ours, ids_BT), reference)
+    batch, knobs = random_batch((13, 8), seed=2), default_knobs(found.facts, "cpu")
+    published = make_bench(folder[0], method="e2e").gradients([batch])
+    streamed = replace(knobs, weights=("disk",) * 4, prefetch=1)
+    for bench in (
+        make_bench(found.path, method="e2e"),
+        make_bench(found.path, method="e2e", knobs=streamed, page_dir=tmp_path),
+    ):
+        gradients = bench.gradients([batch])
+        assert gradients.keys() == published.keys() and all(torch.equal(gradients[n], published[n]) for n in gradients)
+
+
+def test_a_run_on_a_gguf_file_and_what_it_gives(gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOPT_EDGE_CACHE", str(tmp_path / "cache"))
+    save_tokenizer(tmp_path / "words", vocab_size=300)
+    config = make_config(gguf, tmp_path, method="e2e", max_steps=2, tokenizer=str(tmp_path / "words"))
+    finetune(config)
+    written = export_gguf_adapter(config.output, tmp_path / "adapter.gguf", cache_dir=config.cache_dir)
+    names = {entry.name for entry in read_gguf_header(written.path).entries.values()}
+    assert names == {f"blk.{n}.attn_{w}.weight.lora_{x}" for n in range(4) for w in ("q", "k", "v", "output") for x in "ab"}
+    with pytest.raises(InputError, match="experts of GptOssForCausalLM are not written as GGUF"):
+        export_gguf(config.output, tmp_path / "whole.gguf", cache_dir=config.cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ffn_up_exps.weight": {"shape": (4, 32, 64)}}, "differ in shape or form"),
+        ({"ffn_down_exps.weight": {"shape": (3, 64, 64)}}, "is not of 4 experts"),
+        ({"ffn_gate_exps.bias": None}, "lacks ffn_gate_exps.bias of model.layers.0"),
+        ({"ffn_down_exps.bias": {"dtype": "F16"}}, "is not in F32"),
+    ],
+)
+def test_stacks_that_do_not_belong_together_are_refused(gguf, change, words):
+    header = read_gguf_header(gguf)
+    entries = dict(header.entries)
+    for name, values in change.items():
+        entry = entries.pop(f"blk.0.{name}")
+        entries |= {entry.name: replace(entry, **values)} if values else {}
+    with pytest.raises(InputError, match=words):
+        entries_of(replace(header, entries=entries))
 
 
 def test_damaged_folders_are_refused(tmp_path, command):

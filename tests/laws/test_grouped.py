@@ -21,7 +21,7 @@ from lopt_edge.plan.schedule.knobs import default_knobs
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.step.losses import logits
 from quant.files import read_bytes, tensor_bytes
-from quant.gguf.types import BLOCK_TYPES
+from quant.gguf.types import BLOCK_TYPES, parts_bytes
 from quant.gguf.unpack import Scratch, new_scratch
 from quant.gguf.weight import gguf_layout, read_gguf
 from tests.laws.bench import make_bench, random_batch
@@ -56,10 +56,13 @@ def test_every_matrix_is_what_its_format_says(tmp_path, form):
     entries = tensor_entries(found.path)
     scratch = new_scratch(CPU)
     for name, expected in values.items():
-        assert torch.equal(read_gguf(entries[name]), expected) and expected.unique().numel() > 30, name
-        blocks = torch.empty(entries[name].n_bytes, dtype=torch.uint8)
-        read_bytes(entries[name], tensor_bytes(blocks))
-        weight = gguf_layout(entries[name]).assemble({"": blocks, "scratch": scratch})
+        assert torch.equal(read_gguf(entries, name), expected) and expected.unique().numel() > 30, name
+        layout, parts = gguf_layout(entries, name), {"scratch": scratch}
+        for part, entry in layout.parts.items():
+            parts[part] = torch.empty(entry.n_bytes, dtype=torch.uint8)
+            read_bytes(entry, tensor_bytes(parts[part]))
+        weight = layout.assemble(parts)
+        assert weight.n_bytes == sum(parts_bytes(entries[name].dtype, expected.shape))
         part = weight.unpack_part(None, torch.empty(9, expected.shape[1]), rows=slice(5, 14))
         assert torch.equal(part, expected[5:14])
         step = BLOCK_TYPES[entries[name].dtype].block_elements
@@ -70,11 +73,11 @@ def test_every_matrix_is_what_its_format_says(tmp_path, form):
         half = weight.unpack_into(torch.empty(expected.shape, dtype=torch.bfloat16))
         assert torch.equal(half, expected.bfloat16())
     plain = load_file(folder / "model.safetensors")
-    assert torch.equal(read_gguf(entries["model.norm.weight"]), plain["model.norm.weight"])
+    assert torch.equal(read_gguf(entries, "model.norm.weight"), plain["model.norm.weight"])
     assert Scratch(scratch).position
 
 
-@pytest.mark.parametrize("form", ["gptq-4", "fp8"])
+@pytest.mark.parametrize("form", ["gptq-4-order", "fp8"])
 def test_logits_and_gradients_are_those_of_the_matrices(tmp_path, form):
     folder, values = make(tmp_path, form)
     found = find_model(str(folder))
@@ -108,7 +111,7 @@ def test_logits_and_gradients_are_those_of_the_matrices(tmp_path, form):
             assert torch.allclose(first[f"layer {index} {number}"], gradient, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("number", "form"), [(12, "gptq-4"), (244, "fp8"), (58, "packed-4-zero")])
+@pytest.mark.parametrize(("number", "form"), [(12, "gptq-4-order"), (244, "fp8"), (58, "packed-4-zero")])
 def test_predicted_bytes_are_the_tracked_ones(tmp_path, number, form):
     setting = random_setting(number)
     changes = setting.changes | {"hidden_size": 256, "intermediate_size": 1536}
@@ -116,7 +119,7 @@ def test_predicted_bytes_are_the_tracked_ones(tmp_path, number, form):
 
 
 def test_predicted_bytes_with_experts_are_the_tracked_ones(tmp_path):
-    check(replace(random_setting(9, family="qwen3_moe"), form="gptq-4", targets=None), tmp_path)
+    check(replace(random_setting(9, family="qwen3_moe"), form="gptq-4-order", targets=None), tmp_path)
 
 
 @pytest.mark.usefixtures("warm_children")
@@ -197,12 +200,29 @@ def test_experts_in_several_forms_are_refused(tmp_path):
         facts_of_gguf(found.facts, entries, where="here")
 
 
-def test_act_order_out_of_order_is_refused(tmp_path):
-    folder, _ = make(tmp_path, "gptq-4", num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("gptq-4", lambda index: index.flip(0), "is out of order, and the config says no desc_act"),
+        ("gptq-4-order", lambda index: index.clamp(max=0), "does not put 32 of 64 inputs into each of 2 groups"),
+        ("gptq-4-order", lambda index: index[1:], "does not put 32 of 64 inputs into each of 2 groups"),
+    ],
+)
+def test_a_wrong_order_of_groups_is_refused(tmp_path, form, change, words):
+    folder, _ = make(tmp_path, form, num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
-    name = next(one for one in tensors if one.endswith("g_idx"))
-    tensors[name] = tensors[name].flip(0).contiguous()
+    name = next(one for one in sorted(tensors) if one.endswith("q_proj.g_idx"))
+    tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match="act-order") as refusal:
+    with pytest.raises(InputError, match=words) as refusal:
         find_model(str(folder), say=lambda text: None)
     assert name.removesuffix(".g_idx") in str(refusal.value)
+
+
+def test_a_head_in_act_order_is_refused(tmp_path):
+    write_quantised(make_folder(tmp_path / "source", "llama"), tmp_path / "quantised", "gptq-4-order")
+    found = find_model(str(tmp_path / "quantised"), say=lambda text: None)
+    entries = tensor_entries(found.path)
+    entries["lm_head.weight"] = replace(entries["lm_head.weight"], dtype="INT4_G32_F16_ORDER")
+    with pytest.raises(InputError, match="lm_head is quantised in act-order"):
+        facts_of_gguf(found.facts, entries, where="here")

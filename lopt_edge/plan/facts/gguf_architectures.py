@@ -3,6 +3,7 @@
 llama.cpp writes a model under names, keys and an order of rows of its own; a record here says how that is undone for one of
 its architectures (llama.cpp, conversion from transformers, and gguf's `TensorNameMap`). Three things change what is
 computed: rows of q and k that lie as pairs of a rotation, norms that are stored with 1 added, and tables of rotary factors.
+Stacks of experts are cut by gguf_experts.py.
 
 The rule: whatever a file says about its model is used or refused. A key of the architecture that is not known here, or a
 tensor, could change what runs, so it is named and refused, never passed over. No torch, no transformers.
@@ -18,7 +19,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lopt_edge.errors import InputError
+from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import Layout
+from lopt_edge.plan.facts.gguf_experts import STACKS, expert_entries
 from quant.gguf.header import GgufHeader
 from quant.headers import TensorEntry
 from quant.untrusted import printable_name
@@ -40,14 +43,16 @@ OPTIONAL = {"context_length": "max_position_embeddings", "attention.head_count_k
 # read by a function of their own, or saying nothing that the tensors do not say
 SEEN = ("vocab_size", "rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length",
         "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
-        "rope.scaling.original_context_length")  # fmt: skip
+        "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow")  # fmt: skip
+SINKS = "self_attn.sinks"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One architecture of llama.cpp. `pairs`: rows of q and k lie pair by pair of a rotation, as llama.cpp's oldest
     rotation wants them. `norm_offset` was added to every norm. `keys` and `fixed` are what it says beside the common keys,
-    and what is not said."""
+    and what is not said. `has_experts`: it has stacks of them, which are read and not written."""
 
     model_type: str
     published: str
@@ -56,6 +61,7 @@ class Architecture:
     parts: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    has_experts: bool = False
 
 
 ARCHITECTURES = {
@@ -82,6 +88,12 @@ ARCHITECTURES = {
         keys={"attention.sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"},
         fixed={"sliding_window_pattern": 6},
     ),
+    "gpt-oss": Architecture(
+        "gpt_oss", "GptOssForCausalLM", has_experts=True,
+        parts={"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
+        keys={"attention.sliding_window": "sliding_window", "expert_feed_forward_length": "intermediate_size",
+              "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    ),
 }  # fmt: skip
 # Llama 3.1 and 3.2 stretch their rotation by a rule whose table is stored, not its numbers: those that were published.
 LLAMA3_ROPES = tuple(
@@ -107,7 +119,7 @@ def architecture_for(family: str, *, wrapper: str, sliding_window: int | None) -
 def can_be_written(told: Mapping[str, Any]) -> bool:
     """Whether a model can be written as GGUF, by its facts as run.json has them."""
     found = architecture_for(told["model_type"], wrapper=told["wrapper"], sliding_window=told["sliding_window"])
-    return found is not None
+    return found is not None and not found[1].has_experts
 
 
 def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
@@ -158,10 +170,18 @@ def entries_of(header: GgufHeader) -> dict[str, TensorEntry]:
     }
     heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}
     found = {}
+    stacks: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in header.entries.items():
         if name == FREQUENCIES:  # in the config
             continue
         match = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
+        if kind.has_experts and match and match[2] in STACKS:
+            stacks.setdefault(layout.layer(int(match[1])), {})[f"{match[2]}.{match[3]}"] = entry
+            continue
+        if kind.has_experts and match and (match[2], match[3]) == ("attn_sinks", "weight"):
+            sinks = f"{layout.layer(int(match[1]))}{SINKS}"
+            found[sinks] = replace(entry, name=sinks)
+            continue
         ours = (
             f"{layout.layer(int(match[1]))}{parts[match[2]]}.{match[3]}"
             if match and match[2] in parts
@@ -172,9 +192,26 @@ def entries_of(header: GgufHeader) -> dict[str, TensorEntry]:
             raise _refusal(header, what, "use the model's safetensors folder")
         offset = kind.norm_offset if ours.endswith("norm.weight") else 0.0
         key = heads.get(ours.rsplit(".", 2)[1]) if kind.pairs else None
-        n_heads = header.metadata.get(f"{header.metadata['general.architecture']}.{key}") if key else 0
+        n_heads = header.metadata.get(f"{_name_of(header)}.{key}") if key else 0
         found[ours] = replace(entry, name=ours, rotary_heads=_heads(n_heads, entry, header), offset=offset)
+    for prefix, some in stacks.items():
+        found |= _of_experts(some, kind, prefix, header)
     return found
+
+
+def _of_experts(
+    stacks: Mapping[str, TensorEntry], kind: Architecture, prefix: str, header: GgufHeader
+) -> dict[str, TensorEntry]:
+    """The experts' matrices of a layer. Raises InputError for stacks that do not belong together."""
+    family, count = family_of(kind.model_type).experts, header.metadata.get(f"{_name_of(header)}.expert_count")
+    assert family is not None
+    if type(count) is not int or count < 1:
+        raise _refusal(header, f"says {str(count)[:20]} experts", "")
+    return expert_entries(stacks, family, prefix, count=count, refuse=lambda what: _refusal(header, what, ""))
+
+
+def _name_of(header: GgufHeader) -> str:
+    return str(header.metadata["general.architecture"])
 
 
 def _heads(n_heads: Any, entry: TensorEntry, header: GgufHeader) -> int:
@@ -230,6 +267,11 @@ def _add_rotation(config: dict[str, Any], own: Mapping[str, Any], header: GgufHe
         full = {**plain, "rope_type": "llama3", **_llama3(header, plain["rope_theta"], config["head_dim"])}
     elif kind == "linear":
         full = {**plain, "rope_type": "linear", "factor": factor}
+    elif kind == "yarn" and name == "gpt-oss":  # its numbers beside these are those of the published model
+        full = {**plain, "rope_type": "yarn", "factor": factor, "truncate": False}
+        full["original_max_position_embeddings"] = own.get("rope.scaling.original_context_length", 4096)
+        for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            full[key] = _exact(own.get(f"rope.scaling.yarn_{key}", usual))
     elif kind != "none":
         raise _refusal(header, f"stretches its rotation by {str(kind)[:40]!r}, which is not supported", "")
     config["rope_parameters"] = full

@@ -351,7 +351,8 @@ def _weight(
     elif is_mxfp4(entries, name):
         on_disk = mxfp4_on_disk(entries, name)
     elif model.facts.forms is not None:
-        on_disk = gguf_layout(_entry(entries, name, shape))
+        _entry(entries, name, shape)
+        on_disk = gguf_layout(entries, name)
     elif model.facts.quantised:  # a folder that leaves some matrices unpacked means it
         found = read_tensor(_entry(entries, name)).to(device=model.device, dtype=model.dtype)
     else:
@@ -411,7 +412,8 @@ def fill_parameters(
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor is but:
             continue
-        value = read_gguf(_entry(entries, prefix + stored(name), tuple(tensor.shape)))  # a router may lie in blocks
+        _entry(entries, prefix + stored(name), tuple(tensor.shape))
+        value = read_gguf(entries, prefix + stored(name))  # a router may lie in blocks
         value = value.to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         found = nn.Parameter(value, requires_grad=False) if name in parameters else value
