@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.tiny import random_model, smaller
+from lopt_edge.plan.facts.families import name_of, unsupported
 from lopt_edge.plan.facts.families.family import FULL, SLIDING, Layout
 from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
 
@@ -68,8 +69,7 @@ class Parts:
             raise self.refused(f"{outside[0]} is a linear layer outside of its {self.n_layers} layers")
 
     def refused(self, why: str) -> InputError:
-        what = f"model_type {self.config.model_type!r} is not supported: {why}"
-        return InputError(what, where=self.where, fix=ADVICE)
+        return InputError(unsupported(name_of(self.config), f": {why}"), where=self.where, fix=ADVICE)
 
     def key(self, name: str) -> str:
         """The name of a number of the config that is there and changes something, or nothing."""
@@ -114,7 +114,7 @@ class Parts:
         from transformers import conversion_mapping
 
         conversions: Any = conversion_mapping.get_checkpoint_conversion_mapping
-        known = [conversions(key) for key in (self.config.model_type, type(self.model).__name__)]
+        known = [conversions(key) for key in (name_of(self.config), type(self.model).__name__)]
         for one in (one for found in known for one in found or ()):
             source, target = (getattr(one, key, [""])[0] for key in ("source_patterns", "target_patterns"))
             if target and name.startswith(target) and re.fullmatch(r"\^?[\w.\\]+", source):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.skeleton import ADVICE, Parts, habits
-from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS
+from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS, name_of, unsupported
 from lopt_edge.plan.facts.families.family import Family, Unlisted
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config, quantisation_of
 from lopt_edge.system.cache import default_cache
@@ -36,7 +36,7 @@ IDLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "quanti
 
 def read_facts(config: object, *, where: str) -> ModelFacts:
     """The facts in a parsed config.json, of a listed family or of one that transformers knows. Raises InputError."""
-    name = config.get("model_type") if isinstance(config, dict) else None
+    name = name_of(config)
     if not isinstance(config, dict) or not isinstance(name, str) or name in FAMILIES or name in WRAPPERS:
         return facts_from_config(config, where=where)
     quantised = bool(quantisation_of(config, where))
@@ -67,13 +67,13 @@ def config_of(text: str, *, where: str, of_version: str = "") -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = _with_floats(json.loads(text))
-    name, installed = values["model_type"], version("transformers")
+    name, installed = name_of(values), version("transformers")
     if name not in CONFIG_MAPPING:
         newer = f" (the folder was written by {of_version})" if of_version not in ("", "None", installed) else ""
-        what = f"model_type {name[:60]!r} is not supported, and not known to transformers {installed}{newer}"
+        what = unsupported(name, f", and not known to transformers {installed}{newer}")
         raise InputError(what, where=where, fix=f"install the version of transformers that has it, or {ADVICE}")
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what = f"model_type {name[:60]!r} is not supported: no causal language model of transformers {installed}"
+        what = unsupported(name, f": no causal language model of transformers {installed}")
         raise InputError(what, where=where, fix=ADVICE)
     try:
         config = AutoConfig.for_model(**values)
@@ -120,7 +120,7 @@ def skeleton_facts(config: Any, model: nn.Module, *, where: str) -> ModelFacts:
     kinds = tuple(dict.fromkeys(layers))
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     family = Family(
-        config.model_type,
+        name_of(config),
         logit_divisor=parts.key("logits_scaling"),
         logit_factor=parts.key("logit_scale") or parts.key("lm_head_multiplier"),
         logit_cap=parts.key("final_logit_softcapping"),
@@ -130,8 +130,8 @@ def skeleton_facts(config: Any, model: nn.Module, *, where: str) -> ModelFacts:
         unlisted=Unlisted(text, str(table_folder(text)), *habits(config, layers, parts), parts.attention, parts.n_before),
     )
     return ModelFacts(
-        model_type=config.model_type,
-        architecture=config.model_type,
+        model_type=name_of(config),
+        architecture=name_of(config),
         n_layers=parts.n_layers,
         hidden_size=config.hidden_size,
         intermediate_size=max(layer.inner for layer in layers),

@@ -21,7 +21,7 @@ def check_unlisted(config: Config, course: Course, facts: ModelFacts) -> None:
     """Refuse what only listed families have. Raises InputErrors."""
     if facts.own_family is None:
         return
-    what, errors = f"is not there for {facts.model_type}, which is not one of the tested families", []
+    what, errors = f"is not there for {facts.family.name}, which is not one of the tested families", []
     if config.packing:
         errors.append(InputError(f"packing {what}", where="packing", fix="leave it out"))
     if course.replaced:
@@ -54,4 +54,4 @@ def about_unlisted(facts: ModelFacts) -> Iterator[str]:
     """Yield a sentence on a family that is not one of the tested ones."""
     if facts.own_family is not None:
         proved = "its layers run as transformers calls them, proved here on a tiny random model of the same config"
-        yield f"{facts.model_type} is not one of the tested families: {proved}"
+        yield f"{facts.family.name} is not one of the tested families: {proved}"
