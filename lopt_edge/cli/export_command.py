@@ -26,12 +26,18 @@ def export_command(
     kind: Annotated[str | None, typer.Option("--type", help="--gguf, --ollama: f16 (default), q8_0, q4_0, ...")] = None,
     gguf_adapter: Annotated[str | None, typer.Option("--gguf-adapter", help="new GGUF file with the adapter alone")] = None,
     ollama: Annotated[str | None, typer.Option("--ollama", help="new folder with a Modelfile and what it needs")] = None,
+    onnx: Annotated[str | None, typer.Option("--onnx", help="new folder with the merged model for ONNX Runtime")] = None,
+    openvino: Annotated[str | None, typer.Option("--openvino", help="new folder with the merged one for OpenVINO")] = None,
     model: BaseOption = None,
     revision: RevisionOption = None,
     cache_dir: CacheOption = None,
 ) -> None:
-    """Write an adapter for other programs: merged into a model folder or a GGUF file, as a GGUF adapter, for Ollama."""
-    _check(merged=merged, onto=onto, dtype=dtype, form=form, gguf=gguf, type=kind, gguf_adapter=gguf_adapter, ollama=ollama)
+    """Write an adapter for other programs: merged into a model folder, a GGUF file or a graph, as a GGUF adapter, for
+    Ollama."""
+    _check(
+        merged=merged, onto=onto, dtype=dtype, form=form, gguf=gguf, type=kind, gguf_adapter=gguf_adapter, ollama=ollama,
+        onnx=onnx, openvino=openvino,
+    )  # fmt: skip
     common: dict[str, Any] = {"model": model, "revision": revision, "cache_dir": cache_dir, "say": warn}
     with stoppable():
         if merged is not None:
@@ -42,6 +48,9 @@ def export_command(
             adapter, gguf=gguf, gguf_adapter=gguf_adapter, ollama=ollama, kind=kind or "f16", common=common
         ):
             out.print(line, markup=False)
+        for runtime, folder in (("onnx", onnx), ("openvino", openvino)):
+            if folder is not None:
+                out.print(_graph(adapter, folder, runtime=runtime, **common), markup=False)
 
 
 def push_command(
@@ -60,9 +69,9 @@ def push_command(
 def _check(**given: str | None) -> None:
     """Refuse a command that names no form, and options of a form that it does not name. Raises InputError(s)."""
     errors = []
-    forms = ("merged", "gguf", "gguf_adapter", "ollama")
+    forms = ("merged", "gguf", "gguf_adapter", "ollama", "onnx", "openvino")
     if not any(given[form] for form in forms):
-        fix = "give --merged DIR, --gguf FILE, --gguf-adapter FILE or --ollama DIR"
+        fix = "give --merged DIR, --gguf FILE, --gguf-adapter FILE, --ollama DIR, --onnx DIR or --openvino DIR"
         errors.append(InputError("names nothing to write", where="export", fix=fix))
     for option, owners in (
         ("onto", ("merged",)),
@@ -81,6 +90,13 @@ def _merged(adapter: str, merged: str, **options: Any) -> Iterator[str]:
     from lopt_edge.cli.export_page import lines
 
     return lines(export(adapter, merged=merged, **options))
+
+
+def _graph(adapter: str, folder: str, **options: Any) -> str:
+    from lopt_edge.adapters.graph_export import export_graph
+    from lopt_edge.cli.export_page import written
+
+    return written(export_graph(adapter, folder, **options))
 
 
 def _gguf_forms(
