@@ -17,7 +17,7 @@ PACKAGE = Path(lopt_edge.__file__).parent
 ROOMS = (  # the highest first
     "cli", "comparison",
     "training", "training/session", "training/ranks", "training/pipeline", "training/prepare", "training/checkpoint",
-    "doctor", "planning", "adapters",
+    "doctor", "planning", "adapters", "tracing",
     "run/watch", "run/step", "run/model", "run/tiers", "run", "run/devices",
     "config", "models",
     "plan/search", "plan/costs", "plan/methods", "plan/schedule", "plan/facts", "plan/facts/families",

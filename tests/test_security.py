@@ -164,7 +164,7 @@ def test_a_model_class_of_the_folder_is_never_imported(model):
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     (model / "config.json").write_text(json.dumps(config))
     (model / "evil.py").write_text(EVIL)
-    from lopt_edge.run.model.load import import_model_code
+    from lopt_edge.run.model.classes import import_model_code
 
     assert import_model_code(model).__module__.startswith("transformers.")
     assert not list(model.parent.rglob("ran"))

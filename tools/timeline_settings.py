@@ -268,6 +268,11 @@ def compare(setting: Setting, root: Path) -> Comparison:
     else:
         model = folder / "q"
         quantise_model(find_model(str(source)), model)
+    return compare_on(setting, model, folder)
+
+
+def compare_on(setting: Setting, model: Path, folder: Path) -> Comparison:
+    """The comparison of two steps on a 4-bit model; `folder` takes the page files."""
     bench = make_bench(
         model,
         method=setting.method,

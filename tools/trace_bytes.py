@@ -13,13 +13,9 @@ A linear layer with LoRA saves its input for its backward. Which ones have LoRA 
 a release that it delays is written with its name. In a segment's first layer, whose input needs no gradient, the
 backward is traced for each linear layer that may be the first one with LoRA.
 
-    +4std  allocate 4 x sequences x tokens x hidden bytes       -3    release the third allocation
-    -3?q_proj,k_proj  ... unless one of these has LoRA          -g3   release the forward program's third allocation
-    !name:...  a module of ours begins, or has its result       ~     left out where a layer is recomputed
-    =5  this allocation is the layer's output       @7  keys or values that later layers attend to
-
-Here logs become programs; trace_step.py runs a step and trace_log.py logs it. trace_inner.py traces what runs many times
-inside one op, trace_shared.py makes layers share keys.
+How a program reads says lopt_edge/tracing/logs.py, where logs become programs; lopt_edge/tracing also has the stand-ins and
+the step. Here are the families' cases and sizes; trace_step.py makes the model of a case, trace_inner.py traces what runs
+many times inside one op, trace_shared.py makes layers share keys.
 
     python tools/trace_bytes.py            writes the table (minutes); --families a,b: traces these alone
     python tools/trace_bytes.py --check    exits with 1 if the committed table is not what this version gives
@@ -33,7 +29,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +38,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_inner import traced_chunk, traced_tile
-from trace_log import EventLog
 from trace_step import (
     Case,
-    Trace,
     cases,
     delta_cases,
     make_model,
-    make_segments,
     run,
     sizes_of,
     tile_cases,
@@ -58,6 +51,9 @@ from trace_step import (
 
 from lopt_edge.plan.costs.shape import more_general
 from lopt_edge.run.model import tiled
+from lopt_edge.tracing.log import EventLog
+from lopt_edge.tracing.logs import Log, log_of, merged
+from lopt_edge.tracing.step import Trace, make_segments
 from tools.tiny_models import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "lopt_edge" / "plan" / "costs" / "layer_bytes.json"
@@ -109,73 +105,6 @@ def _prime(size: int) -> int:
     return size
 
 
-@dataclass
-class Log:
-    """The log of one op: births and marks in order (as text), and at which of them (how many came before) each tensor is
-    released."""
-
-    births: list[str]
-    releases: dict[str, float]
-    result: str = ""
-    shared: tuple[str, ...] = ()
-
-
-def log_of(trace: Trace, op: str, sizes: dict[str, int], *, forward: Log | None = None, numbers: dict[int, str]) -> Log:
-    """The log of one op. `numbers` names what lived before (the graph's tensors); its own allocations are added to it."""
-    names = {**numbers, **trace.given[op]}
-    births: list[str] = []
-    releases: dict[str, float] = {}
-    n_own = 0
-    for event in trace.spans[op]:
-        if event.kind == "-":
-            if event.number in names:
-                releases[names[event.number]] = len(births)
-            continue
-        text = "~" if event.value else ""
-        if event.kind == "+":
-            names[event.number] = str(n_own)
-            n_own += 1
-            text += f"+{product(event.n_bytes, sizes)}"
-        else:
-            text += ":".join([event.kind, *(product(size, sizes) for size in event.shape)])
-        births.append(text)
-    numbers.update({number: f"g{name}" for number, name in names.items() if name.isdigit()})
-    shared = tuple(names[number] for number in trace.shared.get(op, ()) if number in names)
-    return Log(births, releases, names.get(trace.result[op], ""), shared)
-
-
-def merged(logs: dict[str, Log], *, before: bool) -> str:
-    """The program of an op from its logs by the linear layer that holds its input ("" is none of them).
-
-    `before`: whether what lives before the op ("g3", "input") is released in it at the latest, so that a log without its
-    release is one in which it never lived.
-    """
-    first = next(iter(logs.values()))
-    for name, log in logs.items():
-        if log.births != first.births:
-            raise SystemExit(
-                f"the allocations with {name or 'nothing'} held are not those of {next(iter(logs)) or 'nothing'}"
-            )
-    at: dict[int, list[str]] = {}
-    for tensor in sorted({tensor for log in logs.values() for tensor in log.releases}, key=_order):
-        missing = -1.0 if before and not tensor.isdigit() else math.inf
-        ends = {name: log.releases.get(tensor, missing) for name, log in logs.items()}
-        for end in sorted({end for end in ends.values() if 0 <= end < math.inf}):
-            later = [name for name, other in ends.items() if name and other > end]
-            if ends.get("", end) <= end:
-                at.setdefault(int(end), []).append(f"-{tensor}" + (f"?{','.join(later)}" if later else ""))
-    tokens: list[str] = []
-    for position in range(len(first.births) + 1):
-        tokens += at.get(position, [])
-        tokens += first.births[position : position + 1]
-    ends = [f"={first.result}"] if first.result.isdigit() else []
-    return " ".join([*tokens, *ends, *(f"@{name}" for name in first.shared)])
-
-
-def _order(tensor: str) -> tuple[str, int]:
-    return tensor.rstrip("0123456789"), int("".join(filter(str.isdigit, tensor)) or -1)
-
-
 def programs(case: Case) -> dict[str, str]:
     """The programs of a case by op; both sets of primes must give the same."""
     found = [_programs(case, run(case, sizes), sizes) for sizes in (sizes_of(case, primes) for primes in PRIMES)]
@@ -186,8 +115,13 @@ def programs(case: Case) -> dict[str, str]:
     return found[0]
 
 
+def alone(trace: Trace, op: str, sizes: dict[str, int]) -> str:
+    """The program of an op by itself."""
+    return merged({"": log_of(trace, op, partial(product, sizes=sizes), numbers={})}, before=False)
+
+
 def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]:
-    made = {"embed": merged({"": log_of(trace, "EMBED mb=0", sizes, numbers={})}, before=False)}
+    made = {"embed": alone(trace, "EMBED mb=0", sizes)}
     if case.both:
         return made
     wanted = variants(case)
@@ -195,8 +129,8 @@ def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]
     by_op: dict[str, dict[str, Log]] = {}
     for (kind, held), segment in zip(wanted, segments, strict=False):
         numbers: dict[int, str] = {}
-        graph = log_of(trace, f"FORWARD {segment.last} mb=0 keep=graph", sizes, numbers=numbers)
-        backward = log_of(trace, f"BACKWARD {segment.last} mb=0", sizes, numbers=numbers)
+        graph = log_of(trace, f"FORWARD {segment.last} mb=0 keep=graph", partial(product, sizes=sizes), numbers=numbers)
+        backward = log_of(trace, f"BACKWARD {segment.last} mb=0", partial(product, sizes=sizes), numbers=numbers)
         entry = kind.partition(" ")[2]
         if kind == "rest":
             by_op.setdefault("graph", {})[held] = graph
@@ -206,9 +140,13 @@ def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]
         if kind == "first" or kind.startswith("from"):
             by_op.setdefault(f"backward {kind}", {})[held] = backward
     made |= {op: merged(logs, before=op.startswith("backward")) for op, logs in by_op.items()}
-    made["forward"] = merged({"": log_of(trace, "FORWARD 0 mb=0 keep=input", sizes, numbers={})}, before=False)
+    made["forward"] = merged(
+        {"": log_of(trace, "FORWARD 0 mb=0 keep=input", partial(product, sizes=sizes), numbers={})}, before=False
+    )
     for name, segment in (("task loss", segments[0]), ("reconstruct loss", segments[-2])):
-        made[name] = merged({"": log_of(trace, f"LOSS {segment.index} mb=0", sizes, numbers={})}, before=False)
+        made[name] = merged(
+            {"": log_of(trace, f"LOSS {segment.index} mb=0", partial(product, sizes=sizes), numbers={})}, before=False
+        )
     return made
 
 
@@ -254,7 +192,7 @@ def norm_programs(family: str, dtype: torch.dtype) -> dict[str, str]:
             log.events.clear()
             tiled._tile_gradient(inner, x, g)
             trace.spans["norm_backward"] = list(log.events)
-        found.append({op: merged({"": log_of(trace, op, sizes, numbers={})}, before=False) for op in trace.spans})
+        found.append({op: alone(trace, op, sizes) for op in trace.spans})
     if found[0] != found[1]:
         raise SystemExit(f"{family}: a norm's tile is not made of products of dimensions")
     return found[0]
@@ -266,7 +204,7 @@ def inner_programs(case: Case) -> dict[str, str]:
     found, trace_of = [], traced_tile if case.heads == "tile" else traced_chunk
     for sizes in (sizes_of(case, primes) for primes in (PRIMES if case.heads == "tile" else CHUNK_PRIMES)):
         trace = trace_of(case, sizes)
-        found.append({op: merged({"": log_of(trace, op, sizes, numbers={})}, before=False) for op in trace.spans})
+        found.append({op: alone(trace, op, sizes) for op in trace.spans})
     if found[0] != found[1]:
         raise SystemExit(f"{case.key}: it is not made of products of dimensions: {found}")
     return found[0]

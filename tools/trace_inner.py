@@ -6,12 +6,13 @@ Both are computed, with real arithmetic on zeros, by the modules that run them i
 from __future__ import annotations
 
 import torch
-from trace_log import EventLog
-from trace_step import DELTA_SIZES, Case, Trace, has_dense
+from trace_step import DELTA_SIZES, Case, has_dense
 
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import LINEAR
 from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
+from lopt_edge.tracing.log import EventLog
+from lopt_edge.tracing.step import Trace
 from quant.experts import Expert, ExpertGradients, backward_tile, forward_tile
 from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import tiny_config

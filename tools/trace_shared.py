@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lopt_edge.plan.facts.layers import KEPT
 from lopt_edge.plan.facts.model import ModelFacts
-from lopt_edge.run.model.load import Model
 
 if TYPE_CHECKING:
     from trace_step import Case
@@ -40,9 +38,3 @@ class _GivingBack(ModelFacts):
 
     def gives_back(self, layer: int, reached: object) -> bool:
         return True
-
-
-def zero_keys(model: Model, sizes: dict[str, int]) -> torch.Tensor:
-    """Keys or values of all tokens, laid out as attention lays them out, and no view: autograd adds into such a one."""
-    s, t, k, e = (sizes[letter] for letter in "stke")
-    return torch.empty_strided((s, k, t, e), (t * k * e, e, k * e, 1), dtype=model.dtype).zero_()

@@ -1,29 +1,18 @@
 """For trace_bytes.py: the cases that have a program of their own, and one traced step of a case.
 
-The real executor runs transformers' layers with stand-ins (trace_log.py) over a plan whose segments are variants: which
-linear layers have LoRA, and which one saves its input. So one step holds all that a case's programs are made from.
+The real executor runs transformers' layers with stand-ins (lopt_edge/tracing) over a plan whose segments are variants:
+which linear layers have LoRA, and which one saves its input. So one step holds all that a case's programs are made from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from trace_log import (
-    Event,
-    EventLog,
-    OpaqueDelta,
-    OpaqueExperts,
-    OpaqueLinear,
-    OpaqueMLP,
-    OpaqueNorm,
-    OpaqueVocabulary,
-    put_attention,
-)
-from trace_shared import share_keys, zero_keys
+from trace_shared import share_keys
 
 from lopt_edge.plan.costs.layer_bytes import READS_INPUT
 from lopt_edge.plan.costs.shape import HEADS, case_key
@@ -33,15 +22,21 @@ from lopt_edge.plan.facts.layers import KEPT, OWN, SHARED
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
-from lopt_edge.plan.schedule.ops import Op, Plan
-from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.model.delta_net import DeltaCore
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.model.placed import put_delta_net
-from lopt_edge.run.step.batches import Batch
-from lopt_edge.run.step.executor import Executor
-from lopt_edge.run.step.losses import ReconstructHead
 from lopt_edge.run.tiers.moves import Mover
+from lopt_edge.tracing.log import EventLog
+from lopt_edge.tracing.stand_ins import (
+    OpaqueDelta,
+    OpaqueExperts,
+    OpaqueLinear,
+    OpaqueMLP,
+    OpaqueNorm,
+    OpaqueVocabulary,
+    put_attention,
+)
+from lopt_edge.tracing.step import Trace, Variant, make_segments, observed
 from quant.linear import DropoutClock
 from tools.tiny_models import FAMILIES, tiny_config
 
@@ -162,15 +157,6 @@ def _attention_cases(family: str, what: str) -> Iterator[Case]:
                     yield Case(family, dtype, masked=masked, one=one, both=True)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A segment of `n_layers` layers in which `trains` have LoRA parameters and `holds` save their input."""
-
-    n_layers: int
-    trains: frozenset[str]
-    holds: frozenset[str]
-
-
 EVERYWHERE = Variant(
     1, frozenset(name for names in (*PARTS.values(), DELTA_PARTS, OWN_PARTS) for name in names), frozenset()
 )
@@ -203,24 +189,6 @@ def variants(case: Case) -> dict[tuple[str, str], Variant]:
             held = frozenset({entry, name} if name else {entry})
             found[f"from {entry}", name] = Variant(1, held, held)
     return found
-
-
-class NoOptimizer:
-    """The part of SegmentOptimizer that a step without updates asks for."""
-
-    def __init__(self) -> None:
-        self.mover, self.norms = Mover(torch.device("cpu")), {}
-
-    def begin_step(self, **_: Any) -> None: ...
-
-    def accept_gradients(self, name: Any, **_: Any) -> None: ...
-
-    def complete_gradients(self, name: Any) -> None: ...
-
-    def drop_gradients(self) -> None: ...
-
-    def roll_back(self) -> bool:
-        return True
 
 
 def sizes_of(case: Case, primes: dict[str, int]) -> dict[str, int]:
@@ -349,17 +317,6 @@ def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLo
             layer.set_submodule(name, OpaqueNorm(log))
 
 
-@dataclass
-class Trace:
-    """A trace of what happened in each op of one step, by the op's text; `given` are numbers of tensors that an op begins
-    with."""
-
-    spans: dict[str, list[Event]] = field(default_factory=dict)
-    given: dict[str, dict[int, str]] = field(default_factory=dict)
-    result: dict[str, int] = field(default_factory=dict)
-    shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # keys and values that an op leaves to others
-
-
 def run(case: Case, sizes: dict[str, int]) -> Trace:
     """The trace of one step over all variants, each a segment, and a segment with a local loss."""
     wanted = [] if case.both else list(variants(case).values())
@@ -374,66 +331,3 @@ def run(case: Case, sizes: dict[str, int]) -> Trace:
     plan = step_plan("lopt", segments, n_micro_batches=1)
     ops = plan.ops[:1] if case.both else tuple(op for op in plan.ops if op.kind is not Kind.STEP)
     return observed(model, replace(plan, ops=ops), sizes, log)
-
-
-def make_segments(n_layers: list[int]) -> tuple[Segment, ...]:
-    """The segments of the step: the last but one has a local loss, all others the task loss."""
-    starts = [sum(n_layers[:i]) for i in range(len(n_layers))]
-    return tuple(
-        Segment(i, start, start + n - 1, "reconstruct" if i == len(n_layers) - 2 else "task")
-        for i, (start, n) in enumerate(zip(starts, n_layers, strict=True))
-    )
-
-
-def observed(model: Model, plan: Plan, sizes: dict[str, int], log: EventLog) -> Trace:
-    rows, n = sizes["s"] * sizes["t"], sizes["n"]
-    own = torch.zeros(sizes["s"], sizes["t"], model.facts.n_layers, sizes["w"], dtype=model.dtype)
-    keys, values = (zero_keys(model, sizes) for _ in range(2))
-    role = model.facts.kinds[0].keys
-    ids_BT, targets_N = torch.zeros(sizes["s"], sizes["t"], dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    batch = Batch(ids_BT, torch.arange(n), targets_N, torch.arange(n), rows)
-    head = ReconstructHead(sizes["d"], seed=0)
-    for parameter in head.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    heads = {s.index: head for s in plan.segments if s.loss == "reconstruct"}
-    optimizer: Any = NoOptimizer()
-    executor, trace = Executor(model, heads=heads, optimizer=optimizer, local_weight=1.0), Trace()
-    start = 0
-
-    def observe(op: Op, after: bool) -> None:
-        nonlocal start
-        state, text = executor.state, op.text()
-        if after and op.kind is Kind.EMBED and model.facts.own_inputs is not None:
-            state.layer_context.own_inputs_BTLP = own
-            if role == SHARED:
-                state.layer_context.keys.update(dict.fromkeys(model.facts.attention_types, (keys, values)))
-        if not after and op.kind is Kind.BACKWARD and role == KEPT:
-            state.layer_context.keys.clear()
-            if model.facts.gives_back(op.target, ()):
-                state.key_gradients[0, op.target] = zero_keys(model, sizes), zero_keys(model, sizes)
-        if not after:
-            saved = state.inputs.get((0, op.target)) if op.kind is Kind.BACKWARD else None
-            given = {
-                "input": state.hidden_BTD if op.kind is Kind.FORWARD else saved and saved.tensor,
-                "grad": state.grad_BTD,
-            }
-            if op.kind is Kind.BACKWARD and (0, op.target) in state.key_gradients:
-                given |= dict(zip(("keys", "values"), state.key_gradients[0, op.target], strict=True))
-            trace.given[text] = {log.number(tensor): name for name, tensor in given.items() if tensor is not None}
-            start = len(log.events)
-            return
-        trace.spans[text] = log.events[start:]
-        if op.kind is Kind.FORWARD and role == KEPT:
-            found = state.layer_context.keys[model.facts.layer_types[op.target]]
-            trace.shared[text] = log.number(found[0]), log.number(found[1])
-        if op.kind is Kind.BACKWARD:
-            state.key_gradients.clear()
-        made = state.grad_BTD if op.kind in (Kind.LOSS, Kind.BACKWARD) else state.hidden_BTD
-        trace.result[text] = -1 if made is None else log.number(made)
-
-    constants = [batch.ids_BT, batch.supervised_N, batch.targets_N, batch.real_N, model.embedding.chunk, model.norm.weight]
-    with log, executor.observed(observe):
-        numbers = [tensor for layer in model.layers for tensor in (*layer.buffers(), *layer.parameters())]
-        log.watch([*constants, own, keys, values, *numbers, *head.parameters(), *(p.grad for p in head.parameters())])
-        executor.run(plan, [batch], step=1, learning_rates={})
-    return trace

@@ -77,3 +77,4 @@ def models_page(out: Console, *, as_json: bool) -> None:
     )
     for heading, names in (("families", FAMILIES), ("text inside multimodal models", WRAPPERS)):
         out.print(Text.assemble((f"{heading}: ", "bold"), ", ".join(names)))
+    out.print(Text("other causal language models of transformers are tried before they train: docs/families.md"))

@@ -16,7 +16,8 @@ from typing import Any
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.gguf import facts_of_gguf
-from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.models.unlisted import read_facts
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.system.cache import CACHE_VARIABLE, check_room, default_cache
 from lopt_edge.units import format_bytes
 from quant.folders import remove_stale
@@ -62,7 +63,7 @@ def planned(entries: Mapping[str, TensorEntry], quantisation: Mapping[str, Any],
 
 def facts_in_blocks(config: dict[str, Any], entries: dict[str, TensorEntry], *, where: str) -> ModelFacts:
     """The facts of a model with these tensors, as they are once they lie in blocks. Raises InputError."""
-    facts = facts_from_config({**config, "quantization_config": None}, where=where)
+    facts = read_facts({**config, "quantization_config": None}, where=where)
     return facts_of_gguf(facts.of_checkpoint(entries), entries, where=where)
 
 

@@ -21,7 +21,8 @@ from lopt_edge.models.blocks import entries_in_blocks, facts_in_blocks, folder_i
 from lopt_edge.models.expert_tensors import by_expert
 from lopt_edge.models.gguf import facts_of_gguf, folder_of_gguf, gguf_entries, looks_like_gguf
 from lopt_edge.models.hub import _download, download_gguf, names_gguf
-from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.models.unlisted import read_facts
+from lopt_edge.plan.facts.model import ModelFacts
 from quant.grouped.places import PLACES_NAME, block_entries
 from quant.headers import FolderError, TensorEntry, read_headers
 from quant.sizes import DTYPE_BYTES
@@ -82,13 +83,13 @@ def find_model(
         raise InputError(str(error), where="model", fix="a model folder holds config.json and safetensors") from None
     where, given = str(path / "config.json"), path
     if is_grouped(config):
-        facts_from_config({**config, "quantization_config": None}, where=where)  # refused before it is written
+        read_facts({**config, "quantization_config": None}, where=where)  # refused before it is written
         if not lay_out:
             facts = facts_in_blocks(config, entries_in_blocks(path, config), where=where)
             return ModelFolder(path, name if commit else str(given.resolve()), facts, commit)
         path = folder_in_blocks(path, config, say=say)
         config = read_config(path / "config.json")
-    facts = _of_its_weights(facts_from_config(config, where=where), path)
+    facts = _of_its_weights(read_facts(config, where=where), path)
     if named := config.get("transformers_weights"):  # where transformers would read the weights
         what = f"transformers_weights ({str(named)[:80]!r}) is not supported"
         raise InputError(what, where=where, fix="name the weights' file model.safetensors, and drop the key")
@@ -102,7 +103,7 @@ def names_a_gguf(name: str) -> bool:
 
 def _of_gguf(path: Path, name: str, commit: str | None, tokenizer: str | None) -> ModelFolder:
     folder = folder_of_gguf(path, tokenizer=None if tokenizer is None else Path(tokenizer).expanduser())
-    facts = _of_its_weights(facts_from_config(read_config(folder / "config.json"), where=str(path)), folder)
+    facts = _of_its_weights(read_facts(read_config(folder / "config.json"), where=str(path)), folder)
     return ModelFolder(folder, name, facts, commit)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.blocks import facts_in_blocks, is_grouped, planned
-from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from lopt_edge.models.unlisted import read_facts
+from lopt_edge.plan.facts.model import ModelFacts
 from quant.gguf.header import SHARD
 from quant.headers import FolderError, TensorEntry
 from quant.sizes import DTYPE_BYTES
@@ -89,7 +90,7 @@ def hub_facts(name: str, *, revision: str | None = None) -> tuple[ModelFacts, in
     if is_grouped(config):
         entries = {key: TensorEntry(key, Path(name), one.dtype, tuple(one.shape), 0, 0) for key, one in tensors.items()}
         return facts_in_blocks(config, planned(entries, config["quantization_config"], where=where), where=where), 4
-    facts = facts_from_config(config, where=where).of_checkpoint(tensors)
+    facts = read_facts(config, where=where).of_checkpoint(tensors)
     found = [tensor for key, tensor in tensors.items() if key == facts.layout.head(tied=facts.tied)]
     itemsize = DTYPE_BYTES.get(found[0].dtype) if found else 2
     if itemsize is None:

@@ -23,7 +23,7 @@ from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, loa
 from lopt_edge.planning.packing import largest_rows
 from lopt_edge.planning.question import Ground, LargestStep
 from lopt_edge.run.device import device_of
-from lopt_edge.run.model.load import import_model_code
+from lopt_edge.run.model.classes import import_model_code
 from lopt_edge.system.allocator import release_free_memory
 from lopt_edge.system.memory import resident_bytes
 from quant.nf4 import import_packing

@@ -102,7 +102,7 @@ def settled_on_data(
     budget: Budget,
 ) -> Asked:
     """The variant to run, packed or not; `ask` gives each with its best candidate, `parts` what is in an answer."""
-    rows = _row_lengths(config, train)
+    rows = _row_lengths(config, facts, train)
     if config.packing:
         config = config.model_copy(update={"row_tokens": min(rows, default=config.row_tokens or config.max_seq_len)})
     first = settled(config, facts, ask)
@@ -126,10 +126,17 @@ def settled_on_data(
     return min(timed(), key=lambda pair: pair[0], default=(0.0, first))[1]
 
 
-def _row_lengths(config: Config, train: Dataset | None) -> list[int]:
+def _row_lengths(config: Config, facts: ModelFacts, train: Dataset | None) -> list[int]:
     """The lengths of rows to choose from, the shortest first; none where nothing is packed."""
     n_sequences = config.batch_size * config.grad_accum
-    if train is None or config.packing is False or n_sequences == 1 or config.apply == "layer" or train.together > 1:
+    if (
+        facts.own_family is not None
+        or train is None
+        or config.packing is False
+        or n_sequences == 1
+        or config.apply == "layer"
+        or train.together > 1
+    ):
         return []
     if config.row_tokens:
         return [config.row_tokens]

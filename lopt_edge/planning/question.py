@@ -21,6 +21,7 @@ from lopt_edge.plan.schedule.ranks import largest_share
 from lopt_edge.plan.search.search import Search
 from lopt_edge.plan.search.workload import Workload
 from lopt_edge.planning.settings import against_facts, search_space
+from lopt_edge.planning.unlisted import make_ready
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Ground:
 def search_for(config: Config, ground: Ground) -> Search:
     """The planner's search for a run with these settings. Raises InputError(s) for what the model does not allow."""
     course, targets, _ = against_facts(config, ground.facts)
+    make_ready(ground.facts, itemsize=ground.itemsize, targets=targets, where=config.model)
+    if ground.teacher is not None:
+        make_ready(ground.teacher.facts, itemsize=ground.itemsize, targets=(), where=config.teacher or "teacher")
     step, device_type = ground.largest_step(config), ground.profile.device_type
     dropout, epochs = config.lora_dropout > 0, config.epochs if step.epochs is None else step.epochs
     if course.caches:

@@ -17,6 +17,7 @@ from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
 from lopt_edge.plan.schedule.knobs import ACTIVATIONS, MLP_PIECES, TOKEN_TILES, WEIGHTS, Knobs, has_blocked_mlp, per_layer
 from lopt_edge.plan.search.search import Candidate, Space, three_digits
+from lopt_edge.planning.unlisted import check_unlisted
 
 MOST_SEGMENTS = 8
 LEAST_ROW = 16  # tokens; a longer sequence has a row of its own
@@ -106,6 +107,7 @@ def against_facts(config: Config, facts: ModelFacts) -> tuple[Course, tuple[str,
         _check_replaced(course, facts)
         _check_shared_keys(config, course, facts)
         _check_ranks(config, course)
+        check_unlisted(config, course, facts)
     except InputError as error:
         errors.append(error)
     try:

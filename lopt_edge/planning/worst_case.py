@@ -36,6 +36,7 @@ from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, with_pinned_limit
 from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, LargestStep, search_for
 from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, deterministic_notes
+from lopt_edge.planning.unlisted import about_unlisted
 from lopt_edge.units import format_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def question(
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
-    notes = (*_what_is_planned(card, profile), *notes, *deterministic_notes(config, device_type))
+    notes = (*about_unlisted(facts), *_what_is_planned(card, profile), *notes)
+    notes = (*notes, *deterministic_notes(config, device_type))
     library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
     ground = Ground(
         facts,

@@ -10,10 +10,10 @@ PACKAGES = ("lopt-edge", "torch", "transformers", "peft", "bitsandbytes", "safet
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that matter to a run, by name."""
-    return {name: _version(name) for name in PACKAGES}
+    return {name: version_of(name) for name in PACKAGES}
 
 
 @lru_cache
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
     """Read once: a package's metadata take 10 ms to parse, and a run asks five times."""
     return version(name)

@@ -5,7 +5,7 @@ Everything that was printed is in these files. The rule: run.json is written whe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _run_facts(finished: Finished, result: RunResult) -> dict[str, Any]:
         "quantised_folder": str(finished.folder),
         "quantised_cache_bytes": finished.cache_bytes,  # 0: the model was in 4 bits already
         "config": inputs.config.model_dump(mode="json"),
-        "model": asdict(inputs.source.facts),
+        "model": asdict(replace(inputs.source.facts, own_family=None)),
         END_KEY: end_token_ids(inputs.template, inputs.tokenizer),
         "data": {"fingerprint": inputs.train.fingerprint, "examples": len(inputs.train.examples),
                  "format": inputs.train.format, "truncated": inputs.train.n_truncated,

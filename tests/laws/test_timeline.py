@@ -143,7 +143,10 @@ def test_a_routing_that_spreads_takes_no_more(tmp_path):
 
 
 def check(setting: Setting, folder: Path) -> None:
-    found = compare(setting, folder)
+    check_comparison(compare(setting, folder))
+
+
+def check_comparison(found: Comparison) -> None:
     assert 1 - 1e-4 <= found.ratio <= 1.02, f"{found.text()}\n{found.table()}"
     assert found.same_op, f"{found.text()}\n{found.table()}"
     for measured, predicted in zip(found.rows, found.predicted.rows, strict=True):

@@ -79,6 +79,8 @@ class LayerRun:
         LoRA."""
         if not (self.first and self.shape.targets):
             return "backward"
+        if self.shape.facts.family.unlisted is not None:
+            return "backward first"
         linears = self.shape.linears
         names = [linear.short_name for linear in linears if linear.short_name in self.shape.targets]
         if READS_INPUT & set(names):
@@ -136,9 +138,8 @@ def backward_within(run: LayerRun, kept: str, fresh: int) -> int:
     graph is there."""
     replay = _with_graph(run, value=kept != "input")
     if kept == "input":  # nobody keeps those of a layer that is run again but what saved them
-        _leave_shared(
-            replay, but=frozenset(token.name for token in program(run.case, run.backward_op) if token.kind == "-")
-        )
+        tokens = program(run.case, run.backward_op, run.shape.table)
+        _leave_shared(replay, but=frozenset(token.name for token in tokens if token.kind == "-"))
     else:
         _leave_shared(replay)
         replay.heap.live = replay.heap.peak = 0

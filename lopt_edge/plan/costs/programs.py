@@ -10,6 +10,7 @@ import json
 from functools import lru_cache
 from importlib.resources import files
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lopt_edge.plan.costs import expert_bytes, module_bytes
@@ -41,18 +42,21 @@ class Token(NamedTuple):
     value: bool = False
 
 
-@lru_cache(maxsize=1)
-def _table() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((files("lopt_edge.plan.costs") / "layer_bytes.json").read_text(encoding="utf-8"))
+@lru_cache(maxsize=8)
+def _table(path: str) -> dict[str, Any]:
+    """The table of all families with a record, or the one at `path`."""
+    file = Path(path) if path else files("lopt_edge.plan.costs") / "layer_bytes.json"
+    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return loaded
 
 
 @lru_cache(maxsize=256)
-def program(case: str, op: str) -> tuple[Token, ...]:
-    """The program of an op in a case, from the table; where that has none, of the nearest more general case."""
-    cases = _table()["cases"]
+def program(case: str, op: str, table: str = "") -> tuple[Token, ...]:
+    """The program of an op in a case, from a table (default: that of all families); where that has none, of the nearest
+    more general case."""
+    cases = _table(table)["cases"]
     found = next(cases[key] for key in (case, *more_general(case)) if key in cases)
-    return tuple(_token(text) for text in _table()["programs"][found[op]].split())
+    return tuple(_token(text) for text in _table(table)["programs"][found[op]].split())
 
 
 def _token(text: str) -> Token:
@@ -106,7 +110,7 @@ class Replay:
     def run(self, case: str, op: str, *, graph: bool = False, value: bool = True, paged: bool = False) -> None:
         """Run an op's program. `graph`: what a plain MLP saves stays. `value`: the output is needed. `paged`: the graph
         stays to the end."""
-        number, tokens, self.is_backward = 0, program(case, op), op.startswith("backward")
+        number, tokens, self.is_backward = 0, program(case, op, self.shape.table), op.startswith("backward")
         beside, self.in_attention = self._attention_bytes(masked=" masked" in case), False
         for position, token in enumerate(tokens):
             skipped = token.value and not value

@@ -6,6 +6,7 @@ bytes. It knows no op and no method.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
@@ -41,6 +42,12 @@ class LayerShape:
     def layer(self) -> LayerFacts:
         """What layers of this kind have."""
         return self.facts.kinds[self.layer_kind]
+
+    @property
+    def table(self) -> str:
+        """The file of its programs, where those are not in the table of all families."""
+        own = self.facts.family.unlisted
+        return "" if own is None else table_file(own.table, self.itemsize, self.targets)
 
     @property
     def linears(self) -> tuple[LinearFacts, ...]:
@@ -91,7 +98,8 @@ class LayerShape:
     @property
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
-        names = {linear.short_name for linear in self.linears}
+        own = self.facts.family.unlisted
+        names = {linear.short_name for linear in self.linears if own is None or own.gated_mlp}
         in_blocks = self.facts.hidden_size % 64 == 0 and self.layer.inner % 64 == 0
         cut = in_blocks or self.facts.forms is not None  # a row of a GGUF matrix is whole blocks
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))
@@ -108,6 +116,8 @@ class LayerShape:
             found |= {"c": delta.conv_features, "j": delta.n_value_heads, "o": delta.value_dim}
         if (experts := layer.experts) is not None:
             found |= {"y": experts.count, "p": experts.active}
+        if (own := facts.family.unlisted) is not None:
+            found |= {"x": n_tokens + own.n_before}
         if facts.own_inputs is not None:
             found |= {"w": facts.own_inputs.width}
         return found
@@ -154,6 +164,9 @@ class LayerShape:
         """The key of this shape's programs in the traced table. `gives_back`: gradients of keys and values that several
         layers share flow in its backward."""
         layer = self.layer
+        if self.facts.family.unlisted is not None:
+            name, one = self.facts.family.name, n_sequences == 1
+            return case_key(name, self.itemsize, f"kind{self.layer_kind}", masked=masked, one=one)
         heads = "equal" if layer.n_kv_heads == layer.n_heads else "single" if layer.n_kv_heads == 1 else "grouped"
         heads = f"{heads} k=v" if layer.values_are_keys else heads
         heads = f"{heads} experts" if layer.experts is not None else heads
@@ -175,6 +188,11 @@ class Vocabularies:
 
 Dimensions = dict[str, int]  # by the programs' letters
 HEADS = ("grouped", "single", "equal")
+
+
+def table_file(folder: str, itemsize: int, targets: tuple[str, ...]) -> str:
+    """The file of traced programs of a family without a record, by compute dtype and by the linear layers with LoRA."""
+    return f"{folder}/{hashlib.sha256(' '.join([str(itemsize), *targets]).encode()).hexdigest()[:12]}.json"
 
 
 def case_key(family: str, itemsize: int, heads: str = "", *, masked: bool = False, one: bool = False) -> str:

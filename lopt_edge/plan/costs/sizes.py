@@ -166,8 +166,8 @@ class Sizes:
         """The bytes of norms, biases and the like of all layers, which are always resident."""
         facts = self.shape.facts
         here = (facts.layer(layer) for layer, place in enumerate(self.knobs.weights) if place != ELSEWHERE)
-        norms = facts.hidden_size + (facts.own_inputs.width if facts.own_inputs else 0)
-        return (sum(layer.small_elements for layer in here) + norms) * self.shape.itemsize
+        norms = facts.hidden_size + facts.beside_elements + (facts.own_inputs.width if facts.own_inputs else 0)
+        return (sum(layer.small_elements for layer in here) + norms) * self.shape.itemsize + facts.table_bytes
 
     def unpack_buffer_bytes(self, segments: Sequence[Segment]) -> int:
         """The bytes of the one buffer into which weights are unpacked: the largest matrix, or a block of the MLP's three.

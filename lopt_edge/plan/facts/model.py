@@ -58,6 +58,9 @@ class ModelFacts:
     forms: Forms | None = None  # the types of its matrices, where they lie in blocks that are not NF4's
     own_inputs: OwnInputs | None = None
     key_sources: tuple[tuple[int, int], ...] = ()  # (layer, the earlier one to whose keys and values it attends)
+    own_family: Family | None = None  # where it is not one of those that have a record
+    table_bytes: int = 0  # of tables that its layers compute and keep
+    beside_elements: int = 0  # numbers beside its layers that no field of a family has: tables of positions, other norms
 
     def __hash__(self) -> int:
         """A hash of a few fields: equal facts have equal hashes, and the planner's caches ask for it thousands of times."""
@@ -66,7 +69,7 @@ class ModelFacts:
     @property
     def family(self) -> Family:
         """The model's family: all in which it differs from others."""
-        return family_of(self.model_type)
+        return self.own_family or family_of(self.model_type)
 
     @cached_property
     def source_of(self) -> dict[int, int]:
@@ -142,10 +145,14 @@ class ModelFacts:
     @property
     def _n_around(self) -> int:
         """The parameters of embedding, lm_head and last norm, and of what makes tokens' own inputs to the layers."""
-        found = self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        found = self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size + self.beside_elements
         if (own := self.own_inputs) is not None:
             found += (own.n_tokens + self.hidden_size) * self.n_layers * own.width + own.width
         return found
+
+    def with_recorded(self, dtype: str, *, quantised: bool, architecture: str) -> ModelFacts:
+        """The facts of a folder of this model that records these."""
+        return replace(self, recorded_dtype=dtype, quantised=quantised, architecture=architecture)
 
     def kinds_equal(self, *layers: int) -> bool:
         """Whether these decoder layers are all of one kind."""
@@ -204,7 +211,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
     """The facts in a parsed config.json; `where` names it in errors. Raises InputError for what is unknown or missing."""
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=where)
-    quantisation = _quantisation(config, where)
+    quantisation = quantisation_of(config, where)
     wrapper, outer = _wrapper_of(config), config
     if wrapper is not None:
         config = _text_config(config, wrapper, where)
@@ -355,7 +362,7 @@ def _is_tied(known: dict[str, Any], outer: dict[str, Any], wrapper: Wrapper | No
     return bool(outer.get("tie_word_embeddings", wrapper.ties) or (wrapper.is_flat and inner))
 
 
-def _quantisation(config: dict[str, Any], where: str) -> str:
+def quantisation_of(config: dict[str, Any], where: str) -> str:
     """The form of a folder: bitsandbytes' 4-bit one, MXFP4, or "" (full precision); others are refused by name."""
     quantisation = config.get("quantization_config")
     if not isinstance(quantisation, dict):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lopt_edge.run.model.own_body import Call
 from lopt_edge.run.model.sequences import Sequences
 
 KeysValues = tuple[Tensor, Tensor]  # (B, heads, T, E) each
@@ -22,7 +23,8 @@ class LayerContext:
     """What every layer needs beside the hidden states: positions, rotary tables and masks, by layer type.
 
     `sequences`: what lies in the one row, by layer type; empty where each sequence has a row of its own. `own_inputs`: what
-    each layer is told of each token anew. `keys`: the keys and values that later layers attend to, by layer type.
+    each layer is told of each token anew. `keys`: the keys and values that later layers attend to, by layer type. `calls`:
+    all of it by layer, where transformers' own code says what a layer is called with.
     """
 
     position_ids_1T: Tensor
@@ -31,9 +33,11 @@ class LayerContext:
     sequences: dict[str, Sequences]
     own_inputs_BTLP: Tensor | None = None
     keys: dict[str, KeysValues] = field(default_factory=dict)
+    calls: tuple[Call, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """The tensors that all layers share, so that no layer's graph owns them."""
         tables = [table for pair in (*self.rotary.values(), *self.keys.values()) for table in pair]
         own = [] if self.own_inputs_BTLP is None else [self.own_inputs_BTLP]
+        own += [tensor for call in self.calls for tensor in call.tensors()]
         return [self.position_ids_1T, *tables, *own, *(mask for mask in self.masks.values() if mask is not None)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,7 +29,9 @@ from lopt_edge.plan.facts.layers import ExpertFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.knobs import ELSEWHERE, default_knobs, mlp_pieces, placement_of
 from lopt_edge.run.model import query_tiles, sequences
+from lopt_edge.run.model.classes import rotary_class, skeleton_of, unusable
 from lopt_edge.run.model.context import LayerContext
+from lopt_edge.run.model.own_body import OwnBody, compute_buffers, make_body, output_of
 from lopt_edge.run.model.own_inputs import OwnInputs
 from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
 from lopt_edge.run.model.sequences import Sequences
@@ -79,10 +81,13 @@ class Model:
     far: FarLayers | None = None  # where the others are
     scratch: Tensor | None = None  # in which GGUF blocks are unpacked
     own_inputs: OwnInputs | None = None
+    body: OwnBody | None = None  # of a family without a record
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
         hidden_BTD = self.embedding.rows(ids_BT.reshape(-1)).view(*ids_BT.shape, -1)
+        if self.body is not None:
+            return self.body.embed(hidden_BTD)
         factor = self.facts.family.embedding_factor
         if factor == ROOT_OF_HIDDEN:
             # transformers rounds this factor to the embedding's dtype before it multiplies
@@ -104,6 +109,10 @@ class Model:
 
         `lengths`: of several sequences in one row; positions restart at each, and attention makes its own masks.
         """
+        if self.body is not None:
+            assert lengths is None, "packing is refused"
+            calls = self.body.layer_calls(hidden_BTD, cache=cache)
+            return LayerContext(torch.empty(0, device=self.device), {}, {}, {}, calls=calls)
         context = self._positions(hidden_BTD, lengths=lengths, cache=cache, start=start)
         if self.own_inputs is not None:
             assert ids_BT is not None
@@ -145,6 +154,9 @@ class Model:
 
     def run_layer(self, layer: int, hidden_BTD: Tensor, frame: LayerContext, *, cache: Any = None) -> Tensor:
         """The output (B, T, D) of layer `layer`, whose weights are resident."""
+        if frame.calls:
+            call = frame.calls[layer]
+            return output_of(self.layers[layer](hidden_BTD, *call.arguments, **call.named))
         kind = self.facts.layer_types[layer]
         output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden_BTD,
@@ -156,7 +168,7 @@ class Model:
             **({"sequences": frame.sequences[kind]} if frame.sequences else {}),
             **self._beside(layer, frame),
         )
-        return output[0] if isinstance(output, tuple) else output
+        return output_of(output)
 
     def _beside(self, layer: int, frame: LayerContext) -> dict[str, Any]:
         """What only some families' layers are called with: a token's own input, others' keys and values."""
@@ -228,10 +240,11 @@ def load_model(
             layouts[index] = lay_out(matrices)
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
-            tile_norms(layer, facts.family)
+            tile_norms(layer, facts, like=model.norm)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
-            block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
+            if facts.family.unlisted is None or facts.family.unlisted.gated_mlp:
+                block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)
@@ -239,51 +252,6 @@ def load_model(
     except FolderError as error:
         raise InputError(str(error), where="model", fix="download or quantise the model again") from None
     return model
-
-
-def import_model_code(folder: Path) -> Any:
-    """Import and return transformers' class for the model of a folder (some 110 MiB of modules).
-
-    Raises InputError if transformers cannot build this model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return _model_class(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config())
-    except Exception as error:  # transformers raises errors of any kind for values that it cannot use
-        raise _unusable(folder, error) from None
-
-
-def _model_class(config: Any) -> Any:
-    """transformers' class that has the layers: for causal language models, or the text model of a multimodal one."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    is_whole = type(config) in AutoModelForCausalLM._model_mapping
-    return (AutoModelForCausalLM if is_whole else AutoModel)._model_mapping[type(config)]
-
-
-def _rotary_class(skeleton: nn.Module, facts: ModelFacts) -> Any:
-    """The class that makes the rotary tables: the family's own where the text model says that it is of another type.
-
-    Such a text model (Qwen's VL) has three positions a token, for images; in a text they are equal, and so are the tables,
-    which are made here without the other two.
-    """
-    from transformers import AutoModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if not facts.is_inner:
-        return type(skeleton.rotary_emb)
-    module = import_module(AutoModel._model_mapping[CONFIG_MAPPING[facts.family.name]].__module__)
-    return next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))
-
-
-def _unusable(folder: Path, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {str(error)[:200]}"
-    return InputError(
-        f"transformers cannot build this model ({reason})",
-        where=str(folder / "config.json"),
-        fix="check the config's values against the model's page",
-    )
 
 
 def make_skeleton(
@@ -307,46 +275,56 @@ def make_skeleton(
     kernel.register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        config._attn_implementation = kernel.NAME
-        with torch.device("meta"):
-            skeleton = _model_class(config)(config).eval()
-            skeleton = skeleton.get_submodule("model") if hasattr(skeleton, "model") else skeleton
+        whole = skeleton_of(config, _attention_name(facts, kernel.NAME))
     except Exception as error:  # transformers raises errors of any kind for values that it cannot use
-        raise _unusable(folder, error) from None
-    try:
-        fill_parameters(skeleton.norm, layout.norm, entries, device=device, dtype=dtype)
-        if facts.own_inputs is not None:
-            norm = skeleton.per_layer_projection_norm
-            fill_parameters(norm, layout.own_inputs.norm, entries, device=device, dtype=dtype)
-    except FolderError as error:
-        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
-
+        raise unusable(folder, error) from None
     known, mover = {} if shared is None else shared, mover or Mover(device)
 
     def vocabulary(name: str, *, resident: bool) -> Vocabulary:
-        stage = mover.stage
-        return Vocabulary(entries[name], device=device, dtype=dtype, resident=resident, shared=known, stage=stage)
+        stage, entry = mover.stage, _entry(entries, name)
+        return Vocabulary(entry, device=device, dtype=dtype, resident=resident, shared=known, stage=stage)
 
+    fill = partial(fill_parameters, entries=entries, device=device, dtype=dtype)
     own: OwnInputs | None = None
-    if facts.own_inputs is not None:
-        table, matrix = (vocabulary(name, resident=False) for name in layout.own_inputs[:2])
-        norm = TokenTiled(skeleton.per_layer_projection_norm)
-        own = OwnInputs(table, matrix, norm, facts.n_layers, facts.own_inputs.width)
-    return Model(
-        facts=facts,
-        config=config,
-        layers=list(skeleton.layers),
-        norm=skeleton.norm,
-        rotary=_rotary_class(skeleton, facts)(config=config).to(device),  # its tables are computed, not stored
-        embedding=vocabulary(layout.embedding, resident=False),
-        lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
-        device=device,
-        dtype=dtype,
-        clock=DropoutClock(),
-        mover=mover,
-        here=tuple(range(facts.n_layers)),
-        own_inputs=own,
-    )
+    try:
+        if facts.family.unlisted is not None:
+            compute_buffers(whole, device=device)
+            body, layers, norm = make_body(whole, layout, n_results=facts.family.unlisted.n_results)
+            fill(body.decoder, layout.root, but=body.embedding.weight)
+            rotary: nn.Module = nn.Identity()  # the body has its own
+        else:
+            skeleton: Any = whole.get_submodule("model") if hasattr(whole, "model") else whole
+            body, layers, norm = None, list(skeleton.layers), skeleton.norm
+            rotary = rotary_class(skeleton, facts)(config=config).to(device)  # its tables are computed, not stored
+        fill(norm, layout.norm)
+        if facts.own_inputs is not None:
+            fill(skeleton.per_layer_projection_norm, layout.own_inputs.norm)
+            table, matrix = (vocabulary(name, resident=False) for name in layout.own_inputs[:2])
+            own_norm = TokenTiled(skeleton.per_layer_projection_norm)
+            own = OwnInputs(table, matrix, own_norm, facts.n_layers, facts.own_inputs.width)
+        return Model(
+            facts=facts,
+            config=config,
+            layers=layers,
+            norm=norm,
+            rotary=rotary,
+            embedding=vocabulary(layout.embedding, resident=False),
+            lm_head=vocabulary(layout.head(tied=facts.tied), resident=head == "resident"),
+            device=device,
+            dtype=dtype,
+            clock=DropoutClock(),
+            mover=mover,
+            here=tuple(range(facts.n_layers)),
+            own_inputs=own,
+            body=body,
+        )
+    except FolderError as error:
+        raise InputError(str(error), where="model", fix="download or quantise the model again") from None
+
+
+def _attention_name(facts: ModelFacts, ours: str) -> str:
+    own = facts.family.unlisted
+    return ours if own is None or not own.attention else own.attention
 
 
 def _packed_linear(
@@ -423,15 +401,18 @@ def fill_parameters(
     device: torch.device,
     dtype: torch.dtype,
     stored: Callable[[str], str] = str,
+    but: Tensor | None = None,
 ) -> None:
     """Replace every meta tensor of `module` that is stored by the folder's, frozen, in the compute dtype.
 
-    `stored` says what the folder calls a tensor, where that is not its name here.
+    `stored` says what the folder calls a tensor, where that is not its name here; `but` is not read.
 
     Raises FolderError for a tensor that is missing or of another shape, InputError for one that no file can give.
     """
     parameters = dict(module.named_parameters())
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor is but:
+            continue
         _entry(entries, prefix + stored(name), tuple(tensor.shape))
         value = read_gguf(entries, prefix + stored(name))  # a router may lie in blocks
         value = value.to(device=device, dtype=dtype)

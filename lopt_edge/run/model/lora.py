@@ -3,7 +3,7 @@
 Parameters are fp32. A is (in, r), uniform in +-1/sqrt(in) (peft's kaiming-uniform with a = sqrt 5); B is (r, out), zero.
 Initial values are a function of (seed, layer, module) and are drawn on the CPU, so that they do not depend on the device
 or on which other layers train. peft stores both matrices transposed, under
-`base_model.model.{decoder}.layers.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
+`base_model.model.{decoder}.{layers}.{i}.{module}.lora_A.weight`; the transposition happens here and nowhere else.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _shapes(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _peft_name(model: Model, layer: int, module: str, letter: str) -> str:
     """The name that peft gives a matrix: its path in transformers' class, which peft wraps twice."""
-    return f"base_model.model.{model.facts.layout.decoder}.layers.{layer}.{module}.lora_{letter}.weight"
+    layout = model.facts.layout
+    return f"base_model.model.{layout.decoder}.{layout.stack}.{layer}.{module}.lora_{letter}.weight"
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lopt_edge.plan.facts.families.family import Family
 from lopt_edge.plan.facts.layers import LayerFacts
+from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
@@ -19,11 +19,20 @@ from quant.linear import PackedLinear
 from quant.sizes import MlpPieces
 
 
-def tile_norms(layer: nn.Module, family: Family) -> None:
-    """Put every norm of a layer into a `TokenTiled`."""
+def tile_norms(layer: nn.Module, facts: ModelFacts, *, like: nn.Module) -> None:
+    """Put every norm of a layer into a `TokenTiled`: those by name, and in a family without a record those of the hidden
+    states that are of the class of the last norm, `like`."""
     for name, module in list(layer.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            layer.set_submodule(name, TokenTiled(module, is_plain=family.plain_norms))
+        if tiles_norm(module, facts, like=like):
+            layer.set_submodule(name, TokenTiled(module, is_plain=facts.family.plain_norms))
+
+
+def tiles_norm(module: nn.Module, facts: ModelFacts, *, like: nn.Module) -> bool:
+    """Whether a module of a layer is a norm that runs in tiles."""
+    if facts.family.unlisted is None:
+        return type(module).__name__.endswith("RMSNorm")
+    widths = [parameter.shape for parameter in module.parameters()]
+    return type(module) is type(like) and bool(widths) and all(tuple(width) == (facts.hidden_size,) for width in widths)
 
 
 def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:

@@ -41,8 +41,10 @@ class LogitForm:
 
 def logit_form(model: Model) -> LogitForm:
     """The logit form of a model's family, with the numbers of its config."""
-    divisor, cap = model.facts.family.logit_divisor, model.facts.family.logit_cap
+    family = model.facts.family
+    divisor, cap = family.logit_divisor, family.logit_cap
     factor = 1.0 / getattr(model.config, divisor) if divisor else 1.0
+    factor = getattr(model.config, family.logit_factor) if family.logit_factor else factor
     return LogitForm(factor, getattr(model.config, cap, None) if cap else None)
 
 

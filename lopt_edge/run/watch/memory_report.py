@@ -99,6 +99,8 @@ def held_tensors(executor: Executor) -> Iterator[tuple[str, Tensor]]:
                     yield "weights", tensor
             if (buffer := getattr(module, "buffer", None)) is not None:
                 yield from (("workspace", tensor) for tensor in buffer.flat.values())
+    if model.body is not None:
+        yield from (("weights", parameter) for parameter in model.body.decoder.parameters())
     if model.scratch is not None:
         yield "workspace", model.scratch
     for vocabulary in (model.embedding, model.lm_head):

@@ -47,6 +47,7 @@ from lopt_edge.planning.settings import (
     memory_warnings,
     split_to_fit,
 )
+from lopt_edge.planning.unlisted import about_unlisted
 from lopt_edge.run.device import choose_device, choose_dtype
 from lopt_edge.run.model.lora import check_adapter_folder
 from lopt_edge.run.model.replaced import check_plain_adapter
@@ -120,7 +121,7 @@ def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config, say)
     dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
-    facts, notes = source.facts, list[str]()
+    facts, notes = source.facts, list(about_unlisted(source.facts))
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
     )

@@ -26,6 +26,16 @@ FAMILIES: Mapping[str, Family] = {one.name: one for one in sorted(_found("FAMILI
 WRAPPERS: Mapping[str, Wrapper] = {one.name: one for one in sorted(_found("WRAPPERS"), key=lambda one: one.name)}
 
 
+def name_of(config: Any) -> Any:
+    """The name of a config's family: of a parsed config.json, or of transformers' own; whatever stands there."""
+    return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+
+
+def unsupported(name: object, why: str) -> str:
+    """What is said of a family that is not supported, by its name and why."""
+    return f"model_type {str(name)[:60]!r} is not supported{why}"
+
+
 def family_of(model_type: object, *, where: str = "config.json") -> Family:
     """The family that a config names; `where` is the config's place in errors. Raises InputError for what is not here."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:

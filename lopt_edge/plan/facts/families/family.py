@@ -137,8 +137,8 @@ class OwnInputNames(NamedTuple):
 class Layout:
     """The places of a model's parts: in a checkpoint by name, and in transformers' class.
 
-    `decoder` is the module of the published class that has `layers`, `norm` and `rotary_emb`; peft names adapters by it.
-    All else are names of tensors in the checkpoint, or what such names begin with.
+    `decoder` is the module of the published class that has the layers (in `stack`) and the norm behind them (`last`); peft
+    names adapters by it. All else are names of tensors in the checkpoint, or what such names begin with.
     """
 
     decoder: str = "model"
@@ -146,6 +146,8 @@ class Layout:
     norm: str = "model.norm."
     embedding: str = "model.embed_tokens.weight"
     lm_head: str = "lm_head.weight"
+    stack: str = "layers"
+    last: str = "norm"
 
     @classmethod
     def under(cls, prefix: str, *, lm_head: str, decoder: str) -> Layout:
@@ -159,7 +161,7 @@ class Layout:
     @property
     def root(self) -> str:
         """What the names of the decoder's tensors begin with."""
-        return self.embedding.removesuffix("embed_tokens.weight")
+        return self.layers.removesuffix(f"{self.stack}.")
 
     @property
     def own_inputs(self) -> OwnInputNames:
@@ -173,6 +175,24 @@ class Layout:
     def head(self, *, tied: bool) -> str:
         """The name of the tensor that is multiplied for the logits."""
         return self.embedding if tied else self.lm_head
+
+
+@dataclass(frozen=True)
+class Unlisted:
+    """What stands in the place of a record, for a family that has none: transformers' own code calls its layers, and what
+    they take is traced on the user's machine.
+
+    `config`: transformers', as JSON. `table`: the folder of the traced programs (tracing/unlisted.py) and of the proof.
+    `gated_mlp`: its MLPs are gated ones, and may run in blocks. `n_results`: a layer gives a tuple of so many (0: one
+    tensor). `attention`: that of transformers by name, or ours. `n_before`: earlier tokens that its convolutions see.
+    """
+
+    config: str
+    table: str
+    gated_mlp: bool
+    n_results: int
+    attention: str
+    n_before: int
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,8 @@ class Family:
 
     What lies around the layers:
     `embedding_factor`: ROOT_OF_HIDDEN (rounded to the compute dtype), a key of the config, or nothing.
-    `logit_divisor`, `logit_cap`: keys of the config for a divisor of the logits, and for a soft cap on them, or nothing.
+    `logit_divisor`, `logit_factor`, `logit_cap`: keys of the config for a divisor of the logits, for a factor, and for a
+    soft cap on them, or nothing.
     `rotary_by_type`: there is one rotary table for each type of layer, not one for all. `rotary_share`: of a head's
     features so much is rotated where the config says no other `partial_rotary_factor`; None: all are, whatever it says.
 
@@ -205,6 +226,7 @@ class Family:
     projection, or there are none. `plain_norms`: a norm is x / rms(x) times its weight, which torch has in one kernel.
     `post_norm`: the layer reads its last projection's output once more, so whoever runs it
     again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
+    `unlisted`: it has no record; this one was made of transformers' model (models/unlisted.py).
     """
 
     name: str
@@ -224,6 +246,7 @@ class Family:
     shared_keys: str = ""
     wider: str = ""
     logit_divisor: str = ""
+    logit_factor: str = ""
     logit_cap: str = ""
     rotary_by_type: bool = False
     rotary_share: float | None = None
@@ -235,6 +258,7 @@ class Family:
     scalars: int = 0
     sinks: bool = False
     layout: Layout = Layout()
+    unlisted: Unlisted | None = None
 
     @property
     def layer_types(self) -> tuple[str, ...]:

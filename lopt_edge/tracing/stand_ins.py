@@ -1,76 +1,20 @@
-"""For trace_bytes.py: every allocation and release of a step, and stand-ins for our modules that allocate nothing inside.
+"""Stand-ins for our modules: the same inputs, results, views and saved tensors, no arithmetic, nothing allocated inside.
 
-A stand-in has its module's inputs, results, views and saved tensors, does no arithmetic, and leaves a mark in the log where
-the module works: what it takes there is a formula (lopt_edge/plan/costs/module_bytes.py). Whoever changes what one of our
-modules saves or returns changes its stand-in (tests/laws/test_timeline.py finds out). Releases are those of storages, so
-that views count as what they view.
+Each leaves a mark in the log where its module works: what that takes there is a formula (lopt_edge/plan/costs/
+module_bytes.py). Whoever changes what one of our modules saves or returns changes its stand-in
+(tests/laws/test_timeline.py finds out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lopt_edge.run.model import query_tiles, sequences
-from lopt_edge.run.watch.tracker import MemoryTracker
-
-# the log ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Event:
-    """An event: `kind` is "+" (allocation `number`), "-" (its release) or a mark's text; `value`: not done in a
-    recomputation."""
-
-    kind: str
-    number: int = -1
-    n_bytes: int = 0
-    shape: tuple[int, ...] = ()
-    value: bool = False
-
-
-class EventLog(MemoryTracker):
-    """A log of every allocation and release, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[Event] = []
-        self.numbers: dict[int, int] = {}
-        self.n_allocated = 0
-        self.in_value = False  # inside a product that a recomputation leaves out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        known = storage._cdata in self._sizes
-        super()._see(storage)
-        if not known and storage._cdata in self._sizes:
-            self.numbers[storage._cdata] = self.n_allocated
-            self.events.append(Event("+", self.n_allocated, storage.nbytes(), value=self.in_value))
-            self.n_allocated += 1
-
-    def _forget(self, key: int) -> None:
-        super()._forget(key)
-        self.events.append(Event("-", self.numbers.pop(key)))
-
-    @contextmanager
-    def value(self, left_out: bool) -> Iterator[None]:
-        """A context in which what happens is the value of a layer's last product, if `left_out` says so."""
-        self.in_value = left_out
-        yield
-        self.in_value = False
-
-    def mark(self, text: str, *shape: int) -> None:
-        self.events.append(Event(f"!{text}", shape=shape, value=self.in_value))
-
-    def number(self, tensor: Tensor | None) -> int:
-        return -1 if tensor is None else self.numbers.get(tensor.untyped_storage()._cdata, -1)
-
-
-# stand-ins: same inputs, results, views and saved tensors as our modules, no arithmetic --------------------------------
+from lopt_edge.tracing.log import EventLog
 
 
 class OpaqueLinear(nn.Module):
@@ -85,7 +29,8 @@ class OpaqueLinear(nn.Module):
         self.anchor = torch.empty(0, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.anchor if self.trains else None, self)
+        found: Tensor = _Linear.apply(x, self.anchor if self.trains else None, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
 
 
 class _Linear(torch.autograd.Function):
@@ -122,12 +67,14 @@ class OpaqueMLP(nn.Module):
 
     def __init__(self, down_proj: nn.Module, log: EventLog) -> None:
         super().__init__()
-        self.down_proj, self.log = down_proj, log
+        self.down_proj: Any = down_proj
+        self.log = log
         self.trains = self.holds = False
         self.anchor = torch.empty(0, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _MLP.apply(x, self.anchor if self.trains else None, self)
+        found: Tensor = _MLP.apply(x, self.anchor if self.trains else None, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
 
 
 class _MLP(torch.autograd.Function):
@@ -157,7 +104,8 @@ class OpaqueExperts(nn.Module):
         self.log, self.value_needed = log, True
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return _Experts.apply(x, index, weights, self)
+        found: Tensor = _Experts.apply(x, index, weights, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
 
 
 class _Experts(torch.autograd.Function):
@@ -184,7 +132,8 @@ class OpaqueNorm(nn.Module):
         self.log = log
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.log)
+        found: Tensor = _Norm.apply(x, self.log)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
 
 
 class _Norm(torch.autograd.Function):
@@ -214,7 +163,8 @@ class OpaqueDelta(nn.Module):
         self.log = log
 
     def forward(self, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, _: Any = None) -> Tensor:
-        return _Delta.apply(mixed, z, b, a, self.log)
+        found: Tensor = _Delta.apply(mixed, z, b, a, self.log)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
 
 
 class _Delta(torch.autograd.Function):
@@ -239,14 +189,17 @@ def put_attention(log: EventLog, *, tiled: bool) -> str:
     `tiled`: in tiles of queries; else torch's kernel, with a mark where sequences of a row go through it one by one.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
-        if mask is not None:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+    ) -> Any:
+        if attention_mask is not None or value.shape[-1] != query.shape[-1]:
             assert not tiled
-            return sdpa_attention_forward(module, query, key, value, mask, **rest)
-        return (_Attention if tiled else _Kernel).apply(query, key, value, log), None
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **rest)
+        kernel: Any = _Attention if tiled else _Kernel
+        return kernel.apply(query, key, value, log), None
 
     AttentionInterface.register("trace_bytes", attend)
     AttentionMaskInterface.register("trace_bytes", query_tiles.make_mask if tiled else sdpa_mask)
@@ -275,6 +228,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log: EventLog) -> Tensor:
+        out: Tensor
         out, sums = sequences.KERNEL(query, key, value, 0.0, True)
         sums = sums if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(query, key, value, out, sums)
