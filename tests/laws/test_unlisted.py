@@ -72,7 +72,10 @@ def test_predicted_bytes_are_the_tracked_ones(folder_of, tmp_path, family, dtype
     check_comparison(compare_on(setting, four_bit_folder(source)[0], tmp_path))
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "lfm2", "opt", "starcoder2"])
+LONGER = [pytest.param(family, marks=pytest.mark.long) for family in ("opt", "starcoder2")]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "lfm2", *LONGER])
 def test_a_run_is_read_by_peft_and_transformers(folder_of, tmp_path, family):
     """Two steps; logits with the adapter are peft's on the same 4-bit folder, generation with a cache is that without."""
     folder = folder_of(family)
