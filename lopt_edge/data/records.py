@@ -82,7 +82,12 @@ def iterate_records(path: str | Path) -> Iterator[Record]:
 
 def is_streamed(path: Path) -> bool:
     """Whether the rows of a file are read one after the other, not the file as a whole."""
-    return _ending(path) == ".parquet" or (_ending(path) in (".jsonl", ".ndjson") and not _is_printed(path))
+    if _ending(path) not in (".jsonl", ".ndjson"):
+        return _ending(path) == ".parquet"
+    try:
+        return not _is_printed(path)
+    except (EOFError, zlib.error, OSError):  # whoever reads it says so
+        return False
 
 
 def _ending(path: Path) -> str:

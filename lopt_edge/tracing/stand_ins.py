@@ -250,7 +250,7 @@ class OpaqueVocabulary:
     def __init__(self, n_rows: int, hidden: int, dtype: torch.dtype, log: EventLog) -> None:
         self.log, self.chunk = log, torch.zeros(n_rows, hidden, dtype=dtype)
 
-    def rows(self, ids_N: Tensor) -> Tensor:
+    def rows(self, ids_N: Tensor, *, host_ids_N: Tensor | None = None) -> Tensor:
         self.log.mark("gather", len(ids_N))
         return self.chunk.new_zeros(len(ids_N), self.chunk.shape[1])
 

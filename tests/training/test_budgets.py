@@ -197,7 +197,7 @@ def test_there_is_no_host_tier_on_a_cpu(refuses, flag):
 
 @pytest.mark.parametrize("n_bytes", ["1MB", "1%"])
 def test_too_little_device_memory(refuses, n_bytes, monkeypatch):
-    monkeypatch.setattr("lopt_edge.run.device.available_bytes", lambda: 10**9)
+    monkeypatch.setattr("lopt_edge.run.devices.host.available_bytes", lambda: 10**9)
     assert re.search(r"device memory: \d+ MiB needed", refuses("--device-memory", n_bytes, code=DoesNotFit.exit_code))
 
 

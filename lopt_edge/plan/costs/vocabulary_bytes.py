@@ -26,7 +26,7 @@ def gather_rows(
         cast = c * (c != stored.itemsize)
         if row := stored.packed_row_bytes:
             n_rows = n_ids if stored.head_resident else min(n_ids, n_known)
-            heap.take(0 if stored.head_resident else 8 * n_rows * (not shape.kind.host_is_below) + 8 * n_ids)
+            heap.take(0 if stored.head_resident else 8 * n_ids)
             heap.take(n_rows * (row + width * c))
             heap.take(0 if stored.head_resident else n_ids * width * c)
             return
@@ -34,6 +34,6 @@ def gather_rows(
             heap.take(n_ids * width * (stored.itemsize + cast))
             return
         n_unique, in_ram = min(n_ids, n_known), not shape.kind.host_is_below
-        heap.take(8 * n_unique * in_ram + 8 * n_ids)
+        heap.take(8 * n_ids)
         heap.take(n_unique * width * (stored.itemsize + cast if in_ram else c))
         heap.take(n_ids * width * c)

@@ -42,7 +42,7 @@ def replayed(monkeypatch):
 
     def replay(text: str, shape: LayerShape | None = None, *, alive: dict[str, int] | None = None, **how: bool) -> Replay:
         program.cache_clear()
-        monkeypatch.setattr(programs, "_table", lambda: {"cases": {"case": {"op": 0}}, "programs": [text]})
+        monkeypatch.setattr(programs, "_table", lambda path: {"cases": {"case": {"op": 0}}, "programs": [text]})
         found = Replay(shape or make_shape(), SIZES)
         for name, n_bytes in (alive or {}).items():
             found.alive[name] = found.heap.take(n_bytes)
@@ -119,7 +119,7 @@ def test_keys_and_those_more_general():
 
 def test_a_case_without_programs_takes_the_nearest(monkeypatch):
     cases = {"x 4 single masked": {"op": 0}, "x 4 grouped masked": {"op": 1}, "x 4 grouped masked one": {"op": 2}}
-    monkeypatch.setattr(programs, "_table", lambda: {"cases": cases, "programs": ["+1", "+2", "+3"]})
+    monkeypatch.setattr(programs, "_table", lambda path: {"cases": cases, "programs": ["+1", "+2", "+3"]})
     program.cache_clear()
 
     def first(case: str) -> float:
@@ -134,7 +134,7 @@ def test_a_case_without_programs_takes_the_nearest(monkeypatch):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_case_has_sound_programs(family):
     """For both dtypes, heads of every kind, one sequence or several, with a mask and without."""
-    found = {key for key in programs._table()["cases"] if key.split()[0] == family}
+    found = {key for key in programs._table("")["cases"] if key.split()[0] == family}
     masks = {"masked" in key for key in found if len(key.split()) > 2}
     assert masks
     for itemsize, heads, masked, one in product((4, 2), HEADS, masks, (False, True)):

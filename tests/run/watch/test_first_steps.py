@@ -190,7 +190,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[int, int]], **how
     """(step, what the process has at most from then on) in a process that begins with 10 MiB."""
     found, process = FirstSteps(_Executor(), **how), SimpleNamespace(peak=10 * MIB)
     for name in ("peak_rss_bytes", "resident_bytes"):
-        monkeypatch.setattr(f"lopt_edge.run.device.{name}", lambda: process.peak)
+        monkeypatch.setattr(f"lopt_edge.run.devices.host.{name}", lambda: process.peak)
     for step, peak in steps:
         process.peak = peak
         with found.watching(step, PREDICTION):

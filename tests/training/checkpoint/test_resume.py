@@ -109,7 +109,7 @@ def test_other_weights_and_another_dtype_are_refused(done, model, tmp_path):
 
 
 def test_other_versions_are_told(done, monkeypatch):
-    monkeypatch.setattr("lopt_edge.system.versions._version", lambda name: "0.0.1")
+    monkeypatch.setattr("lopt_edge.system.versions.version_of", lambda name: "0.0.1")
     _, _, warnings = find_start(done.model_copy(update={"resume": "auto"}))
     assert len(warnings) == 1 and "bits may differ" in warnings[0] and "-> 0.0.1" in warnings[0]
 
