@@ -30,7 +30,10 @@ def check_form(form: str | None) -> None:
     if form in CALIBRATED:
         what = f"{form} is calibrated on the whole model, which lopt-edge does not do"
         command = f"pip install auto-round, then: auto-round --model DIR --scheme W4A16 --format {CALIBRATED[form]}"
-        raise InputError(what, where="--form", fix=f"export --merged DIR without --form; {command}")
+        raise InputError(what, where="--form", fix=f"write the folder in full precision; {command}")
+    if form == "int8":
+        what = "int8: no library here packs it in a form that can be trained on"
+        raise InputError(what, where="--form", fix=f"choose {NF4}, or export --gguf --type q8_0")
     raise InputError(f"{str(form)[:40]!r} is unknown", where="--form", fix=f"choose {NF4}, or leave it out")
 
 

@@ -195,13 +195,16 @@ def compare_command(
 def quantize(
     source: Annotated[str, typer.Argument(help="model folder or hub id")],
     target: Annotated[str, typer.Argument(help="new folder for the 4-bit form")],
+    form: Annotated[str, typer.Option("--form", help="nf4: 4 bits, double quantisation (bitsandbytes)")] = "nf4",
     dtype: Annotated[str | None, typer.Option("--dtype", help="recorded compute dtype (default: the model's)")] = None,
     revision: RevisionOption = None,
 ) -> None:
     """Write a model in 4 bits (NF4, double quantisation), in the form that transformers loads."""
+    from lopt_edge.adapters.packed_forms import check_form
     from lopt_edge.models.folder import check_weights, find_model, tensor_entries
     from lopt_edge.models.four_bit import quantise_model
 
+    check_form(form)
     model, folder = find_model(source, revision=revision), Path(target)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"{dtype!r} is unknown", where="--dtype", fix="choose float32, bfloat16 or float16")

@@ -56,12 +56,22 @@ def _state(tensor: torch.Tensor) -> dict:
 
 @pytest.mark.parametrize(
     ("form", "told"),
-    [("gptq", "auto-round .* --format auto_gptq"), ("awq", "--format auto_awq"), ("int3", "'int3' is unknown")],
+    [
+        ("gptq", "auto-round .* --format auto_gptq"),
+        ("awq", "--format auto_awq"),
+        ("int8", "q8_0"),
+        ("int3", "'int3' is unknown"),
+    ],
 )
 def test_what_is_not_written_is_refused_with_the_way_to_it(run, tmp_path, form, told):
     with pytest.raises(InputError, match=told):
         export(run.output, merged=tmp_path / "merged", form=form)
     assert not Path(tmp_path / "merged").exists()
+
+
+def test_quantize_takes_the_same_forms(tmp_path, command):
+    code, _, err = command("quantize", tmp_path, tmp_path / "packed", "--form", "gptq")
+    assert code == 2 and "auto-round" in err and not (tmp_path / "packed").exists()
 
 
 def test_stacks_of_experts_are_refused_and_the_option_alone_as_well(tmp_path, command, run):
