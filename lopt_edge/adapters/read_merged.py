@@ -7,19 +7,15 @@ The rule: if memory runs short, the kernel ends this process, not the export tha
 from __future__ import annotations
 
 import json
-import os
 import sys
-from contextlib import suppress
-from pathlib import Path
+
+from lopt_edge.system.expendable import answer_stream
 
 
 def main() -> None:
     """Load, run, write."""
     request = json.load(sys.stdin)
-    with suppress(OSError):  # not Linux
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no logits
+    answer = answer_stream()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
