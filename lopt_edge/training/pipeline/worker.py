@@ -259,8 +259,13 @@ def work_for_torchrun(life: Callable[..., None], rank: int, *, minutes: float) -
 
 def main() -> None:
     """Follow process 0 in a process that launch.py started, and exit."""
+    live(work)
+
+
+def live(life: Callable[..., None]) -> None:
+    """Live a whole life in a process that launch.py started, and exit."""
     rank, port = int(os.environ[RANK]), int(os.environ[PORT])
-    code = exit_code_of(work, join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
+    code = exit_code_of(life, join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
     sys.stderr.flush()
     os._exit(code)  # a thread may still wait for a peer that is gone
 

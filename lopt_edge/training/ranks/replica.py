@@ -10,8 +10,6 @@ the second one ends this process at once.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import timedelta
@@ -26,7 +24,7 @@ from lopt_edge.plan.facts.budget import Budget
 from lopt_edge.plan.schedule.ops import Plan, parse_plan
 from lopt_edge.plan.schedule.ranks import Rank
 from lopt_edge.run.device import device_of
-from lopt_edge.run.link import Link, join_store
+from lopt_edge.run.link import Link
 from lopt_edge.run.ranks import Exchange
 from lopt_edge.run.step.batches import Totals, from_message
 from lopt_edge.run.step.evaluation import batch_losses
@@ -34,12 +32,11 @@ from lopt_edge.run.step.step_state import Rates, Share
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.system.allocator import release_free_memory, settle_host_allocator
 from lopt_edge.system.signals import Interrupts
-from lopt_edge.training.pipeline.launch import PORT, RANK, SETUP, torchrun_rank
+from lopt_edge.training.pipeline.launch import SETUP, torchrun_rank
 from lopt_edge.training.pipeline.worker import (
-    START_MINUTES,
     Task,
-    exit_code_of,
     go_on_from,
+    live,
     loaded_executor,
     own_peaks,
     read_task,
@@ -122,10 +119,7 @@ def follow(store: Any, rank: int, *, loopback: bool) -> None:
 
 def main() -> None:
     """Follow rank 0 in a process that it started (leader.py), and exit."""
-    rank, port = int(os.environ[RANK]), int(os.environ[PORT])
-    code = exit_code_of(follow, join_store(port, timedelta(minutes=START_MINUTES)), rank, loopback=True)
-    sys.stderr.flush()
-    os._exit(code)  # a thread may still wait for a rank that is gone
+    live(follow)
 
 
 def is_replica(config: Config) -> bool:
