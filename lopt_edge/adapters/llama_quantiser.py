@@ -73,7 +73,7 @@ def _run(source: Path, target: Path, kind: str) -> None:
 
 def main() -> None:
     """Quantise a file by cyllama."""
-    from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize  # type: ignore[import-untyped]
+    from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
 
     source, target, number = sys.argv[1:]
     settings = LlamaModelQuantizeParams()

@@ -93,7 +93,7 @@ def _write_openvino(model: Any, inputs: Any, target: str) -> None:
 
 def _read_openvino(target: str) -> Callable[..., Any]:
     """The logits of all tokens of a row, which goes through the graph's state in two calls."""
-    import openvino  # type: ignore[import-untyped]
+    import openvino
     import torch
 
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
