@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 HIDDEN, INNER, VOCABULARY, WINDOW, POSITIONS = 64, 128, 320, 8, 512
+MOST_PARAMETERS = 20_000_000  # more is not tiny: a size that goes by another name was kept
 HEADS, HEAD_DIM, WIDER_HEAD_DIM = 4, 16, 32
 SIZES: dict[str, int] = {  # names of other sizes, as configs of transformers have them
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "block_ff_dim", "inner_dim"), INNER),
@@ -77,10 +78,14 @@ def random_model(config: Any, *, seed: int = 0) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    classes: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in classes.from_config(config).parameters())
+    if n_parameters > MOST_PARAMETERS:
+        raise ValueError(f"a small model of it has {n_parameters:,} parameters")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classes: Any = AutoModelForCausalLM
         model = classes.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

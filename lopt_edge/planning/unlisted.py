@@ -41,8 +41,13 @@ def make_ready(facts: ModelFacts, *, itemsize: int, targets: tuple[str, ...], wh
     from lopt_edge.tracing.proof import ensure_proved
     from lopt_edge.tracing.unlisted import ensure_table
 
-    ensure_proved(facts, where=where)
-    ensure_table(facts, itemsize=itemsize, targets=targets, where=where)
+    try:
+        ensure_proved(facts, where=where)
+        ensure_table(facts, itemsize=itemsize, targets=targets, where=where)
+    except OSError as error:
+        what = f"what was found out about the model cannot be kept ({error.strerror})"
+        fix = "free space there, or set LOPT_EDGE_CACHE to another folder"
+        raise InputError(what, where=own.table, fix=fix) from None
 
 
 def about_unlisted(facts: ModelFacts) -> Iterator[str]:
