@@ -33,7 +33,7 @@ from lopt_edge.run.model.classes import rotary_class, skeleton_of, unusable
 from lopt_edge.run.model.context import LayerContext
 from lopt_edge.run.model.own_body import OwnBody, compute_buffers, make_body, output_of
 from lopt_edge.run.model.own_inputs import OwnInputs
-from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
+from lopt_edge.run.model.placed import block_mlp, put_recurrence, tile_norms
 from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -241,8 +241,7 @@ def load_model(
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
             tile_norms(layer, facts, like=model.norm)
-            if facts.layer(index).delta is not None:
-                put_delta_net(layer, facts.layer(index))
+            put_recurrence(layer, facts.layer(index))
             if facts.family.unlisted is None or facts.family.unlisted.gated_mlp:
                 block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
