@@ -88,7 +88,7 @@ def read_inputs(config: Config, *, say: Callable[[str], None] = warn) -> tuple[I
     _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
-    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs))), start
+    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs), *inputs.course.advice)), start
 
 
 @dataclass(frozen=True, eq=False)
