@@ -2,11 +2,10 @@
 
     python tools/make_model.py --shape qwen2.5-0.5b --output /tmp/model [--layers N] [--quantized]
 
-Memory and speed depend on shapes, not on what the weights say. A shape is a preset of `lopt-edge models` (or
-`smollm2-135m`). The folder is what `AutoModelForCausalLM` expects: config.json with the public model's numbers, bfloat16
-safetensors under the names that transformers' own class saves them by, and a tokenizer. The tokenizer is the small one of
-examples/tiny-llama, and so are the config's special ids; `vocab_size` stays the real one. Of a multimodal model it is the
-text model alone.
+Memory and speed depend on shapes, not on what the weights say. A shape is a preset of `lopt-edge models`. The folder is
+what `AutoModelForCausalLM` expects: config.json with the public model's numbers, bfloat16 safetensors under the names that
+transformers' own class saves them by, and a tokenizer. The tokenizer is the small one of examples/tiny-llama, and so are
+the config's special ids; `vocab_size` stays the real one. Of a multimodal model it is the text model alone.
 
 The rules it keeps. One tensor at a time: each is drawn, written and dropped, so a 70B model needs the memory of its
 embedding (2.1 GB), not of a shard. A tensor depends on the seed and its name alone: with --layers N the folder holds
@@ -40,20 +39,14 @@ TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-llama"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3}  # of that tokenizer
 STD = 0.02
-NOT_A_PRESET = {  # from the public config.json
-    "smollm2-135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-    },
-}  # fmt: skip
 
 
 def config_of(shape: str, layers: int | None) -> PretrainedConfig:
     """The config of a shape, or of its first layers. Exits for what is no shape, or has not as many."""
     preset = find_preset(shape)
-    if preset is None and shape not in NOT_A_PRESET:
-        sys.exit(f"no shape {shape!r}: use a preset of `lopt-edge models`, or {', '.join(NOT_A_PRESET)}")
-    values = dict(NOT_A_PRESET[shape] if preset is None else preset.config)
+    if preset is None:
+        sys.exit(f"no shape {shape!r}: use a preset of `lopt-edge models`")
+    values = dict(preset.config)
     depth = values["num_hidden_layers"]
     if not 1 <= (layers or depth) <= depth:
         sys.exit(f"{shape} has {depth} layers; --layers must be from 1 to {depth}")
