@@ -312,10 +312,11 @@ def mlp_forward(heap: Heap, shape: LayerShape, n_rows: int) -> None:
         heap.take(n_rows * (hidden + down_rank) * (c if run.is_whole else 4))
         run.weights()
         inner = run.tile * run.width * c
-        heap.touch((3 if shape.pieces.joined else 2) * inner)
+        heap.touch((3 if shape.pieces.joined and not shape.gates_in_place else 2) * inner)
         if run.is_whole:
             return
-        heap.touch(inner + run.tile * max(hidden, down_rank) * c * run.apart)
+        still = inner * (1 + (shape.gates_in_place and shape.pieces.joined))  # a half keeps the whole
+        heap.touch(still + run.tile * max(hidden, down_rank) * c * run.apart)
         heap.touch(n_rows * (down_rank * cast + hidden * run.apart) * c if down_rank else 0)
         heap.touch(n_rows * hidden * c if cast else 0)
 
@@ -331,8 +332,9 @@ def mlp_backward(heap: Heap, shape: LayerShape, n_rows: int, *, need_x: bool) ->
         heap.take(n_rows * (down_rank * c + down_rank * 4 + (gate_rank + up_rank) * 4))
         run.weights()
         inner = run.tile * run.width * c
-        heap.touch(6 * inner)
+        heap.touch((3 if shape.gates_in_place else 6) * inner)
         with_factors = 5 if shape.pieces.joined else 4  # gate and up go together, or gate before up
+        with_factors = 3 if shape.gates_in_place else with_factors
         most = max(run.tile, run.width)
         heap.touch(with_factors * inner + most * down_rank * c * run.apart)
         heap.touch(2 * inner + max(most * max(gate_rank, up_rank), run.tile * hidden * need_x) * c * run.apart)

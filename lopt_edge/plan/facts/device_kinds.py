@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
+TORCH, TRITON = "torch", "triton"  # whose kernels a layer runs with, where there are both
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class DeviceKind:
     mlp_blocks: tuple[int, ...]  # features of an MLP at a time, the fastest first (quant/gated_mlp.py); 0: all of them
     mlp_tile: int  # tokens of an MLP at a time
     joins_products: bool  # gate and up are one product
+    triton_capabilities: tuple[str, ...]  # for which our kernels (run/kernels) are compiled in a test; (): they never run
 
     library_bytes: int  # of the process before its first tensor, where they count
     context_bytes: int  # of the driver before the first tensor, beside the allocator's
@@ -78,6 +80,7 @@ CPU = DeviceKind(
     mlp_blocks=(1024,),
     mlp_tile=1024,
     joins_products=False,  # a third tensor for nothing
+    triton_capabilities=(),
     library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
     context_bytes=0,
     # With the heap trimmed before each op a process takes 22 to 29 MiB beside library and tensors, whatever the shape (20
@@ -111,6 +114,7 @@ CUDA = DeviceKind(
     mlp_blocks=(0, 4096, 1024),
     mlp_tile=4096,  # a GPU wants larger products than a CPU
     joins_products=True,
+    triton_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"),
     library_bytes=0,
     context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)
     slack_bytes=96 * MIB,  # cuBLAS workspaces

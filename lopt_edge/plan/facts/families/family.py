@@ -227,6 +227,8 @@ class Family:
     `post_norm`: the layer reads its last projection's output once more, so whoever runs it
     again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
     `unlisted`: it has no record; this one was made of transformers' model (models/unlisted.py).
+    `shown`: what a config says of whose small model shows the family's kinds of layers in four (doctor/prove_models.py),
+    where neither a known model nor transformers' defaults do.
     """
 
     name: str
@@ -259,6 +261,7 @@ class Family:
     sinks: bool = False
     layout: Layout = Layout()
     unlisted: Unlisted | None = None
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def layer_types(self) -> tuple[str, ...]:

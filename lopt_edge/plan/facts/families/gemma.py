@@ -94,6 +94,10 @@ _GEMMA4_TEXT = replace(
         "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512, "global_head_dim": 512,
         _OWN: 256, "vocab_size_per_layer_input": 262144,
     },
+    shown={
+        "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "attention_k_eq_v": True, "global_head_dim": 64,
+        "num_global_key_value_heads": 1, _OWN: 0, "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
     projections=(*attention(bias=_A, out_bias=_A), *_MLP),
     projections_by_type={
         FULL: (

@@ -64,6 +64,7 @@ _GRANITE4 = Family(
     layer_type=_attention_or_mamba,
     refuses={"num_local_experts": "experts beside an MLP, as in Granite 4 tiny and small, are"},
     requires={"position_embedding_type": "rope"},
+    shown={"num_local_experts": 0, "position_embedding_type": "rope"},
     embedding_factor="embedding_multiplier",
     logit_divisor="logits_scaling",
 )  # fmt: skip
