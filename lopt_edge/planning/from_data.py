@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from heapq import nlargest
 
 import torch
 
@@ -79,7 +80,7 @@ def largest_step(datasets: Sequence[Dataset | None], config: Config) -> LargestS
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:
     """The longest examples (or pairs) in micro-batches, longest first: no window of any order takes more."""
     lengths = unit_lengths(dataset.lengths, dataset.together)
-    units = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    units = nlargest(batch_size * grad_accum, range(len(lengths)), key=lengths.__getitem__)
     most, scored = max(dataset.target_counts), dataset.together if dataset.labels else 0
     found = []
     for start in range(0, min(len(units), batch_size * grad_accum), batch_size):

@@ -111,14 +111,14 @@ def question(
     )
     profile = _profile(card, config.device)
     device_type = profile.device_type
-    _, (_, _, max_seq_len), (budget, reasons) = together(
+    _, (course, _, max_seq_len), (budget, reasons) = together(
         lambda: check_memory_settings(config, facts, device_type=device_type),
         lambda: against_facts(config, facts),
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
     notes = (*about_unlisted(facts), *_what_is_planned(card, profile), *notes)
-    notes = (*notes, *deterministic_notes(config, device_type), *kernel_notes(config, device_type))
+    notes = (*notes, *deterministic_notes(config, device_type), *kernel_notes(config, device_type), *course.advice)
     library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
     ground = Ground(
         facts,

@@ -37,6 +37,7 @@ from lopt_edge.run.step.batches import make_batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import logits
 from lopt_edge.run.step.optim import SegmentOptimizer
+from quant.experts import PackedExperts
 from quant.linear import PackedLinear
 
 CPU, BOUND = torch.device("cpu"), 2e-4  # relative, of fp32 in another order of operations
@@ -96,6 +97,19 @@ def _n_layers(facts: ModelFacts) -> int:
 def _unpack_into(theirs: nn.Module, ours: Model) -> None:
     for name, module in _linears(ours):
         theirs.get_submodule(name).get_parameter("weight").data.copy_(module.unpacked(torch.float32))
+    for layer in range(ours.facts.n_layers):
+        if (experts := ours.facts.layer(layer).experts) is None:
+            continue
+        path = f"{experts.module}.experts"
+        packed, stacks = (
+            ours.layers[layer].get_submodule(path),
+            theirs.get_submodule(f"{ours.facts.layout.layer(layer)}{path}"),
+        )
+        assert isinstance(packed, PackedExperts)
+        for number in range(experts.count):
+            one = packed.unpacked(number, torch.empty(0))
+            stacks.get_parameter("gate_up_proj").data[number] = one.gate_up
+            stacks.get_parameter("down_proj").data[number] = one.down
 
 
 def _linears(ours: Model) -> Iterator[tuple[str, PackedLinear]]:
@@ -179,7 +193,9 @@ def lora_gradients(ours: Model, theirs: nn.Module) -> Iterator[tuple[str, Tensor
     for layer in layers:
         for b in layer_parameters(ours, layer)[1::2]:
             b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
-    pairs = [(name, _Lora.of(module, next(theirs.parameters()))) for name, module in _linears(ours)]
+    pairs = [
+        (name, _Lora.of(module, next(theirs.parameters()))) for name, module in _linears(ours) if module.lora_a is not None
+    ]
     for name, lora in pairs:
         theirs.set_submodule(name, _WithLora(theirs.get_submodule(name), lora))
     for parameter in theirs.parameters():

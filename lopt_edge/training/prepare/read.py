@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -22,6 +23,7 @@ from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
 from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, mismatched_part, split
 from lopt_edge.data.sources import sources_of
+from lopt_edge.data.stored import where_those_are
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.four_bit import four_bit_path
@@ -90,7 +92,7 @@ def read_inputs(config: Config, *, say: Callable[[str], None] = warn) -> tuple[I
     _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
-    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs))), start
+    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs), *inputs.course.advice)), start
 
 
 @dataclass(frozen=True, eq=False)
@@ -425,14 +427,14 @@ def _end_not_scored(dataset: Dataset, end_id: int | None, *, path: str) -> Datas
     """
     if dataset.format != "text":
         return dataset
-    last = {example.where: index for index, example in enumerate(dataset.examples)}  # a row's windows stand in order
-    examples = tuple(
+    found = (
         replace(example, supervised=example.supervised[:-1] + b"\0")
-        if index == last[example.where] and example.input_ids[-1] == end_id
+        if (after is None or after.where != example.where) and example.input_ids[-1] == end_id  # a row's windows in order
         else example
-        for index, example in enumerate(dataset.examples)
+        for example, after in pairwise(chain(dataset.examples, [None]))
+        if example is not None
     )
-    examples = tuple(example for example in examples if example.n_supervised)
+    examples = where_those_are(dataset.examples, (example for example in found if example.n_supervised))
     if not examples:
         raise InputError("no text has two tokens: there is nothing to score", where=path, fix="give longer texts")
     return replace(dataset, examples=examples, fingerprint=fingerprint_of(examples))
