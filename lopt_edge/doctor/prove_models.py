@@ -14,6 +14,7 @@ It needs no test suite and no network. Whole runs, from the command line, are pr
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,14 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
 from lopt_edge.doctor.layer_check import relative
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.models.tiny import VOCABULARY, random_model, smaller
 from lopt_edge.plan.facts.device_kinds import TORCH, TRITON
-from lopt_edge.plan.facts.families import FAMILIES
-from lopt_edge.plan.facts.presets import PRESETS
+from lopt_edge.plan.facts.families import FAMILIES, PLAIN
+from lopt_edge.plan.facts.presets import known_config
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs, default_knobs, mlp_pieces, placement_of
@@ -48,10 +50,12 @@ from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.optim import SegmentOptimizer
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.run.tiers.page_file import PageFile
-from lopt_edge.tracing.proof import lora_gradients, unpack_into
+from lopt_edge.tracing.proof import lora_gradients
+from quant.headers import SINGLE_NAME
 
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of a whole model's gradients, relative to their norm
 N_LAYERS, LENGTH, RANK = 4, 40, 4
+CONFIG_NAME, METADATA = "config.json", {"format": "pt"}
 Work = Callable[[], float]
 
 
@@ -73,36 +77,55 @@ def model_proofs(own: Device) -> Iterator[tuple[str, float, Work]]:
         yield f"a step with our own kernels, {half}", BOUNDS[half], partial(_own_kernels, own)
 
 
-def config_of(family: str) -> Any:
-    """transformers' config of a family: as its record says, else of a known model, else with its own defaults."""
+def tiny_config(family: str) -> Any:
+    """transformers' config of a tiny model of a family: as its record says, else of a known model or with transformers' own
+    defaults, made smaller."""
     from transformers import AutoConfig
 
-    known = next((preset.config for preset in PRESETS.values() if preset.config["model_type"] == family), {})
-    values = FAMILIES[family].shown or {key: known[key] for key in known if key not in ("model_type", "torch_dtype")}
-    return AutoConfig.for_model(family, **values)
+    shown = FAMILIES[family].shown
+    if "hidden_size" in shown:
+        return AutoConfig.for_model(family, **shown)
+    values = known_config(family) | {**shown}
+    return smaller(AutoConfig.for_model(family, **values), n_layers=N_LAYERS)
 
 
-def _packed(root: Path, family: str) -> tuple[Path, nn.Module]:
-    """The 4-bit folder of a tiny model of a family, and transformers' model of it, not packed."""
-    config = smaller(config_of(family), n_layers=N_LAYERS)
-    config._experts_implementation = "eager"  # transformers' product of all at once knows no float64
-    theirs = random_model(config)
-    for parameter in theirs.parameters():
+def _packed(root: Path, family: str) -> Path:
+    """The 4-bit folder of a tiny model of a family."""
+    made = random_model(tiny_config(family))
+    for parameter in made.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    theirs.save_pretrained(root / "source")
+    made.save_pretrained(root / "source")
     quantise_model(find_model(str(root / "source")), root / "packed")
-    return root / "packed", theirs
+    return root / "packed"
+
+
+def _reference(packed: Path) -> nn.Module:
+    """transformers' own model with the numbers of a 4-bit folder, in float64 on the CPU. Experts run one after the other:
+    its product of all at once knows no float64."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    ours = load_model(packed, find_model(str(packed)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    plain, classes = packed.with_name("plain"), AutoModelForCausalLM  # type: Path, Any
+    plain.mkdir()
+    save_file(
+        {name: tensor.float() for name, tensor in merged_tensors(ours, packed)}, plain / SINGLE_NAME, metadata=METADATA
+    )
+    config = json.loads((packed / CONFIG_NAME).read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (plain / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+    how = {"dtype": torch.float64, "attn_implementation": "eager", "experts_implementation": "eager"}
+    made: nn.Module = classes.from_pretrained(plain, **how).eval()
+    return made
 
 
 def _family(own: Device, family: str, dtype: torch.dtype) -> float:
     with tempfile.TemporaryDirectory(prefix="lopt-edge-prove-") as folder:
-        packed, theirs = _packed(Path(folder), family)
-        facts = find_model(str(packed)).facts
+        packed = _packed(Path(folder), family)
         mover = Mover(own.device)
         try:
-            unpack_into(theirs, load_model(packed, facts, device=torch.device("cpu"), dtype=torch.float32))
-            ours = load_model(packed, facts, device=own.device, dtype=dtype, mover=mover)
-            found = list(lora_gradients(ours, theirs.double()))
+            ours = load_model(packed, find_model(str(packed)).facts, device=own.device, dtype=dtype, mover=mover)
+            found = list(lora_gradients(ours, _reference(packed)))
         finally:
             mover.close()
     if any((mine is None) != (exact is None) for _, mine, exact in found):
@@ -133,7 +156,7 @@ def _own_kernels(own: Device) -> float:
 def _compared(own: Device, placed: Callable[[Knobs], Knobs], *, kernels: str = TORCH) -> float:
     """The largest error of a step's gradients against the step with all on the device and torch's kernels."""
     with tempfile.TemporaryDirectory(prefix="lopt-edge-prove-") as folder, own.made_deterministic():
-        packed, _ = _packed(Path(folder), "llama")
+        packed = _packed(Path(folder), PLAIN)
         usual = default_knobs(find_model(str(packed)).facts, own.kind.name)
         expected = _step(own, packed, usual, kernels=TORCH)
         found = _step(own, packed, placed(usual), kernels=kernels)

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lopt_edge.adapters.base import RUN_NAME
-from lopt_edge.doctor.prove_models import config_of
-from lopt_edge.models.tiny import random_model, smaller
+from lopt_edge.doctor.prove_models import tiny_config
+from lopt_edge.models.tiny import random_model
+from lopt_edge.plan.facts.families import PLAIN
 from lopt_edge.run.devices.interface import Device
 
 LENGTHS = (64, 128, 256, 512)
@@ -144,7 +145,7 @@ class _Bed:
             made.add_special_tokens([*special.values()])
             fast: Any = PreTrainedTokenizerFast
             tokenizer = fast(tokenizer_object=made, **special)
-            random_model(smaller(config_of("llama"), n_layers=4)).save_pretrained(folder)
+            random_model(tiny_config(PLAIN)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         return folder
 

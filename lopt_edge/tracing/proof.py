@@ -78,7 +78,7 @@ def _prove(facts: ModelFacts, folder: Path) -> dict[str, float]:
     if len(tiny.kinds) < len(facts.kinds):
         raise Differs(f"a tiny model has {len(tiny.kinds)} kinds of layers, not {len(facts.kinds)}")
     ours = load_model(folder, tiny, device=CPU, dtype=torch.float32)
-    unpack_into(theirs, ours)
+    _unpack_into(theirs, ours)
     found = {"logits": max(_check_logits(ours, theirs, length) for length in LENGTHS)}
     _check_causal(ours)
     _check_calls(ours)
@@ -93,8 +93,7 @@ def _n_layers(facts: ModelFacts) -> int:
     return n_layers
 
 
-def unpack_into(theirs: nn.Module, ours: Model) -> None:
-    """Give transformers' model the weights of ours, unpacked."""
+def _unpack_into(theirs: nn.Module, ours: Model) -> None:
     for name, module in _linears(ours):
         theirs.get_submodule(name).get_parameter("weight").data.copy_(module.unpacked(torch.float32))
 

@@ -213,3 +213,9 @@ def near_presets(name: str) -> list[str]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "-", name.strip().lower())
+
+
+def known_config(family: str) -> dict[str, Any]:
+    """What a config.json says of a preset of a family, beside its name; nothing for a family without one."""
+    found = next((preset.config for preset in PRESETS.values() if preset.config["model_type"] == family), {})
+    return {key: value for key, value in found.items() if key not in ("model_type", "torch_dtype")}

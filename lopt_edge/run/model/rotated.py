@@ -29,7 +29,8 @@ def rotate_by_kernel(layer: nn.Module) -> bool:
     """Let the attention of a layer turn positions by our kernel; returns whether it does."""
     found = [module for module in layer.modules() if _turns(type(module)) is not None]
     for module in found:
-        module.__class__ = _derived(type(module))
+        own: Any = type(module)  # mypy takes a module's class for unhashable
+        module.__class__ = _derived(own)
     return bool(found)
 
 

@@ -12,6 +12,7 @@ from lopt_edge.plan.facts.families.family import (
     FULL,
     ROOT_OF_HIDDEN,
     SLIDING,
+    TINY,
     Family,
     Projection,
     Wrapper,
@@ -95,8 +96,8 @@ _GEMMA4_TEXT = replace(
         _OWN: 256, "vocab_size_per_layer_input": 262144,
     },
     shown={
-        "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "attention_k_eq_v": True, "global_head_dim": 64,
-        "num_global_key_value_heads": 1, _OWN: 0, "num_attention_heads": 8, "num_key_value_heads": 4,
+        **TINY, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 8, _OWN: 0, "attention_k_eq_v": True,
+        "global_head_dim": 64, "num_global_key_value_heads": 1, "tie_word_embeddings": True,
     },
     projections=(*attention(bias=_A, out_bias=_A), *_MLP),
     projections_by_type={
