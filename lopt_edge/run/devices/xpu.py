@@ -130,7 +130,7 @@ class Xpu:
 class _XpuStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream: Any = torch.xpu.Stream(device)
+        self.stream: Any = torch.xpu.Stream(device)  # type: ignore[no-untyped-call]  # torch's own has no types
 
     def record_event(self) -> Any:
         return self.stream.record_event()
