@@ -51,6 +51,7 @@ def why_not(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     try:  # Triton wants a C compiler, a folder to write to and a driver that it knows: a first kernel tells
+        own.settle_allocator()  # these are a run's first tensors
         with own.made_current():
             operators().rms_norm(torch.ones(1, 64, device=device), torch.ones(64, device=device), 1e-6)
             own.synchronize()

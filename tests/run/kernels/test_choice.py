@@ -28,7 +28,11 @@ def card(monkeypatch):
             raise found.fault
 
     device = SimpleNamespace(
-        kind=CUDA, capability=lambda: found.capability, synchronize=lambda: None, made_current=lambda: torch.no_grad()
+        kind=CUDA,
+        capability=lambda: found.capability,
+        synchronize=lambda: None,
+        made_current=lambda: torch.no_grad(),
+        settle_allocator=lambda: None,
     )
     monkeypatch.setattr(choice, "device_of", lambda _: device)
     monkeypatch.setattr(choice, "find_spec", lambda name: found.triton or None)
