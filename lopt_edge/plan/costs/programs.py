@@ -136,7 +136,9 @@ class Replay:
     def _attention_bytes(self, *, masked: bool) -> int:
         """The bytes that fused attention takes beside its results. The program has no mark for it, so they are taken
         wherever it may be: between its inputs and the product that follows, and the same way back."""
-        kernel, layer = self.shape.fused_kernel, self.shape.layer
+        kernel, layer, copies = self.shape.fused_kernel, self.shape.layer, self.shape.kind.score_copies
+        if copies and "t" in self.dimensions and layer.delta is None and self.shape.attention_kernel == "sdpa":
+            return copies * self._rows * self.dimensions["t"] * layer.n_heads
         if kernel is None or masked or "t" not in self.dimensions:
             return 0
         group = layer.n_heads // layer.n_kv_heads
