@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ Question = tuple[str | Conversation, str]  # a text to continue or a conversatio
 
 def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
     """The prompts and references of a data file's first rows. Raises InputError where rows have no reference."""
-    records = [record for source in sources_of(path) for record in source.records()][:n_rows]
+    records = list(islice((record for source in sources_of(path) for record in source.records()), n_rows))
     found: list[Question] = []
     for row in to_rows(records, data_format=data_format or detect_format(records)[0]):
         if isinstance(row, PromptCompletion):

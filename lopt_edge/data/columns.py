@@ -11,7 +11,8 @@ Not here: what the values must look like (`formats`, `messages`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lopt_edge.errors import InputError
@@ -67,6 +68,16 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, (str, list, dict, tuple)) and len(value) == 0)
 
 
+@dataclass
+class _Unknown:
+    """A field that nobody knows: where it stands, its first row, the number of rows, and of those without another fault."""
+
+    form: str
+    first: str
+    n_rows: int = 0
+    n_sound: int = 0
+
+
 class Columns:
     """The fields of one data file as they are met: what is ignored, what is harmless, what nobody knows."""
 
@@ -75,7 +86,8 @@ class Columns:
         self._other = FORM_FIELDS if is_named else frozenset()  # who names the form has chosen among its fields
         self._met: set[str] = set()  # of the ignored
         self._harmless: dict[str, None] = {}
-        self._unknown: dict[str, tuple[dict[str, None], str]] = {}  # (the rows' places, where it stands)
+        self._unknown: dict[str, _Unknown] = {}
+        self._in_row: set[str] = set()  # unknown ones of the row that is read now
 
     def anew(self) -> Columns:
         """The same with nothing met yet."""
@@ -120,19 +132,26 @@ class Columns:
             del left[name]
         return left
 
-    def unknown(self, *, faulty: Collection[str] = ()) -> list[InputError]:
+    def end_row(self, *, is_sound: bool) -> None:
+        """A row was read; a sound one has no fault but perhaps fields that nobody knows."""
+        for name in self._in_row:
+            self._unknown[name].n_rows += 1
+            self._unknown[name].n_sound += is_sound
+        self._in_row.clear()
+
+    def unknown(self) -> list[InputError]:
         """An error for each field that nobody knows, with its first place and the number of rows.
 
-        A field that only rows at the places `faulty` have is left to the faults that those rows have already.
+        A field that only faulty rows have is left to the faults that those rows have already.
         """
         return [
             InputError(
-                f"field {name[:80]!r} of {form} is not known, so what it means would be lost ({_rows(len(places))})",
-                where=next(iter(places)),
+                f"field {name[:80]!r} of {one.form} is not known, so what it means would be lost ({_rows(one.n_rows)})",
+                where=one.first,
                 fix=f"leave it out with --ignore-columns {name}, or give it a name of docs/usage.md",
             )
-            for name, (places, form) in self._unknown.items()
-            if not places.keys() <= set(faulty)
+            for name, one in self._unknown.items()
+            if one.n_sound
         ]
 
     def _kept(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +159,8 @@ class Columns:
         return {str(name): item for name, item in value.items() if name not in self._ignored}
 
     def _note_unknown(self, name: str, form: str, *, where: str) -> None:
-        self._unknown.setdefault(name, ({}, form))[0][where] = None
+        self._unknown.setdefault(name, _Unknown(form, where))
+        self._in_row.add(name)
 
 
 def _repeats(value: object, texts: set[str], values: list[Any]) -> bool:

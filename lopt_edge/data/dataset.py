@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.columns import Columns
-from lopt_edge.data.encode import Example, encode_rows
-from lopt_edge.data.formats import DataFormat, detect_format, to_rows
+from lopt_edge.data.encode import Example, RowEncoder
+from lopt_edge.data.formats import DataFormat, detect_format
 from lopt_edge.data.notes import Note, Notes
 from lopt_edge.data.preferences import Wanted, mismatched, preferences_of, put_together, taken_apart
-from lopt_edge.data.records import Record
-from lopt_edge.data.renamed import mapping_of, renamed
-from lopt_edge.data.rows import AnyRow, Conversation, Preferences
-from lopt_edge.data.sources import Source, mixed, sources_of
-from lopt_edge.data.stored import LAST_TURN_ONLY, TRUNCATED, StoredExamples
-from lopt_edge.data.streamed import LargeRows, is_large
+from lopt_edge.data.renamed import mapping_of
+from lopt_edge.data.rows import Preferences
+from lopt_edge.data.stored import LAST_TURN_ONLY, TRUNCATED, Gathered, StoredExamples, some_of, where_those_are
+from lopt_edge.data.streamed import HowRead, SoundRows
 from lopt_edge.data.template import ChatTemplate, load_template
 from lopt_edge.data.thoughts import Think
 from lopt_edge.errors import InputError
@@ -134,42 +133,33 @@ def load_dataset(
     `preferences`: what the run's objective asks of the rows beside their text.
     """
     notes, fields = Notes(), Columns(ignore_columns or (), is_named=data_format is not None)
-    ignored = tuple(ignore_columns or ())
-    detect = partial(detect_format, preferred=preferences != "none", ignored=ignored)
-    encode = partial(
-        encode_rows, tokenizer=tokenizer, max_seq_len=max_seq_len, think=think, escape=escape_special_tokens, notes=notes
-    )
-    sources, mapping = sources_of(str(path)), mapping_of(columns or ())
-    labels: tuple[bool, ...] = ()
-    examples: Sequence[Example]
-    if preferences == "none" and not mapping and is_large(sources):
-        large = LargeRows(sources, data_format, detect, fields, notes)
-        found, reason, n_rows = large.formats[0], large.reason, large.n_rows
-        form = preferences_of(found, preferences, where=str(path))
-        template, template_reason = _template_for(large.conversations, large.tools, tokenizer, chat_template)
-        examples, n_dropped = large.encoded(partial(encode, template=template))
-    else:
-        read, found, reason = _read(sources, str(path), data_format, mapping, fields, notes, detect)
-        form, rows = preferences_of(found, preferences, where=str(path)), taken_apart(read)
-        talks = [row for row in rows if isinstance(row, Conversation)]
-        template, template_reason = _template_for(bool(talks), any(row.tools for row in talks), tokenizer, chat_template)
-        together = put_together(read, encode(rows, template=template), form, notes)
-        examples, labels, n_dropped, n_rows = together.examples, together.labels, together.n_dropped, len(read)
-    if not examples:
+    detect = partial(detect_format, preferred=preferences != "none", ignored=tuple(ignore_columns or ()))
+    rows = SoundRows(str(path), HowRead(data_format, mapping_of(columns or ()), detect), fields, notes)
+    form = preferences_of(rows.formats, preferences, names=[source.text for source in rows.sources])
+    template, template_reason = _template_for(rows.conversations, rows.tools, tokenizer, chat_template)
+    how: dict[str, Any] = {"think": think, "escape": escape_special_tokens, "notes": notes}
+    encoder = RowEncoder(tokenizer, template=template, max_seq_len=max_seq_len, **how)
+    gathered = Gathered(in_file=rows.are_many)
+    for some in rows.few():
+        for found in put_together(some, encoder.encode(taken_apart(some)), form, notes):
+            gathered.add(found)
+    encoder.finish()
+    if not gathered.labels:
         raise InputError(
-            f"no token to learn from is left within {max_seq_len} tokens ({n_rows} rows, all dropped)",
+            f"no token to learn from is left within {max_seq_len} tokens ({gathered.n_rows} rows, all dropped)",
             where=str(path),
             fix="raise --max-seq-len, or shorten the prompts so that the replies fit",
         )
+    examples, labels = _ordered(gathered, form, of_pairs="preference" in rows.formats)
     return Dataset(
         examples=examples,
-        format=found,
-        reason=reason,
+        format=rows.formats[0],
+        reason=rows.reason,
         template=template,
         template_reason=template_reason,
         max_seq_len=max_seq_len,
-        n_rows=n_rows,
-        n_dropped=n_dropped,
+        n_rows=gathered.n_rows,
+        n_dropped=gathered.n_dropped,
         fingerprint=fingerprint_of(examples, labels),
         notes=notes.all(),
         unused_columns=fields.unused,
@@ -180,28 +170,15 @@ def load_dataset(
     )
 
 
-def _read(
-    sources: Sequence[Source],
-    spec: str,
-    data_format: DataFormat | None,
-    mapping: Mapping[str, str],
-    fields: Columns,
-    notes: Notes,
-    detect: Callable[[Sequence[Record]], tuple[DataFormat, str]],
-) -> tuple[list[AnyRow], DataFormat, str]:
-    """(rows, format, its reason) of all sources; with several, the reason has what each of them gave."""
-    rows_of, formats, reasons = list[Sequence[AnyRow]](), list[DataFormat](), list[str]()
-    for source in sources:
-        records = renamed(source.records(), mapping, name=source.text)
-        found, reason = detect(records) if data_format is None else (data_format, "named by --data-format")
-        rows_of.append(to_rows(records, data_format=found, fields=fields, notes=notes))
-        formats.append(found)
-        reasons.append(reason)
-    taken = mixed(rows_of, [source.weight for source in sources], seed=spec)
-    if len(sources) > 1:
-        each = zip(sources, taken, rows_of, formats, strict=True)
-        reasons = [f"{one.text}: {len(some):,} of {len(all_):,} rows, {form}" for one, some, all_, form in each]
-    return [row for some in taken for row in some], formats[0], "; ".join(reasons)
+def _ordered(gathered: Gathered, form: Preferences, *, of_pairs: bool) -> tuple[Sequence[Example], tuple[bool, ...]]:
+    """The examples and their labels (none without preferences): where pairs serve as labels, first all chosen ones."""
+    examples, labels = gathered.examples(), gathered.labels
+    if form == "none":
+        return examples, ()
+    if form == "labels" and of_pairs:
+        order = array("I", (index for label in (1, 0) for index in range(len(labels)) if labels[index] == label))
+        examples, labels = some_of(examples, order), bytearray(sorted(labels, reverse=True))
+    return examples, tuple(map(bool, labels))
 
 
 def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -214,7 +191,7 @@ def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dat
         raise InputError("one example cannot be split in two", where="eval-fraction", fix=fix)
     n_held_out = min(max(round(count * fraction), 1), count - 1)
     held_out = set(random.Random(f"split {seed}").sample(range(count), n_held_out))
-    parts: tuple[list[int], list[int]] = [], []
+    parts = array("I"), array("I")
     for index in range(len(dataset.examples)):
         parts[index // dataset.together in held_out].append(index)
     return _part(dataset, parts[0], name="train"), _part(dataset, parts[1], name="held-out")
@@ -222,7 +199,8 @@ def split(dataset: Dataset, *, fraction: float, seed: int) -> tuple[Dataset, Dat
 
 def mismatched_part(dataset: Dataset) -> Dataset:
     """A data set of the same prompts, each with another row's reply (preferences.py)."""
-    examples = mismatched(dataset.examples, max_seq_len=dataset.max_seq_len)
+    found = mismatched(dataset.examples, max_seq_len=dataset.max_seq_len)
+    examples = where_those_are(dataset.examples, found)
     return replace(
         dataset, examples=examples, preferences="none", labels=(), fingerprint=fingerprint_of(examples), notes=()
     )
@@ -240,10 +218,7 @@ def fingerprint_of(examples: Sequence[Example], labels: Sequence[bool] = ()) -> 
 
 
 def _part(dataset: Dataset, indices: Sequence[int], *, name: str) -> Dataset:
-    stored = dataset.examples
-    examples: Sequence[Example] = (
-        stored.some(indices) if isinstance(stored, StoredExamples) else tuple(stored[index] for index in indices)
-    )
+    examples = some_of(dataset.examples, indices)
     labels = tuple(dataset.labels[index] for index in indices) if dataset.labels else ()
     return replace(
         dataset,

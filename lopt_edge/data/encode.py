@@ -24,6 +24,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.data.faults import Faults
@@ -71,44 +72,67 @@ def encode_row(
     return encode_rows([row], tokenizer, template=template, max_seq_len=max_seq_len, **how)[0]
 
 
-def encode_rows(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: ChatTemplate | None,
-    max_seq_len: int,
-    think: Think | None = None,
-    escape: bool = False,
-    notes: Notes | None = None,
-) -> list[list[Example]]:
-    """The examples of every row, in order. Rows that cannot be rendered are reported together, as InputErrors.
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[Example]]:
+    """The examples of every row, in order. Raises InputErrors for all rows that cannot be rendered. `how`: as for
+    `RowEncoder`."""
+    encoder = RowEncoder(tokenizer, **how)
+    found = encoder.encode(rows)
+    encoder.finish()
+    return found
+
+
+class RowEncoder:
+    """Encodes the rows of a data set, some at a time; rows that cannot be rendered are told when all have been seen.
 
     `think` is --think, `escape` --escape-special-tokens; `notes` takes what the rows' owner should know.
     """
-    if max_seq_len < 2:
-        raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max-seq-len", fix="use 2 or more")
-    if not tokenizer.is_fast:
-        fix = "use a model that ships tokenizer.json"
-        raise InputError("the tokenizer has no fast form, so targets cannot be located", where="tokenizer", fix=fix)
-    notes = notes or Notes()
-    faults, rendered = Faults(), []
-    renderer = RowRenderer(tokenizer, template, think=think, escape=escape, notes=notes)
-    for row in rows:
-        try:
-            rendered.append(renderer.rendered(row))
-        except InputError as error:
-            faults.add(error)
-    faults.raise_any()
-    with _encoding("tokenizer"):
-        ends = _Ends(leading_ids(tokenizer), tokenizer.eos_token_id, notes)
-    found = []
-    for batch in _batches(rendered):
-        first, last = batch[0].where, batch[-1].where
-        with _encoding(first if first == last else f"{first} to {last}"):
-            tokenised = list(_tokenise(batch, tokenizer, notes))
-        for item, ids, mask in tokenised:
-            found.append(_finish(item, ids, mask, ends=ends, max_seq_len=max_seq_len))
-    return found
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: ChatTemplate | None,
+        max_seq_len: int,
+        think: Think | None = None,
+        escape: bool = False,
+        notes: Notes | None = None,
+    ) -> None:
+        if max_seq_len < 2:
+            raise InputError(f"a sequence of {max_seq_len} tokens has no target", where="max-seq-len", fix="use 2 or more")
+        if not tokenizer.is_fast:
+            fix = "use a model that ships tokenizer.json"
+            raise InputError("the tokenizer has no fast form, so targets cannot be located", where="tokenizer", fix=fix)
+        self._tokenizer, self._max_seq_len, self._notes = tokenizer, max_seq_len, notes or Notes()
+        self._renderer = RowRenderer(tokenizer, template, think=think, escape=escape, notes=self._notes)
+        self._faults = Faults()
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
+        """The examples of every row, in order. Once a row could not be rendered, no more are encoded: `finish` raises."""
+        rendered = []
+        for row in rows:
+            try:
+                rendered.append(self._renderer.rendered(row))
+            except InputError as error:
+                self._faults.add(error)
+        if self._faults.count:
+            return [[] for _ in rows]
+        found = []
+        for batch in _batches(rendered):
+            first, last = batch[0].where, batch[-1].where
+            with _encoding(first if first == last else f"{first} to {last}"):
+                tokenised = list(_tokenise(batch, self._tokenizer, self._notes))
+            for item, ids, mask in tokenised:
+                found.append(_finish(item, ids, mask, ends=self._ends, max_seq_len=self._max_seq_len))
+        return found
+
+    def finish(self) -> None:
+        """Raise InputError(s) for all rows that could not be rendered."""
+        self._faults.raise_any()
+
+    @cached_property
+    def _ends(self) -> _Ends:
+        with _encoding("tokenizer"):
+            return _Ends(leading_ids(self._tokenizer), self._tokenizer.eos_token_id, self._notes)
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -109,7 +109,7 @@ class RowMaker:
 
     def __init__(self, data_format: DataFormat, fields: Columns, notes: Notes) -> None:
         self.format, self.fields, self.notes = data_format, fields, notes
-        self._faults, self._faulty = Faults(), set[str]()
+        self._faults = Faults()
 
     def rows(self, records: Iterable[Record]) -> list[AnyRow]:
         """The rows of those records that are sound."""
@@ -117,14 +117,15 @@ class RowMaker:
         for record in records:
             try:
                 found.append(_converted(record, self.format, Reading(record.where, self.fields, self.notes)))
+                self.fields.end_row(is_sound=True)
             except InputError as error:
                 self._faults.add(error)
-                self._faulty.add(record.where)
+                self.fields.end_row(is_sound=False)
         return found
 
     def finish(self) -> None:
         """Raise InputError(s) for all records that were not sound, and for fields that nobody knows."""
-        for unknown in self.fields.unknown(faulty=self._faulty):
+        for unknown in self.fields.unknown():
             self._faults.add(unknown)
         self._faults.raise_any()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from lopt_edge.errors import InputError
 
@@ -29,7 +28,6 @@ _NAME = re.compile(
     r"(?:@(?P<revision>[\w./-]+))?"
 )
 _EDGE = re.compile(r"(\d+)(%?)")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,23 @@ class HubSet:
     last: tuple[int, bool] | None = None
     revision: str | None = None
 
-    def part_of(self, rows: list[T]) -> list[T]:
-        """The rows that were asked for. Raises InputError where none is left."""
+    @property
+    def is_part(self) -> bool:
+        """Whether only a part of the split was asked for."""
+        return self.first is not None or self.last is not None
+
+    def part_of(self, n_rows: int) -> range:
+        """The rows of so many that were asked for, by number. Raises InputError where none is left."""
 
         def at(edge: tuple[int, bool] | None, default: int) -> int:
             if edge is None:
                 return default
             number, is_percent = edge
-            return len(rows) * number // 100 if is_percent else number
+            return n_rows * number // 100 if is_percent else number
 
-        found = rows[at(self.first, 0) : at(self.last, len(rows))]
+        found = range(n_rows)[at(self.first, 0) : at(self.last, n_rows)]
         if not found:
-            raise InputError(
-                f"no row is left of {len(rows):,}", where=f"data {self.repo}", fix="widen the part in brackets"
-            )
+            raise InputError(f"no row is left of {n_rows:,}", where=f"data {self.repo}", fix="widen the part in brackets")
         return found
 
 

@@ -1,7 +1,8 @@
 """What a data file does that its owner may not expect, counted: each kind is said once, with its first places.
 
 Rule: what is done to the rows beyond the letter of the file (parsed twice, not doubled, left out of the text) is noted here
-and shown by `data check` and at the start of a run; nothing is noted that changes nothing. A kind is its sentence.
+and shown by `data check` and at the start of a run; nothing is noted that changes nothing. A kind is its sentence. Kept are
+a count and the first places, however many rows there are: whoever notes goes through the rows in order.
 """
 
 from __future__ import annotations
@@ -53,15 +54,20 @@ class Note:
 
 
 class Notes:
-    """A count of rows for each kind of note; a row counts once."""
+    """A count of rows for each kind of note; a row counts once, however often it is noted before the next one."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[str, None]] = {}
+        self._found: dict[str, Note] = {}
+        self._last: dict[str, str] = {}
 
     def add(self, what: str, where: str) -> None:
         """Note this of the row at `where`."""
-        self._rows.setdefault(what, {})[where] = None
+        if self._last.get(what) == where:
+            return
+        self._last[what] = where
+        found = self._found.get(what, Note(what, 0, ()))
+        self._found[what] = Note(what, found.n_rows + 1, (*found.places, where)[:SHOWN_PLACES])
 
     def all(self) -> tuple[Note, ...]:
         """The notes in the order in which they came up."""
-        return tuple(Note(what, len(rows), tuple(list(rows)[:SHOWN_PLACES])) for what, rows in self._rows.items())
+        return tuple(self._found.values())

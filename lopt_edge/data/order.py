@@ -13,15 +13,19 @@ sequences. The micro-batches of a window then run in a seeded order. The last wi
 With packing a window's sequences are laid into rows instead, one after the other, as many as a row may hold; each row is a
 micro-batch. Which sequences share a window, and so every step's loss, stays as it is.
 
+An epoch's order takes 4 bytes an example, a micro-batch and a window (`Windows`); a window is made when it is asked for.
+
 Not here: tensors. A micro-batch is lists of Python ints.
 """
 
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import overload
 
 from lopt_edge.data.encode import Example
 from lopt_edge.errors import InputError
@@ -30,6 +34,42 @@ IGNORED = -100  # the label that torch's cross-entropy leaves out
 MOST_OPEN = 64  # rows that are looked at for room: a whole data set is packed in a time that grows with its length
 
 Window = tuple[tuple[int, ...], ...]  # micro-batches of example indices
+
+
+class Windows(Sequence[Window]):
+    """The windows of an epoch; `first` is the one that changed places with the first."""
+
+    def __init__(self, together: int) -> None:
+        self._together, self.first = together, 0
+        self._units, self._batch_ends, self._window_ends = array("I"), array("I"), array("I")
+
+    def append(self, batches: Sequence[Sequence[int]]) -> None:
+        """Add a window: the units of each of its micro-batches."""
+        for batch in batches:
+            self._units.extend(batch)
+            self._batch_ends.append(len(self._units))
+        self._window_ends.append(len(self._batch_ends))
+
+    def __len__(self) -> int:
+        return len(self._window_ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Window, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Window | tuple[Window, ...]:
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        number = {0: self.first, self.first: 0}.get(number, number)
+        batches = range(self._window_ends[number - 1] if number else 0, self._window_ends[number])
+        begins = (self._batch_ends[batch - 1] if batch else 0 for batch in batches)
+        return tuple(
+            members(self._units[begin : self._batch_ends[batch]], self._together)
+            for begin, batch in zip(begins, batches, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -57,7 +97,7 @@ class MicroBatch:
 
 def epoch_windows(
     lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, grad_accum: int, together: int = 1
-) -> tuple[Window, ...]:
+) -> Windows:
     """The windows of one epoch, all of them in order. `together`: so many examples in a row belong together.
 
     In the first epoch the largest window comes first (it swaps places with the first one of the seeded order), so that what
@@ -68,26 +108,25 @@ def epoch_windows(
             raise InputError(f"{value} is not a positive number", where=name, fix="use 1 or more")
     lengths = unit_lengths(lengths, together)
     rng = random.Random(f"order {seed} {epoch}")  # a string seed: the same on every platform and Python version
-    indices = list(range(len(lengths)))
+    indices = array("I", range(len(lengths)))
     rng.shuffle(indices)
     size = batch_size * grad_accum
-    windows = []
+    windows, most = Windows(together), (0, 0)
     for begin in range(0, len(indices), size):
         by_length = sorted(indices[begin : begin + size], key=lengths.__getitem__)
         batches = [tuple(by_length[at : at + batch_size]) for at in range(0, len(by_length), batch_size)]
         rng.shuffle(batches)
-        windows.append(tuple(batches))
-    if epoch == 0 and windows:
-        largest = max(range(len(windows)), key=lambda at: (_most_rows(windows[at], lengths), -at))
-        windows[0], windows[largest] = windows[largest], windows[0]
-    return tuple(tuple(members(batch, together) for batch in window) for window in windows)
+        if epoch == 0 and (rows := _most_rows(batches, lengths)) > most:
+            windows.first, most = len(windows), rows
+        windows.append(batches)
+    return windows
 
 
 def unit_lengths(lengths: Sequence[int], together: int) -> Sequence[int]:
     """The length of the longest example of each unit, of so many that belong together."""
     if together == 1:
         return lengths
-    return [max(lengths[at : at + together]) for at in range(0, len(lengths), together)]
+    return array("I", (max(lengths[at : at + together]) for at in range(0, len(lengths), together)))
 
 
 def members(units: Sequence[int], together: int) -> tuple[int, ...]:
@@ -130,7 +169,7 @@ def micro_batches_of(window: Window, n_sequences: int) -> int | None:
     return len(window) if done == n_sequences else None
 
 
-def _most_rows(window: Window, lengths: Sequence[int]) -> tuple[int, int]:
+def _most_rows(window: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[int, int]:
     """The tokens of a window's largest micro-batch, padding included, and of all of them: what its memory goes by."""
     rows = [len(batch) * max(lengths[i] for i in batch) for batch in window]
     return max(rows), sum(rows)

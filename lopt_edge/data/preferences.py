@@ -10,21 +10,32 @@ Mismatched examples (objectives/labelled.py) have an example's prompt and the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Literal
 
 from lopt_edge.data.encode import Example
 from lopt_edge.data.notes import SAME_REPLIES, Notes
 from lopt_edge.data.rows import AnyRow, Preference, Preferences, Row
-from lopt_edge.errors import InputError
+from lopt_edge.errors import InputError, together
 
 Wanted = Preferences | Literal["as they are"]  # what an objective asks for; `data check` has none
 FORMS: dict[str, Preferences] = {"preference": "pairs", "unpaired-preference": "labels"}  # by the format of the rows
 
 
-def preferences_of(form: str, wanted: Wanted, *, where: str) -> Preferences:
-    """What rows of this format say beside their text, for who wants it so. Raises InputError where they do not."""
+def preferences_of(forms: Sequence[str], wanted: Wanted, *, names: Sequence[str]) -> Preferences:
+    """What the rows of sources of these formats say beside their text, for who wants it so. Raises InputError(s) where
+    they do not, or not all the same."""
+    found = together(*(partial(_of_source, form, wanted, where=name) for form, name in zip(forms, names, strict=True)))
+    if len(set(found)) > 1:  # only where no objective asks
+        what = f"the sources have rows of different kinds: {', '.join(dict.fromkeys(forms))}"
+        raise InputError(what, where="data", fix="look at each source alone; an objective takes one kind")
+    form: Preferences = found[0]
+    return form
+
+
+def _of_source(form: str, wanted: Wanted, *, where: str) -> Preferences:
     there: Preferences = FORMS.get(form, "none")
     if wanted in (there, "as they are"):
         return there
@@ -48,55 +59,30 @@ def taken_apart(rows: Sequence[AnyRow]) -> list[Row]:
     return [one for row in rows for one in (row.rows if isinstance(row, Preference) else (row,))]
 
 
-@dataclass(frozen=True)
-class Together:
-    """The examples of a data set with their labels (none without preferences), and how many rows left none."""
-
-    examples: tuple[Example, ...]
-    labels: tuple[bool, ...]
-    n_dropped: int
-
-
 def put_together(
-    rows: Sequence[AnyRow], encoded: Sequence[list[Example]], preferences: Preferences, notes: Notes
-) -> Together:
-    """The examples of the rows that `taken_apart` gave, which `encoded` has in their order."""
-    if preferences == "none":
-        return Together(tuple(one for found in encoded for one in found), (), sum(not found for found in encoded))
-    each, dropped = list[tuple[Example, bool]](), 0
-    for row, found in _with_examples(rows, encoded):
+    rows: Sequence[AnyRow], encoded: Iterable[list[Example]], preferences: Preferences, notes: Notes
+) -> Iterator[list[tuple[Example, bool]]]:
+    """Of each row its examples, each with its label; `encoded` has those of the rows that `taken_apart` gave."""
+    each = iter(encoded)
+    for row in rows:
+        if not isinstance(row, Preference):
+            yield [(example, True) for example in next(each)]
+            continue
         labels = [True] * (row.chosen is not None) + [False] * (row.rejected is not None)
-        left = [(examples[0], label) for examples, label in zip(found, labels, strict=True) if examples]
+        left = [(examples[0], label) for examples, label in zip(islice(each, len(labels)), labels, strict=True) if examples]
         if preferences == "pairs" and len(left) < 2:
             left = []
         if len(left) == 2 and left[0][0].input_ids == left[1][0].input_ids:
             notes.add(SAME_REPLIES, row.where)
-        dropped += not left
-        each += left
-    if preferences == "labels":
-        each = [one for one in each if one[1]] + [one for one in each if not one[1]] if _are_pairs(rows) else each
-    return Together(tuple(example for example, _ in each), tuple(label for _, label in each), dropped)
+        yield left
 
 
-def _are_pairs(rows: Sequence[AnyRow]) -> bool:
-    return any(isinstance(row, Preference) and len(row.rows) == 2 for row in rows)
-
-
-def _with_examples(
-    rows: Sequence[AnyRow], encoded: Sequence[list[Example]]
-) -> Iterator[tuple[Preference, list[list[Example]]]]:
-    at = 0
-    for row in rows:
-        assert isinstance(row, Preference)
-        yield row, list(encoded[at : at + len(row.rows)])
-        at += len(row.rows)
-
-
-def mismatched(examples: Sequence[Example], *, max_seq_len: int) -> tuple[Example, ...]:
+def mismatched(examples: Sequence[Example], *, max_seq_len: int) -> Iterator[Example]:
     """Each example's prompt with the reply of the one before it (the first one's is the last one's), cut as any."""
-    return tuple(
-        _joined(own, other, max_seq_len) for own, other in zip(examples, (examples[-1], *examples[:-1]), strict=True)
-    )
+    other = examples[-1]
+    for own in examples:
+        yield _joined(own, other, max_seq_len)
+        other = own
 
 
 def _joined(own: Example, other: Example, max_seq_len: int) -> Example:

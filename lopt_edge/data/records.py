@@ -6,9 +6,10 @@ nested deeper than 64 levels, text that is not UTF-8, a quote that never closes.
 file, so that one run shows all of them.
 
 Sizes are limited before memory is taken: a row (a line of .jsonl, a field of .csv) has at most `MAX_ROW_BYTES`, a file has
-at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_BYTES`, and a Parquet file may unpack to as
-much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it unpacks, after its
-own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of JSON (`{},{},...`).
+at most `MAX_ROWS` rows, the types that are read whole have at most `MAX_WHOLE_BYTES`, and a row group of a Parquet file may
+unpack to as much: it is packed, so its own size bounds nothing. It is read `PARQUET_ROWS` at a time and counted as it
+unpacks, after its own claims have been checked against these limits. So at most ~25 bytes of memory are taken per byte of
+JSON (`{},{},...`). A record says how many bytes it has as text, so that who keeps records can bound them (`streamed`).
 
 What is plainly meant is read: a file packed with gzip or zstd (by its first bytes, whatever its name), objects or a list
 printed over many lines in a .jsonl file, a table's number that is none (NaN, pandas' missing text) as an absent field.
@@ -25,8 +26,9 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ class Record:
 
     value: dict[str, Any] | str
     where: str
+    n_bytes: int = field(default=0, compare=False)  # about, of its text
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -80,14 +83,16 @@ def iterate_records(path: str | Path) -> Iterator[Record]:
         raise InputError("the file holds no rows", where=str(path), fix="give a data file with at least one row")
 
 
-def is_streamed(path: Path) -> bool:
-    """Whether the rows of a file are read one after the other, not the file as a whole."""
-    if _ending(path) not in (".jsonl", ".ndjson"):
-        return _ending(path) == ".parquet"
-    try:
-        return not _is_printed(path)
-    except (EOFError, zlib.error, OSError):  # whoever reads it says so
-        return False
+def count_records(path: Path) -> int:
+    """The number of a file's records. Raises InputError(s)."""
+    if _ending(path) != ".parquet":
+        return sum(1 for _ in iterate_records(path))
+    _check_path(path, known=True)
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    with _parquet_faults(path, lambda: 0), pq.ParquetFile(path) as file:
+        _check_claims(file.metadata, path=path)
+        return int(file.metadata.num_rows)
 
 
 def _ending(path: Path) -> str:
@@ -130,7 +135,7 @@ def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
     file.close()
     if mark != ZSTD_MARK:
         return gzip.open(path)
-    import pyarrow as pa  # type: ignore[import-untyped]  # it unpacks zstd, and is here for Parquet anyway
+    import pyarrow as pa  # it unpacks zstd, and is here for Parquet anyway
 
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
@@ -165,11 +170,11 @@ def _decode(raw: bytes, *, path: Path, line: int = 1) -> str:
         ) from None
 
 
-def _as_row(value: object, *, where: str) -> Record:
+def _as_row(value: object, *, where: str, n_bytes: int = 0) -> Record:
     if not isinstance(value, dict):
         kind = type(value).__name__ if value is not None else "null"
         raise InputError(f"the row is {kind}, not an object", where=where, fix='write each row as {"field": ...}')
-    return Record(value, where)
+    return Record(value, where, n_bytes)
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
@@ -186,7 +191,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                     raise InputError(f"the line has more than {MAX_ROW_BYTES:,} bytes", where=where, fix=fix)
                 text = _decode(raw, path=path, line=number)
                 if text.strip():
-                    yield _as_row(json_value(text.rstrip(), where=where), where=where)
+                    yield _as_row(json_value(text.rstrip(), where=where), where=where, n_bytes=len(raw))
             except InputError as error:
                 faults.add(error)
                 if len(raw) > MAX_ROW_BYTES or (number == 1 and raw.startswith(UTF16_MARKS)):
@@ -218,7 +223,8 @@ def _read_over_lines(path: Path) -> Iterator[Record]:
     for line, value in json_values(text, where=str(path)):
         for index, row in enumerate(value if isinstance(value, list) else [value]):
             try:
-                yield _as_row(row, where=f"{path}[{index}]" if isinstance(value, list) else f"{path}:{line}")
+                where = f"{path}[{index}]" if isinstance(value, list) else f"{path}:{line}"
+                yield _as_row(row, where=where, n_bytes=len(text) // (len(value) or 1) if isinstance(value, list) else 0)
             except InputError as error:
                 faults.add(error)
     faults.raise_any()
@@ -237,9 +243,10 @@ def _read_json(path: Path) -> Iterator[Record]:
         raise
     faults = Faults()
     rows, base = _rows_of(value, where=str(path))
+    n_bytes = len(text) // max(len(rows), 1)
     for index, row in enumerate(rows):
         try:
-            yield _as_row(row, where=f"{base}[{index}]")
+            yield _as_row(row, where=f"{base}[{index}]", n_bytes=n_bytes)
         except InputError as error:
             faults.add(error)
     faults.raise_any()
@@ -264,7 +271,7 @@ def _read_text(path: Path) -> Iterator[Record]:
     # Line ends become \n: a model should not learn \r from a file that happened to be saved on Windows.
     text = _decode(_read_whole(path), path=path).replace("\r\n", "\n")
     if text.strip():
-        yield Record(text, str(path))
+        yield Record(text, str(path), len(text))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
     faults = Faults()
     for line, row in body:
         if len(row) == len(header):
-            yield Record(dict(zip(header, row, strict=True)), f"{path}:{line}")
+            yield Record(dict(zip(header, row, strict=True)), f"{path}:{line}", sum(map(len, row)))
         else:
             fix = "quote fields that contain commas or line breaks"
             faults.add(InputError(f"{len(row)} fields, the header has {len(header)}", where=f"{path}:{line}", fix=fix))
@@ -315,26 +322,35 @@ def _check_header(header: list[str], *, where: str) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa  # here, not above: only Parquet files pay for it
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # here, not above: only Parquet files pay for it
 
-    number = unpacked = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_claims(file.metadata, path=path)
-            _check_types(file.schema_arrow, path=path)
-            for packed in file.iter_batches(batch_size=PARQUET_ROWS):
+    number = 0
+    with _parquet_faults(path, lambda: number), pq.ParquetFile(path) as file:
+        _check_claims(file.metadata, path=path)
+        _check_types(file.schema_arrow, path=path)
+        for group in range(file.num_row_groups):
+            unpacked = 0
+            for packed in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[group]):
                 batch = _without_dictionaries(packed, path=path)
                 unpacked += batch.nbytes
                 if unpacked > MAX_WHOLE_BYTES:
                     raise _too_large(unpacked, path=path)
                 for row in batch.to_pylist():
                     number += 1
-                    yield Record(_without_blanks(row), f"{path} row {number}")
+                    yield Record(_without_blanks(row), f"{path} row {number}", batch.nbytes // len(batch))
+
+
+@contextmanager
+def _parquet_faults(path: Path, n_read: Callable[[], int]) -> Iterator[None]:
+    """What pyarrow raises over a damaged file, as an InputError at the row after those that were read."""
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         fix = "write the file again; it may be cut short"
-        raise InputError(f"not a readable Parquet file: {reason}", where=f"{path} row {number + 1}", fix=fix) from error
+        raise InputError(f"not a readable Parquet file: {reason}", where=f"{path} row {n_read() + 1}", fix=fix) from error
 
 
 def _without_blanks(value: Any) -> Any:
@@ -355,20 +371,20 @@ def _check_claims(metadata: Any, *, path: Path) -> None:
         )
     # of the row groups: pyarrow's metadata of a single column ends the process (std::terminate) where that is damaged
     claims = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
-    if sum(claims) > MAX_WHOLE_BYTES or min(claims, default=0) < 0:
-        raise _too_large(sum(claims), path=path)
+    if claims and (max(claims) > MAX_WHOLE_BYTES or min(claims) < 0):
+        raise _too_large(max(claims), path=path)
 
 
 def _check_types(schema: Any, *, path: Path) -> None:
     """Refuse types with coded values inside: a value that many places share is small until it is a Python object in each.
     Only whole columns may be so coded."""
     coded = ("dictionary<", "run_end_encoded<", "_view")
-    for field in schema:
-        kind = str(field.type)
+    for column in schema:
+        kind = str(column.type)
         inner = kind.split("<", 1)[1] if kind.startswith("dictionary<") else kind
         if any(mark in inner for mark in coded):
             raise InputError(
-                f"column {field.name[:80]!r} has type {kind[:80]}, which is not read",
+                f"column {column.name[:80]!r} has type {kind[:80]}, which is not read",
                 where=str(path),
                 fix="save its texts as plain strings",
             )
@@ -385,8 +401,8 @@ def _without_dictionaries(batch: Any, *, path: Path) -> Any:
 
 
 def _too_large(n_bytes: int, *, path: Path) -> InputError:
-    what = f"unpacks to {n_bytes:,} bytes or more; at most {MAX_WHOLE_BYTES:,} are read"
-    return InputError(what, where=str(path), fix="save the rows as .jsonl, or take a part of them")
+    what = f"a row group unpacks to {n_bytes:,} bytes or more; at most {MAX_WHOLE_BYTES:,} are read"
+    return InputError(what, where=str(path), fix="save the rows in smaller row groups or as .jsonl")
 
 
 _READERS = {

@@ -1,15 +1,18 @@
 """Column mapping: a table's own names in the place of ours (`columns: {prompt: question, completion: answer}`).
 
-The rule: a name that no row has is refused, and so is a mapping onto a field that the row has, too; what is mapped is the
-field under its new name and nothing else.
+The rule: a name that no row of any source has is refused, and so is a mapping onto a field that the row has, too; what is
+mapped is the field under its new name and nothing else. Records pass one by one; none is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from lopt_edge.data.records import Record
 from lopt_edge.errors import InputError
+
+SHOWN_NAMES = 12
 
 
 def mapping_of(pairs: Iterable[str]) -> dict[str, str]:
@@ -25,25 +28,43 @@ def mapping_of(pairs: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def renamed(records: Sequence[Record], mapping: Mapping[str, str], *, name: str) -> list[Record]:
-    """The records with their fields under our names. Raises InputError."""
-    if not mapping:
-        return list(records)
-    for theirs, ours in mapping.items():
-        tables = [record for record in records if isinstance(record.value, dict)]
-        if not any(theirs in record.value for record in tables):
-            there = ", ".join(sorted({key for record in tables[:20] for key in record.value})[:12])
-            raise InputError(f"no row has the column {theirs!r} (there are: {there})", where=f"columns {name}")
-        both = next((one for one in tables if theirs in one.value and ours in one.value and ours not in mapping), None)
-        if both is not None and ours != theirs:
-            what = f"the row has both {theirs!r} and {ours!r}"
-            raise InputError(
-                what, where=both.where, fix=f"leave {ours}={theirs} out of columns, or take one out of the rows"
-            )
-    return [_renamed(record, mapping) for record in records]
+class Renamed:
+    """The records of a source with their fields under our names, in one pass; `name` is the source's."""
 
+    def __init__(self, records: Iterable[Record], mapping: Mapping[str, str], *, name: str) -> None:
+        self._mapping, self._name = mapping, name
+        self.missing = dict.fromkeys(mapping)  # until a row has them, in order
+        self._there: set[str] = set()  # the names of the first rows
+        self._is_over = False
+        self.records: Iterator[Record] = self._pass(records)
 
-def _renamed(record: Record, mapping: Mapping[str, str]) -> Record:
-    if not isinstance(record.value, dict):
-        return record
-    return Record({mapping.get(key, key): value for key, value in record.value.items()}, record.where)
+    def _pass(self, records: Iterable[Record]) -> Iterator[Record]:
+        for number, record in enumerate(records):
+            yield self._one(record, is_early=number < 20) if self._mapping else record
+        self._is_over = True
+
+    def _one(self, record: Record, *, is_early: bool) -> Record:
+        row = record.value
+        if not isinstance(row, dict):
+            return record
+        self._there |= row.keys() if is_early else set()
+        for theirs, ours in self._mapping.items():
+            if theirs not in row:
+                continue
+            self.missing.pop(theirs, None)
+            if ours in row and ours not in self._mapping and ours != theirs:
+                what, fix = f"the row has both {theirs!r} and {ours!r}", f"leave {ours}={theirs} out of columns"
+                raise InputError(what, where=record.where, fix=f"{fix}, or take one out of the rows")
+        return replace(record, value={self._mapping.get(key, key): value for key, value in row.items()})
+
+    def finish(self) -> None:
+        """Let the rest pass, and raise InputError(s) for what is wrong with it or for a name that no row has."""
+        for _ in self.records:
+            pass
+        if self._is_over and self.missing:  # where the pass broke off, whoever reads was told why
+            raise self.no_such_column(next(iter(self.missing)))
+
+    def no_such_column(self, theirs: str) -> InputError:
+        """The error for a name that is not there."""
+        there = ", ".join(sorted(self._there)[:SHOWN_NAMES])
+        return InputError(f"no row has the column {theirs!r} (there are: {there})", where=f"columns {self._name}")

@@ -9,25 +9,24 @@ The rules: what exists as a path is one, whatever else it could mean. With weigh
 comes twice: the mixture ends where the first source would. Without weights all rows of all sources are taken. What is
 left out is chosen by the text of the specification alone, so that the same words give the same rows.
 
-Nothing is downloaded by reading a specification; `files` of a source does that.
+Nothing is downloaded by reading a specification; `located` does that. Rows are read one after the other, as often as asked.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from lopt_edge.data.hub_sets import HubSet, fetched, read_hub_name
-from lopt_edge.data.records import Record, is_data_file, read_records
+from lopt_edge.data.records import Record, count_records, is_data_file, iterate_records
 from lopt_edge.errors import InputError, raise_collected
 
 _PARTS = re.compile(r",(?![^\[]*\])")  # commas outside of brackets
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,18 @@ class Source:
     hub: HubSet | None = None
     weight: float | None = None
 
-    def files(self) -> tuple[Path, ...]:
-        """The files of the source on this machine; a hub's are fetched. Raises InputError."""
-        return self.paths if self.hub is None else fetched(self.hub)
+    def located(self) -> Source:
+        """The same with its files on this machine; a hub's are fetched. Raises InputError."""
+        return self if self.hub is None or self.paths else replace(self, paths=fetched(self.hub))
 
-    def records(self) -> list[Record]:
+    def records(self) -> Iterator[Record]:
         """The rows of all files, in order; of a hub's split the part that was asked for. Raises InputError(s)."""
-        found = [record for path in self.files() for record in read_records(path)]
-        return found if self.hub is None else self.hub.part_of(found)
+        paths = self.located().paths
+        records = (record for path in paths for record in iterate_records(path))
+        if self.hub is None or not self.hub.is_part:
+            return records
+        part = self.hub.part_of(sum(map(count_records, paths)))
+        return islice(records, part.start, part.stop)
 
 
 def sources_of(spec: str | Path, *, where: str = "data") -> list[Source]:
@@ -82,19 +85,28 @@ def absolute(spec: str) -> str:
     return ",".join(parts)
 
 
-def mixed(rows: Sequence[Sequence[T]], weights: Sequence[float | None], *, seed: str) -> list[list[T]]:
-    """Of each source's rows those that are taken: all without weights, else its share, no row twice, in their order."""
+def mixed(counts: Sequence[int], weights: Sequence[float | None], *, seed: str) -> list[bytes | None]:
+    """Of each source with so many rows which of them are taken, a byte a row: its share. None: all, without weights."""
     shares = [weight for weight in weights if weight is not None]
-    if len(shares) < len(rows):
-        return [list(each) for each in rows]
+    if len(shares) < len(counts):
+        return [None] * len(counts)
     total = sum(shares)
-    most = min(len(each) / (share / total) for each, share in zip(rows, shares, strict=True))
-    found = []
-    for number, (each, share) in enumerate(zip(rows, shares, strict=True)):
-        n_taken = max(1, min(len(each), round(most * share / total)))
-        chosen = sorted(random.Random(f"mix {seed} {number}").sample(range(len(each)), n_taken))
-        found.append([each[index] for index in chosen])
+    most = min(count / (share / total) for count, share in zip(counts, shares, strict=True))
+    found = list[bytes | None]()
+    for number, (count, share) in enumerate(zip(counts, shares, strict=True)):
+        n_taken = max(1, min(count, round(most * share / total)))
+        found.append(_some(count, n_taken, random.Random(f"mix {seed} {number}")))
     return found
+
+
+def _some(n_rows: int, n_taken: int, source: random.Random) -> bytes:
+    """A byte for each row, 1 for as many as are taken; all choices are equally likely. It takes no memory beside."""
+    found = bytearray(n_rows)
+    for at in range(n_rows):
+        if source.random() * (n_rows - at) < n_taken:
+            found[at] = 1
+            n_taken -= 1
+    return bytes(found)
 
 
 def _exists(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Encoded examples in a file without a name instead of in memory: for data sets larger than a laptop's memory.
+"""Encoded examples, in memory or in a file without a name: for data sets larger than a laptop's memory.
 
 A file in the cache's folder has, one after the other, of each example its place, its ids (int32) and its mask (a byte a
 token); it has no name, so it goes with the process. Memory has an index: 25 bytes an example, for lengths, targets and
@@ -14,17 +14,20 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, overload
 
 from lopt_edge.data.encode import Example
 from lopt_edge.errors import RunError
+from lopt_edge.system.cache import default_cache
 
 TRUNCATED, LAST_TURN_ONLY = 1, 2
 
 
 class StoredExamples(Sequence[Example]):
-    """Examples in a file, or some of them (`chosen`: their numbers, rising)."""
+    """Examples in a file, or some of them (`chosen`: their numbers, in the order in which they are given)."""
 
     def __init__(self, store: Store, chosen: Sequence[int]) -> None:
         self.store, self.chosen = store, chosen
@@ -47,7 +50,7 @@ class StoredExamples(Sequence[Example]):
         return (self.store.read(number) for number in self.chosen)
 
     def some(self, indices: Iterable[int]) -> StoredExamples:
-        """Some of the examples, by index."""
+        """Some of the examples, by index, in that order."""
         return StoredExamples(self.store, array("I", (self.chosen[index] for index in indices)))
 
     @property
@@ -62,16 +65,59 @@ class StoredExamples(Sequence[Example]):
 
     @property
     def n_rows(self) -> int:
-        """The number of rows that they are from, which stand in order."""
-        rows = self._of(self.store.rows)
-        return sum(index == 0 or row != rows[index - 1] for index, row in enumerate(rows))
+        """The number of rows that they are from."""
+        seen = bytearray(max(self.store.rows, default=-1) + 1)
+        for row in self._of(self.store.rows):
+            seen[row] = 1
+        return sum(seen)
 
     def count(self, flag: Any) -> int:
         """How many of them have a flag: TRUNCATED or LAST_TURN_ONLY."""
         return sum(self.store.flags[number] & flag != 0 for number in self.chosen)
 
     def _of(self, values: array[int]) -> array[int]:
-        return values if len(self) == len(values) else array("I", (values[number] for number in self.chosen))
+        is_all = self.chosen == range(len(values))
+        return values if is_all else array("I", (values[number] for number in self.chosen))
+
+
+class Gathered:
+    """The examples of a data set as they come, row by row, each with its label: in a file (`in_file`), or in memory."""
+
+    def __init__(self, *, in_file: bool) -> None:
+        self.labels, self.n_rows, self.n_dropped = bytearray(), 0, 0
+        self._store = Store(default_cache()) if in_file else None
+        self._examples: list[Example] = []
+
+    def add(self, found: Iterable[tuple[Example, bool]]) -> None:
+        """What a row gave; nothing, where it is dropped."""
+        n_before = len(self.labels)
+        for example, label in found:
+            self.labels.append(label)
+            if self._store is None:
+                self._examples.append(example)
+            else:
+                self._store.add(example, row=self.n_rows)
+        self.n_rows += 1
+        self.n_dropped += n_before == len(self.labels)
+
+    def examples(self) -> Sequence[Example]:
+        """All examples; nothing is added after."""
+        return tuple(self._examples) if self._store is None else self._store.examples()
+
+
+def some_of(examples: Sequence[Example], indices: Iterable[int]) -> Sequence[Example]:
+    """Some of the examples, by index, in that order; they stay where they are."""
+    return examples.some(indices) if isinstance(examples, StoredExamples) else tuple(examples[index] for index in indices)
+
+
+def where_those_are(examples: Sequence[Example], found: Iterable[Example]) -> Sequence[Example]:
+    """What was made of examples, kept as they are: in memory, or in a file of its own."""
+    if not isinstance(examples, StoredExamples):
+        return tuple(found)
+    gathered = Gathered(in_file=True)
+    for _, row in groupby(found, key=attrgetter("where")):
+        gathered.add((example, True) for example in row)
+    return gathered.examples()
 
 
 class Store:

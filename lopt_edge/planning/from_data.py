@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from heapq import nlargest
 
 import torch
 
@@ -18,7 +19,7 @@ from lopt_edge.models.folder import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
-from lopt_edge.plan.facts.device_kinds import kind_of
+from lopt_edge.plan.facts.device_kinds import TORCH, kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.planning.packing import largest_rows
 from lopt_edge.planning.question import Ground, LargestStep
@@ -39,6 +40,7 @@ def ground_of(
     datasets: Sequence[Dataset | None],
     teacher: ModelFolder | None = None,
     packs: bool = False,
+    kernels: str = TORCH,
 ) -> Ground:
     """The ground of a run's model and data on this machine. `datasets`: what trains first, then what is evaluated.
 
@@ -55,6 +57,7 @@ def ground_of(
         vocabulary_itemsize(source),
         partial(largest_step, datasets),
         None if teacher is None else Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
+        kernels=kernels,
     )
 
 
@@ -77,7 +80,7 @@ def largest_step(datasets: Sequence[Dataset | None], config: Config) -> LargestS
 def largest_window(dataset: Dataset, *, batch_size: int, grad_accum: int) -> list[MicroBatchSize]:
     """The longest examples (or pairs) in micro-batches, longest first: no window of any order takes more."""
     lengths = unit_lengths(dataset.lengths, dataset.together)
-    units = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    units = nlargest(batch_size * grad_accum, range(len(lengths)), key=lengths.__getitem__)
     most, scored = max(dataset.target_counts), dataset.together if dataset.labels else 0
     found = []
     for start in range(0, min(len(units), batch_size * grad_accum), batch_size):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from heapq import nlargest
 from statistics import mean
 from typing import TypeVar
 
@@ -62,12 +63,12 @@ def largest_rows(dataset: Dataset, *, row_tokens: int, n_sequences: int | None =
 
     No row of any window takes more than the first one, which is made as long as any may be.
     """
-    order = sorted(range(len(dataset.examples)), key=lambda index: -dataset.lengths[index])[:n_sequences]
+    order = nlargest(n_sequences or len(dataset.examples), range(len(dataset.examples)), key=dataset.lengths.__getitem__)
     rows = packed_window((tuple(order),), dataset.lengths, row_tokens=row_tokens)
     sizes = sizes_of(dataset, rows, packed=True)
     longest = dataset.lengths[order[0]]
     n_tokens = min(max(row_tokens, longest), sum(dataset.lengths[index] for index in order))
-    most = sorted(dataset.target_counts, reverse=True)[:n_sequences]
+    most = nlargest(len(order), dataset.target_counts)
     first = replace(sizes[0], n_tokens=n_tokens, n_supervised=min(n_tokens, sum(most)), in_a_row=(longest,))
     return [first, *sizes[1:]]
 

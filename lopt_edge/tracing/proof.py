@@ -37,7 +37,6 @@ from lopt_edge.run.step.batches import make_batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import logits
 from lopt_edge.run.step.optim import SegmentOptimizer
-from lopt_edge.run.tiers.moves import Mover
 from quant.experts import PackedExperts
 from quant.linear import PackedLinear
 
@@ -82,11 +81,14 @@ def _prove(facts: ModelFacts, folder: Path) -> dict[str, float]:
         raise Differs(f"a tiny model has {len(tiny.kinds)} kinds of layers, not {len(facts.kinds)}")
     ours = load_model(folder, tiny, device=CPU, dtype=torch.float32)
     _unpack_into(theirs, ours)
-    lengths = (*LENGTHS, IN_CHUNKS) if any(kind.mamba is not None for kind in facts.kinds) else LENGTHS
-    found = {"logits": max(_check_logits(ours, theirs, length) for length in lengths)}
+    found = {"logits": max(_check_logits(ours, theirs, length) for length in _lengths(facts))}
     _check_causal(ours)
     _check_calls(ours)
-    return found | {"gradients": _check_gradients(ours, theirs, lengths[-1])}
+    return found | {"gradients": _check_gradients(ours, theirs)}
+
+
+def _lengths(facts: ModelFacts) -> tuple[int, ...]:
+    return (*LENGTHS, IN_CHUNKS) if any(kind.mamba is not None for kind in facts.kinds) else LENGTHS
 
 
 def _n_layers(facts: ModelFacts) -> int:
@@ -172,29 +174,10 @@ def _check_calls(ours: Model) -> None:
             raise Differs("its layers are called with hidden states other than their own")
 
 
-def _check_gradients(ours: Model, theirs: nn.Module, length: int) -> float:
+def _check_gradients(ours: Model, theirs: nn.Module) -> float:
     """The largest relative difference of a gradient of LoRA, on every linear layer, from autograd's through one graph."""
-    facts, ids_BT = ours.facts, _ids(length)
-    layers = range(facts.n_layers)
-    attach_adapters(ours, layers, targets=facts.linear_names, r=RANK, alpha=ALPHA, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for layer in layers:
-        for b in layer_parameters(ours, layer)[1::2]:
-            b.data.normal_(0, 0.1, generator=generator)
-    pairs = [(name, _Lora.of(module)) for name, module in _linears(ours) if module.lora_a is not None]
-    for name, lora in pairs:
-        theirs.set_submodule(name, _WithLora(theirs.get_submodule(name), lora))
-    for parameter in theirs.parameters():
-        parameter.requires_grad_(False)
-    for _, lora in pairs:
-        lora.a.requires_grad_(), lora.b.requires_grad_()
-    scores = theirs(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-    torch.autograd.backward(nn.functional.cross_entropy(scores, ids_BT[:, 1:].flatten()))
-    made = _our_gradients(ours, ids_BT)
-    wanted = [matrix.grad for _, lora in pairs for matrix in (lora.a, lora.b)]
-    names = [f"{name} {letter}" for name, _ in pairs for letter in "AB"]
     worst = 0.0
-    for name, mine, grad in zip(names, made, wanted, strict=True):
+    for name, mine, grad in lora_gradients(ours, theirs):
         if grad is None or mine is None:
             if (grad is None) != (mine is None):
                 raise Differs(f"only one of the two has a gradient of LoRA on {name}")
@@ -205,17 +188,44 @@ def _check_gradients(ours: Model, theirs: nn.Module, length: int) -> float:
     return worst
 
 
+def lora_gradients(ours: Model, theirs: nn.Module) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Yield (name, ours, theirs) of each gradient of LoRA, on every linear layer: of a step through the executor, on the
+    device of our model, and of one graph of autograd, in the dtype of transformers' model. It changes both."""
+    facts, ids_BT = ours.facts, _ids(_lengths(ours.facts)[-1])
+    layers = range(facts.n_layers)
+    attach_adapters(ours, layers, targets=facts.linear_names, r=RANK, alpha=ALPHA, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for layer in layers:
+        for b in layer_parameters(ours, layer)[1::2]:
+            b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
+    pairs = [
+        (name, _Lora.of(module, next(theirs.parameters()))) for name, module in _linears(ours) if module.lora_a is not None
+    ]
+    for name, lora in pairs:
+        theirs.set_submodule(name, _WithLora(theirs.get_submodule(name), lora))
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(False)
+    for _, lora in pairs:
+        lora.a.requires_grad_(), lora.b.requires_grad_()
+    scores = theirs(ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+    torch.autograd.backward(nn.functional.cross_entropy(scores, ids_BT[:, 1:].flatten()))
+    made = _our_gradients(ours, ids_BT)
+    wanted = [matrix.grad for _, lora in pairs for matrix in (lora.a, lora.b)]
+    names = [f"{name} {letter}" for name, _ in pairs for letter in "AB"]
+    yield from zip(names, made, wanted, strict=True)
+
+
 def _our_gradients(ours: Model, ids_BT: Tensor) -> list[Tensor | None]:
     n_layers = ours.facts.n_layers
     groups: dict[GroupName, list[nn.Parameter]] = {
         ("layer", layer): layer_parameters(ours, layer) for layer in range(n_layers)
     }
-    optimizer = SegmentOptimizer(groups, mover=Mover(CPU), clip=0.0, clip_scope="segment", optimizer="adamw")
+    optimizer = SegmentOptimizer(groups, mover=ours.mover, clip=0.0, clip_scope="segment", optimizer="adamw")
     executor = Executor(ours, heads={}, optimizer=optimizer, local_weight=1.0)
     plan = step_plan("e2e", (Segment(0, 0, n_layers - 1, "task"),), n_micro_batches=1)
     plan = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP))
     rows = ids_BT.tolist()
-    batch = make_batch(MicroBatch(rows, [[*row[1:], -100] for row in rows], (ids_BT.shape[1],) * len(rows)), CPU)
+    batch = make_batch(MicroBatch(rows, [[*row[1:], -100] for row in rows], (ids_BT.shape[1],) * len(rows)), ours.device)
     executor.run(plan, [batch], step=1, learning_rates={})
     return [None if one.grad is None else one.grad.clone() for group in groups.values() for one in group]
 
@@ -229,9 +239,10 @@ class _Lora:
     scale: float
 
     @classmethod
-    def of(cls, module: PackedLinear) -> _Lora:
+    def of(cls, module: PackedLinear, like: Tensor) -> _Lora:
         assert module.lora_a is not None and module.lora_b is not None
-        return cls(module.lora_a.detach().clone(), module.lora_b.detach().clone(), module.scale)
+        a, b = (matrix.detach().to(like, copy=True) for matrix in (module.lora_a, module.lora_b))
+        return cls(a, b, module.scale)
 
 
 class _WithLora(nn.Module):

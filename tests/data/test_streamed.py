@@ -9,11 +9,16 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from lopt_edge.data import load_dataset, split, streamed
+from lopt_edge.data import detect_format, load_dataset, mismatched_part, sources, split, streamed
+from lopt_edge.data.columns import Columns
+from lopt_edge.data.notes import Notes
 from lopt_edge.data.stored import StoredExamples
+from lopt_edge.data.streamed import HowRead, SoundRows
 from lopt_edge.errors import InputError, RunError
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
@@ -52,6 +57,11 @@ def rows_of(form: str, n_rows: int) -> list[dict]:
         return [{"text": text * (1 + index % 5), "source": "x"} for index, text in enumerate(texts)]
     if form == "prompt-completion":
         return [{"prompt": text, "completion": "yes" * (index % 4 + 1), "id": index} for index, text in enumerate(texts)]
+    if form == "preference":
+        return [
+            {"prompt": text, "chosen": "yes" * (index % 4 + 1), "rejected": "yes" if index % 9 == 0 else "no"}
+            for index, text in enumerate(texts)
+        ]
     pair = [("user", "assistant"), ("user", "assistant")]
     return [
         {"messages": [{"role": role, "content": f"{text}<eos>"} for both in pair[: 1 + index % 2] for role in both]}
@@ -81,6 +91,82 @@ def assert_same(one, other) -> None:
     for name in ("n_tokens", "n_supervised", "n_truncated", "n_last_turn_only", "n_units", "together"):
         assert getattr(one, name) == getattr(other, name), name
     assert other.largest_id >= one.largest_id
+
+
+def lines_of(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> dict[str, tuple[str, dict]]:
+    """Specifications of data wherever it may lie, each with how it is read."""
+    talks, pairs = rows_of("messages", 60), rows_of("preference", 60)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(lines_of(talks[:20]))
+    (folder / "b.jsonl.zst").write_bytes(pa.compress(lines_of(talks[20:40]).encode(), "zstd", asbytes=True))
+    (folder / "c.json").write_text(json.dumps(talks[40:50]))
+    pq.write_table(pa.Table.from_pylist(talks[50:]), folder / "d.parquet", row_group_size=3)
+    for name in ("t.csv", "u.csv"):
+        (tmp_path / name).write_text("question,answer,id\n" + "".join(f"what {n}?,it is {n},{n}\n" for n in range(50)))
+    (tmp_path / "pairs.jsonl").write_text(lines_of(pairs))
+    labels = [{"prompt": one["prompt"], "completion": one["chosen"], "label": n % 3 > 0} for n, one in enumerate(pairs)]
+    (tmp_path / "labels.jsonl.gz").write_bytes(gzip.compress(lines_of(labels).encode()))
+    (tmp_path / "few.jsonl").write_text(lines_of(pairs[:9]))
+    monkeypatch.setattr(sources, "fetched", lambda wanted: (folder / "d.parquet", folder / "a.jsonl"))
+    mapping = {"columns": ["prompt=question", "completion=answer"]}
+    chosen = {"columns": ["completion=chosen"], "ignore_columns": ["rejected"]}
+    return {
+        "a folder": (str(folder), {}),
+        "a pattern": (f"{folder}/*.*", {}),
+        "a mixture": (f"{folder}:0.6,{tmp_path}/few.jsonl:0.4", chosen),
+        "a hub set": ("org/set", {}),
+        "a part of a hub set": ("org/set[train[20%:25]]", {}),
+        "renamed columns": (f"{tmp_path}/t.csv", mapping),
+        "a mixture of renamed columns": (f"{tmp_path}/t.csv:1,{tmp_path}/u.csv:0.5", mapping),
+        "pairs": (f"{tmp_path}/pairs.jsonl", {"preferences": "pairs"}),
+        "pairs as labels": (f"{tmp_path}/pairs.jsonl", {"preferences": "labels"}),
+        "labels": (f"{tmp_path}/labels.jsonl.gz", {"preferences": "labels"}),
+        "pairs and labels": (f"{tmp_path}/labels.jsonl.gz:3,{tmp_path}/few.jsonl:1", {"preferences": "labels"}),
+    }
+
+
+def test_data_is_streamed_wherever_it_lies(places, tokenizer, monkeypatch):
+    for name, (spec, how) in places.items():
+        whole, large = both(spec, tokenizer, monkeypatch, **how)
+        assert whole.n_rows > 5, name
+        assert_same(whole, large)
+        for mine, other in zip(split(whole, fraction=0.3, seed=1), split(large, fraction=0.3, seed=1), strict=True):
+            assert isinstance(other.examples, StoredExamples), name
+            assert_same(mine, other)
+        if whole.preferences != "none":
+            assert_same(mismatched_part(whole), mismatched_part(large))
+
+
+def test_mistakes_are_told_alike(places, tokenizer, monkeypatch, tmp_path):
+    pairs = places["pairs"][0]
+    both_kinds = f"{places['a folder'][0]},{pairs}"
+    table = places["renamed columns"][0]
+    wrong = [
+        (table, {}, "format is not recognised"),
+        (table, {"columns": ["prompt=query"]}, "no row has the column 'query' .*answer, id"),
+        (pairs, {"columns": ["prompt=query"], "preferences": "pairs"}, "no row has the column 'query'"),
+        (both_kinds, {"columns": ["prompt=query"]}, "no row has the column 'query'"),
+        (pairs, {"columns": ["chosen=prompt"], "preferences": "pairs"}, "both 'prompt' and 'chosen'"),
+        ("org/set[train[99:]]", {}, "no row is left of 30"),
+        (both_kinds, {"preferences": "pairs"}, "parts: the objective needs rows with prompt, chosen"),
+        (both_kinds, {"preferences": "as they are"}, "rows of different kinds: messages, preference"),
+    ]
+    for spec, how, told in wrong:
+        for limit in (1 << 60, 1):
+            monkeypatch.setattr(streamed, "STREAM_BYTES", limit)
+            with pytest.raises(InputError, match=rf"(?s){told}"):
+                load_dataset(spec, tokenizer, max_seq_len=40, **how)
+    path = tmp_path / "pairs.jsonl"
+    rows = SoundRows(str(path), HowRead(None, {}, detect_format), Columns(), Notes())
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="changed while it was read"):
+        list(rows.few())
 
 
 @pytest.mark.parametrize("form", ["text", "prompt-completion", "messages"])

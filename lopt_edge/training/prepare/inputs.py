@@ -103,7 +103,7 @@ class Inputs:
                 together=self.train.together,
             )
             skipped = first % per_epoch if epoch == first // per_epoch else 0
-            yield from (self._cut(window, self.train) for window in found[skipped:])
+            yield from (self._cut(found[at], self.train) for at in range(skipped, len(found)))
 
     def _cut(self, window: Window, dataset: Dataset) -> Window:
         """The window's sequences in micro-batches: padded ones, or packed rows."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -22,12 +23,14 @@ from lopt_edge.config.rules import no_effect_warnings
 from lopt_edge.config.settings import Config
 from lopt_edge.data import READ_SETTINGS, DataFormat, Dataset, fingerprint_of, load_dataset, mismatched_part, split
 from lopt_edge.data.sources import sources_of
+from lopt_edge.data.stored import where_those_are
 from lopt_edge.errors import DoesNotFit, InputError, raise_collected, together
 from lopt_edge.models.folder import ModelFolder, check_weights, find_model, model_fingerprint, tensor_entries
 from lopt_edge.models.four_bit import four_bit_path
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.objectives import objective_of
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import AUTO, TORCH
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.processes import parts_of
@@ -49,6 +52,7 @@ from lopt_edge.planning.settings import (
 )
 from lopt_edge.planning.unlisted import about_unlisted
 from lopt_edge.run.device import choose_device, choose_dtype
+from lopt_edge.run.kernels.choice import choose_kernels
 from lopt_edge.run.model.lora import check_adapter_folder
 from lopt_edge.run.model.replaced import check_plain_adapter
 from lopt_edge.training.checkpoint.output_folder import check_output
@@ -88,7 +92,7 @@ def read_inputs(config: Config, *, say: Callable[[str], None] = warn) -> tuple[I
     _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
-    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs))), start
+    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs), *inputs.course.advice)), start
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +103,8 @@ class _Files:
     device_reason: str
     dtype: torch.dtype
     dtype_reason: str
+    kernels: str
+    kernels_reason: str
     source: ModelFolder
     targets: tuple[str, ...]
     max_seq_len: int
@@ -120,7 +126,9 @@ class _Files:
 def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config, say)
-    dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
+    (dtype, dtype_reason), (kernels, kernels_reason) = together(
+        lambda: choose_dtype(config.compute_dtype, device), lambda: choose_kernels(config.kernels, device)
+    )
     facts, notes = source.facts, list(about_unlisted(source.facts))
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
@@ -137,8 +145,9 @@ def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
-        device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
-        teacher, teacher_model, mismatched_of(config, train, held_out), model_fingerprint(source), tuple(notes),
+        device, device_reason, dtype, dtype_reason, kernels, kernels_reason, source, targets, max_seq_len,
+        tokenizer, train, held_out, retention, teacher, teacher_model, mismatched_of(config, train, held_out),
+        model_fingerprint(source), tuple(notes),
     )  # fmt: skip
 
 
@@ -171,7 +180,15 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
-    ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
+    ground = ground_of(
+        source,
+        device=device,
+        dtype=found.dtype,
+        datasets=datasets,
+        teacher=found.teacher,
+        packs=packs,
+        kernels=found.kernels,
+    )
     ground = replace(ground, pinned_bytes=budget.pinned_bytes)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
@@ -252,6 +269,8 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         values = ", ".join(f"{name} {value:g}" for name, value in objective.settings.items())
         yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
+    if found.kernels != TORCH or asked.kernels != AUTO:
+        yield f"kernels {found.kernels} ({found.kernels_reason})"
     yield from deterministic_notes(asked, found.device.type)
     yield from planned.pipeline_reasons
     if planned.config.ranks > 1:
@@ -408,14 +427,14 @@ def _end_not_scored(dataset: Dataset, end_id: int | None, *, path: str) -> Datas
     """
     if dataset.format != "text":
         return dataset
-    last = {example.where: index for index, example in enumerate(dataset.examples)}  # a row's windows stand in order
-    examples = tuple(
+    found = (
         replace(example, supervised=example.supervised[:-1] + b"\0")
-        if index == last[example.where] and example.input_ids[-1] == end_id
+        if (after is None or after.where != example.where) and example.input_ids[-1] == end_id  # a row's windows in order
         else example
-        for index, example in enumerate(dataset.examples)
+        for example, after in pairwise(chain(dataset.examples, [None]))
+        if example is not None
     )
-    examples = tuple(example for example in examples if example.n_supervised)
+    examples = where_those_are(dataset.examples, (example for example in found if example.n_supervised))
     if not examples:
         raise InputError("no text has two tokens: there is nothing to score", where=path, fix="give longer texts")
     return replace(dataset, examples=examples, fingerprint=fingerprint_of(examples))
