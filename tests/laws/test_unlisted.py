@@ -41,9 +41,11 @@ FAMILIES = {
     "opt": {},
     "gpt_neox": {},
     "glm4_moe_lite": {},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
+    # every token goes to all experts: the most that a routing takes
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4, "num_local_experts": 2,
+                         "num_experts_per_tok": 2},
     "falcon_h1": {},
-}
+}  # fmt: skip
 PLANNED = (("starcoder2", torch.bfloat16), ("cohere2", torch.float32), ("lfm2", torch.float32), ("bloom", torch.float32),
            ("glm4_moe_lite", torch.bfloat16), ("granitemoehybrid", torch.bfloat16),
            pytest.param("falcon_h1", torch.float32, marks=pytest.mark.long))  # fmt: skip

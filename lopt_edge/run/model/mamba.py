@@ -104,7 +104,7 @@ class MambaCore(nn.Module):
         )
         y = y.reshape(*y.shape[:2], -1)
         y = y * functional.silu(gate) if self.norm is None else self.norm(y, gate)
-        return y.to(projected.dtype), after
+        return y.to(projected.dtype), after.clone()  # it was a view of two states
 
     def _mixed(self, mixed_BSC: Tensor) -> Tensor:
         """What the convolution gives for the tokens of the chunk."""
