@@ -82,7 +82,7 @@ def test_predicted_bytes_are_the_tracked_ones(folder_of, tmp_path, family, dtype
     check_comparison(compare_on(setting, four_bit_folder(source)[0], tmp_path))
 
 
-LONGER = [pytest.param(family, marks=pytest.mark.long) for family in ("opt", "starcoder2")]
+LONGER = [pytest.param(family, marks=pytest.mark.long) for family in ("opt", "starcoder2", "falcon_h1")]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "lfm2", *LONGER])

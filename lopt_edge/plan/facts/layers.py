@@ -148,6 +148,11 @@ class LayerFacts:
         """The name in a checkpoint of a tensor of the layer."""
         return name if self.experts is None else self.experts.stored_name(name)
 
+    def reads_past(self, linear: LinearFacts) -> bool:
+        """Whether transformers may read a linear layer's matrix past its module, where an adapter would not be seen: a
+        fused kernel does with a state space's output projection, so that peft refuses it."""
+        return self.mamba is not None and linear.name == f"{self.mamba.module}.out_proj"
+
     @property
     def last_module(self) -> str:
         """The path of the module whose output is the last that the layer adds to its hidden states."""
