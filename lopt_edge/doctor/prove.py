@@ -1,7 +1,7 @@
 """`lopt-edge doctor --prove`: the parts that a device could get wrong, each run there and held against float64 on the CPU.
 
 For the first minutes on a card nobody has run on: attention by each kernel that the device takes, whole and a few heads at
-a time; a norm; our own kernels where a run would take them (prove_kernels.py); the MLP on 4-bit weights, whole and in
+a time; a norm; our own kernels where a run would take them (run/kernels/checks.py); the MLP on 4-bit weights, whole and in
 blocks, the last one of one quantisation block; movements to every tier and back while the device computes; pinning beyond
 its limit; and a budget that must refuse. Inputs are drawn from fixed seeds. A proof never raises: what it met is its
 `fault`. Together they take seconds on a GPU.
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line, relative
-from lopt_edge.doctor.prove_kernels import kernel_checks
+from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line
 from lopt_edge.doctor.prove_models import model_proofs
 from lopt_edge.doctor.prove_runs import run_proofs
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
 from lopt_edge.run.device import DTYPES, device_of
 from lopt_edge.run.devices.interface import Device
+from lopt_edge.run.kernels.checks import KERNEL_BOUNDS, kernel_checks, relative
 from lopt_edge.run.kernels.choice import why_not
 from lopt_edge.run.model.fused_attention import KERNELS, fused
 from lopt_edge.run.model.tiled import TokenTiled
@@ -89,7 +89,7 @@ def _all(own: Device) -> Iterator[tuple[str, float, Callable[[], float]]]:
             yield f"attention, {kernel or 'torch'}, {name}", bound, partial(_attention, own, dtype, kernel)
         yield f"norm, {name}", bound, partial(_norm, own, dtype)
         for what, work in kernel_checks(own.device, dtype) if why_not(own.device) is None else ():
-            yield f"own kernels, {what}, {name}", bound, work
+            yield f"own kernels, {what}, {name}", KERNEL_BOUNDS[dtype], work
         for words, features in (("blocked", PIECES.features), ("whole", INTERMEDIATE)):
             pieces = MlpPieces(features, joined=own.kind.joins_products)
             yield f"{words} MLP on 4 bits, {name}", bound, partial(_mlp, own, dtype, pieces)

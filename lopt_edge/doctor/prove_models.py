@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
-from lopt_edge.doctor.layer_check import relative
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.models.tiny import VOCABULARY, random_model, smaller
@@ -42,6 +41,7 @@ from lopt_edge.plan.schedule.passes import arrange
 from lopt_edge.plan.schedule.segments import Segment
 from lopt_edge.run.device import DTYPES
 from lopt_edge.run.devices.interface import Device
+from lopt_edge.run.kernels.checks import relative
 from lopt_edge.run.kernels.choice import why_not
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import attach_adapters, layer_parameters

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from lopt_edge.doctor.layer_check import relative
-from lopt_edge.doctor.prove_kernels import kernel_checks
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
 from lopt_edge.plan.facts.device_kinds import TRITON
+from lopt_edge.run.kernels.checks import kernel_checks, relative
 from tests.laws.bench import make_bench, random_batch
 from tools.tiny_models import make_folder
 

@@ -20,25 +20,25 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def card(monkeypatch):
-    """A card in words: its capability, whether Triton is there, and what its first kernel raises."""
-    found = SimpleNamespace(capability="8.9", triton=True, fault=None)
+    """A card in words: its capability, whether Triton is there, what its kernels raise and how far off they are."""
+    found = SimpleNamespace(capability="8.9", triton=True, fault=None, error=1e-4)
 
-    def first(*_):
+    def work():
         if found.fault is not None:
             raise found.fault
+        return found.error
 
     device = SimpleNamespace(
         kind=CUDA,
         capability=lambda: found.capability,
-        synchronize=lambda: None,
-        made_current=lambda: torch.no_grad(),
+        auto_dtype=lambda: (torch.bfloat16, ""),
+        made_current=torch.no_grad,
         settle_allocator=lambda: None,
     )
     monkeypatch.setattr(choice, "device_of", lambda _: device)
     monkeypatch.setattr(choice, "find_spec", lambda name: found.triton or None)
     monkeypatch.setattr(choice, "version", lambda name: "3.9.0")
-    monkeypatch.setattr(choice, "operators", lambda: SimpleNamespace(rms_norm=first))
-    monkeypatch.setattr(choice.torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(choice, "kernel_checks", lambda device, dtype: [("norm", work)])
     why_not.cache_clear()
     yield found
     why_not.cache_clear()
@@ -66,8 +66,10 @@ def test_a_listed_card_has_ours_and_says_that_none_has_run_them(card):
         ({"triton": False}, "Triton is not installed"),
         (
             {"fault": RuntimeError("Failed to find C compiler\nCC=?")},
-            "first kernel failed: RuntimeError: Failed to",
+            "a kernel of Triton failed: RuntimeError: Failed to",
         ),
+        ({"error": 0.3}, "other numbers than torch's here: norm by 3.0e-01"),
+        ({"error": float("nan")}, "norm by nan"),
     ],
 )
 def test_what_keeps_ours_away(card, changes, words):

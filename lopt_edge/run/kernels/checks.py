@@ -1,8 +1,9 @@
-"""Our own kernels (run/kernels), each run on a device and held against torch's functions in float64 on the CPU.
+"""Our own kernels, each run on a device and held against torch's functions in float64 on the CPU.
 
 Shapes are those at which a kernel can go wrong: widths that fill no block, rows that lie apart in memory, a last chunk that
-is short, targets at both ends of a chunk. `lopt-edge doctor --prove` runs them where a run would take these kernels; a test
-runs them by Triton's interpreter on a machine without a GPU (tests/run/kernels).
+is short, targets at both ends of a chunk. They take less than a second where Triton has compiled the kernels before. A run
+takes no kernel on a device on which one of them fails (choice.py); `lopt-edge doctor --prove` shows them one by one, in
+every dtype; a test runs them by Triton's interpreter on a machine without a GPU (tests/run/kernels).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from lopt_edge.doctor.layer_check import relative
 from lopt_edge.run.kernels.operators import operators
 
+# Relative, of one kernel: fp32 sums in another order; one rounding of a result, where torch may round after each call.
+KERNEL_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 EPSILON = 1e-6
 N_TOKENS, N_ROWS, CHUNK = 6, 5000, 2200  # of the vocabulary: the last chunk is short
 
@@ -29,6 +31,11 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[st
     yield "gate", partial(_gate, device, dtype)
     yield "vocabulary", partial(_vocabulary, device, dtype, 1.0, 0.0)
     yield "vocabulary with factor and cap", partial(_vocabulary, device, dtype, 0.25, 3.0)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """The error |found - exact| / |exact|; `exact` is in float64 on the CPU."""
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
 
 
 def _draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
