@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ from quant.products import add_product
 from quant.sizes import PIECES, MlpPieces
 
 Activation = Callable[[Tensor], Tensor]
+
+
+class Gating(Protocol):
+    """act(gate) * up and its backward by kernels that write to what they are given, and make no tensor."""
+
+    def forward_(self, gate_NJ: Tensor, up_NJ: Tensor) -> None:
+        """Let gate become act(gate) * up."""
+
+    def backward_(self, gate_NJ: Tensor, up_NJ: Tensor, d_inner_NJ: Tensor) -> None:
+        """Let gate and up become their gradients, and `d_inner`, the gradient of act(gate) * up, that product."""
 
 
 class PackedGatedMLP(nn.Module):
@@ -44,10 +54,11 @@ class PackedGatedMLP(nn.Module):
         act_fn: Activation,
         *,
         pieces: MlpPieces = PIECES,
+        gating: Gating | None = None,
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
-        self.pieces = pieces
+        self.pieces, self.gating = pieces, gating
 
     def forward(self, x: Tensor) -> Tensor:
         """The output (..., D) for x (..., D). Raises RuntimeError if a weight is not resident."""
@@ -129,6 +140,10 @@ class _Pass:
 
     def inner(self, tile: slice, gate_up: Tensor, block: slice) -> Tensor:
         """The intermediate act(gate) * up of a tile and block; unless joined, gate is let go before up is there."""
+        if self.mlp.gating is not None:
+            gate_NJ, up_NJ = self.project_both(tile, gate_up, block)
+            self.mlp.gating.forward_(gate_NJ, up_NJ)
+            return gate_NJ
         if self.mlp.pieces.joined:
             gate_NJ, up_NJ = self.project_both(tile, gate_up, block)
             return self.mlp.act_fn(gate_NJ).mul_(up_NJ)
@@ -258,13 +273,20 @@ def _backward(
 
 
 def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, weights: tuple[Tensor, Tensor]) -> None:
-    """Add one tile's share of one block to the sums; at most six (tile, J) tensors exist at a time."""
+    """Add one tile's share of one block to the sums; at most six (tile, J) tensors exist at a time, by a `Gating` three."""
     gate_up, down_DJ = weights
     gate_NJ, up_NJ = run.project_both(tile, gate_up, block)
     d_inner_NJ = sums.g_ND[tile] @ down_DJ
     down = sums.down
     if down is not None:
         d_inner_NJ.addmm_(down.low_NR[tile], down.a[block].t(), alpha=run.mlp.down_proj.scale)
+    if run.mlp.gating is not None:
+        run.mlp.gating.backward_(gate_NJ, up_NJ, d_inner_NJ)
+        if down is not None:
+            _add_to_down(down, block, tile, d_inner_NJ)
+        del d_inner_NJ
+        _add_to_factors(run, sums, block, tile, slopes=(gate_NJ, up_NJ), gate_up=gate_up)
+        return
     with torch.enable_grad():
         leaf_NJ = gate_NJ.detach().requires_grad_()
         active_NJ = run.mlp.act_fn(leaf_NJ)
@@ -272,14 +294,24 @@ def _backward_tile(run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *
     active_NJ = active_NJ.detach()
     del gate_NJ, leaf_NJ
     if down is not None:
-        inner_NJ = up_NJ.mul_(active_NJ)
-        add_product(down.low_sum_NR[tile], inner_NJ, down.a[block])
-        add_product(down.da[block], inner_NJ.t(), down.low_NR[tile])
-        del inner_NJ
+        _add_to_down(down, block, tile, up_NJ.mul_(active_NJ))
     del up_NJ
     d_up_NJ = d_inner_NJ.mul_(active_NJ)
     del active_NJ, d_inner_NJ
-    for adapter, d_NJ, weight_JD in zip((sums.gate, sums.up), (d_gate_NJ, d_up_NJ), gate_up.chunk(2), strict=True):
+    _add_to_factors(run, sums, block, tile, slopes=(d_gate_NJ, d_up_NJ), gate_up=gate_up)
+
+
+def _add_to_down(down: _AdapterSums, block: slice, tile: slice, inner_NJ: Tensor) -> None:
+    """Add a piece of the intermediate to the sums of the last matrix' adapter."""
+    add_product(down.low_sum_NR[tile], inner_NJ, down.a[block])
+    add_product(down.da[block], inner_NJ.t(), down.low_NR[tile])
+
+
+def _add_to_factors(
+    run: _Pass, sums: _BackwardSums, block: slice, tile: slice, *, slopes: tuple[Tensor, Tensor], gate_up: Tensor
+) -> None:
+    """Add the gradients of a piece of gate(x) and up(x) to the sums of their adapters and of x."""
+    for adapter, d_NJ, weight_JD in zip((sums.gate, sums.up), slopes, gate_up.chunk(2), strict=True):
         if adapter is not None:
             add_product(adapter.db[:, block], adapter.low_NR[tile].t(), d_NJ)
             add_product(adapter.low_sum_NR[tile], d_NJ, adapter.b[:, block].t())

@@ -18,7 +18,7 @@ ROOMS = (  # the highest first
     "cli", "comparison",
     "training", "training/session", "training/ranks", "training/pipeline", "training/prepare", "training/checkpoint",
     "doctor", "planning", "adapters", "tracing",
-    "run/watch", "run/step", "run/model", "run/tiers", "run", "run/devices",
+    "run/watch", "run/step", "run/model", "run/kernels", "run/tiers", "run", "run/devices",
     "config", "models",
     "plan/search", "plan/costs", "plan/methods", "plan/schedule", "plan/facts", "plan/facts/families",
     "objectives", "data", "pictures", "system", "units", "errors", "quant",

@@ -65,7 +65,7 @@ def parts(output: Path) -> list[Part]:
         "2048",
     )
     return [
-        Part("proofs", (python, "-c", start, "doctor", "--prove", "--json"), 0.3, needs_card=False),
+        Part("proofs", (python, "-c", start, "doctor", "--prove", "--json"), 0.5, needs_card=False),
         Part("tests", (python, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", str(ROOT / "tests" / "test_cuda.py")), 0.4),
         Part("model", (python, tool[0], "--shape", "llama-3.2-1b", "--output", model), 0.4),
         Part("peers", (*bench, "--csv", str(output / "peers.csv")), 0.6),

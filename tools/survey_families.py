@@ -18,7 +18,7 @@ from typing import Any
 
 GROUPS = (  # a reason as docs have it, and what a message says
     (
-        "experts, which need a record",
+        "experts in another form than two stacks of matrices",
         r"no linear layer, and would stay unpacked|tensor '[^']*experts[^']*' is missing",
     ),
     ("a state over the tokens, in chunks or steps (mamba and others): not planned", r"depends on the number of tokens"),
@@ -37,13 +37,14 @@ def config_of(name: str) -> Any:
     """The default config of a model type, with what some of them leave to their published configs."""
     from transformers import AutoConfig
 
-    config, more = AutoConfig.for_model(name), {}
+    types = {"layer_types": ["conv", "full_attention"] * 16} if name == "lfm2_moe" else {}
+    config, more = AutoConfig.for_model(name, **types), {}
     known = config.to_dict()
     if "num_key_value_heads" in known and known["num_key_value_heads"] is None:
         more["num_key_value_heads"] = config.num_attention_heads
     if "head_dim" in known and known["head_dim"] is None:
         more["head_dim"] = config.hidden_size // config.num_attention_heads
-    if name == "lfm2":
+    if name in ("lfm2", "lfm2_moe"):
         more["layer_types"] = (["conv", "full_attention"] * config.num_hidden_layers)[: config.num_hidden_layers]
     return AutoConfig.for_model(name, **more) if more else config
 

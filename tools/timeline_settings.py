@@ -22,6 +22,7 @@ from lopt_edge.objectives import OBJECTIVES
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import Sizes
 from lopt_edge.plan.costs.timeline import Timeline, timeline
+from lopt_edge.plan.facts.device_kinds import TORCH
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.effects import Kind
@@ -60,6 +61,7 @@ class Setting:
     device: str = "cpu"
     has_flash: bool = True  # of that device
     deterministic: bool = False
+    kernels: str = TORCH
     gguf: tuple[str, ...] = ()  # the types of a GGUF file's matrices in turn, instead of a 4-bit folder
     form: str = ""  # another program's quantised form, likewise
     objective: str = ""  # of preferences; of pairs each micro-batch has an even number of sequences
@@ -286,6 +288,7 @@ def compare_on(setting: Setting, model: Path, folder: Path) -> Comparison:
         rank=setting.rank,
         dropout=setting.dropout,
         clip=0.0 if setting.knobs.apply == "layer" else 1.0,
+        kernels=setting.kernels,
         **setting.options,
     )
     vocabulary = setting.changes.get("vocab_size", 320)
@@ -336,6 +339,7 @@ def predicted(setting: Setting, facts: ModelFacts, bench: Bench, batches: list[B
     itemsize, dropout = setting.dtype.itemsize, setting.dropout > 0
     shape = LayerShape(facts, itemsize, setting.rank, targets, device_type=setting.device, dropout=dropout)
     shape = replace(shape, has_flash=setting.has_flash, deterministic=setting.deterministic)
+    shape = replace(shape, kernels=setting.kernels)
     groups = tuple(bench.executor.optimizer.groups)
     replaced = tuple(layer for segment in bench.plan.segments for layer in segment.replaced)
     sizes = Sizes(shape, setting.knobs, vocabulary_itemsize=setting.stored.itemsize, groups=groups, replaced=replaced)

@@ -11,13 +11,13 @@ from trace_step import DELTA_SIZES, Case, has_dense
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import LINEAR
 from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
+from lopt_edge.tracing import tiles
 from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.step import Trace
-from quant.experts import Expert, ExpertGradients, backward_tile, forward_tile
+from quant.experts import Expert
 from quant.sizes import DELTA_CHUNK as CHUNK
 from tools.tiny_models import tiny_config
 
-EXPERT_OPS = ("experts_forward", "experts_backward")
 DELTA_OPS = ("delta_forward", "delta_backward")
 
 
@@ -56,26 +56,9 @@ def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:
     config = tiny_config(case.family, num_hidden_layers=1, **({"mlp_only_layers": []} if has_dense(case.family) else {}))
     layer = AutoModelForCausalLM._model_mapping[type(config)](config).eval().model.layers[0]
     gate = next(module for module in layer.modules() if hasattr(module, "_apply_gate"))._apply_gate
-    (n, d, i), dtype, log = (sizes[letter] for letter in "ndi"), case.dtype, EventLog()
+    (n, d, i), dtype = (sizes[letter] for letter in "ndi"), case.dtype
     record = family_of(case.family).experts
     sizes_of_biases = (2 * i, d) if record is not None and record.biases else ()
     biases = (torch.zeros(size, dtype=dtype) for size in sizes_of_biases)
     expert = Expert(torch.zeros(2 * i, d, dtype=dtype), torch.zeros(d, i, dtype=dtype), *biases)
-    x, g, y = (torch.zeros(2 * n, d, dtype=dtype) for _ in range(3))
-    full = record is not None and record.full_weights
-    weights, places = torch.zeros(2 * n, 3, dtype=torch.float32 if full else dtype), torch.arange(n)
-    sums = ExpertGradients(torch.zeros(2 * n, d), torch.zeros_like(weights))
-    trace = Trace(given={name: {} for name in EXPERT_OPS}, result=dict.fromkeys(EXPERT_OPS, -1))
-    with log:
-        log.watch(
-            [*(tensor for tensor in expert if tensor is not None), x, g, y, weights, places, sums.dx_ND, sums.d_weights_NP]
-        )
-        for name in EXPERT_OPS:
-            log.events.clear()
-            if name == "experts_forward":
-                with torch.no_grad():
-                    forward_tile(gate, expert, (x, weights), places, y_ND=y)
-            else:
-                backward_tile(gate, expert, (x, weights, g), places, sums=sums)
-            trace.spans[name] = list(log.events)
-    return trace
+    return tiles.traced_tile(gate, expert, n_rows=n, full_weights=record is not None and record.full_weights)

@@ -25,6 +25,13 @@ def doctor_page(out: Console, *, as_json: bool, measure: bool, prove: bool) -> b
         out.print(render(report))
     if prove and report.sound and report.choice is not None:
         proved, found["proofs"] = _prove(report.choice.device, None if as_json else out)
+        n_passed = sum(proof["passed"] for proof in found["proofs"])
+        found["verdict"] = {
+            "device": report.choice.device,
+            "proved": n_passed,
+            "of": len(found["proofs"]),
+            "passed": proved,
+        }
     if measure and report.sound and report.choice is not None:
         found["profile"] = _measure(report.choice.device, None if as_json else out)
     if as_json:

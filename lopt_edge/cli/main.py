@@ -159,7 +159,12 @@ def compare_command(
     only: Annotated[str, typer.Option("--only", help="run what is missing of these variants only")] = "",
     jobs: Annotated[int, typer.Option("--jobs", help="how many runs at once (their seconds are then not comparable)")] = 1,
     equal: Annotated[
-        str, typer.Option("--equal", help="seconds: each variant gets the steps that the first one's seconds allow")
+        str,
+        typer.Option(
+            "--equal",
+            metavar="seconds,bytes",
+            help="seconds: each variant gets the steps that the first one's seconds allow; bytes: all get its memory",
+        ),
     ] = "",
     closed_questions: Annotated[
         str | None, typer.Option("--closed-questions", help="FILE of prompts and answers, asked before and after")

@@ -20,7 +20,6 @@ from typing import Any
 
 from lopt_edge.comparison.cells import Cell, Job, failure_of, finetune_job, quantise_job, run_jobs
 from lopt_edge.comparison.closed_questions import OF_BASE
-from lopt_edge.comparison.equal import STEPS_NAME, steps_text
 from lopt_edge.comparison.figures import (
     ANSWERS_NAME,
     MATCH_NAME,
@@ -38,6 +37,7 @@ from lopt_edge.comparison.tables import TABLES, as_csv, as_json, as_markdown, wr
 from lopt_edge.comparison.variants import Variant
 from lopt_edge.config.settings import Config
 from lopt_edge.system.lock import output_lock
+from lopt_edge.units import format_bytes
 
 Say = Callable[[str], None]
 
@@ -74,8 +74,9 @@ def compare(
     """Run what is missing, and write compare.md, compare.csv, compare.json and compare.html into the output folder.
 
     `config` is a file or a Config; `say` hears of each run. `equal` "seconds": each variant gets the steps that the
-    planner's seconds allow, the first one the config's. `closed_questions` are asked of the base and after each run. Raises
-    InputError(s) before anything runs; a run that fails is in the answer.
+    planner's seconds of the first one allow; "bytes": all have the device budget that its plan takes; or both, with a
+    comma. `closed_questions` are asked of the base and after each run. Raises InputError(s) before anything runs; a run
+    that fails is in the answer.
     """
     study = read_study(
         config,
@@ -91,8 +92,8 @@ def compare(
         closed_questions=closed_questions,
     )
     with output_lock(study.output, warn=say):
-        if study.steps:
-            write(study.output / STEPS_NAME, steps_text(study.variants[0].name, study.steps))
+        for name, text in study.equal.files(study.variants[0].name):
+            write(study.output / name, text)
         _run_missing(study, [cell for variant in study.only for cell in study.tuning_cells(variant)], say)
         finals = [
             cell
@@ -217,7 +218,8 @@ def shared_settings(study: Study) -> dict[str, Any]:
         "test_data": study.test_data,
         "exact_match_rows": study.n_exact or None,
         "closed_questions": study.closed_questions,
-        "steps_of_equal_seconds": ", ".join(f"{name}: {n}" for name, n in study.steps.items()) or None,
+        "steps_of_equal_seconds": ", ".join(f"{name}: {n}" for name, n in study.equal.steps.items()) or None,
+        "budget_of_equal_bytes": study.equal.device_bytes and format_bytes(study.equal.device_bytes),
         "runs_at_once": study.jobs,
     }
     found = {key: value for key, value in given.items() if key not in varied and value is not None}
@@ -249,7 +251,9 @@ def _remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "tokens/s: over the same steps together (their seconds differ where a method has several kinds of step)"
     yield "moved a step: bytes between tiers that the plan predicts for its largest step"
-    if study.steps:
+    if study.equal.device_bytes is not None:
+        yield f"equal bytes: all have the device memory that the plan of {study.variants[0].name} takes as a budget"
+    if study.equal.steps:
         yield f"equal seconds: each variant has the steps that take the planner's seconds of {study.variants[0].name}"
     if study.closed_questions:
         yield f"answers: closed questions of {study.closed_questions} whose greedy completion begins with the answer"

@@ -8,14 +8,14 @@ which learning rate a grid's runs speak for. No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lopt_edge.comparison.cells import Cell
 from lopt_edge.comparison.closed_questions import check_questions
-from lopt_edge.comparison.equal import STEPS_NAME, equal_steps
+from lopt_edge.comparison.equal import BYTES_NAME, STEPS_NAME, Equal, faults, found_means
 from lopt_edge.comparison.exact_match import questions
 from lopt_edge.comparison.figures import ANSWERS_NAME, Asked, Closed, answers_of, outcome_of
 from lopt_edge.comparison.tables import TABLES, is_ours
@@ -40,7 +40,7 @@ class Study:
     n_exact: int
     jobs: int
     closed_questions: str | None = None
-    steps: Mapping[str, int] = field(default_factory=dict)  # of each variant, where their seconds are equal
+    equal: Equal = field(default_factory=Equal)
 
     def cell(self, variant: Variant, lr: float, seed: int, *, tuning: bool = False) -> Cell:
         """The run of a variant at a learning rate with a seed.
@@ -50,8 +50,7 @@ class Study:
         apart = tuning and self.test_data is not None
         folder = self.output / ("tuning" if apart else "runs") / variant.slug / f"lr-{lr!r}" / f"seed-{seed}"
         common: dict[str, Any] = {"seed": seed, "output": str(folder)}
-        if self.steps:
-            common["max_steps"] = self.steps[variant.name]
+        common |= self.equal.settings(variant.name)
         if self.test_data is not None and not tuning:
             common["eval_data"] = self.test_data
         return Cell(variant, lr, seed, resolve(variant, lr, base=self.base, common=common))
@@ -129,9 +128,7 @@ def read_study(
     errors += _against_model(base, variants, (grid or [base.lr])[0])
     errors += _faults(base, grid, test_data, exact_match, jobs)
     errors += _closed_faults(closed_questions)
-    if equal not in ("", "seconds"):
-        fix = "use seconds, or state device_memory in the config for equal bytes"
-        errors.append(InputError(f"{equal[:40]!r} is unknown", where="--equal", fix=fix))
+    errors += faults(equal, base)
     folder = Path(base.output).expanduser()
     errors += _strangers(folder)
     raise_collected(errors)
@@ -139,8 +136,7 @@ def read_study(
         base, tuple(variants), tuple(wanted), tuple(seed_values), tuple(grid), folder, test_data, exact_match, jobs,
         closed_questions,
     )  # fmt: skip
-    if equal:
-        study = replace(study, steps=equal_steps(base, variants, lr=(grid or [base.lr])[0], folder=folder))
+    study = replace(study, equal=found_means(equal, base, variants, lr=(grid or [base.lr])[0], folder=folder))
     raise_collected(_foreign_cells(study))
     return study
 
@@ -241,7 +237,8 @@ def _strangers(folder: Path) -> list[InputError]:
         return [InputError(f"cannot be read: {error.strerror}", where=where, fix=fix)]
     if found & {"config.yaml", "run.json"}:
         return [InputError("holds a run of finetune", where=where, fix=fix)]
-    own = {*TABLES, STEPS_NAME, *(f"{name}.partial" for name in (*TABLES, STEPS_NAME)), "runs", "tuning", LOCK_NAME}
+    written = (*TABLES, STEPS_NAME, BYTES_NAME)
+    own = {*written, *(f"{name}.partial" for name in written), "runs", "tuning", LOCK_NAME}
     if strange := sorted(found - own):
         return [InputError(f"holds {strange[0]!r}, which is of no comparison", where=where, fix=fix)]
     if found & set(TABLES) and not is_ours(folder):

@@ -17,7 +17,7 @@ PANELS = {
              "sample_prompt", "device_memory", "dry_run"),
     "Training": ("batch_size", "grad_accum", "packing", "row_tokens", "choose_micro_batch", "schedule", "cycles",
                  "min_lr", "warmup_ratio", "weight_decay", "clip", "clip_scope", "optimizer", "seed", "device",
-                 "compute_dtype", "deterministic", "on_nan", "max_skipped",
+                 "compute_dtype", "kernels", "deterministic", "on_nan", "max_skipped",
                  "ranks"),
     "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora", "lora_targets", "init_adapter"),
     "Model, data and evaluation": (

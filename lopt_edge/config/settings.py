@@ -122,6 +122,9 @@ class Config(ObjectiveOptions, MethodOptions):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the matrix products"
     )
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="whose norms, rotary positions, gates and vocabulary softmax: torch's, or our own on a GPU"
+    )
     deterministic: bool = Field(
         False, description="on a GPU: kernels that give the same bits each time (attention gets slower)"
     )

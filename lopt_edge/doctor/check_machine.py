@@ -88,12 +88,14 @@ class Tier:
 
 @dataclass(frozen=True)
 class Choice:
-    """The device and dtype that a run on this machine would take, each with the reason."""
+    """The device, dtype and kernels that a run on this machine would take, each with the reason."""
 
     device: str
     device_reason: str
     dtype: str
     dtype_reason: str
+    kernels: str
+    kernels_reason: str
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,13 @@ def _gpus() -> tuple[tuple[Device, Tier], ...]:
 
 def _choice() -> Choice:
     from lopt_edge.run.device import choose_device, choose_dtype
+    from lopt_edge.run.kernels.choice import choose_kernels
 
     device, device_reason = choose_device("auto")
     dtype, dtype_reason = choose_dtype("auto", device)
-    return Choice(str(device), device_reason, str(dtype).removeprefix("torch."), dtype_reason)
+    return Choice(
+        str(device), device_reason, str(dtype).removeprefix("torch."), dtype_reason, *choose_kernels("auto", device)
+    )
 
 
 def _host_tier(*, has_gpu: bool) -> Tier:
@@ -380,6 +385,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     if report.choice is not None:
         choice = report.choice
         rows.append(("a run takes", f"{choice.device} ({choice.device_reason}), {choice.dtype} ({choice.dtype_reason})"))
+        rows.append(("its kernels", f"{choice.kernels} ({choice.kernels_reason})"))
     for check in report.checks:
         errors = ", ".join(f"{name} {value:.1e}" for name, value in check.errors.items())
         rows.append(

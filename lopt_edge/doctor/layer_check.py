@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant.nf4 import PackedWeight
+    from lopt_edge.run.kernels.checks import relative
+from quant.nf4 import PackedWeight
 
 TOKENS, WIDTH_IN, WIDTH_OUT, RANK, SCALE = 64, 256, 384, 8, 2.0  # the checked layer
 # Largest accepted error, |found - exact| / |exact|: a few roundings of the dtype. Seen on a CPU: 3e-7 and 2.4e-3.
@@ -115,8 +116,3 @@ def _exact_layer(weight: Tensor, bias: Tensor, x: Tensor, g: Tensor, a: Tensor, 
     y = x @ weight.T + bias + SCALE * (x @ a) @ b
     dx, da, db = torch.autograd.grad(y, (x, a, b), g)
     return {"y": y.detach(), "dx": dx, "dA": da, "dB": db}
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """The error |found - exact| / |exact|; `exact` is in float64 on the CPU."""
-    return float((found.detach().cpu().double() - exact).norm() / exact.norm())

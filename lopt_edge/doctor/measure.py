@@ -67,11 +67,12 @@ _CONTEXT = (
 def measure_profile(device: torch.device | str, *, seconds: float = 20, page_dir: Path | None = None) -> DeviceProfile:
     """The rates of `device`, named as torch does, and of the disk under `page_dir` (default: the cache folder)."""
     allowed, busy = _clock(seconds), _busy()
-    import bitsandbytes  # noqa: F401  (packing needs it: its import is none of the unpacking's time)
     import torch
 
     from lopt_edge.run.device import choose_dtype, device_of
+    from quant.nf4 import import_packing
 
+    import_packing()  # none of the unpacking's time
     device = torch.device(device)
     if device.type not in DEVICE_TYPES:
         raise InputError(f"{device.type!r} cannot be measured", where="device", fix=f"choose {in_words(*DEVICE_TYPES)}")

@@ -1,11 +1,13 @@
 """`lopt-edge doctor --prove`: the parts that a device could get wrong, each run there and held against float64 on the CPU.
 
 For the first minutes on a card nobody has run on: attention by each kernel that the device takes, whole and a few heads at
-a time; a norm; the MLP on 4-bit weights, whole and in blocks, the last one of one quantisation block; movements to every
-tier and back while the device computes; pinning beyond its limit; and a budget that must refuse. Inputs are drawn from
-fixed seeds. A proof never raises: what it met is its `fault`. Together they take seconds on a GPU.
+a time; a norm; our own kernels where a run would take them (run/kernels/checks.py); the MLP on 4-bit weights, whole and in
+blocks, the last one of one quantisation block; movements to every tier and back while the device computes; pinning beyond
+its limit; and a budget that must refuse. Inputs are drawn from fixed seeds. A proof never raises: what it met is its
+`fault`. Together they take seconds on a GPU.
 
-Not proved here: whole models, speed, and a plan's bytes. tests/test_cuda.py and the benches in tools/ do that.
+Then whole tiny models (prove_models.py) and whole runs (prove_runs.py). The rule: nothing begins after `MOST_SECONDS`; what
+was left out is told as such, and is no proof. Speed is not looked at: that is `--measure`, and the benches in tools/.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line, relative
+from lopt_edge.doctor.layer_check import BOUNDS, exact_weight, one_line
+from lopt_edge.doctor.prove_models import model_proofs
+from lopt_edge.doctor.prove_runs import run_proofs
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH
 from lopt_edge.run.device import DTYPES, device_of
 from lopt_edge.run.devices.interface import Device
+from lopt_edge.run.kernels.checks import KERNEL_BOUNDS, kernel_checks, relative
+from lopt_edge.run.kernels.choice import why_not
 from lopt_edge.run.model.fused_attention import KERNELS, fused
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.step.op_faults import is_out_of_memory
@@ -41,6 +47,7 @@ TOKENS, HEADS, KV_HEADS, HEAD_DIM = 300, 8, 2, 64
 HIDDEN, INTERMEDIATE, RANK, SCALE = 128, 1088, 8, 2.0  # the last block has 64 features
 ROUNDS, MOVED_ELEMENTS = 20, 1 << 18
 MIB = 1 << 20
+MOST_SECONDS = 480.0  # in which proofs begin: the last one to begin may be three children
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,15 @@ class Proof:
         return self.fault is None and self.error <= self.bound
 
 
-def prove(device: torch.device) -> Iterator[Proof]:
+def prove(device: torch.device, *, most_seconds: float = MOST_SECONDS) -> Iterator[Proof]:
     """Yield each proof on a device as it ends."""
-    own = device_of(device)
+    own, began = device_of(device), time.monotonic()
     with own.made_current():
         for name, bound, work in _all(own):
             started, error, fault = time.monotonic(), 0.0, None
+            if started - began > most_seconds:
+                yield Proof(name, error, bound, 0.0, f"left out: {most_seconds:.0f} s are over")
+                continue
             try:
                 error = work()
             except Exception as raised:  # whatever a driver or a kernel may raise
@@ -78,6 +88,8 @@ def _all(own: Device) -> Iterator[tuple[str, float, Callable[[], float]]]:
         for kernel in _kernels(own, dtype):
             yield f"attention, {kernel or 'torch'}, {name}", bound, partial(_attention, own, dtype, kernel)
         yield f"norm, {name}", bound, partial(_norm, own, dtype)
+        for what, work in kernel_checks(own.device, dtype) if why_not(own.device) is None else ():
+            yield f"own kernels, {what}, {name}", KERNEL_BOUNDS[dtype], work
         for words, features in (("blocked", PIECES.features), ("whole", INTERMEDIATE)):
             pieces = MlpPieces(features, joined=own.kind.joins_products)
             yield f"{words} MLP on 4 bits, {name}", bound, partial(_mlp, own, dtype, pieces)
@@ -86,6 +98,8 @@ def _all(own: Device) -> Iterator[tuple[str, float, Callable[[], float]]]:
     if own.kind.host_is_below:
         yield "pinning beyond its limit", 0.0, partial(_pinning, own)
     yield "a budget that refuses", 0.0, partial(_budget, own)
+    yield from model_proofs(own)
+    yield from run_proofs(own)
 
 
 def _kernels(own: Device, dtype: torch.dtype) -> tuple[str | None, ...]:

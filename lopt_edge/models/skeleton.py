@@ -7,12 +7,12 @@ becomes of it is unlisted.py's matter.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.conversions import conversions_of, experts_of, renames_of
 from lopt_edge.models.tiny import random_model, smaller
 from lopt_edge.plan.facts.families import name_of, unsupported
 from lopt_edge.plan.facts.families.family import FULL, SLIDING, Layout
@@ -42,6 +42,8 @@ class Parts:
         self.stack = self._stack()
         owner, _, self.stack_name = self.names[id(self.stack)].rpartition(".")
         self.body = model.get_submodule(owner)
+        self.conversions = conversions_of(name_of(config), type(model).__name__)
+        self.full_weights = False  # of experts: habits() finds out
         self.heads = self._heads()
         self.window = self._window()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -111,15 +113,9 @@ class Parts:
 
     def _stored(self, name: str) -> str:
         """What checkpoints call a tensor, where transformers renames it."""
-        from transformers import conversion_mapping
-
-        conversions: Any = conversion_mapping.get_checkpoint_conversion_mapping
-        known = [conversions(key) for key in (name_of(self.config), type(self.model).__name__)]
-        for one in (one for found in known for one in found or ()):
-            source, target = (getattr(one, key, [""])[0] for key in ("source_patterns", "target_patterns"))
-            if target and name.startswith(target) and re.fullmatch(r"\^?[\w.\\]+", source):
-                return str(source).strip("^").replace("\\", "") + name.removeprefix(target)
-        return name
+        return next(
+            (old + name.removeprefix(new) for new, old in renames_of(self.conversions) if name.startswith(new)), name
+        )
 
     def _stack(self) -> nn.ModuleList:
         from torch import nn
@@ -170,16 +166,18 @@ class Parts:
         linears = tuple(
             LinearFacts(name, one.in_features, one.out_features, one.bias is not None) for name, one in _linears(module)
         )
-        self._check(index, module, linears)
+        experts = experts_of(module, self.config, self.conversions, full_weights=self.full_weights)
+        self._check(index, module, linears, "" if experts is None else f"{experts.module}.experts.")
         short = [linear.short_name for linear in linears]
         n_stored = sum(tensor.numel() for tensor in module.state_dict().values())
         small = n_stored - sum(linear.in_features * linear.out_features for linear in linears)
+        small -= 0 if experts is None else experts.count * experts.n_packed
         inner = max(max(linear.in_features, linear.out_features) for linear in linears)
         if set(NAMES_OF_MLP) <= set(short):
             inner = linears[short.index("gate_proj")].out_features
-        return LayerFacts(linears, *self.heads, small, inner)
+        return LayerFacts(linears, *self.heads, small, inner, experts=experts)
 
-    def _check(self, index: int, module: nn.Module, linears: tuple[LinearFacts, ...]) -> None:
+    def _check(self, index: int, module: nn.Module, linears: tuple[LinearFacts, ...], packed: str) -> None:
         names = {one.name for one in linears}
         short = [one.short_name for one in linears]
         if found := next((type(one).__name__ for one in module.modules() if type(one).__name__ == "Conv1D"), None):
@@ -190,6 +188,8 @@ class Parts:
             raise self.refused(f"layer {index} has two linear layers of the name {twice[0]}")
         largest = max(one.in_features * one.out_features for one in linears)
         for name, parameter in module.named_parameters():
+            if packed and name.startswith(packed):
+                continue
             stacked = parameter.ndim > 2 and min(parameter.shape[-2:]) > LEAST_MATRIX
             if name.removesuffix(".weight") not in names and (stacked or parameter.numel() > largest / 2):
                 what = f"{name} of layer {index} is no linear layer, and would stay unpacked ({tuple(parameter.shape)})"
@@ -208,9 +208,9 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear))
 
 
-def habits(config: Any, layers: list[LayerFacts], parts: Parts) -> tuple[bool, int]:
-    """Whether the MLPs may run in blocks, and how many results a layer gives (0: one that is no tuple), as a tiny model of
-    one layer shows."""
+def habits(config: Any, layers: list[LayerFacts], parts: Parts) -> tuple[bool, int, bool]:
+    """What a tiny model shows: whether the MLPs may run in blocks, how many results a layer gives (0: one that is no
+    tuple), and whether experts get their weights in fp32 whatever the dtype."""
     import torch
 
     try:
@@ -219,8 +219,10 @@ def habits(config: Any, layers: list[LayerFacts], parts: Parts) -> tuple[bool, i
         watched = _watched(stack[0])
         stack[0] = watched
         with torch.no_grad():
-            model(torch.arange(3, 9).view(1, -1), use_cache=False)
-            return _is_gated(watched.layer, layers), watched.n_results
+            ids = torch.arange(3, 9).view(1, -1)
+            model(ids, use_cache=False)
+            is_gated, n_results = _is_gated(watched.layer, layers), watched.n_results
+            return is_gated, n_results, _gives_full_weights(model, layers, ids)
     except Exception as error:  # of any kind, from code that is not ours
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise parts.refused(f"no tiny model of it can be made and run, to prove that it runs here ({reason})") from None
@@ -233,11 +235,11 @@ def layers_to_show(types: tuple[str, ...], layers: Sequence[object]) -> int:
 
 
 def _watched(layer: nn.Module) -> Any:
-    """The layer in a module that notes how many results it gives."""
-    from torch import nn
+    """The layer in a module that notes how many results it gives, and the dtypes that it is given."""
+    from torch import Tensor, nn
 
     class Watched(nn.Module):
-        n_results = 0
+        n_results, dtypes = 0, list[Any]()
 
         def __init__(self) -> None:
             super().__init__()
@@ -248,11 +250,26 @@ def _watched(layer: nn.Module) -> Any:
             return getattr(self.__dict__["_modules"]["layer"], name) if own is None else own
 
         def forward(self, *arguments: Any, **named: Any) -> Any:
+            self.dtypes = [one.dtype for one in (*arguments, *named.values()) if isinstance(one, Tensor)]
             found = self.layer(*arguments, **named)
             self.n_results = len(found) if isinstance(found, tuple) else 0
             return found
 
     return Watched()
+
+
+def _gives_full_weights(model: Any, layers: list[LayerFacts], ids: Any) -> bool:
+    """Whether the router of a model in bfloat16 gives experts weights in fp32."""
+    import torch
+
+    found = next((layer.experts for layer in layers if layer.experts is not None), None)
+    if found is None:
+        return False
+    path = next(name for name, _ in model.named_modules() if name.endswith(f".{found.module}.experts"))
+    watched = _watched(model.get_submodule(path))
+    model.set_submodule(path, watched)
+    model.to(torch.bfloat16)(ids, use_cache=False)
+    return bool(watched.dtypes[-1] == torch.float32)
 
 
 def _is_gated(layer: Any, layers: list[LayerFacts]) -> bool:

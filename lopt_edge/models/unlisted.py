@@ -6,8 +6,9 @@ embedding and the head, which linear layers each layer has, and which layers are
 the model's own code calls them (run/model/own_body.py). That all this is right is not believed but proved, on a tiny random
 model of the same config (tracing/proof.py), before anything trains.
 
-The rule: what cannot be read off is refused with what stands in the way, never guessed. Not here: experts (they are no
-linear layers), linear layers outside of the list of layers, and two of one name in a layer, which adapters could not tell.
+The rule: what cannot be read off is refused with what stands in the way, never guessed. Not here: experts in another form
+than two stacks of matrices (conversions.py), linear layers outside of the list of layers, and two of one name in a layer,
+which adapters could not tell.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lopt_edge.errors import InputError
+from lopt_edge.models.conversions import record_of
 from lopt_edge.models.skeleton import ADVICE, Parts, habits
 from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS, name_of, unsupported
 from lopt_edge.plan.facts.families.family import Family, Unlisted
@@ -116,18 +118,22 @@ def skeleton_facts(config: Any, model: nn.Module, *, where: str) -> ModelFacts:
     """The facts of a model of which the skeleton is there. Raises InputError for what has no place in a plan."""
     parts = Parts(config, model, where)
     layers = [parts.layer(index) for index in range(parts.n_layers)]
+    is_gated, n_results, parts.full_weights = habits(config, layers, parts)
+    layers = [parts.layer(index) for index in range(parts.n_layers)] if parts.full_weights else layers
+    experts = next((layer.experts for layer in layers if layer.experts is not None), None)
     types = parts.layer_types()
     kinds = tuple(dict.fromkeys(layers))
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     family = Family(
         name_of(config),
+        experts=None if experts is None else record_of(experts, name_of(config)),
         logit_divisor=parts.key("logits_scaling"),
         logit_factor=parts.key("logit_scale") or parts.key("lm_head_multiplier"),
         logit_cap=parts.key("final_logit_softcapping"),
         post_norm=True,  # nobody knows what the layer does with its last product
         plain_norms=False,
         layout=parts.layout,
-        unlisted=Unlisted(text, str(table_folder(text)), *habits(config, layers, parts), parts.attention, parts.n_before),
+        unlisted=Unlisted(text, str(table_folder(text)), is_gated, n_results, parts.attention, parts.n_before),
     )
     return ModelFacts(
         model_type=name_of(config),

@@ -19,7 +19,7 @@ from lopt_edge.models.folder import ModelFolder, vocabulary_itemsize
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.cards import find_card
-from lopt_edge.plan.facts.device_kinds import kind_of
+from lopt_edge.plan.facts.device_kinds import TORCH, kind_of
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
 from lopt_edge.planning.packing import largest_rows
 from lopt_edge.planning.question import Ground, LargestStep
@@ -40,6 +40,7 @@ def ground_of(
     datasets: Sequence[Dataset | None],
     teacher: ModelFolder | None = None,
     packs: bool = False,
+    kernels: str = TORCH,
 ) -> Ground:
     """The ground of a run's model and data on this machine. `datasets`: what trains first, then what is evaluated.
 
@@ -56,6 +57,7 @@ def ground_of(
         vocabulary_itemsize(source),
         partial(largest_step, datasets),
         None if teacher is None else Teacher(teacher.facts, vocabulary_itemsize(teacher), itemsize, device.type),
+        kernels=kernels,
     )
 
 

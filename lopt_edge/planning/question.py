@@ -14,6 +14,7 @@ from lopt_edge.config.settings import Config
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
+from lopt_edge.plan.facts.device_kinds import TORCH
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.facts.profile import DeviceProfile, has_flash
 from lopt_edge.plan.methods.course import kept_while_read
@@ -41,8 +42,9 @@ class Ground:
     """All that does not change while the planner compares settings: a model on a machine.
 
     `itemsize` is the compute dtype's, `vocabulary_itemsize` that of the stored vocabulary, `library_bytes` what the
-    process takes beside its tensors. `largest_step` finds the largest step of given settings, whose micro-batches may be
-    split in another way. `teacher` is another model than the base. `pinned_bytes`: of host memory that may be page-locked.
+    process takes beside its tensors, `kernels` whose run (torch's, or our own in Triton). `largest_step` finds the largest
+    step of given settings, whose micro-batches may be split in another way. `teacher` is another model than the base.
+    `pinned_bytes`: of host memory that may be page-locked.
     """
 
     facts: ModelFacts
@@ -53,6 +55,7 @@ class Ground:
     largest_step: Callable[[Config], LargestStep]
     teacher: Teacher | None = None
     pinned_bytes: int | None = None
+    kernels: str = TORCH
 
 
 def search_for(config: Config, ground: Ground) -> Search:
@@ -70,6 +73,7 @@ def search_for(config: Config, ground: Ground) -> Search:
         course = kept_while_read(course, epochs=epochs)
     shape = LayerShape(ground.facts, ground.itemsize, config.lora_r, targets, device_type, dropout=dropout)
     shape = replace(shape, has_flash=has_flash(ground.profile), deterministic=config.deterministic)
+    shape = replace(shape, kernels=ground.kernels)
     workload = Workload(
         course,
         shape,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lopt_edge.config.settings import Config
 from lopt_edge.errors import InputError, raise_collected
-from lopt_edge.plan.facts.device_kinds import kind_of
+from lopt_edge.plan.facts.device_kinds import AUTO, TRITON, kind_of
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.methods import METHODS, course_of
 from lopt_edge.plan.methods.course import Course
@@ -36,6 +36,13 @@ def deterministic_notes(config: Config, device_type: str) -> tuple[str, ...]:
     )
 
 
+def kernel_notes(config: Config, device_type: str) -> tuple[str, ...]:
+    """What a plan without the device assumes of --kernels; nothing where the device has none of our own."""
+    if config.kernels != AUTO or not kind_of(device_type).triton_capabilities:
+        return ()
+    return ("kernels: torch's, which take more memory; a run on this device takes our own where Triton is there",)
+
+
 def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str) -> None:
     """Refuse memory settings that cannot be or contradict each other, all together (InputErrors)."""
     errors: list[InputError] = []
@@ -49,12 +56,15 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
     for name in ("saved_inputs", "optimizer_states", "gradients"):
         errors += _host_without_gpu(name, device_type) if getattr(config, name) == "host" else []
     for name in ("host_memory", "pinned_memory"):
-        if not kind_of(device_type).host_is_below and getattr(config, name) is not None:
+        if not kind_of(device_type).has_host_tier and getattr(config, name) is not None:
             errors.append(
                 InputError(
                     "there is no host tier without a GPU: RAM is the device", where=name, fix="state --device-memory"
                 )
             )
+    if config.kernels == TRITON and not kind_of(device_type).triton_capabilities:
+        what = f"our own kernels are for a GPU, not for a {kind_of(device_type).title}"
+        errors.append(InputError(what, where="kernels", fix="leave it out, or use --kernels torch"))
     if config.deterministic and kind_of(device_type).host_is_below and any(kind.delta for kind in facts.kinds):
         errors.append(
             InputError(
@@ -92,7 +102,7 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
 
 
 def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
-    if kind_of(device_type).host_is_below:
+    if kind_of(device_type).has_host_tier:
         return []
     return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
 

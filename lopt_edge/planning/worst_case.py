@@ -24,7 +24,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
 from lopt_edge.plan.facts.cards import Card, find_card, near_cards
-from lopt_edge.plan.facts.device_kinds import AUTO, kind_of
+from lopt_edge.plan.facts.device_kinds import AUTO, CPU, TORCH, TRITON, kind_of
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.facts.presets import find_preset, near_presets
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
@@ -35,7 +35,13 @@ from lopt_edge.plan.search.search import Candidate, Search
 from lopt_edge.planning.budgets import FREE_SHARE, free_bytes, with_pinned_limit, within_granted
 from lopt_edge.planning.packing import chosen_packing, settled_on_data
 from lopt_edge.planning.question import Ground, LargestStep, search_for
-from lopt_edge.planning.settings import against_facts, check_memory_settings, chosen_settings, deterministic_notes
+from lopt_edge.planning.settings import (
+    against_facts,
+    check_memory_settings,
+    chosen_settings,
+    deterministic_notes,
+    kernel_notes,
+)
 from lopt_edge.planning.unlisted import about_unlisted
 from lopt_edge.units import format_bytes
 
@@ -105,14 +111,14 @@ def question(
     )
     profile = _profile(card, config.device)
     device_type = profile.device_type
-    _, (_, _, max_seq_len), (budget, reasons) = together(
+    _, (course, _, max_seq_len), (budget, reasons) = together(
         lambda: check_memory_settings(config, facts, device_type=device_type),
         lambda: against_facts(config, facts),
         lambda: _budget(config, card, profile),
     )
     itemsize, notes = _itemsize(config, card, device_type)
     notes = (*about_unlisted(facts), *_what_is_planned(card, profile), *notes)
-    notes = (*notes, *deterministic_notes(config, device_type))
+    notes = (*notes, *deterministic_notes(config, device_type), *kernel_notes(config, device_type), *course.advice)
     library_bytes = profile.library_bytes + TOKEN_BYTES * facts.vocab_size
     ground = Ground(
         facts,
@@ -123,6 +129,7 @@ def question(
         largest or partial(_worst_step, max_seq_len),
         _teacher(config, itemsize, device_type),
         budget.pinned_bytes,
+        TRITON if config.kernels == TRITON else TORCH,
     )
 
     def ask(variant: Config) -> tuple[Question, Candidate | None]:
@@ -216,8 +223,8 @@ def _profile(card: Card | None, device: str) -> DeviceProfile:
 def _what_is_planned(card: Card | None, profile: DeviceProfile) -> tuple[str, ...]:
     """A note where the device that is planned may not be the one that the user had in mind."""
     if card is not None and card.kind == "apple":
-        own = "lopt-edge computes on an Apple chip's CPU, in float32"
-        return (f"{card.name}: {own}; this is the plan of that, not of its GPU",)
+        own = "the rates of an Apple chip's GPU are not known"
+        return (f"{card.name}: {own}; this is the plan of its CPU, in float32 (--device {CPU.name})",)
     if card is None and not kind_of(profile.device_type).host_is_below:
         return ("planned for a CPU, whose memory is RAM: no GPU was measured here; --gpu NAME plans a card (--gpu list)",)
     return ()

@@ -37,7 +37,7 @@ from lopt_edge.run.step.batches import make_batch
 from lopt_edge.run.step.executor import Executor
 from lopt_edge.run.step.losses import logits
 from lopt_edge.run.step.optim import SegmentOptimizer
-from lopt_edge.run.tiers.moves import Mover
+from quant.experts import PackedExperts
 from quant.linear import PackedLinear
 
 CPU, BOUND = torch.device("cpu"), 2e-4  # relative, of fp32 in another order of operations
@@ -97,6 +97,19 @@ def _n_layers(facts: ModelFacts) -> int:
 def _unpack_into(theirs: nn.Module, ours: Model) -> None:
     for name, module in _linears(ours):
         theirs.get_submodule(name).get_parameter("weight").data.copy_(module.unpacked(torch.float32))
+    for layer in range(ours.facts.n_layers):
+        if (experts := ours.facts.layer(layer).experts) is None:
+            continue
+        path = f"{experts.module}.experts"
+        packed, stacks = (
+            ours.layers[layer].get_submodule(path),
+            theirs.get_submodule(f"{ours.facts.layout.layer(layer)}{path}"),
+        )
+        assert isinstance(packed, PackedExperts)
+        for number in range(experts.count):
+            one = packed.unpacked(number, torch.empty(0))
+            stacks.get_parameter("gate_up_proj").data[number] = one.gate_up
+            stacks.get_parameter("down_proj").data[number] = one.down
 
 
 def _linears(ours: Model) -> Iterator[tuple[str, PackedLinear]]:
@@ -158,27 +171,8 @@ def _check_calls(ours: Model) -> None:
 
 def _check_gradients(ours: Model, theirs: nn.Module) -> float:
     """The largest relative difference of a gradient of LoRA, on every linear layer, from autograd's through one graph."""
-    facts, ids_BT = ours.facts, _ids(LENGTHS[-1])
-    layers = range(facts.n_layers)
-    attach_adapters(ours, layers, targets=facts.linear_names, r=RANK, alpha=ALPHA, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for layer in layers:
-        for b in layer_parameters(ours, layer)[1::2]:
-            b.data.normal_(0, 0.1, generator=generator)
-    pairs = [(name, _Lora.of(module)) for name, module in _linears(ours)]
-    for name, lora in pairs:
-        theirs.set_submodule(name, _WithLora(theirs.get_submodule(name), lora))
-    for parameter in theirs.parameters():
-        parameter.requires_grad_(False)
-    for _, lora in pairs:
-        lora.a.requires_grad_(), lora.b.requires_grad_()
-    scores = theirs(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-    torch.autograd.backward(nn.functional.cross_entropy(scores, ids_BT[:, 1:].flatten()))
-    made = _our_gradients(ours, ids_BT)
-    wanted = [matrix.grad for _, lora in pairs for matrix in (lora.a, lora.b)]
-    names = [f"{name} {letter}" for name, _ in pairs for letter in "AB"]
     worst = 0.0
-    for name, mine, grad in zip(names, made, wanted, strict=True):
+    for name, mine, grad in lora_gradients(ours, theirs):
         if grad is None or mine is None:
             if (grad is None) != (mine is None):
                 raise Differs(f"only one of the two has a gradient of LoRA on {name}")
@@ -189,17 +183,44 @@ def _check_gradients(ours: Model, theirs: nn.Module) -> float:
     return worst
 
 
+def lora_gradients(ours: Model, theirs: nn.Module) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Yield (name, ours, theirs) of each gradient of LoRA, on every linear layer: of a step through the executor, on the
+    device of our model, and of one graph of autograd, in the dtype of transformers' model. It changes both."""
+    facts, ids_BT = ours.facts, _ids(LENGTHS[-1])
+    layers = range(facts.n_layers)
+    attach_adapters(ours, layers, targets=facts.linear_names, r=RANK, alpha=ALPHA, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for layer in layers:
+        for b in layer_parameters(ours, layer)[1::2]:
+            b.data.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=generator))
+    pairs = [
+        (name, _Lora.of(module, next(theirs.parameters()))) for name, module in _linears(ours) if module.lora_a is not None
+    ]
+    for name, lora in pairs:
+        theirs.set_submodule(name, _WithLora(theirs.get_submodule(name), lora))
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(False)
+    for _, lora in pairs:
+        lora.a.requires_grad_(), lora.b.requires_grad_()
+    scores = theirs(ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+    torch.autograd.backward(nn.functional.cross_entropy(scores, ids_BT[:, 1:].flatten()))
+    made = _our_gradients(ours, ids_BT)
+    wanted = [matrix.grad for _, lora in pairs for matrix in (lora.a, lora.b)]
+    names = [f"{name} {letter}" for name, _ in pairs for letter in "AB"]
+    yield from zip(names, made, wanted, strict=True)
+
+
 def _our_gradients(ours: Model, ids_BT: Tensor) -> list[Tensor | None]:
     n_layers = ours.facts.n_layers
     groups: dict[GroupName, list[nn.Parameter]] = {
         ("layer", layer): layer_parameters(ours, layer) for layer in range(n_layers)
     }
-    optimizer = SegmentOptimizer(groups, mover=Mover(CPU), clip=0.0, clip_scope="segment", optimizer="adamw")
+    optimizer = SegmentOptimizer(groups, mover=ours.mover, clip=0.0, clip_scope="segment", optimizer="adamw")
     executor = Executor(ours, heads={}, optimizer=optimizer, local_weight=1.0)
     plan = step_plan("e2e", (Segment(0, 0, n_layers - 1, "task"),), n_micro_batches=1)
     plan = replace(plan, ops=tuple(op for op in plan.ops if op.kind is not Kind.STEP))
     rows = ids_BT.tolist()
-    batch = make_batch(MicroBatch(rows, [[*row[1:], -100] for row in rows], (ids_BT.shape[1],) * len(rows)), CPU)
+    batch = make_batch(MicroBatch(rows, [[*row[1:], -100] for row in rows], (ids_BT.shape[1],) * len(rows)), ours.device)
     executor.run(plan, [batch], step=1, learning_rates={})
     return [None if one.grad is None else one.grad.clone() for group in groups.values() for one in group]
 
@@ -213,9 +234,10 @@ class _Lora:
     scale: float
 
     @classmethod
-    def of(cls, module: PackedLinear) -> _Lora:
+    def of(cls, module: PackedLinear, like: Tensor) -> _Lora:
         assert module.lora_a is not None and module.lora_b is not None
-        return cls(module.lora_a.detach().clone(), module.lora_b.detach().clone(), module.scale)
+        a, b = (matrix.detach().to(like, copy=True) for matrix in (module.lora_a, module.lora_b))
+        return cls(a, b, module.scale)
 
 
 class _WithLora(nn.Module):

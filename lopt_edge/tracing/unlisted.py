@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.models.unlisted import config_of
 from lopt_edge.plan.costs.shape import case_key, table_file
 from lopt_edge.plan.facts.families.family import SLIDING
+from lopt_edge.plan.facts.layers import ExpertFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
@@ -39,14 +40,18 @@ from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.tracing.fit import fitted
 from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.logs import log_of, merged
-from lopt_edge.tracing.stand_ins import OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
+from lopt_edge.tracing.stand_ins import OpaqueExperts, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
 from lopt_edge.tracing.step import Trace, Variant, make_segments, observed
+from lopt_edge.tracing.tiles import traced_tile
+from quant.experts import Expert, Gate
 from quant.linear import DropoutClock
 
 CPU = torch.device("cpu")
-# Sequences (or one), tokens, one more than tokens, rows with a loss, rows of a vocabulary chunk: of three traces.
+# Sequences (or one), tokens, one more than tokens, rows with a loss, rows of a vocabulary chunk: of three traces, and of
+# one as long as shows whether a layer works in chunks of tokens (of 256 and less).
 SIZES = tuple(
-    dict(zip("stunv", each, strict=True)) for each in ((2, 13, 14, 7, 11), (3, 17, 18, 9, 19), (5, 22, 23, 12, 29))
+    dict(zip("stunv", each, strict=True))
+    for each in ((2, 13, 14, 7, 11), (3, 17, 18, 9, 19), (5, 22, 23, 12, 29), (2, 293, 294, 31, 37))
 )
 LETTERS = "stunvx"  # x: tokens, and those before that a convolution sees
 GRAPHS = ("graph", "backward")  # the ops of layers that train
@@ -80,6 +85,8 @@ def ensure_table(facts: ModelFacts, *, itemsize: int, targets: tuple[str, ...], 
             key = case_key(facts.family.name, itemsize, f"kind{case.kind}", masked=case.masked, one=case.one)
             found[key] = _programs(facts, case)
         found[case_key(facts.family.name, itemsize)] = _norm_programs(facts, dtype)
+        if (experts := next((kind.experts for kind in facts.kinds if kind.experts is not None), None)) is not None:
+            found[case_key(facts.family.name, itemsize, "tile")] = _tile_programs(facts, experts, dtype)
     except Exception as error:  # of any kind, from layers that are not ours
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         what = f"what the layers of {facts.family.name!r} take cannot be planned ({reason})"
@@ -183,10 +190,26 @@ def _model(facts: ModelFacts, case: Case, sizes: dict[str, int], n_layers: int, 
     )
 
 
+def _tile_programs(facts: ModelFacts, experts: ExpertFacts, dtype: torch.dtype) -> dict[str, str]:
+    """The programs of a tile of an expert's tokens (quant/experts.py), values and gradient."""
+    own = facts.family.unlisted
+    assert own is not None
+    whole = skeleton_of(config_of(own.config, where="trace"), "eager")
+    gate = next(module._apply_gate for module in whole.modules() if hasattr(module, "_apply_gate"))
+    gate_up, down = torch.zeros(2 * experts.inner, experts.hidden), torch.zeros(experts.hidden, experts.inner)
+    expert = Expert(gate_up.to(dtype), down.to(dtype))
+    full = experts.full_weights
+    traces = [traced_tile(cast(Gate, gate), expert, n_rows=sizes["n"], full_weights=full) for sizes in SIZES]
+    texts = [{op: _alone(trace, op) for op in trace.spans} for trace in traces]
+    return {op: fitted([text[op] for text in texts], list(SIZES), "n", what=op) for op in texts[0]}
+
+
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, case: Case, norm: nn.Module, log: EventLog) -> None:
     own = facts.family.unlisted
     for linear in facts.kinds[case.kind].linears:
         layer.set_submodule(linear.name, OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log))
+    if (experts := facts.kinds[case.kind].experts) is not None:
+        layer.set_submodule(f"{experts.module}.experts", OpaqueExperts(log))
     if own is not None and own.gated_mlp and facts.hidden_size % 64 == 0 and facts.kinds[case.kind].inner % 64 == 0:
         layer.mlp = OpaqueMLP(layer.get_submodule("mlp.down_proj"), log)
     for name, module in list(layer.named_modules()):

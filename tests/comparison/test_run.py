@@ -37,6 +37,7 @@ from lopt_edge.data import Conversation
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.planning.worst_case import answer, question
 from tools.tiny_runs import make_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("warm_children")
@@ -454,8 +455,30 @@ def test_equal_seconds_are_the_planners_and_kept(root, run, fake):
     (root / "equal" / "equal-seconds.json").write_text(json.dumps({"reference": "e2e", "steps": {"e2e": 4, "frozen": 9}}))
     code, _, err = run(root / "run.yaml", *words)
     assert code == 2 and f"max_steps was {steps['frozen']}, is 9" in " ".join(err.split()), "what was kept is taken"
-    code, _, err = run(root / "run.yaml", *words[:-1], "bytes", "--closed-questions", root / "none.jsonl")
-    assert code == 2 and "'bytes' is unknown" in err and "is no file" in err
+    code, _, err = run(root / "run.yaml", *words[:-1], "steps", "--closed-questions", root / "none.jsonl")
+    assert code == 2 and "'steps' is unknown" in err and "is no file" in err
+
+
+def test_equal_bytes_are_the_first_ones_for_all_and_seconds_are_those_within_them(root, run, fake):
+    """`e2e` within `frozen`'s bytes has the budget that the plan of `frozen` took, in this call and in the next."""
+    words = ("--methods", "frozen,e2e", "--seeds", "0", "--output", root / "even", "--equal", "seconds,bytes")
+    code, out, err = run(root / "run.yaml", *words)
+    assert code == 0, err
+    kept = json.loads((root / "even" / "equal-bytes.json").read_text())
+    steps = json.loads((root / "even" / "equal-seconds.json").read_text())["steps"]
+    for name in ("e2e", "frozen"):
+        settings = yaml.safe_load((root / "even" / "runs" / name / "lr-0.01" / "seed-0.yaml").read_text())
+        assert settings["device_memory"] == f"{kept['device_bytes']}B" and settings["max_steps"] == steps[name]
+    asked = question(load_config(root / "run.yaml", {"method": "frozen", "output": str(root / "other")}))
+    assert kept["reference"] == "frozen" and 0 < kept["device_bytes"] <= answer(asked).peak_bytes["device"]
+    assert "equal bytes: all have the device memory that the plan of frozen takes" in out and "budget_of_equal_bytes" in out
+    (root / "even" / "equal-bytes.json").write_text(json.dumps({"reference": "frozen", "device_bytes": 10**9}))
+    code, _, err = run(root / "run.yaml", *words)
+    assert code == 2 and "device_memory was" in " ".join(err.split()), "what was kept is taken"
+    text = (root / "run.yaml").read_text()
+    (root / "stated.yaml").write_text(text + "device_memory: 2GB\n")
+    code, _, err = run(root / "stated.yaml", *words)
+    assert code == 2 and "bytes are equal already" in " ".join(err.split())
 
 
 def test_questions_take_conversations_and_refuse_plain_text(tmp_path):

@@ -14,7 +14,9 @@ from lopt_edge.run.device import device_of
 CPU = torch.device("cpu")
 
 
-def test_this_machine_is_proved(command):
+def test_this_machine_is_proved(command, monkeypatch):
+    for later in ("model_proofs", "run_proofs"):  # tests/doctor/test_prove_models.py
+        monkeypatch.setattr(proofs, later, lambda own: iter([]))
     code, out, _ = command("doctor", "--prove", "--json")
     found = json.loads(out)["proofs"]
     assert code == 0 and all(one["passed"] for one in found), found
@@ -51,3 +53,10 @@ def test_what_is_raised_is_a_fault(monkeypatch):
     monkeypatch.setattr(proofs, "_all", lambda own: iter([("a proof", 1.0, fail)]))
     (proof,) = prove(CPU)
     assert not proof.passed and proof.fault == "ValueError: no such kernel"
+
+
+def test_what_there_was_no_time_for_is_no_proof(monkeypatch):
+    monkeypatch.setattr(proofs, "_all", lambda own: iter([("a proof", 1.0, lambda: 0.5)]))
+    assert [proof.passed for proof in prove(CPU)] == [True]
+    (proof,) = prove(CPU, most_seconds=-1)
+    assert not proof.passed and proof.fault == "left out: -1 s are over"

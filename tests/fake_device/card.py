@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lopt_edge.run import ranks
+from lopt_edge.run.kernels.operators import SPACE
 from lopt_edge.run.tiers import moves
 from lopt_edge.run.watch.tracker import MemoryTracker
 from tests.fake_device.ledger import Ledger
@@ -90,7 +91,7 @@ class FakeCard(TorchDispatchMode):
             self.names[self.op, name] += 1
         result = self._shape_of(func, args, kwargs, tensors)
         if name not in NO_KERNEL:
-            self.n_bytes[self.op, name] += _moved_bytes(name, args, kwargs, result)
+            self.n_bytes[self.op, name] += _moved_bytes(func, args, kwargs, result)
         if result is None:
             return None
         self.tracker.watch(one for one in _leaves([result]) if isinstance(one, Tensor))
@@ -141,11 +142,14 @@ def _leaves(given: list[Any]) -> list[Any]:
     return [leaf for one in given for leaf in (_leaves([*one]) if isinstance(one, list | tuple) else (one,))]
 
 
-def _moved_bytes(name: str, args: Any, kwargs: Any, result: Any) -> int:
+def _moved_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """The bytes that a kernel reads and writes."""
+    space, _, name = func._schema.name.partition("::")
     given = args[1:] if name in ("copy_", "zero_", "fill_") else args
     reads = _leaves([*given, *(value for key, value in kwargs.items() if key != "out")])
     writes = [kwargs["out"]] if "out" in kwargs else args[:1] if name.endswith("_") else _leaves([result])
+    if space == SPACE and name.endswith("_"):  # ours say themselves what they write to
+        writes = [one for one, what in zip(args, func._schema.arguments, strict=False) if what.alias_info]
     return sum(_touched(one) for one in (*reads, *writes) if isinstance(one, Tensor) and one.device.type == "cuda")
 
 

@@ -16,6 +16,7 @@ import torch
 
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import quantise_model
+from lopt_edge.plan.facts.device_kinds import TORCH, TRITON
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.ops import Op
 from lopt_edge.run.device import device_of
@@ -49,6 +50,7 @@ class Case:
     n_layers: int = 2
     capability: tuple[int, int] = (8, 9)
     ranks: int = 1
+    kernels: str = TORCH
 
 
 def knobs_of(n_layers: int, **changes: Any) -> Knobs:
@@ -81,6 +83,7 @@ CASES = {
     "tiers and 8 bits": Case("qwen3", method="lopt", num_segments=2, knobs=MIXED, dropout=0.1),
     "Turing": Case(dtype=HALF, capability=(7, 5)),
     "two ranks": Case(method="lopt", num_segments=2, n_micro_batches=2, ranks=2),
+    "our kernels": Case(method="lopt", num_segments=2, n_micro_batches=2, kernels=TRITON),
 }
 MORE = {
     **{f"family {name}": Case(name, method="lopt", num_segments=2, n_layers=4) for name in FAMILIES},
@@ -115,6 +118,16 @@ LAW_6 = {
         Setting("qwen3", BRAIN, ((300,),), knobs_of(2, activations="keep"), changes=SHAPE, device="cuda"),
         (8, 9),
     ),
+    "bytes, our kernels": (
+        Setting(
+            "llama", BRAIN, ((300, 200),), knobs_of(2, mlp_block=1088), "lopt", 2, SHAPE, device="cuda", kernels=TRITON
+        ),
+        (8, 9),
+    ),
+    "bytes, our kernels in blocks": (
+        Setting("gemma2", HALF, ((300, 200),), knobs_of(2), changes=SHAPE, device="cuda", kernels=TRITON),
+        (8, 9),
+    ),
     "bytes, Turing": (
         Setting("llama", HALF, ((300, 200),), knobs_of(2), changes=SHAPE, device="cuda", has_flash=False),
         (7, 5),
@@ -146,7 +159,8 @@ class Bed:
         bench = make_bench(
             folder, method=case.method, num_segments=case.num_segments, dtype=case.dtype, device="cuda", knobs=knobs,
             page_dir=self.root, dropout=case.dropout, n_micro_batches=case.n_micro_batches,
-            clip=0.0 if knobs.apply == "layer" else 1.0, ranks=case.ranks, **case.options,
+            clip=0.0 if knobs.apply == "layer" else 1.0, ranks=case.ranks, kernels=case.kernels,
+            **case.options,
         )  # fmt: skip
         executor = bench.executor
         if case.ranks > 1:
@@ -203,11 +217,10 @@ class Bed:
 
 
 def findings(bed: Bed, name: str) -> dict[str, Any]:
-    """What a case found, by its name; `layer PRESET TOKENS BLOCK` counts one layer (one_layer.py)."""
+    """What a case found, by its name; `layer PRESET TOKENS BLOCK KERNELS` counts one layer (one_layer.py)."""
     if name.startswith("layer "):
-        _, preset, *numbers = name.split()
-        n_tokens, block = map(int, numbers)
-        found = count_layer(bed.root, preset=preset, n_tokens=n_tokens, block=block)
+        _, preset, n_tokens, block, kernels = name.split()
+        found = count_layer(bed.root, preset=preset, n_tokens=int(n_tokens), block=int(block), kernels=kernels)
         return {"ops": [{**asdict(one), "bytes_outside": one.bytes_outside} for one in found]}
     if name in LAW_6:
         return bed.law_6(*LAW_6[name])

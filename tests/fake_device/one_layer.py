@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lopt_edge.models.folder import find_model
+from lopt_edge.plan.facts.device_kinds import TORCH
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.plan.facts.presets import PRESETS
 from lopt_edge.plan.schedule.knobs import default_knobs
@@ -55,7 +56,9 @@ class LayerCount:
         return sum(n for name, n in self.n_bytes.items() if name not in PRODUCTS)
 
 
-def count_layer(root: Path, *, preset: str, n_tokens: int, block: int, rank: int = 16) -> list[LayerCount]:
+def count_layer(
+    root: Path, *, preset: str, n_tokens: int, block: int, rank: int = 16, kernels: str = TORCH
+) -> list[LayerCount]:
     """The counts of FORWARD and BACKWARD of a layer of a model by name, in bfloat16, MLPs in blocks of so many features."""
     folder, card = root / preset, FakeCard()
     if not folder.exists():
@@ -64,7 +67,7 @@ def count_layer(root: Path, *, preset: str, n_tokens: int, block: int, rank: int
     with installed(card):
         bench = make_bench(
             folder, method="e2e", num_segments=1, dtype=torch.bfloat16, device="cuda", rank=rank, page_dir=root,
-            knobs=knobs,
+            knobs=knobs, kernels=kernels,
         )  # fmt: skip
 
         def observe(op: Op, over: bool) -> None:

@@ -20,6 +20,7 @@ from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
 from lopt_edge.models.folder import find_model
 from lopt_edge.objectives import OBJECTIVES
+from lopt_edge.plan.facts.device_kinds import TORCH
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.knobs import TOKEN_TILES, Knobs, default_knobs, mlp_pieces
@@ -146,6 +147,7 @@ def make_bench(
     delay: Delay | None = None,
     part: Part | None = None,
     ranks: int = 1,
+    kernels: str = TORCH,
     **options: Any,
 ) -> Bench:
     """`options` are the method's own. Without `knobs` everything lies on the device; with them, in `page_dir` and wherever
@@ -168,7 +170,14 @@ def make_bench(
     placement = loading_placement(knobs, course.replaced)
     pieces = mlp_pieces(knobs, device)
     model = load_model(
-        folder, facts, device=torch.device(device), dtype=dtype, placement=placement, mover=mover, pieces=pieces
+        folder,
+        facts,
+        device=torch.device(device),
+        dtype=dtype,
+        placement=placement,
+        mover=mover,
+        pieces=pieces,
+        kernels=kernels,
     )
     fit_layers(model, course.replaced)
     for layer in course.replaced:  # weights drawn at random explain nothing of each other: what is fitted is next to 0

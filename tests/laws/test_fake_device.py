@@ -26,7 +26,7 @@ from tests.fake_device import shim
 ROOT = Path(__file__).parents[2]
 NORMS = "STEP: a copy cuda -> cpu is not asked to run beside"  # and the losses, which are read with them
 # One, at a step's end, batches sent up and rows read ahead included. It was 5, 3, 7 (an lm_head on disk, in chunks) and 3.
-WAITS = {name: {NORMS: 1} for name in ("resident", "on the host", "tiers and 8 bits", "Turing")} | {
+WAITS = {name: {NORMS: 1} for name in ("resident", "on the host", "tiers and 8 bits", "Turing", "our kernels")} | {
     "two ranks": {NORMS.replace("STEP", "AGREE"): 1}
 }
 KERNELS = {  # by kind of op, over two layers; "-": of the batches, before the first one
@@ -35,8 +35,9 @@ KERNELS = {  # by kind of op, over two layers; "-": of the batches, before the f
                     "BACKWARD": 292, "STORE": 3, "LOAD": 5, "STEP": 11},
 }  # fmt: skip
 # One layer of an 8B, 2,048 tokens, its MLP in one block. Before the last changes: 307 and 787 kernels, 3.31 and 7.93 GB.
-LAYER = "layer llama-3.1-8b 2048 14336"
-LAYER_KERNELS, LAYER_GB = [72, 205], [1.28, 2.79]
+LAYER, OWN_LAYER = (f"layer llama-3.1-8b 2048 14336 {kernels}" for kernels in ("torch", "triton"))
+COUNTS = {LAYER: ([72, 205], [1.28, 2.79]), OWN_LAYER: ([63, 177], [1.00, 1.79])}
+KERNELS_OF_LAW_6 = {"bytes, flash": "flash", "bytes, deterministic": "efficient", "bytes, our kernels": "flash"}
 REGISTERED = dict.fromkeys(WAITS, 1)
 pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=shim.why_not() or "")
 
@@ -54,15 +55,15 @@ def run(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def test_steps_on_a_card_in_name(tmp_path):
     """One test: the child takes longer to start than a case to run."""
-    found = run(tmp_path, [*WAITS, "bytes, flash", "bytes, deterministic", LAYER])
-    forward, backward = found[LAYER]["ops"]
-    assert [sum(op["kernels"].values()) for op in (forward, backward)] == LAYER_KERNELS
-    assert [round(op["bytes_outside"] / 1e9, 2) for op in (forward, backward)] == LAYER_GB
+    found = run(tmp_path, [*WAITS, *KERNELS_OF_LAW_6, *COUNTS])
+    for name, (n_kernels, gigabytes) in COUNTS.items():
+        assert [sum(op["kernels"].values()) for op in found[name]["ops"]] == n_kernels
+        assert [round(op["bytes_outside"] / 1e9, 2) for op in found[name]["ops"]] == gigabytes
     steps = {name: found[name]["kinds"]["step"] for name in WAITS}
     assert {name: step["waits"] for name, step in steps.items()} == WAITS
     assert {name: steps[name]["kernels"] for name in KERNELS} == KERNELS
     assert {name: step["n_registered"] for name, step in steps.items()} == REGISTERED
-    for name, kernel in (("bytes, flash", "flash"), ("bytes, deterministic", "efficient")):
+    for name, kernel in KERNELS_OF_LAW_6.items():
         check_bytes(found[name]["rows"])
         assert found[name]["attention"] and all(kernel in called for called in found[name]["attention"])
 

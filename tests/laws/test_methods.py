@@ -17,6 +17,7 @@ from lopt_edge.errors import InputError
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.planning.worst_case import plan_run
 from lopt_edge.run.step.batches import Batch, Totals, window_totals
 from lopt_edge.run.step.diagnosis import first_not_finite
 from lopt_edge.run.step.losses import task_loss
@@ -376,3 +377,12 @@ def test_a_share_that_cyclic_groups_cannot_have_is_refused():
     with pytest.raises(InputError, match=r"0\.7 is not near"):
         make_course("lcsb", n_layers=DEPTH, select_ratio=0.7)
     assert len(make_course("lcsb", n_layers=DEPTH, select_ratio=0.7, selection="uniform").kinds) == 2
+
+
+def test_a_depth_on_which_lcsb_has_failed_is_said_before_the_run():
+    for selection in ("cyclic", "uniform"):
+        assert "failed on a deep model" in make_course("lcsb", n_layers=30, selection=selection).advice[0]
+        assert not make_course("lcsb", n_layers=8, selection=selection).advice
+        assert not make_course("lcsb", n_layers=30, selection=selection, select_ratio=1.0).advice
+    plan = plan_run("qwen2.5-0.5b", method="lcsb", device_memory="4GB")
+    assert any("failed on a deep model" in note for note in plan.notes)

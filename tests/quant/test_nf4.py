@@ -7,6 +7,9 @@ error against the original weight must stay below what NF4 allows.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -138,3 +141,18 @@ def test_parts_equal_the_whole():
     scales = unpack_scales(packed)
     assert torch.equal(unpack_part(packed, scales, torch.empty(33, 256), rows=slice(7, 40)), whole[7:40])
     assert torch.equal(unpack_part(packed, scales, torch.empty(96, 128), columns=slice(64, 192)), whole[:, 64:192])
+
+
+def test_packing_imports_no_compiler():
+    """In a process of its own; what it packs is then what it is with the compiler."""
+    code = (
+        "import sys, torch; compiled = torch.compile\n"
+        "from quant.nf4 import pack; torch.manual_seed(0)\n"
+        "packed = pack(torch.randn(33, 65)); print(packed.codes.sum().item(), packed.absmax.sum().item())\n"
+        "sys.exit('torch._inductor.compile_fx' in sys.modules or torch.compile is not compiled)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    packed = pack(torch.randn(33, 65))
+    assert done.stdout.split() == [str(packed.codes.sum().item()), str(packed.absmax.sum().item())]

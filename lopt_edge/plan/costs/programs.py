@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BEFORE_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 GRADIENTS = ("grad", "keys", "values")  # that an op begins with: of the output, and of shared keys and values
 Product = tuple[float, str]  # a coefficient and letters
+WIDE_SCORES = (4.0, "nv")  # of the task loss in fp32, which our kernel (run/kernels/cross_entropy.py) does not make
 
 
 class Token(NamedTuple):
@@ -115,6 +116,7 @@ class Replay:
         for position, token in enumerate(tokens):
             skipped = token.value and not value
             if token.kind == "+":
+                skipped |= self.shape.by_triton and self.shape.itemsize == 2 and token.product == WIDE_SCORES
                 self.alive[str(number)] = self.heap.take(0 if skipped else self.bytes_of(token.product))
                 number += 1
                 if self.in_attention:
@@ -134,7 +136,9 @@ class Replay:
     def _attention_bytes(self, *, masked: bool) -> int:
         """The bytes that fused attention takes beside its results. The program has no mark for it, so they are taken
         wherever it may be: between its inputs and the product that follows, and the same way back."""
-        kernel, layer = self.shape.fused_kernel, self.shape.layer
+        kernel, layer, copies = self.shape.fused_kernel, self.shape.layer, self.shape.kind.score_copies
+        if copies and "t" in self.dimensions and layer.delta is None and self.shape.attention_kernel == "sdpa":
+            return copies * self._rows * self.dimensions["t"] * layer.n_heads
         if kernel is None or masked or "t" not in self.dimensions:
             return 0
         group = layer.n_heads // layer.n_kv_heads
@@ -206,6 +210,8 @@ class Replay:
 
     def norm(self, name: str, n_rows: int, width: int) -> None:
         """Take what a norm needs: it works on a tile of rows at a time (run/model/tiled.py)."""
+        if self.shape.by_triton and self.shape.facts.family.plain_norms:
+            return
         tile = max(1, self.shape.kind.norm_tile_bytes // (width * self.shape.itemsize))
         if self.shape.kind.fuses_norms and self.shape.facts.family.plain_norms:
             n_values = (n_rows > tile) + (name == "norm_backward")  # a tile's result, and the norm again

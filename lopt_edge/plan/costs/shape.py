@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
-from lopt_edge.plan.facts.device_kinds import DeviceKind, kind_of
+from lopt_edge.plan.facts.device_kinds import TORCH, TRITON, DeviceKind, kind_of
 from lopt_edge.plan.facts.layers import OWN, LayerFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from quant.sizes import DELTA_CHUNK, PIECES, MlpPieces
@@ -23,7 +23,8 @@ class LayerShape:
 
     `mixed`: its weights are mixtures of others' (quant/mixed.py). `pieces`: those of its MLP. `layer_kind` says which of
     the model's kinds of layers, `has_flash` whether flash attention runs on the device in half precision, `deterministic`
-    whether a run does without kernels that sum in whatever order their blocks end.
+    whether a run does without kernels that sum in whatever order their blocks end, `kernels` whose norms, gates and softmax
+    of the vocabulary run: torch's, or our own in Triton (run/kernels).
     """
 
     facts: ModelFacts
@@ -37,6 +38,7 @@ class LayerShape:
     has_flash: bool = True
     deterministic: bool = False
     pieces: MlpPieces = PIECES
+    kernels: str = TORCH
 
     @property
     def layer(self) -> LayerFacts:
@@ -90,6 +92,16 @@ class LayerShape:
             return None
         flash = self.itemsize == 2 and self.has_flash and not self.deterministic
         return FLASH if flash and self.layer.head_dim <= FLASH_WIDEST else EFFICIENT
+
+    @property
+    def by_triton(self) -> bool:
+        """Whether our own kernels run where there are some."""
+        return self.kernels == TRITON
+
+    @property
+    def gates_in_place(self) -> bool:
+        """Whether what lies between the products of an MLP in blocks makes no tensor of its own (run/kernels/gated.py)."""
+        return self.by_triton and self.facts.gates_by_silu
 
     def saves(self, short_name: str) -> bool:
         """Whether a linear layer keeps its input for the backward."""

@@ -5,17 +5,18 @@ plan/ compares a device's name, and no table is keyed by one. A size that decide
 stands here once, if it differs by device, else in plan/costs/tiles.py or quant/sizes.py: the planner and the code that runs
 read the same one. What torch can do on a device is run/devices', one class a kind.
 
-So a further kind (Intel's `xpu`, say) is a row here and a class there: settings, messages, planner and runtime take it from
-these two. Rates of its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.
+So a further kind is a row here and a class there: settings, messages, planner and runtime take it from these two. Rates of
+its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.
 
 It asks no machine and never imports torch. A card's own figures are cards.py's, a machine's measured ones profile.py's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
+TORCH, TRITON = "torch", "triton"  # whose kernels a layer runs with, where there are both
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class DeviceKind:
     `host_is_below`: a host tier lies between the device and the disk, in pinned memory, over a link. `counts_process`: its
     memory is the resident set of all processes of a run, their libraries and the heap's gaps included; else it is what one
     process' allocator has reserved, and the driver's context. `computes_on_cores`: arithmetic is done by this machine's
-    cores, so that the number of threads decides bits, and 4-bit weights are unpacked by our code (quant/nf4.py).
+    cores, so that the number of threads decides bits. `shares_ram`: its memory is the machine's, so that the host is no
+    tier, although a GPU's tensors are copied on their way to the disk. `unpacks_here`: 4-bit weights are unpacked by our
+    code (quant/nf4.py), not by bitsandbytes' kernel. `widens_products`: products of half precision add to fp32 sums by
+    themselves (quant/products.py). `has_float64`: sums of losses may be kept in it.
     """
 
     name: str  # torch's name of the type
@@ -33,6 +37,10 @@ class DeviceKind:
     host_is_below: bool
     counts_process: bool
     computes_on_cores: bool
+    shares_ram: bool
+    unpacks_here: bool
+    widens_products: bool
+    has_float64: bool
     beside: str  # what its memory holds beside tensors and the allocator's slack
     watcher: str  # the command that shows who uses its memory
 
@@ -44,6 +52,7 @@ class DeviceKind:
     mlp_blocks: tuple[int, ...]  # features of an MLP at a time, the fastest first (quant/gated_mlp.py); 0: all of them
     mlp_tile: int  # tokens of an MLP at a time
     joins_products: bool  # gate and up are one product
+    triton_capabilities: tuple[str, ...]  # for which our kernels (run/kernels) are compiled in a test; (): they never run
 
     library_bytes: int  # of the process before its first tensor, where they count
     context_bytes: int  # of the driver before the first tensor, beside the allocator's
@@ -58,6 +67,13 @@ class DeviceKind:
     measured_products: tuple[tuple[int, int, int], ...]  # (rows, in, out): micro-batches and layers (doctor/measure.py)
     measured_dtypes: tuple[str, ...]
     measured_tokens: int  # of attention
+    is_untried: bool = False  # no run has met one, nor is one played in tests
+    score_copies: int = 0  # of each attention score, in bytes, that torch's own attention takes beside its results
+
+    @property
+    def has_host_tier(self) -> bool:
+        """Whether host memory is a tier of its own, between the device and the disk."""
+        return self.host_is_below and not self.shares_ram
 
 
 CPU = DeviceKind(
@@ -66,6 +82,10 @@ CPU = DeviceKind(
     host_is_below=False,
     counts_process=True,
     computes_on_cores=True,
+    shares_ram=True,
+    unpacks_here=True,
+    widens_products=False,
+    has_float64=True,
     beside="library",
     watcher="top",
     # Smaller chunks cost no time (1024, 2048, 4096, 8192 rows: 1.73, 1.76, 1.72, 1.7 s for 512 tokens, Qwen2.5-0.5B shape)
@@ -78,6 +98,7 @@ CPU = DeviceKind(
     mlp_blocks=(1024,),
     mlp_tile=1024,
     joins_products=False,  # a third tensor for nothing
+    triton_capabilities=(),
     library_bytes=350 * MIB,  # torch 218 MiB, transformers' model code 113, the rest of a run 20
     context_bytes=0,
     # With the heap trimmed before each op a process takes 22 to 29 MiB beside library and tensors, whatever the shape (20
@@ -101,6 +122,10 @@ CUDA = DeviceKind(
     host_is_below=True,
     counts_process=False,
     computes_on_cores=False,
+    shares_ram=False,
+    unpacks_here=False,
+    widens_products=True,
+    has_float64=True,
     beside="CUDA context",
     watcher="nvidia-smi",
     vocabulary_chunk=8192,  # a GPU wants larger products
@@ -111,6 +136,7 @@ CUDA = DeviceKind(
     mlp_blocks=(0, 4096, 1024),
     mlp_tile=4096,  # a GPU wants larger products than a CPU
     joins_products=True,
+    triton_capabilities=("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"),
     library_bytes=0,
     context_bytes=512 * MIB,  # 0.46 and 0.49 GiB beside torch's own in an RTX 4090's out-of-memory messages (public issues)
     slack_bytes=96 * MIB,  # cuBLAS workspaces
@@ -125,7 +151,33 @@ CUDA = DeviceKind(
     measured_tokens=2048,
 )
 
-KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+# Intel's and Apple's GPUs: nothing of them is measured. Sizes are CUDA's, but for what torch or bitsandbytes lack there.
+XPU = replace(
+    CUDA,
+    name="xpu",
+    title="XPU",
+    beside="driver's context",
+    watcher="xpu-smi",
+    unpacks_here=True,
+    widens_products=False,
+    has_float64=False,
+    attention_bytes=0,
+    fuses_norms=False,
+    triton_capabilities=(),
+    is_untried=True,
+)
+MPS = replace(
+    XPU,
+    name="mps",
+    title="MPS",
+    beside="Metal's own",
+    watcher="Activity Monitor",
+    shares_ram=True,
+    context_bytes=256 * MIB,
+    score_copies=12,  # scores in the compute dtype and their softmax, and both gradients: an upper guess
+)
+
+KINDS = {kind.name: kind for kind in (CPU, CUDA, XPU, MPS)}
 DEVICE_TYPES = tuple(KINDS)
 AUTO = "auto"  # the setting that leaves the choice to run/device.py
 

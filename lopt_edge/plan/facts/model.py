@@ -51,6 +51,7 @@ class ModelFacts:
     recorded_dtype: str
     quantised: bool
     max_positions: int | None
+    gates_by_silu: bool = False  # the activation of its MLPs
     rotary_dim: int = 0  # the features of a head that are rotated, where that is a part of them
     rotary_turn: int | None = None  # a sequence of so many tokens has other rotary frequencies than a shorter one
     layout: Layout = field(default_factory=Layout)
@@ -261,6 +262,7 @@ def facts_from_config(config: object, *, where: str) -> ModelFacts:
         recorded_dtype=str(dtype).removeprefix("torch."),
         quantised=bool(quantisation),
         max_positions=known.get("max_position_embeddings"),
+        gates_by_silu=(known.get("hidden_activation") or known.get("hidden_act")) in ("silu", "swish"),
         rotary_dim=_rotary_dim(known, family, head_dim, where),
         rotary_turn=_rotary_turn(known),
         layout=family.layout if wrapper is None else wrapper.layouts[0],

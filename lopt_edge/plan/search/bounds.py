@@ -82,8 +82,11 @@ class Bounds:
         beside = self._once(key, lambda: self._over_kinds(self._beside, knobs))
         key = ("computed", knobs.activations, pieces, few)
         computed = self._once(key, lambda: self._over_phases(self._computed, knobs))
-        key = ("moved", knobs.weights, knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
-        moved = self._once(key, lambda: self._over_phases(self._moved, knobs))
+        key = ("fetched", knobs.weights, knobs.prefetch, few)
+        fetched = self._once(key, lambda: self._over_phases(self._fetched, knobs))
+        key = ("saved", knobs.activations, knobs.saved_inputs, knobs.pages, knobs.prefetch, few)
+        saved = self._once(key, lambda: self._over_phases(self._saved, knobs))
+        moved = [(weights + up, down) for (weights,), (up, down) in zip(fetched, saved, strict=True)]
         if not knobs.prefetch:
             return beside + sum(map(sum, computed)) + sum(up + down for up, down in moved)
         return beside + sum(max(*one, *other) for one, other in zip(computed, moved, strict=True))
@@ -139,34 +142,38 @@ class Bounds:
         again = (by_kind[kinds[i]].again for i in segment.turned[:-1] if knobs.activations[i] == "recompute")
         return [(forward,), (sum(by_kind[kinds[layer]].backward for layer in segment.turned) + sum(again),)]
 
-    def _moved(self, costs: Costs, knobs: Knobs, batch: MicroBatchSize, segment: Segment) -> list[tuple[float, ...]]:
-        """What comes up and goes down beside a segment's forwards, and beside its backwards: weights less what a ring may
-        hold, pages, saved inputs. A thing comes `prefetch` ops early, so as many may have come before the phase."""
-        profile, bytes_of = costs.profile, costs.sizes.bytes_of_layers
-        ups, downs = ({tier: way(tier) for tier in ("device", "host", "disk")} for way in (profile.up, profile.down))
+    def _fetched(self, costs: Costs, knobs: Knobs, batch: MicroBatchSize, segment: Segment) -> list[tuple[float, ...]]:
+        """What comes up of weights beside a segment's forwards, and beside its backwards, less what a ring may hold."""
+        bytes_of = costs.sizes.bytes_of_layers
+        ups = {tier: costs.profile.up(tier) for tier in ("device", "host", "disk")}
 
         def fetched(layers: tuple[int, ...]) -> float:
             each = sorted(bytes_of[i] / ups[knobs.weights[i]] for i in layers if knobs.weights[i] != "resident")
             return sum(each[: max(0, len(each) - knobs.ring)])
 
+        return [(fetched(segment.window),), (fetched(segment.turned),)]
+
+    def _saved(self, costs: Costs, knobs: Knobs, batch: MicroBatchSize, segment: Segment) -> list[tuple[float, ...]]:
+        """What comes up and goes down of pages and saved inputs beside a segment's forwards, and beside its backwards. A
+        thing comes `prefetch` ops early, so as many may have come before the phase."""
+        profile = costs.profile
         sent = [_moved_bytes(costs, knobs, batch, layer, segment) for layer in segment.turned[:-1]]
-        down = sum(n_bytes / downs[tier] for n_bytes, tier in sent)
-        back = sorted(n_bytes / ups[tier] for n_bytes, tier in sent)[: max(0, len(sent) - knobs.prefetch + 1)]
-        return [(fetched(segment.window), down), (fetched(segment.turned) + sum(back), 0.0)]
+        down = sum(n_bytes / profile.down(tier) for n_bytes, tier in sent if n_bytes)
+        back = sorted(n_bytes / profile.up(tier) for n_bytes, tier in sent if n_bytes)
+        return [(0.0, down), (sum(back[: max(0, len(back) - max(0, knobs.prefetch - 1))]), 0.0)]
 
     # bytes
 
     def device_bytes(self, knobs: Knobs) -> int:
         """The least device bytes: what lives through the step, and the most that a segment needs where it turns round."""
-        sizes = self.workload.sizes(knobs)
+        workload = self.workload
         own = knobs.gradients != "device" and knobs.apply != "layer"  # each group's gradients in a block of its own
         key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, own, knobs.head, knobs.prefetch, knobs.mlp_block)
-        steady = self._once(key, lambda: sum(sizes.steady(self._segments, gradients_move=own).values()))
+        steady = self._once(key, lambda: sum(workload.sizes(knobs).steady(self._segments, gradients_move=own).values()))
         of_graphs = (knobs.activations, knobs.saved_inputs, knobs.prefetch)
         key = ("turning", *of_graphs, knobs.head, knobs.token_tile, knobs.mlp_block)
-        moving, with_slack = self._once(key, lambda: self._turning(sizes, knobs))
-        slack = slack_bytes(sizes.shape.device_type, moving)
-        return steady + with_slack + slack + self.workload.library_bytes
+        moving, with_slack = self._once(key, lambda: self._turning(workload.sizes(knobs), knobs))
+        return steady + with_slack + slack_bytes(workload.shape.device_type, moving) + workload.library_bytes
 
     def host_bytes(self, knobs: Knobs) -> int:
         """The least bytes on the host."""

@@ -71,7 +71,7 @@ class Space:
         n_layers = self.facts.n_layers
         start = replace(default_knobs(self.facts, self.device_type), mlp_block=mlp_blocks(self.facts, self.device_type)[0])
         host_is_below = kind_of(self.device_type).host_is_below
-        below: Tier = "host" if host_is_below else "disk"
+        below: Tier = "host" if kind_of(self.device_type).has_host_tier else "disk"
         axes: dict[str, Sequence[Any]] = {
             "weights": [last_layers(n_layers, quarter, below, "resident") for quarter in QUARTERS],
             "activations": [
@@ -109,6 +109,10 @@ class Space:
         smaller = () if "token_tile" in self.fixed else TOKEN_TILES[TOKEN_TILES.index(knobs.token_tile) + 1 :]
         return knobs, *(replace(knobs, token_tile=tile) for tile in smaller)
 
+    def with_smallest_tile(self, knobs: Knobs) -> Knobs:
+        """The last of `tiled`."""
+        return knobs if "token_tile" in self.fixed else replace(knobs, token_tile=TOKEN_TILES[-1])
+
     def lowered(self, knobs: Knobs) -> Iterator[Knobs]:
         """The combination's further forms, with ever more of it on disk; it itself is not among them."""
         for name in ("states", "gradients", "saved_inputs", "weights"):
@@ -139,11 +143,9 @@ class Search:
     def __init__(self, workload: Workload, space: Space) -> None:
         self.workload, self.space = workload, space
         self.bounds = bounds = Bounds(workload)
-        rows = [
-            (three_digits(bounds.seconds(knobs)), order, bounds.device_bytes(space.tiled(self._least(knobs))[-1]), knobs)
-            for order, knobs in enumerate(space)
-        ]
+        rows = [(three_digits(bounds.seconds(knobs)), order, knobs) for order, knobs in enumerate(space)]
         self.rows = sorted(rows, key=lambda row: row[:2])
+        self._bytes: dict[int, int] = {}
         self._timed: dict[Knobs, StepSeconds] = {}
         self._predicted: dict[Knobs, Prediction] = {}
         self._found: dict[Budget, Found] = {}
@@ -187,6 +189,12 @@ class Search:
 
     def _least(self, knobs: Knobs) -> Knobs:
         return min(self.space.blocked(knobs), key=self.bounds.device_bytes)
+
+    def _least_bytes(self, order: int, knobs: Knobs) -> int:
+        """The bound of a row's device bytes in its smallest form. Where much fits the walk asks for that of few rows."""
+        if order not in self._bytes:
+            self._bytes[order] = self.bounds.device_bytes(self.space.with_smallest_tile(self._least(knobs)))
+        return self._bytes[order]
 
     def _is_held(self, form: Knobs, most: int | None) -> bool:
         """Whether the device holds a form; the bound is asked first, since it is cheaper."""
@@ -233,11 +241,12 @@ class Search:
 
     def _within(self, budget: Budget) -> Found:
         best: Candidate | None = None
-        for seconds, _, device_bytes, knobs in self.rows:
+        for seconds, order, knobs in self.rows:
             if best is not None and seconds >= _rank(best):
                 break
-            too_large = budget.device_bytes is not None and device_bytes > budget.device_bytes
-            if too_large or (best is not None and self._moves_more(knobs, best.knobs)):
+            if best is not None and self._moves_more(knobs, best.knobs):
+                continue
+            if budget.device_bytes is not None and self._least_bytes(order, knobs) > budget.device_bytes:
                 continue
             found = self.fitting(knobs, budget, best)
             if found is not None and (best is None or _rank(found) < _rank(best)):
@@ -248,7 +257,8 @@ class Search:
     def smallest(self) -> Candidate:
         """The combination of the least device memory; of equal ones the fastest. By their bounds few are replayed."""
         found: list[Knobs] = []
-        for _, _, device_bytes, row in sorted(self.rows, key=lambda row: (row[2], row[0], row[1])):
+        rows = ((self._least_bytes(order, row), seconds, order, row) for seconds, order, row in self.rows)
+        for device_bytes, _, _, row in sorted(rows, key=lambda row: row[:3]):
             if found and device_bytes > self.prediction(found[0]).device_bytes:
                 break
             for knobs in self._tiles(self._least(row)):

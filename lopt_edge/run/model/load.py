@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lopt_edge.errors import InputError
 from lopt_edge.models.folder import tensor_entries
+from lopt_edge.plan.facts.device_kinds import TORCH, TRITON
 from lopt_edge.plan.facts.families.family import ROOT_OF_HIDDEN, SLIDING
 from lopt_edge.plan.facts.layers import ExpertFacts, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts
@@ -34,6 +35,7 @@ from lopt_edge.run.model.context import LayerContext
 from lopt_edge.run.model.own_body import OwnBody, compute_buffers, make_body, output_of
 from lopt_edge.run.model.own_inputs import OwnInputs
 from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
+from lopt_edge.run.model.rotated import rotate_by_kernel
 from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -82,6 +84,7 @@ class Model:
     scratch: Tensor | None = None  # in which GGUF blocks are unpacked
     own_inputs: OwnInputs | None = None
     body: OwnBody | None = None  # of a family without a record
+    kernels: str = TORCH
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The hidden states (B, T, D) of token ids (B, T), in the compute dtype, with the family's embedding factor."""
@@ -208,11 +211,13 @@ def load_model(
     placement: tuple[tuple[str, str], ...] | None = None,
     mover: Mover | None = None,
     pieces: MlpPieces | None = None,
+    kernels: str = TORCH,
 ) -> Model:
     """Load a 4-bit folder (or, packing each matrix on the way, a full-precision one, resident only). Raises InputError.
 
     `placement` says where a plan has each unit's weights (default: all layers resident), `pieces` how MLPs are computed
-    (default: as the device's kind does in the least memory); `mover` carries what is streamed.
+    (default: as the device's kind does in the least memory); `mover` carries what is streamed; `kernels`: whose (torch's,
+    or our own in Triton).
     """
     entries = tensor_entries(folder, facts)
     knobs = default_knobs(facts, device.type)
@@ -221,7 +226,7 @@ def load_model(
     shared: dict[object, Tensor] = {}
     head = dict(placement)["head"]
     model = make_skeleton(folder, facts, entries, device=device, dtype=dtype, head=head, mover=mover, shared=shared)
-    layouts, places = {}, dict(placement)
+    layouts, places, model.kernels = {}, dict(placement), kernels
     maps: dict[int, dict[str, Tensor]] = {}
     model.here = tuple(index for index in range(facts.n_layers) if places[f"layer {index}"] != ELSEWHERE)
     try:
@@ -240,11 +245,14 @@ def load_model(
             layouts[index] = lay_out(matrices)
             stored = facts.layer(index).stored_name
             fill_parameters(layer, prefix, entries, device=device, dtype=dtype, stored=stored)
-            tile_norms(layer, facts, like=model.norm)
+            tile_norms(layer, facts, like=model.norm, kernels=kernels)
+            if kernels == TRITON:
+                rotate_by_kernel(layer)
             if facts.layer(index).delta is not None:
                 put_delta_net(layer, facts.layer(index))
             if facts.family.unlisted is None or facts.family.unlisted.gated_mlp:
-                block_mlp(layer, {id(module): on_disk.block_elements for module, on_disk in matrices}, pieces=pieces)
+                sizes = {id(module): on_disk.block_elements for module, on_disk in matrices}
+                block_mlp(layer, sizes, pieces=pieces, kernels=kernels)
         packed_layers = {index: places[f"layer {index}"] for index, layout in layouts.items() if layout.matrices}
         model.scratch = shared.get("scratch")
         model.weights = Weights(layouts, packed_layers, maps=maps, mover=model.mover)

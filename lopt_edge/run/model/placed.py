@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from lopt_edge.plan.facts.device_kinds import TORCH, TRITON
 from lopt_edge.plan.facts.layers import LayerFacts
 from lopt_edge.plan.facts.model import ModelFacts
+from lopt_edge.run.kernels.operators import operators
 from lopt_edge.run.model.delta_net import DeltaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
@@ -19,12 +23,12 @@ from quant.linear import PackedLinear
 from quant.sizes import MlpPieces
 
 
-def tile_norms(layer: nn.Module, facts: ModelFacts, *, like: nn.Module) -> None:
+def tile_norms(layer: nn.Module, facts: ModelFacts, *, like: nn.Module, kernels: str = TORCH) -> None:
     """Put every norm of a layer into a `TokenTiled`: those by name, and in a family without a record those of the hidden
     states that are of the class of the last norm, `like`."""
     for name, module in list(layer.named_modules()):
         if tiles_norm(module, facts, like=like):
-            layer.set_submodule(name, TokenTiled(module, is_plain=facts.family.plain_norms))
+            layer.set_submodule(name, TokenTiled(module, is_plain=facts.family.plain_norms, kernels=kernels))
 
 
 def tiles_norm(module: nn.Module, facts: ModelFacts, *, like: nn.Module) -> bool:
@@ -41,7 +45,7 @@ def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
     layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
 
 
-def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces) -> None:
+def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces, kernels: str = TORCH) -> None:
     """Put a `PackedGatedMLP` in the place of the family's gated MLP. Phi-3's fused projection keeps its own.
 
     `block_elements`: quantisation block of each packed linear layer, by the module's id.
@@ -57,4 +61,21 @@ def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPi
         return
     if all(blocks_fit(part.in_features, sizes[id(part)], pieces.features) for part in parts):
         gate, up, down = parts
-        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=mlp.get_submodule("act_fn"), pieces=pieces)
+        act_fn = mlp.get_submodule("act_fn")
+        gating = SiluGating() if kernels == TRITON and _is_silu(act_fn) else None
+        layer.mlp = PackedGatedMLP(gate, up, down, act_fn=act_fn, pieces=pieces, gating=gating)
+
+
+def _is_silu(act_fn: nn.Module) -> bool:
+    values = torch.linspace(-4, 4, 17)
+    return torch.equal(act_fn(values), silu(values))
+
+
+class SiluGating:
+    """silu(gate) * up and its backward by our kernels (run/kernels/gated.py)."""
+
+    def forward_(self, gate_NJ: Tensor, up_NJ: Tensor) -> None:
+        operators().gate_(gate_NJ, up_NJ)
+
+    def backward_(self, gate_NJ: Tensor, up_NJ: Tensor, d_inner_NJ: Tensor) -> None:
+        operators().gate_backward_(gate_NJ, up_NJ, d_inner_NJ)

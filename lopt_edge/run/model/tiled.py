@@ -7,7 +7,7 @@ of the module run whole. The module's own parameters are frozen and get no gradi
 
 Where torch has one kernel for the norm (on CUDA, for a plain RMSNorm) that takes the place of the module's own eight: it
 rounds once where the module rounds before it multiplies by the weight. The backward runs it again for its row sums, so
-that the graph keeps no more than elsewhere.
+that the graph keeps no more than elsewhere. Our own kernel (run/kernels/norm.py) needs neither tiles nor row sums.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt_edge.plan.facts.device_kinds import kind_of
+from lopt_edge.plan.facts.device_kinds import TORCH, TRITON, kind_of
+from lopt_edge.run.kernels.operators import operators
 
 
 class TokenTiled(nn.Module):
     """A module that runs `inner`, which maps each row (last dimension) on its own, in tiles of rows.
 
-    `is_plain`: it is an RMSNorm that multiplies by its weight and does nothing else.
+    `is_plain`: it is an RMSNorm that multiplies by its weight and does nothing else; such a one may run by our `kernels`.
     """
 
-    def __init__(self, inner: nn.Module, *, is_plain: bool = False) -> None:
+    def __init__(self, inner: nn.Module, *, is_plain: bool = False, kernels: str = TORCH) -> None:
         super().__init__()
-        self.inner, self.is_plain = inner, is_plain
+        self.inner, self.is_plain, self.kernels = inner, is_plain, kernels
 
     @property
     def weight(self) -> nn.Parameter:
@@ -38,7 +39,11 @@ class TokenTiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The wrapped module's output for x (..., D), bitwise where it runs itself; the graph keeps x alone."""
-        function = _FusedNorm if self.is_plain and kind_of(x.device.type).fuses_norms and not x.is_cpu else _TokenTiled
+        function: type[torch.autograd.Function] = _TokenTiled
+        if self.is_plain and self.kernels == TRITON:
+            function = _OwnNorm
+        elif self.is_plain and kind_of(x.device.type).fuses_norms and not x.is_cpu:
+            function = _FusedNorm
         y: Tensor = function.apply(x, self.inner)  # type: ignore[no-untyped-call]  # torch's apply has no types
         return y
 
@@ -84,6 +89,22 @@ class _FusedNorm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         rows, g = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
         return _in_tiles(rows, lambda tile: _normed_gradient(ctx.inner, rows[tile], g[tile])).view(x.shape), None
+
+
+class _OwnNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inner: nn.Module) -> Tensor:
+        ctx.inner = inner
+        ctx.save_for_backward(x)
+        y: Tensor = operators().rms_norm(x.contiguous(), inner.get_parameter("weight"), _epsilon(inner))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        weight = ctx.inner.get_parameter("weight")
+        backward = operators().rms_norm_backward
+        return backward(grads[0].contiguous(), x.contiguous(), weight, _epsilon(ctx.inner)), None
 
 
 def _in_tiles(rows: Tensor, work: Callable[[slice], Tensor]) -> Tensor:

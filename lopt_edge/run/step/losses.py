@@ -26,17 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopt_edge.plan.facts.device_kinds import kind_of
+from lopt_edge.plan.facts.device_kinds import TRITON, kind_of
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.model.vocabulary import Vocabulary
+from lopt_edge.run.step.fused_vocabulary_loss import fused_cross_entropy
 
 
 @dataclass(frozen=True)
 class LogitForm:
-    """The way in which a family turns h W^T into logits: first a factor, then a soft cap (None: no cap)."""
+    """The way in which a family turns h W^T into logits: first a factor, then a soft cap (None: no cap). `fused`: a chunk's
+    softmax is one kernel of ours."""
 
     factor: float = 1.0
     soft_cap: float | None = None
+    fused: bool = False
 
 
 def logit_form(model: Model) -> LogitForm:
@@ -45,7 +48,7 @@ def logit_form(model: Model) -> LogitForm:
     divisor, cap = family.logit_divisor, family.logit_cap
     factor = 1.0 / getattr(model.config, divisor) if divisor else 1.0
     factor = getattr(model.config, family.logit_factor) if family.logit_factor else factor
-    return LogitForm(factor, getattr(model.config, cap, None) if cap else None)
+    return LogitForm(factor, getattr(model.config, cap, None) if cap else None, fused=model.kernels == TRITON)
 
 
 def logits(model: Model, hidden_ND: Tensor) -> Tensor:
@@ -125,6 +128,17 @@ def online_cross_entropy(
     The gradient is None unless `need_grad`; `each_N` takes each token's loss.
     """
     n_tokens, dtype, device = normed_ND.shape[0], torch.float32, normed_ND.device
+    if form.fused:
+        return fused_cross_entropy(
+            normed_ND,
+            targets_N,
+            lm_head,
+            factor=form.factor,
+            soft_cap=form.soft_cap,
+            need_grad=need_grad,
+            each_N=each_N,
+            host_targets_N=host_targets_N,
+        )
     maximum_N = torch.full((n_tokens, 1), -torch.inf, dtype=dtype, device=device)
     normaliser_N, target_N = (torch.zeros(n_tokens, 1, dtype=dtype, device=device) for _ in range(2))
     target_slope_N = torch.ones(n_tokens, 1, dtype=dtype, device=device)

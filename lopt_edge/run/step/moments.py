@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quant.nf4 import import_packing
+
 BLOCK = 256
 
 
@@ -57,6 +59,7 @@ class EightBitMoments:
     """Moments stored in blockwise dynamic 8 bits, rounded again after each update."""
 
     def __init__(self, device: torch.device) -> None:
+        import_packing()
         from bitsandbytes.functional import create_dynamic_map
 
         self.device = device

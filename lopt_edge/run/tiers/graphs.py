@@ -4,7 +4,8 @@ Neither the input nor the output is kept here: the gradient of the input is caug
 gradient of the output is fed in at its end by a seed and belongs to autograd alone from there on (so that it is freed as
 soon as it is used). The graph keeps what autograd saved and nothing else.
 A movable graph saves through torch's saved_tensors_hooks: every storage that autograd saves becomes one offloaded tensor,
-shared by all tensors that view it. Frozen parameters, LoRA matrices, what all layers share (rotary tables, masks) and
+shared by all tensors that view it; what was saved for a branch that does not lead to the output (a router's choice of
+experts) is gone with that branch. Frozen parameters, LoRA matrices, what all layers share (rotary tables, masks) and
 what does not lie on the device are not the graph's own and stay. `page_out` / `page_in` begin to move all offloaded
 tensors, `wait` ends that.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,7 @@ class LayerGraph:
         self.mover, self.movable = mover, movable
         self.constants = {tensor.untyped_storage()._cdata for tensor in constants}
         self.pages: dict[int, OffloadedTensor] = {}
+        self.saved = WeakValueDictionary[int, OffloadedTensor]()  # while the layer runs: autograd alone holds them
         self.caught: dict[str, Tensor] = {}  # gradients of the input, and of keys and values of another layer
         self.root: Tensor | None = None
         self.seeds: tuple[Tensor | None, ...] | None = None
@@ -101,6 +104,7 @@ class LayerGraph:
         its graph."""
         self.ends = tuple(place for place, tensor in enumerate(keys) if tensor.requires_grad)
         self.root = _Seed.apply(self, output, *(keys[place] for place in self.ends))  # type: ignore[no-untyped-call]  # torch's apply has no types
+        self.pages = dict(self.saved)
         return output.detach()
 
     def _save(self, tensor: Tensor) -> Tensor | View:
@@ -109,10 +113,10 @@ class LayerGraph:
         elsewhere = tensor.device.type != self.mover.device.type  # it would come back on the device
         if isinstance(tensor, nn.Parameter) or address in self.constants or elsewhere or not tensor.numel():
             return tensor
-        if address not in self.pages:
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            self.pages[address] = OffloadedTensor(flat)
-        return self.pages[address], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        if (page := self.saved.get(address)) is None:
+            page = OffloadedTensor(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
+            self.saved[address] = page
+        return page, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def _give(self, saved: Tensor | View) -> Tensor:
         if isinstance(saved, Tensor):

@@ -35,7 +35,7 @@ MAY_CHANGE = frozenset({
     "weights", "activations", "saved_inputs", "optimizer_states", "gradients", "apply", "prefetch", "device_memory",
     "host_memory", "disk_memory", "pinned_memory", "page_dir", "memory_report", "force", "dry_run", "choose_micro_batch",
     "choose_segments", "boundary", "overwrite", "patience", "track", "pipeline", "pipeline_minutes", "push_to_hub",
-    "packing", "row_tokens", "ranks", "deterministic",
+    "packing", "row_tokens", "ranks", "deterministic", "kernels",
 })  # fmt: skip
 BY_FINGERPRINT = frozenset({
     "model", "revision", "data", "data_format", "chat_template", "max_seq_len", "eval_fraction", "compute_dtype",

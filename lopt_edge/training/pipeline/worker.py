@@ -39,6 +39,7 @@ from lopt_edge.plan.schedule.validate import validate
 from lopt_edge.plan.search.workload import arranged_plan
 from lopt_edge.planning.settings import against_facts
 from lopt_edge.run.device import DTYPES, device_of, peak_device_bytes
+from lopt_edge.run.kernels.choice import choose_kernels
 from lopt_edge.run.link import Link, join_store, torchrun_store
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import adapter_shapes, layer_parameters, load_adapters
@@ -110,6 +111,7 @@ def loaded_executor(task: Task, mover: Mover, setup: Mapping[str, Any], *, rank:
         placement=loading_placement(task.knobs, task.course.replaced),
         mover=mover,
         pieces=mlp_pieces(task.knobs, task.device.type),
+        kernels=choose_kernels(task.config.kernels, task.device)[0],
     )
     if setup["resumed"] is not None:
         apply_replaced(model, Path(setup["resumed"]))

@@ -30,6 +30,7 @@ from lopt_edge.models.four_bit import four_bit_path
 from lopt_edge.models.tokenizer import load_tokenizer
 from lopt_edge.objectives import objective_of
 from lopt_edge.plan.facts.budget import Budget
+from lopt_edge.plan.facts.device_kinds import AUTO, TORCH
 from lopt_edge.plan.schedule.build import StepKind
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.plan.schedule.processes import parts_of
@@ -51,6 +52,7 @@ from lopt_edge.planning.settings import (
 )
 from lopt_edge.planning.unlisted import about_unlisted
 from lopt_edge.run.device import choose_device, choose_dtype
+from lopt_edge.run.kernels.choice import choose_kernels
 from lopt_edge.run.model.lora import check_adapter_folder
 from lopt_edge.run.model.replaced import check_plain_adapter
 from lopt_edge.training.checkpoint.output_folder import check_output
@@ -90,7 +92,7 @@ def read_inputs(config: Config, *, say: Callable[[str], None] = warn) -> tuple[I
     _check_steps(inputs, start)
     check_boundary_cache(inputs)
     check_teacher(inputs)
-    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs))), start
+    return replace(inputs, warnings=(*inputs.warnings, *_never_closes(inputs), *inputs.course.advice)), start
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,8 @@ class _Files:
     device_reason: str
     dtype: torch.dtype
     dtype_reason: str
+    kernels: str
+    kernels_reason: str
     source: ModelFolder
     targets: tuple[str, ...]
     max_seq_len: int
@@ -122,7 +126,9 @@ class _Files:
 def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     """Device, dtype, model, settings against its facts, adapter to begin from, data, teacher; refused in this order."""
     (device, device_reason), source = _device_and_model(config, say)
-    dtype, dtype_reason = choose_dtype(config.compute_dtype, device)
+    (dtype, dtype_reason), (kernels, kernels_reason) = together(
+        lambda: choose_dtype(config.compute_dtype, device), lambda: choose_kernels(config.kernels, device)
+    )
     facts, notes = source.facts, list(about_unlisted(source.facts))
     _, (_, targets, max_seq_len) = together(
         lambda: check_memory_settings(config, facts, device_type=device.type), lambda: against_facts(config, facts)
@@ -139,8 +145,9 @@ def _read_files(config: Config, say: Callable[[str], None]) -> _Files:
     teacher = find_teacher(config, tokenizer)
     teacher_model = model_fingerprint(teacher) if teacher is not None else ""
     return _Files(
-        device, device_reason, dtype, dtype_reason, source, targets, max_seq_len, tokenizer, train, held_out, retention,
-        teacher, teacher_model, mismatched_of(config, train, held_out), model_fingerprint(source), tuple(notes),
+        device, device_reason, dtype, dtype_reason, kernels, kernels_reason, source, targets, max_seq_len,
+        tokenizer, train, held_out, retention, teacher, teacher_model, mismatched_of(config, train, held_out),
+        model_fingerprint(source), tuple(notes),
     )  # fmt: skip
 
 
@@ -173,7 +180,15 @@ def _ask_planner(config: Config, found: _Files, *, resumes: bool) -> _Answer:
     reason = f"{reason}, lowered to what there is" if lowered else reason
     datasets = (found.train, found.held_out, found.retention, *found.mismatched.values())
     packs = config.optimizer == "adamw8bit" or any(_lacks_copy(model, config) for model in (source, found.teacher))
-    ground = ground_of(source, device=device, dtype=found.dtype, datasets=datasets, teacher=found.teacher, packs=packs)
+    ground = ground_of(
+        source,
+        device=device,
+        dtype=found.dtype,
+        datasets=datasets,
+        teacher=found.teacher,
+        packs=packs,
+        kernels=found.kernels,
+    )
     ground = replace(ground, pinned_bytes=budget.pinned_bytes)
 
     def ask(variant: Config) -> tuple[tuple[Config, Search], Candidate | None]:
@@ -254,6 +269,8 @@ def _reasons(asked: Config, found: _Files, planned: _Answer) -> Iterator[str]:
         values = ", ".join(f"{name} {value:g}" for name, value in objective.settings.items())
         yield f"objective {objective.name}: {values}, peak learning rate {planned.config.lr:g}"
     yield f"memory: {described(run_plan.knobs)} (the best of {run_plan.n_combinations}; budget: {run_plan.notes[0]})"
+    if found.kernels != TORCH or asked.kernels != AUTO:
+        yield f"kernels {found.kernels} ({found.kernels_reason})"
     yield from deterministic_notes(asked, found.device.type)
     yield from planned.pipeline_reasons
     if planned.config.ranks > 1:

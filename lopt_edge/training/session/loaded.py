@@ -254,6 +254,7 @@ class _Loader:
             placement=loading_placement(inputs.own_knobs, inputs.course.replaced),
             mover=self.mover,
             pieces=mlp_pieces(inputs.own_knobs, inputs.device.type),
+            kernels=inputs.ground.kernels,
         )
 
     def _replace(self, model: Model, evaluated: Mapping[str, Sequence[Batch]]) -> Replacement | None:

@@ -9,7 +9,7 @@ from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.facts.presets import PRESETS, Preset, find_preset, near_presets
 
 # Billions of parameters, as exact as they are published: Qwen2.5 and Qwen3 reports; the model pages of Llama, Mistral,
-# Gemma, Phi, SmolLM3, OLMo 2 and Granite 3; Qwen3.5 without its vision tower, from GGUF files; Gemma 4's and Ministral's
+# Gemma, Phi, SmolLM, OLMo and Granite; Qwen3.5 without its vision tower, from GGUF files; Gemma 4's and Ministral's
 # language models alone.
 PUBLISHED = {
     "qwen2.5-0.5b": 0.49,
@@ -39,15 +39,26 @@ PUBLISHED = {
     "gemma-3-1b": 1.0,
     "phi-3-mini": 3.82,
     "phi-4-mini": 3.84,
+    "phi-4": 14.7,
+    "smollm2-135m": 0.1345,
     "smollm3-3b": 3.08,
     "olmo-2-7b": 7.3,
+    "olmo-3-7b": 7.298,
+    "olmo-3-32b": 32.2,
+    "granite-4.0-350m": 0.352,
+    "granite-4.0-1b": 1.63,
+    "granite-4.0-micro": 3.4,
     "granite-3.2-2b": 2.53,
     "granite-3.2-8b": 8.17,
     "gemma-4-e2b": 4.63,  # 5.1 with vision and audio, 2.3 without what tokens say to layers
     "gemma-4-e4b": 7.5,
     "gemma-4-31b": 30.7,
+    "ministral-3-3b": 3.4,
     "ministral-3-8b": 8.4,
+    "ministral-3-14b": 13.5,
     "qwen3.5-0.8b": 0.75,
+    "qwen3.5-2b": 1.88,
+    "qwen3.5-4b": 4.2,
     "qwen3.5-9b": 8.95,
     "qwen3.5-27b": 27,
     "gpt-oss-20b": 20.9,
@@ -82,7 +93,8 @@ def test_facts(preset):
     assert facts.quantised == (facts.model_type == "gpt_oss") and facts.max_positions >= 4096
     assert facts.recorded_dtype == ("float32" if preset.name == "olmo-2-7b" else "bfloat16")
     assert preset.source and preset.hub_id.count("/") == 1
-    windowed = facts.model_type in ("gemma2", "gemma3_text", "gemma4_text", "phi3", "gpt_oss")
+    windowed = facts.model_type in ("gemma2", "gemma3_text", "gemma4_text", "phi3", "gpt_oss", "olmo3")
+    windowed = windowed and preset.name != "phi-4"
     assert (facts.sliding_window is not None) == windowed
 
 
@@ -97,12 +109,10 @@ def test_windows_of_gemma():
 NOT_LOOKED_UP = {
     "arcee",
     "glm4",
-    "granitemoehybrid",
     "ernie4_5",
     "exaone4",
     "granitemoe",
     "hunyuan_v1_dense",
-    "olmo3",
     "seed_oss",
 }
 

@@ -22,6 +22,7 @@ def _found(kind: str) -> Iterator[Any]:
         yield from getattr(import_module(f"{__name__}.{file.name}"), kind, ())
 
 
+PLAIN = "llama"  # the family that most others differ from, for whoever needs any
 FAMILIES: Mapping[str, Family] = {one.name: one for one in sorted(_found("FAMILIES"), key=lambda one: one.name)}
 WRAPPERS: Mapping[str, Wrapper] = {one.name: one for one in sorted(_found("WRAPPERS"), key=lambda one: one.name)}
 

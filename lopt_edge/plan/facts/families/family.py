@@ -84,6 +84,13 @@ def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None
     return SLIDING if (layer + 1) % 4 else FULL
 
 
+TINY: Mapping[str, Any] = {  # sizes for `shown`, as models/tiny.py has them
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
 def everywhere(_config: Mapping[str, Any], _layer: int) -> bool:
     """Whether a layer has experts, where all layers have."""
     return True
@@ -227,6 +234,8 @@ class Family:
     `post_norm`: the layer reads its last projection's output once more, so whoever runs it
     again for its graph needs that value. `scalars`: numbers in a layer that are neither matrix, bias nor norm.
     `unlisted`: it has no record; this one was made of transformers' model (models/unlisted.py).
+    `shown`: what a config says whose four layers show the family's kinds (doctor/prove_models.py), where neither a known
+    model made smaller nor transformers' defaults do.
     """
 
     name: str
@@ -259,6 +268,7 @@ class Family:
     sinks: bool = False
     layout: Layout = Layout()
     unlisted: Unlisted | None = None
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def layer_types(self) -> tuple[str, ...]:

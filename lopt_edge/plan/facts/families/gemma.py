@@ -12,6 +12,7 @@ from lopt_edge.plan.facts.families.family import (
     FULL,
     ROOT_OF_HIDDEN,
     SLIDING,
+    TINY,
     Family,
     Projection,
     Wrapper,
@@ -93,6 +94,10 @@ _GEMMA4_TEXT = replace(
         **_DEFAULTS, "vocab_size": 262144, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216,
         "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512, "global_head_dim": 512,
         _OWN: 256, "vocab_size_per_layer_input": 262144,
+    },
+    shown={
+        **TINY, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 8, _OWN: 0, "attention_k_eq_v": True,
+        "global_head_dim": 64, "num_global_key_value_heads": 1, "tie_word_embeddings": True,
     },
     projections=(*attention(bias=_A, out_bias=_A), *_MLP),
     projections_by_type={

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_edge.plan.facts.families.family import FULL, LINEAR, Experts, Family, Projection, attention, gated_mlp
+from lopt_edge.plan.facts.families.family import FULL, LINEAR, TINY, Experts, Family, Projection, attention, gated_mlp
 
 _GRANITE = Family(
     "granite",
@@ -64,6 +64,10 @@ _GRANITE4 = Family(
     layer_type=_attention_or_mamba,
     refuses={"num_local_experts": "experts beside an MLP, as in Granite 4 tiny and small, are"},
     requires={"position_embedding_type": "rope"},
+    shown={
+        **TINY, "num_local_experts": 0, "shared_intermediate_size": 128, "position_embedding_type": "rope", "head_dim": 16,
+        "layer_types": [FULL] * TINY["num_hidden_layers"],
+    },
     embedding_factor="embedding_multiplier",
     logit_divisor="logits_scaling",
 )  # fmt: skip

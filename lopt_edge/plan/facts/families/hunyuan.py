@@ -9,6 +9,7 @@ _HUNYUAN_V1_DENSE = Family(
     defaults={"num_key_value_heads": 32},
     projections=(*attention(bias="attention_bias", out_bias="attention_bias"), *gated_mlp()),
     qk_norm="head",
+    shown={"head_dim": 128},
 )
 
 FAMILIES = (_HUNYUAN_V1_DENSE,)
