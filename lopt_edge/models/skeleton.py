@@ -1,8 +1,8 @@
 """What a model built without weights shows: where its parts lie, which linear layers it has, and how its layers behave.
 
-Names and shapes are read off the skeleton, two habits (gated MLPs, results in tuples) off a tiny random model of the same
-config that is run once. The rule: what has no place in a plan is refused here, by the name of what stands in the way. What
-becomes of it is unlisted.py's matter.
+Names and shapes are read off the skeleton, habits (gated MLPs, results in tuples, experts' weights in fp32) off a tiny
+random model of the same config that is run once. The rule: what has no place in a plan is refused here, by the name of
+what stands in the way. What becomes of it is unlisted.py's matter.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from lopt_edge.adapters.merge import merged_tensors, tensor_shapes
 from lopt_edge.errors import Interrupted
 from lopt_edge.models.folder import find_model
 from lopt_edge.models.four_bit import four_bit_folder
+from lopt_edge.plan.costs.sizes import MOST_PAGES
 from lopt_edge.plan.facts.families import FAMILIES
 from lopt_edge.plan.schedule.knobs import Knobs
 from lopt_edge.run.model.load import load_model
-from lopt_edge.run.model.lora import ADAPTER_NAME, load_adapters
+from lopt_edge.run.model.lora import ADAPTER_NAME, attach_adapters, load_adapters
+from lopt_edge.run.tiers.graphs import LayerGraph
 from quant.headers import SINGLE_NAME
 from tests.laws.bench import make_bench, random_batch, transformers_model
 from tests.laws.test_families import LONG, our_logits
@@ -37,6 +39,19 @@ def test_streamed_weights_and_moved_activations_change_nothing(four_bit, tmp_pat
     knobs = Knobs(("disk",) * 4, (activations,) * 4, saved_inputs="disk", prefetch=1)
     found = make_bench(folder, method="e2e", knobs=knobs, page_dir=tmp_path).gradients([batch])
     assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+def test_a_page_file_has_room_for_all_tensors_of_a_layer(four_bit):
+    """With dropout each linear layer with LoRA saves one more; of all families this one's attention layers save most."""
+    folder = four_bit("qwen3_5_moe_text")
+    model = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)
+    attach_adapters(model, [3], targets=model.facts.linear_names, r=2, alpha=4, dropout=0.1)
+    hidden = torch.randn(2, 9, model.facts.hidden_size)
+    context = model.layer_context(hidden)
+    graph = LayerGraph(model.mover, movable=True, constants=context.tensors())
+    with torch.enable_grad(), graph.recording():
+        graph.end(model.run_layer(3, graph.begin(hidden, needs_gradient=True), context))
+    assert MOST_PAGES - 8 < len(graph.pages) <= MOST_PAGES
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from quant.gguf.types import BLOCK_TYPES, parts_bytes, scratch_bytes
 from quant.sizes import MlpPieces, packed_sizes
 
 DISK_GRAIN = 4096  # bytes: what a page file hands out is a multiple (a page of memory, a block of common file systems)
-MOST_PAGES = 25  # tensors of one paged graph; measured with dropout: 19 in a layer of Gemma 3, 24 in one of Gemma 4 E4B
+MOST_PAGES = 32  # tensors of one paged graph; with dropout 24 in a layer of Gemma 4 E4B, 26 in one of Qwen3.5 with experts
 CACHE_ITEMSIZE = 2  # bfloat16: a boundary cache (run/tiers/feature_cache.py)
 ALIGNMENT = 64  # bytes: pieces of a layer's buffer (run/tiers/weights.py), groups of the flat adapters (run/step/optim.py)
 

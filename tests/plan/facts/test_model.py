@@ -284,7 +284,7 @@ def test_numbers_must_be_positive_integers(key, value):
         (LLAMA | {"model_type": ["llama"]}, "not supported"),
         (
             LLAMA | {"model_type": "gpt2"},
-            "gemma3_text.*multimodal models: gemma3, gemma4, mistral3, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl",
+            "gemma3_text.*models: gemma3, gemma4, mistral3, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl",
         ),  # the whole list is shown
         (LLAMA | {"model_type": "gemma3"}, "text_config is not an object"),
         (LLAMA | {"num_hidden_layers": 20_000}, "out of reason"),
