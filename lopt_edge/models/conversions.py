@@ -80,8 +80,10 @@ def record_of(experts: ExpertFacts, model_type: str) -> Experts:
     from transformers import conversion_mapping
 
     kin: dict[str, str] = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
-    own = f"{experts.module}.experts"
-    stacks = ((f"{own}.gate_up_proj", len(experts.stored) - 1), (f"{own}.down_proj", 1))
+    own, renamed = f"{experts.module}.experts", dict(experts.renames)
+    names = [(f"{own}.gate_up_proj", len(experts.stored) - 1), (f"{own}.down_proj", 1)]
+    published = [(renamed[name], count) for name, count in names if name in renamed]
+    stacks = (*(published if len(published) == len(names) else ()), *names)
     return Experts(
         module=experts.module,
         renames=experts.renames,

@@ -36,7 +36,8 @@ DROPOUT = (37, 62, 184)
 ODD = (0, 3, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
 # Every token goes to all experts: the most that a routing takes.
-EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (8,)}
+EXPERTS = {"qwen3_moe": (1, 9), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (8,),
+           "qwen3_5_moe_text": (3,)}  # fmt: skip
 LATER = {"glm4": (1, 4, 9), "arcee": (2, 5), "granitemoehybrid": (4,)}  # families that no number draws
 CATEGORIES = {
     "weights",

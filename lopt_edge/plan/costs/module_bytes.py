@@ -1,7 +1,7 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
 Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
-quant/gated_mlp.py; sequences.py, query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers
+quant/gated_mlp.py; sequences.py, query_tiles.py, chunks.py and vocabulary.py of run/model), on a `Heap` that remembers
 the most; whoever changes one changes the other (tests/plan/costs/test_module_bytes.py, tests/run/model and law 6 compare
 them). What a call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
 (layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
@@ -241,18 +241,15 @@ def sequence_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
     heap.touch(mask + n_tokens * (layer.n_heads + 2 * layer.n_kv_heads) * layer.head_dim * shape.itemsize)
 
 
-# run/model/delta_net.py ------------------------------------------------------------------------------------------------
+# run/model/chunks.py ---------------------------------------------------------------------------------------------------
 
 
-def delta_states(shape: LayerShape, n_sequences: int, n_tokens: int, *, backward: bool) -> int:
-    """The bytes of a delta rule's states that live while a chunk runs, that chunk's result left out.
+def chunk_states(state: int, n_tokens: int, *, backward: bool) -> int:
+    """The bytes of a recurrence's states, of `state` bytes each, that live while a chunk runs, its result left out.
 
     A backward keeps the state at the beginning of each group of chunks, those within the group at hand, and the gradient of
     one.
     """
-    delta = shape.layer.delta
-    assert delta is not None
-    state = 4 * n_sequences * delta.n_value_heads * delta.key_dim * delta.value_dim
     if not backward:
         return state
     n_chunks = ceil(n_tokens / DELTA_CHUNK)
