@@ -77,8 +77,10 @@ def test_columns_are_mapped_and_mistakes_told():
     records = [Record({"question": "q", "answer": "a"}, "x:1")]
     mapping = mapping_of(["prompt=question", "completion=answer"])
     assert next(Renamed(records, mapping, name="x").records).value == {"prompt": "q", "completion": "a"}
-    with pytest.raises(InputError, match=r"no row has the column 'query' \(there are: answer, question\)"):
-        Renamed(records, mapping_of(["prompt=query"]), name="x").finish()
+    with pytest.raises(
+        InputError, match=r"no row has the column 'questoin' \(there are: answer, question\).*\n.*did you mean 'question'"
+    ):
+        Renamed(records, mapping_of(["prompt=questoin"]), name="x").finish()
     with pytest.raises(InputError, match="both 'question' and 'answer'"):
         Renamed(records, mapping_of(["answer=question"]), name="x").finish()
     for wrong in (["prompt"], ["a=b", "c=b"]):
