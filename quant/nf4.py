@@ -1,12 +1,12 @@
 """One weight matrix in 4 bits: pack it, unpack it into a buffer that the caller reuses.
 
 Packing is bitsandbytes' `quantize_4bit` (NF4, blocks of 64, double quantisation). Unpacking on CUDA is its kernel with an
-`out` argument. On the CPU bitsandbytes 0.50.2 has no `out` form and allocates a result per call, so unpacking there is
-ours: a 256-entry table maps a byte to its pair of fp32 codes (one 8-byte copy), in chunks that stay in the L2 cache, then
-one multiplication by the block's scale. Measured on 2 cores (AMD EPYC, AVX512), 4096 x 4096 to fp32: 11.3 ms against
-24.1 ms for bitsandbytes, the same bits. The rule: `unpack_into` equals `bitsandbytes.functional.dequantize_4bit` bit for
-bit; a test checks it. It is one form of
-`Packed` (packed.py). This file knows no files and no autograd.
+`out` argument. On the CPU bitsandbytes 0.50.2 has no `out` form and allocates a result per call, nor has it one on every
+Intel GPU, and on Apple's it copies a result, made by a kernel that it may fetch from a hub. So there unpacking is ours: a
+256-entry table maps a byte to its pair of fp32 codes (on the CPU one 8-byte copy), in chunks that on the CPU stay in the L2
+cache, then one multiplication by the block's scale. Measured on 2 cores (AMD EPYC, AVX512), 4096 x 4096 to fp32: 11.3 ms
+against 24.1 ms for bitsandbytes, the same bits. The rule: `unpack_into` equals `bitsandbytes.functional.dequantize_4bit`
+bit for bit; a test checks it. It is one form of `Packed` (packed.py). This file knows no files and no autograd.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.sizes import BLOCK_ELEMENTS, NESTED_BLOCK_ELEMENTS, UNPACK_CHUNK
+from quant.sizes import BLOCK_ELEMENTS, NESTED_BLOCK_ELEMENTS, UNPACK_CHUNK, unpack_chunk
 
 PACK_ELEMENTS = 1 << 18  # elements packed at a time: bitsandbytes' temporaries take up to 14 bytes an element
 
@@ -129,16 +129,14 @@ def unpack_scales(weight: PackedWeight) -> Tensor:
     if weight.nested_absmax is None:
         return weight.absmax
     assert weight.nested_map is not None and weight.offset is not None  # the three come together
-    if not weight.codes.is_cpu:
-        import_packing()
-        from bitsandbytes.functional import QuantState, dequantize_blockwise
-
-        nested = QuantState(  # type: ignore[no-untyped-call]  # bitsandbytes has no types there
-            absmax=weight.nested_absmax, code=weight.nested_map, dtype=torch.float32, blocksize=weight.nested_block_elements
-        )
-        return dequantize_blockwise(weight.absmax, nested).add_(weight.offset)
+    if weight.codes.is_cuda:
+        import_packing()  # it brings the operation
+        # Its own function makes a QuantState first: 12 us of Python more, 18 times a layer.
+        arguments = (weight.absmax, weight.nested_absmax, weight.nested_map, weight.nested_block_elements, torch.float32)
+        scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(*arguments)
+        return scales.add_(weight.offset)
     # The same arithmetic here, so that a run on a ready 4-bit folder never imports bitsandbytes.
-    scales = weight.nested_map[weight.absmax.int()]
+    scales = torch.index_select(weight.nested_map, 0, weight.absmax.int())  # half the time of [], the same bits
     whole = scales.numel() // weight.nested_block_elements * weight.nested_block_elements
     n_whole = whole // weight.nested_block_elements
     scales[:whole].view(n_whole, weight.nested_block_elements).mul_(weight.nested_absmax[:n_whole].unsqueeze(1))
@@ -173,22 +171,29 @@ def unpack_part(
     return _unpack_codes(weight, codes.reshape(-1), scales.reshape(-1), out)
 
 
-def _unpack_codes(weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """Dequantise whole blocks; `codes` and `scales` are in the order of `out`'s elements."""
-    if not weight.codes.is_cpu:
+def _unpack_codes(
+    weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tensor, *, on_cpu: bool | None = None
+) -> Tensor:
+    """Dequantise whole blocks; `codes` and `scales` are in the order of `out`'s elements. `on_cpu`: in the way of the CPU
+    (default: where they lie)."""
+    on_cpu = out.is_cpu if on_cpu is None else on_cpu
+    if weight.codes.is_cuda:
         # The kernel reads on from the first element; the scales of a single column of blocks are a view with steps.
         operation, scales = torch.ops.bitsandbytes.dequantize_4bit.out, scales.contiguous()
         packed, form = codes.contiguous().view(-1, 1), (weight.block_elements, weight.quant_type)
         operation(packed, scales, *form, out.shape, out.dtype, out=out)
         return out
-    flat = out.view(-1)
-    pairs = _pair_table(tuple(weight.code_map.tolist()))
-    values = None if out.dtype == torch.float32 else torch.empty(min(2 * UNPACK_CHUNK, flat.numel()), dtype=torch.float32)
-    for start in range(0, codes.numel(), UNPACK_CHUNK):
-        chunk = codes[start : start + UNPACK_CHUNK]
+    flat, size = out.view(-1), unpack_chunk(on_cpu=on_cpu)
+    pairs = _pair_table(tuple(weight.code_map.tolist())) if on_cpu else _pairs(weight.code_map)
+    values = None
+    if out.dtype != torch.float32:
+        values = torch.empty(min(2 * size, flat.numel()), dtype=torch.float32, device=out.device)
+    for start in range(0, codes.numel(), size):
+        chunk = codes[start : start + size]
         first, last = 2 * start, 2 * (start + chunk.numel())
         target = flat[first:last] if values is None else values[: last - first]
-        torch.index_select(pairs, 0, chunk.to(torch.int32), out=target.view(torch.int64))
+        filled = target.view(torch.int64) if on_cpu else target.view(-1, 2)
+        torch.index_select(pairs, 0, chunk.to(torch.int32), out=filled)
         block_scales = scales[first // weight.block_elements : last // weight.block_elements]
         target.view(-1, weight.block_elements).mul_(block_scales.view(-1, 1))
         if values is not None:
@@ -200,7 +205,12 @@ def _unpack_codes(weight: PackedWeight, codes: Tensor, scales: Tensor, out: Tens
 def _pair_table(code_map: tuple[float, ...]) -> Tensor:
     """A table (256,) int64 whose entry b is the two fp32 codes of byte b, high half first, as one 8-byte word."""
     code = torch.tensor(code_map, dtype=torch.float32)
-    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).contiguous().view(torch.int64).view(-1)
+    return _pairs(code).view(torch.int64).view(-1)
+
+
+def _pairs(code: Tensor) -> Tensor:
+    """The two fp32 codes of each byte (256, 2), high half first, on the device of the 16 codes, without a wait for it."""
+    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).contiguous()
 
 
 def _unpack_odd(weight: PackedWeight, scales: Tensor, out: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ CODE_MAP_BYTES = 16 * 4
 NESTED_MAP_BYTES = 256 * 4
 MIXED_ELEMENTS = 1 << 20  # of each matrix, unpacked at a time where matrices are mixed
 UNPACK_CHUNK = 1 << 18  # packed bytes unpacked at a time on the CPU: index 1 MiB + result 2 MiB stay near the core
+DEVICE_UNPACK_CHUNK = 1 << 22  # on a device without a kernel for it: fewer launches, 48 MiB
 DELTA_CHUNK = 64  # tokens of a delta rule at a time (run/model/delta_net.py), as many as transformers takes
 DELTA_STATES_APART = 8  # chunks from one kept state to the next
 
@@ -89,6 +90,12 @@ class MlpPieces:
 PIECES = MlpPieces()  # where nothing else is asked for
 
 
-def adds_apart(*, itemsize: int, on_cpu: bool) -> bool:
-    """Whether a product that is added to an fp32 sum is made beside it first (quant/products.py)."""
-    return itemsize != 4 and on_cpu
+def adds_apart(*, itemsize: int, widens: bool) -> bool:
+    """Whether a product that is added to an fp32 sum is made beside it first (quant/products.py); `widens`: on this device
+    products of half precision add to such a sum by themselves."""
+    return itemsize != 4 and not widens
+
+
+def unpack_chunk(*, on_cpu: bool) -> int:
+    """The packed bytes that our code unpacks at a time (quant/nf4.py)."""
+    return UNPACK_CHUNK if on_cpu else DEVICE_UNPACK_CHUNK

@@ -21,7 +21,7 @@ GROUPS = (  # a reason as docs have it, and what a message says
         "experts in another form than two stacks of matrices",
         r"no linear layer, and would stay unpacked|tensor '[^']*experts[^']*' is missing",
     ),
-    ("a state over the tokens, in chunks or steps (mamba and others): not planned", r"depends on the number of tokens"),
+    ("a state over the tokens, in chunks or steps: not planned", r"depends on the number of tokens"),
     ("a matrix used past its linear layer", r"PackedWeight"),
     ("matrices that are Conv1Ds", r"Conv1D"),
     ("a bias in the head", r"its head has a bias"),

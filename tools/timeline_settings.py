@@ -128,8 +128,8 @@ def random_setting(number: int, *, dropout: bool = False, family: str = "") -> S
         own = {"layer_types": [*layer_types, "full_attention"], "num_global_key_value_heads": kv_heads}
         return replace(found, changes=found.changes | own)
     if family_of(family).experts is not None:
-        return _with_experts(found, random.Random(40_000 + number))
-    return _with_delta(found, random.Random(30_000 + number)) if family == "qwen3_5_text" else found
+        found = _with_experts(found, random.Random(40_000 + number))
+    return _with_delta(found, random.Random(30_000 + number)) if family.startswith("qwen3_5") else found
 
 
 def _with_experts(found: Setting, pick: random.Random) -> Setting:
@@ -140,6 +140,7 @@ def _with_experts(found: Setting, pick: random.Random) -> Setting:
         "num_local_experts": n_experts,
         "num_experts_per_tok": n_experts,
         "moe_intermediate_size": 64 * pick.choice([1, 3]),
+        "shared_expert_intermediate_size": 64 * n_layers,
     }
     return replace(found, changes=found.changes | changes | {"mlp_only_layers": pick.choice([[], [], [n_layers - 1]])})
 
@@ -153,7 +154,7 @@ def _with_delta(found: Setting, pick: random.Random) -> Setting:
         "linear_num_value_heads": n_value,
         "linear_value_head_dim": 32 if n_value == 4 else 64,
     }
-    names = (*DELTA, *LINEARS)
+    names = (*DELTA, *LINEARS, *(("shared_expert_gate",) if family_of(found.family).experts is not None else ()))
     some = tuple(pick.sample(names, pick.randint(1, len(names))))
     in_each = some if set(some) & set(DELTA) and set(some) & set(LINEARS[:4]) else (*some, pick.choice(LINEARS[4:]))
     return replace(found, changes=found.changes | changes, targets=pick.choice([names, in_each]))

@@ -26,6 +26,9 @@ FAMILIES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8},
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                      "linear_value_head_dim": 32, "tie_word_embeddings": True},
+    "qwen3_5_moe_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                         "linear_value_head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+                         "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "gemma2": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 32,
                     "sliding_window_pattern": 2},
@@ -74,6 +77,7 @@ WRAPPERS: dict[str, tuple[str, dict, dict]] = {  # text family, vision config, o
     "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **SIGLIP}, {"mm_tokens_per_image": 4}),
     "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **GEMMA}, {"audio_config": None}),
     "qwen3_5": ("qwen3_5_text", {"model_type": "qwen3_5_vision", **QWEN}, {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"model_type": "qwen3_5_moe_vision", **QWEN}, {}),
     "qwen2_vl": ("qwen2", {"model_type": "qwen2_vl_vision", **QWEN_VL, "hidden_size": 64, "embed_dim": 32}, {}),
     "qwen2_5_vl": ("qwen2", {"model_type": "qwen2_5_vl_vision", **QWEN_VL, "out_hidden_size": 64}, {}),
     "qwen3_vl": ("qwen3", {"model_type": "qwen3_vl_vision", **QWEN, "deepstack_visual_indexes": [1]}, {}),
@@ -101,6 +105,8 @@ def tiny_config(family: str, **changes: object) -> object:
     if family == "granitemoehybrid":
         values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
         values["shared_intermediate_size"] = values["intermediate_size"]
+    if family == "qwen3_5_moe_text":  # which asks no intermediate_size
+        values["intermediate_size"] = values["shared_expert_intermediate_size"]
     if family in ("phi3", "olmoe", "granitemoehybrid"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     return AutoConfig.for_model(family, **values)

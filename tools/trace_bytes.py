@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_inner import traced_chunk, traced_tile
 from trace_step import (
+    SHARED_PARTS,
     Case,
     cases,
     delta_cases,
@@ -136,7 +137,10 @@ def _programs(case: Case, trace: Trace, sizes: dict[str, int]) -> dict[str, str]
             by_op.setdefault("graph", {})[held] = graph
             by_op.setdefault("backward", {})[held] = backward
         if entry and not held:
-            by_op.setdefault("graph first", {})[entry] = graph
+            abreast = set(entry.split(",")) <= set(SHARED_PARTS) and case.has_experts
+            by_op.setdefault(f"graph first {kind}" if abreast else "graph first", {})["" if abreast else entry] = graph
+        if kind == "first" and held in SHARED_PARTS:
+            by_op.setdefault("graph first", {})[held] = graph
         if kind == "first" or kind.startswith("from"):
             by_op.setdefault(f"backward {kind}", {})[held] = backward
     made |= {op: merged(logs, before=op.startswith("backward")) for op, logs in by_op.items()}

@@ -10,9 +10,8 @@ from trace_step import DELTA_SIZES, Case, has_dense
 
 from lopt_edge.plan.facts.families import family_of
 from lopt_edge.plan.facts.families.family import LINEAR
-from lopt_edge.run.model.delta_net import DeltaCore, chunk_gradient, run_chunk
+from lopt_edge.run.model.delta_net import DeltaCore
 from lopt_edge.tracing import tiles
-from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.step import Trace
 from quant.experts import Expert
 from quant.sizes import DELTA_CHUNK as CHUNK
@@ -31,22 +30,10 @@ def traced_chunk(case: Case, sizes: dict[str, int]) -> Trace:
         setattr(config, name, sizes[letter])
     layer = AutoModelForCausalLM._model_mapping[type(config)](config).to(case.dtype).eval().model.layers[0]
     net = next(module for module in layer.modules() if hasattr(module, "A_log")).requires_grad_(False)
-    core, s, log = DeltaCore(net), sizes["s"], EventLog()
+    core, s = DeltaCore(net), sizes["s"]
     widths = sizes["c"], sizes["j"] * sizes["o"], sizes["j"], sizes["j"]
     tensors = tuple(torch.zeros(s, CHUNK, width, dtype=case.dtype) for width in widths)
-    found, values = [torch.zeros_like(tensor) for tensor in tensors], torch.zeros_like(tensors[1])
-    states = [core.first_state(s, torch.device("cpu")) for _ in range(2)]
-    trace = Trace(given={name: {} for name in DELTA_OPS}, result=dict.fromkeys(DELTA_OPS, -1))
-    with log:
-        log.watch([*tensors, *found, values, *states, *core.parameters()])
-        for name in DELTA_OPS:
-            log.events.clear()
-            if name == "delta_forward":
-                run_chunk(core, tensors, 0, states[0], values)
-            else:
-                chunk_gradient(core, tensors, 0, states[0], (values, states[1]), found)
-            trace.spans[name] = list(log.events)
-    return trace
+    return tiles.traced_chunk(core, tensors, DELTA_OPS)
 
 
 def traced_tile(case: Case, sizes: dict[str, int]) -> Trace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lopt_edge.plan.schedule.build import step_plan
 from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.run.model.delta_net import DeltaCore
 from lopt_edge.run.model.load import Model
-from lopt_edge.run.model.placed import put_delta_net
+from lopt_edge.run.model.placed import put_recurrence
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.stand_ins import (
@@ -47,11 +48,13 @@ VALUES_ARE_KEYS = ("gemma4_text",)  # in the layers without a window
 LAYER_TYPES = tuple(name for name in FAMILIES if "layer_types" in family_of(name).asks)
 DENSE, EXPERTS = "", " experts"  # words of a case: what stands behind the attention
 BLOCKED = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")  # parts of a layer that train; the MLP is one
+SHARED_PARTS = ("gate_proj", "up_proj", "down_proj", "shared_expert_gate")  # of an expert that all tokens go to
 PARTS = dict.fromkeys(FAMILIES, BLOCKED) | {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "glm4": (*BLOCKED[:4], "gate_up_proj", "down_proj"),
     "arcee": (*BLOCKED[:4], "up_proj", "down_proj"),
     "granitemoehybrid": (*BLOCKED[:4], "input_linear", "output_linear"),
+    "qwen3_5_moe_text": (*BLOCKED[:4], *SHARED_PARTS),
 }
 OWN_PARTS = ("per_layer_input_gate", "per_layer_projection")  # of layers that are told of tokens anew
 OWN_CASES = (" own", " own kept", " own kept back", " own shared", " own shared back")
@@ -79,7 +82,7 @@ class Case:
     @property
     def has_experts(self) -> bool:
         """Whether the layer has experts."""
-        return self.heads.endswith(EXPERTS)
+        return self.heads.endswith(EXPERTS) or (self.heads == "delta" and not has_dense(self.family))
 
     @property
     def has_own(self) -> bool:
@@ -166,9 +169,10 @@ def variants(case: Case) -> dict[tuple[str, str], Variant]:
     """The variants by (what is traced, the one linear layer that saves its input, or "").
 
     `rest`: a layer whose input needs a gradient (the last of three). `first`: a segment's first layer, LoRA everywhere.
-    `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input).
+    `from X`: a segment's first layer, LoRA from X on. `only X`: on X alone (X reads the layer's input). `from X,Y`: on
+    these of an expert that all tokens go to, whose parts do not lie in a row.
     """
-    names = DELTA_PARTS if case.heads == "delta" else PARTS[case.family]
+    names = (*DELTA_PARTS[:-1], *PARTS[case.family][4:]) if case.heads == "delta" else PARTS[case.family]
     names = tuple(name for name in names if not (name == "mlp" and case.has_experts))
     names = tuple(name for name in names if not (name == "v_proj" and case.heads.endswith("k=v")))
     names = tuple(name for name in names if not (name in ("k_proj", "v_proj") and case.keys == SHARED))
@@ -181,7 +185,12 @@ def variants(case: Case) -> dict[tuple[str, str], Variant]:
     for name in ("", *(name for name in names if name != "mlp")):
         held = frozenset({name} if name else ())
         found["rest", name], found["first", name] = Variant(3, every, held), Variant(1, every, held)
+    abreast = SHARED_PARTS if case.has_experts and SHARED_PARTS[-1] in names else ()
+    for some in (some for n in range(len(abreast)) for some in combinations(abreast, n + 1)):
+        found[f"from {','.join(some)}", ""] = Variant(1, frozenset(some), frozenset(some))
     for position, entry in enumerate(names):
+        if entry in abreast:
+            continue
         if entry in READS_INPUT:
             found[f"only {entry}", ""] = Variant(1, frozenset({entry}), frozenset({entry}))
             continue
@@ -238,6 +247,7 @@ def make_model(case: Case, sizes: dict[str, int], n_layers: int, log: EventLog) 
         ("head_dim", "e"),
         ("intermediate_size", "i"),
         ("shared_intermediate_size", "i"),
+        ("shared_expert_intermediate_size", "i"),
         *DELTA_SIZES,
         *(EXPERT_SIZES if case.has_experts else ()),
     ):
@@ -305,7 +315,7 @@ def _put_stand_ins(layer: nn.Module, facts: ModelFacts, index: int, log: EventLo
         opaque.last = linear.name == kind.last_module and not recomputed_whole
         layer.set_submodule(linear.name, opaque)
     if kind.delta is not None:
-        put_delta_net(layer, kind)
+        put_recurrence(layer, kind)
         core = next(name for name, module in layer.named_modules() if isinstance(module, DeltaCore))
         layer.set_submodule(core, OpaqueDelta(log))
     if kind.experts is not None:

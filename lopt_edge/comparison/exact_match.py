@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lopt_edge.config.load import load_config
-from lopt_edge.data import Conversation, PromptCompletion, detect_format, to_rows
+from lopt_edge.data import Conversation, Preference, PromptCompletion, detect_format, to_rows
 from lopt_edge.data.formats import DataFormat
 from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import InputError
@@ -42,9 +42,8 @@ def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Qu
             last = row.targets[-1]
             found.append((replace(row, messages=row.messages[:last]), row.messages[last].content))
         else:
-            raise InputError(
-                "has plain text: no completion to compare with", where=row.where, fix="leave out --exact-match"
-            )
+            kind = "is a preference" if isinstance(row, Preference) else "has plain text"
+            raise InputError(f"{kind}: no completion to compare with", where=row.where, fix="leave out --exact-match")
     return found
 
 

@@ -4,7 +4,8 @@
 stays so: nothing is filled in, and a mean says over how many runs it is. The spread is the sample standard deviation
 (n - 1), of two runs or more.
 
-Where a figure comes from: losses from run.json's evaluation (with keep_best that of the saved adapter), peaks from its
+Where a figure comes from: losses and what an objective of preferences measures from run.json's evaluation (with keep_best
+that of the saved adapter), peaks from its
 `peaks`; step seconds are the median over metrics.jsonl, leaving out the first `WARM_UP` steps, tokens/s those steps' tokens
 over their seconds, training seconds those of all steps (no loading, no evaluation); bytes moved are what plan.json predicts
 for the largest step (they are not measured).
@@ -62,6 +63,8 @@ class Figure:
 
 FIGURES: dict[str, Figure] = {
     "eval_loss": Figure("held-out loss", 4, always=True),
+    "preferred": Figure("chosen preferred", 1, percent=True),
+    "margin": Figure("reward margin", 4),
     "exact_match": Figure("exact match", 1, percent=True),
     "retention_before": Figure("retention before", 4),
     "retention_after": Figure("retention after", 4),
@@ -146,6 +149,8 @@ def figures_of(
     seconds = [step["step_seconds"] for step in steps]
     found = {
         "eval_loss": after.get("eval_loss"),
+        "preferred": after.get("eval_rewards_accuracy"),
+        "margin": after.get("eval_rewards_margin"),
         "exact_match": match_of(folder, asked),
         "retention_before": was,
         "retention_after": is_now,

@@ -18,7 +18,7 @@ from lopt_edge.comparison.figures import FIGURES, Row
 # Student's t, two-sided 95%, by degrees of freedom from 1; beyond, the normal's with a little to spare
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 T_FAR = 2.12
-COMPARED = ("eval_loss", "exact_match", "forgetting", "answers_after")
+COMPARED = ("eval_loss", "preferred", "exact_match", "forgetting", "answers_after")
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,8 @@ def _remarks(study: Study, rows: Sequence[Row]) -> Iterator[str]:
     if len(study.seeds) == 2:
         yield "fewer than three seeds: the spread says little"
     what = study.held_out or f"{study.base.eval_fraction:g} of the training data, another part for each seed"
-    yield f"held-out loss: task loss on {what}"
+    objective = study.base.objective
+    yield f"held-out loss: {'task loss' if objective == 'sft' else f'that of objective {objective}'} on {what}"
     if study.grid:
         yield from _tuning_remarks(study, rows)
     if not study.base.retention_data:

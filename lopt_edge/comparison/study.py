@@ -175,9 +175,6 @@ def _faults(base: Config, grid: Sequence[float], test_data: str | None, n_exact:
     for name, why in NOT_HERE.items():
         if getattr(base, name) and (name != "keep_best" or test_data):
             yield InputError(f"cannot be compared with: {why}", where=name, fix="leave it out of the config")
-    if base.objective != "sft":
-        what = f"{base.objective} cannot be compared with: the figures of a comparison are losses of replies"
-        yield InputError(what, where="objective", fix="leave it out of the config")
     files = {
         "data": base.data,
         "eval_data": base.eval_data,

@@ -30,7 +30,7 @@ SHARED = frozenset({
     "seed", "eval_data", "eval_fraction", "eval_every", "keep_best", "retention_data", "sample_prompt", "init_adapter",
     "cache_dir", "page_dir", "device", "device_memory", "host_memory", "disk_memory", "pinned_memory", "resume", "force",
     "memory_report", "dry_run", "ignore_columns", "think", "escape_special_tokens", "system", "overwrite",
-    "columns", "track", "tokenizer",
+    "columns", "track", "tokenizer", "objective",
 })  # fmt: skip
 NOT_HERE = {  # settings of the config file that a comparison cannot follow, and why
     "dry_run": "nothing would be compared",

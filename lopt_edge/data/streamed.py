@@ -2,9 +2,10 @@
 for it, by reading them again.
 
 The rules: what comes out is the same either way, row by row, note by note (tests/data/test_streamed.py). Rows whose text
-is together less than `STREAM_BYTES` are kept; as soon as there are more, none is, wherever they come from: files, folders,
-the hub, packed or not, weighed, with renamed columns, preferences. Then memory has a few rows, and of a mixture a byte for
-each. Every fault of a row's form is found in the first reading, before anything is encoded.
+is together less than `STREAM_BYTES` are kept; as soon as there are more, none is (from the first on, where the files' sizes
+say so), wherever they come from: files, folders, the hub, packed or not, weighed, with renamed columns, preferences. Then
+memory has a few rows, and of a mixture a byte for each. Every fault of a row's form is found in the first reading, before
+anything is encoded.
 
 Not here: what becomes of the rows (`dataset`), and a single file's limits (`records`): a `.json` or `.csv` file is read
 whole each time.
@@ -56,7 +57,8 @@ class SoundRows:
         self.formats, self.conversations, self.tools = list[DataFormat](), False, False
         self._how, self._fields = how, fields
         self._reasons, self._counts, self._n_bytes = list[str](), list[int](), 0
-        self._kept: list[list[AnyRow]] | None = []
+        n_bytes = sum(path.stat().st_size for source in self.sources for path in source.paths if path.is_file())
+        self._kept: list[list[AnyRow]] | None = [] if n_bytes < STREAM_BYTES else None
         named = [self._read(source, notes) for source in self.sources]
         for theirs in how.mapping:
             if all(theirs in one.missing for one in named):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 PLAIN = re.compile(r"\^?[\w.\\]+\$?")  # a pattern that is a name, with its points escaped or not
 ACTIVE = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")  # keys for the experts that a token goes to
 STACKS = ("gate_up_proj", "down_proj")
-TAKEN = ("mixtral", "qwen2_moe")  # families whose conversions peft applies to the targets of an adapter as well
 
 
 def conversions_of(*keys: str) -> tuple[Any, ...]:
@@ -77,17 +76,20 @@ def _stored(path: str, conversions: Sequence[Any], renames: Sequence[tuple[str, 
 
 def record_of(experts: ExpertFacts, model_type: str) -> Experts:
     """The record of experts as a family has it."""
+    from peft.utils import transformers_weight_conversion as of_peft  # what it applies to an adapter's targets as well
     from transformers import conversion_mapping
 
     kin: dict[str, str] = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
-    own = f"{experts.module}.experts"
-    stacks = ((f"{own}.gate_up_proj", len(experts.stored) - 1), (f"{own}.down_proj", 1))
+    own, renamed = f"{experts.module}.experts", dict(experts.renames)
+    names = [(f"{own}.gate_up_proj", len(experts.stored) - 1), (f"{own}.down_proj", 1)]
+    published = [(renamed[name], count) for name, count in names if name in renamed]
+    stacks = (*(published if len(published) == len(names) else ()), *names)
     return Experts(
         module=experts.module,
         renames=experts.renames,
         stored=experts.stored,
         stacks=stacks,
-        takes_names=kin.get(model_type, model_type) in TAKEN,
+        takes_names=kin.get(model_type, model_type) in of_peft._MOE_TARGET_MODULE_MAPPING,
         full_weights=experts.full_weights,
         publishes_stacks=len(experts.stored) == len(STACKS),
     )

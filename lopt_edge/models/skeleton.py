@@ -16,7 +16,7 @@ from lopt_edge.models.conversions import conversions_of, experts_of, renames_of
 from lopt_edge.models.tiny import random_model, smaller
 from lopt_edge.plan.facts.families import name_of, unsupported
 from lopt_edge.plan.facts.families.family import FULL, SLIDING, Layout
-from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts
+from lopt_edge.plan.facts.layers import LayerFacts, LinearFacts, MambaFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,7 +175,7 @@ class Parts:
         inner = max(max(linear.in_features, linear.out_features) for linear in linears)
         if set(NAMES_OF_MLP) <= set(short):
             inner = linears[short.index("gate_proj")].out_features
-        return LayerFacts(linears, *self.heads, small, inner, experts=experts)
+        return LayerFacts(linears, *self.heads, small, inner, experts=experts, mamba=_mamba_of(module))
 
     def _check(self, index: int, module: nn.Module, linears: tuple[LinearFacts, ...], packed: str) -> None:
         names = {one.name for one in linears}
@@ -194,6 +194,15 @@ class Parts:
             if name.removesuffix(".weight") not in names and (stacked or parameter.numel() > largest / 2):
                 what = f"{name} of layer {index} is no linear layer, and would stay unpacked ({tuple(parameter.shape)})"
                 raise self.refused(what)
+
+
+def _mamba_of(layer: nn.Module) -> MambaFacts | None:
+    """The state space of a layer, where transformers computes it by its function for chunks."""
+    for name, module in layer.named_modules():
+        own: Any = module
+        if hasattr(module, "A_log") and hasattr(sys.modules[type(module).__module__], "mamba2_chunk_scan"):
+            return MambaFacts(own.num_heads, own.head_dim, own.ssm_state_size, name)
+    return None
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ HEADS, HEAD_DIM, WIDER_HEAD_DIM = 4, 16, 32
 SIZES: dict[str, int] = {  # names of other sizes, as configs of transformers have them
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "block_ff_dim", "inner_dim"), INNER),
     **dict.fromkeys(("shared_intermediate_size", "expert_intermediate_size", "moe_intermediate_size"), HIDDEN),
+    **dict.fromkeys(("shared_expert_intermediate_size",), HIDDEN),
     **dict.fromkeys(("word_embed_proj_dim", "q_lora_rank", "kv_lora_rank", "block_dim", "conv_dim", "lru_width"), HIDDEN),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary_dim"), HEAD_DIM),
     **dict.fromkeys(("mamba_d_ssm", "d_inner"), 2 * HIDDEN),

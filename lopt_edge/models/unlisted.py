@@ -39,7 +39,9 @@ IDLE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "quanti
 def read_facts(config: object, *, where: str) -> ModelFacts:
     """The facts in a parsed config.json, of a listed family or of one that transformers knows. Raises InputError."""
     name = name_of(config)
-    if not isinstance(config, dict) or not isinstance(name, str) or name in FAMILIES or name in WRAPPERS:
+    if not isinstance(config, dict) or not isinstance(name, str) or name in WRAPPERS:
+        return facts_from_config(config, where=where)
+    if name in FAMILIES and not FAMILIES[name].beyond(config):
         return facts_from_config(config, where=where)
     quantised = bool(quantisation_of(config, where))
     given = {key: value for key, value in config.items() if key not in IDLE}

@@ -33,14 +33,14 @@ def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[s
     """
     from lopt_edge.run.device import device_of
 
-    host_is_below = kind_of(device.type).host_is_below
+    host_is_below, has_host = kind_of(device.type).host_is_below, kind_of(device.type).has_host_tier
     folder = page_folder(config)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     n = config.ranks  # a budget is one rank's; of what they share each has its part
-    pinned = pinned_limit_bytes()[0] if host_is_below else None
+    pinned = pinned_limit_bytes()[0] if has_host else None
     free = FreeBytes(
         device=device_of(device).free_bytes() // (1 if host_is_below else n),
-        host=available_bytes() // n if host_is_below else None,
+        host=available_bytes() // n if has_host else None,
         disk=shutil.disk_usage(parent).free // n,
         pinned=None if pinned is None else pinned // n,
     )
@@ -59,7 +59,7 @@ def stated_budget(config: Config, device: torch.device) -> tuple[Budget, tuple[s
 
 def with_pinned_limit(stated: Budget, device_type: str) -> Budget:
     """The budgets with what this machine lets a process page-lock, where nothing was stated: the search counts on it."""
-    if stated.pinned_bytes is not None or not kind_of(device_type).host_is_below:
+    if stated.pinned_bytes is not None or not kind_of(device_type).has_host_tier:
         return stated
     return replace(stated, pinned_bytes=pinned_limit_bytes()[0])
 
@@ -82,7 +82,7 @@ def within_free(stated: Budget, device: torch.device) -> tuple[Budget, tuple[str
 
 def within_granted(stated: Budget, device_type: str, *, ranks: int = 1) -> tuple[Budget, tuple[str, ...]]:
     """The budgets with that of this machine's RAM lowered to what each rank may have of it, and a sentence if it was."""
-    tier = "host" if kind_of(device_type).host_is_below else "device"
+    tier = "host" if kind_of(device_type).has_host_tier else "device"
     asked = stated.host_bytes if tier == "host" else stated.device_bytes
     granted, who = granted_bytes()
     granted //= ranks

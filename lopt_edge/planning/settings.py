@@ -56,7 +56,7 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
     for name in ("saved_inputs", "optimizer_states", "gradients"):
         errors += _host_without_gpu(name, device_type) if getattr(config, name) == "host" else []
     for name in ("host_memory", "pinned_memory"):
-        if not kind_of(device_type).host_is_below and getattr(config, name) is not None:
+        if not kind_of(device_type).has_host_tier and getattr(config, name) is not None:
             errors.append(
                 InputError(
                     "there is no host tier without a GPU: RAM is the device", where=name, fix="state --device-memory"
@@ -102,7 +102,7 @@ def check_memory_settings(config: Config, facts: ModelFacts, *, device_type: str
 
 
 def _host_without_gpu(name: str, device_type: str) -> list[InputError]:
-    if kind_of(device_type).host_is_below:
+    if kind_of(device_type).has_host_tier:
         return []
     return [InputError("host is refused: on a machine without GPU the device is RAM", where=name, fix="use disk")]
 

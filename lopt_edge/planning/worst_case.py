@@ -24,7 +24,7 @@ from lopt_edge.plan.costs.sizes import MicroBatchSize
 from lopt_edge.plan.costs.teacher_pass import Teacher
 from lopt_edge.plan.facts.budget import Budget, FreeBytes, make_budget
 from lopt_edge.plan.facts.cards import Card, find_card, near_cards
-from lopt_edge.plan.facts.device_kinds import AUTO, TORCH, TRITON, kind_of
+from lopt_edge.plan.facts.device_kinds import AUTO, CPU, TORCH, TRITON, kind_of
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
 from lopt_edge.plan.facts.presets import find_preset, near_presets
 from lopt_edge.plan.facts.profile import DeviceProfile, default_cpu_profile, load_profile, profile_of_card, profile_path
@@ -223,8 +223,8 @@ def _profile(card: Card | None, device: str) -> DeviceProfile:
 def _what_is_planned(card: Card | None, profile: DeviceProfile) -> tuple[str, ...]:
     """A note where the device that is planned may not be the one that the user had in mind."""
     if card is not None and card.kind == "apple":
-        own = "lopt-edge computes on an Apple chip's CPU, in float32"
-        return (f"{card.name}: {own}; this is the plan of that, not of its GPU",)
+        own = "the rates of an Apple chip's GPU are not known"
+        return (f"{card.name}: {own}; this is the plan of its CPU, in float32 (--device {CPU.name})",)
     if card is None and not kind_of(profile.device_type).host_is_below:
         return ("planned for a CPU, whose memory is RAM: no GPU was measured here; --gpu NAME plans a card (--gpu list)",)
     return ()

@@ -14,13 +14,17 @@ from __future__ import annotations
 import torch
 
 from lopt_edge.errors import InputError
-from lopt_edge.plan.facts.device_kinds import AUTO, CPU, CUDA, DEVICE_TYPES, in_words, kind_of
+from lopt_edge.plan.facts.device_kinds import AUTO, CPU, CUDA, DEVICE_TYPES, MPS, XPU, in_words, kind_of
 from lopt_edge.run.devices.cuda import Cuda
 from lopt_edge.run.devices.host import Host
 from lopt_edge.run.devices.interface import Device
+from lopt_edge.run.devices.mps import Mps
+from lopt_edge.run.devices.xpu import Xpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CLASSES: dict[str, type[Device]] = {CUDA.name: Cuda, CPU.name: Host}  # the order in which `auto` looks for one
+CLASSES: dict[str, type[Device]] = {  # in the order in which `auto` looks for one
+    CUDA.name: Cuda, XPU.name: Xpu, MPS.name: Mps, CPU.name: Host,
+}  # fmt: skip
 
 
 def device_of(device: torch.device) -> Device:
@@ -30,13 +34,18 @@ def device_of(device: torch.device) -> Device:
 
 def accelerators() -> tuple[Device, ...]:
     """All devices of this machine but the CPU."""
-    return tuple(one for cls in CLASSES.values() if cls.kind.host_is_below for one in cls.found())
+    return tuple(one for cls in CLASSES.values() if not cls.kind.computes_on_cores for one in cls.found())
 
 
 def unused_accelerator() -> str | None:
-    """The kind of accelerator that torch finds here and no run can use (Intel's xpu, Apple's mps, ...), by torch's name."""
+    """The kind of accelerator that torch finds here and no run can use (Huawei's npu, ...), by torch's name."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None or found.type in CLASSES else found.type
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which losses are added up on a device: float64 where it has that."""
+    return torch.float64 if device_of(device).kind.has_float64 else torch.float32
 
 
 def random_sources(device: torch.device) -> tuple[Device, ...]:
@@ -60,8 +69,9 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     for cls in CLASSES.values():
         if name not in (AUTO, cls.kind.name) or (device := cls.current()) is None:
             continue
-        if cls.kind.host_is_below:
-            return device, cls(device).name()
+        if not cls.kind.computes_on_cores:
+            untried = f", untried as yet: {CPU.name} is what was measured" if cls.kind.is_untried else ""
+            return device, cls(device).name() + untried
         others = [other.kind.title for other in CLASSES.values() if other is not cls]
         unused = "" if (found := unused_accelerator()) is None else f"; {found} is not supported yet"
         return device, "asked for" if name == cls.kind.name else f"no {in_words(*others)} device found{unused}"

@@ -42,6 +42,7 @@ from quant.linear import PackedLinear
 
 CPU, BOUND = torch.device("cpu"), 2e-4  # relative, of fp32 in another order of operations
 LENGTHS, RANK, ALPHA = (6, 21), 4, 8
+IN_CHUNKS = 150  # tokens: three chunks of a state space
 MOST_LAYERS = 24  # of a tiny model that shows each kind
 
 
@@ -80,10 +81,14 @@ def _prove(facts: ModelFacts, folder: Path) -> dict[str, float]:
         raise Differs(f"a tiny model has {len(tiny.kinds)} kinds of layers, not {len(facts.kinds)}")
     ours = load_model(folder, tiny, device=CPU, dtype=torch.float32)
     _unpack_into(theirs, ours)
-    found = {"logits": max(_check_logits(ours, theirs, length) for length in LENGTHS)}
+    found = {"logits": max(_check_logits(ours, theirs, length) for length in _lengths(facts))}
     _check_causal(ours)
     _check_calls(ours)
     return found | {"gradients": _check_gradients(ours, theirs)}
+
+
+def _lengths(facts: ModelFacts) -> tuple[int, ...]:
+    return (*LENGTHS, IN_CHUNKS) if any(kind.mamba is not None for kind in facts.kinds) else LENGTHS
 
 
 def _n_layers(facts: ModelFacts) -> int:
@@ -186,7 +191,7 @@ def _check_gradients(ours: Model, theirs: nn.Module) -> float:
 def lora_gradients(ours: Model, theirs: nn.Module) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
     """Yield (name, ours, theirs) of each gradient of LoRA, on every linear layer: of a step through the executor, on the
     device of our model, and of one graph of autograd, in the dtype of transformers' model. It changes both."""
-    facts, ids_BT = ours.facts, _ids(LENGTHS[-1])
+    facts, ids_BT = ours.facts, _ids(_lengths(ours.facts)[-1])
     layers = range(facts.n_layers)
     attach_adapters(ours, layers, targets=facts.linear_names, r=RANK, alpha=ALPHA, seed=3)
     generator = torch.Generator().manual_seed(5)

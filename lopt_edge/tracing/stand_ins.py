@@ -183,6 +183,34 @@ class _Delta(torch.autograd.Function):
         return (*found, None)
 
 
+class OpaqueMamba(nn.Module):
+    """A stand-in for the core of a state space (run/model/mamba.py), with `width` features of a token's values."""
+
+    def __init__(self, width: int, log: EventLog) -> None:
+        super().__init__()
+        self.width, self.log = width, log
+
+    def forward(self, projected: Tensor) -> Tensor:
+        found: Tensor = _Mamba.apply(projected, self)  # type: ignore[no-untyped-call]  # torch's apply has no types
+        return found
+
+
+class _Mamba(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, core: OpaqueMamba) -> Tensor:
+        ctx.log = core.log
+        ctx.save_for_backward(projected)
+        y = projected.new_zeros(*projected.shape[:2], core.width)
+        core.log.mark("mamba_forward")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.zeros_like(ctx.saved_tensors[0])
+        ctx.log.mark("mamba_backward")
+        return found, None
+
+
 def put_attention(log: EventLog, *, tiled: bool) -> str:
     """Register an attention, and return the name under which transformers finds it until the next call.
 

@@ -1,12 +1,16 @@
-"""A tile of an expert's tokens, traced alone: it runs many times inside one op (quant/experts.py), on zeros."""
+"""What runs many times inside one op, traced alone on zeros: a tile of an expert's tokens (quant/experts.py), a chunk of a
+recurrence (run/model/chunks.py)."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from lopt_edge.run.model.chunks import ChunkCore, chunk_gradient, run_chunk
 from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.step import Trace
 from quant.experts import Expert, ExpertGradients, Gate, backward_tile, forward_tile
+from quant.sizes import DELTA_CHUNK as CHUNK
 
 EXPERT_OPS = ("experts_forward", "experts_backward")
 
@@ -28,5 +32,25 @@ def traced_tile(gate: Gate, expert: Expert, *, n_rows: int, full_weights: bool) 
                     forward_tile(gate, expert, (x, weights), places, y_ND=y)
             else:
                 backward_tile(gate, expert, (x, weights, g), places, sums=sums)
+            trace.spans[name] = list(log.events)
+    return trace
+
+
+def traced_chunk(core: ChunkCore, tensors: tuple[Tensor, ...], ops: tuple[str, str]) -> Trace:
+    """The trace of one whole chunk of a recurrence with these inputs, and of its gradients; its two ops by name."""
+    n_sequences, log = len(tensors[0]), EventLog()
+    values = tensors[0].new_zeros(n_sequences, CHUNK, core.width)
+    found = [torch.zeros_like(tensor) for tensor in tensors]
+    states = [core.first_state(n_sequences, torch.device("cpu")) for _ in range(2)]
+    own = core.state_dict(keep_vars=True).values() if isinstance(core, torch.nn.Module) else ()
+    trace = Trace(given={name: {} for name in ops}, result=dict.fromkeys(ops, -1))
+    with log:
+        log.watch([*tensors, *found, values, *states, *own])
+        for name in ops:
+            log.events.clear()
+            if name == ops[0]:
+                run_chunk(core, tensors, 0, states[0], values)
+            else:
+                chunk_gradient(core, tensors, 0, states[0], (values, states[1]), found)
             trace.spans[name] = list(log.events)
     return trace

@@ -34,17 +34,27 @@ from lopt_edge.plan.schedule.effects import Kind
 from lopt_edge.run.model import tiled
 from lopt_edge.run.model.classes import skeleton_of
 from lopt_edge.run.model.load import Model
+from lopt_edge.run.model.mamba import MambaNet
 from lopt_edge.run.model.own_body import compute_buffers, make_body
-from lopt_edge.run.model.placed import tiles_norm
+from lopt_edge.run.model.placed import put_recurrence, tiles_norm
 from lopt_edge.run.tiers.moves import Mover
 from lopt_edge.tracing.fit import fitted
 from lopt_edge.tracing.log import EventLog
 from lopt_edge.tracing.logs import log_of, merged
-from lopt_edge.tracing.stand_ins import OpaqueExperts, OpaqueLinear, OpaqueMLP, OpaqueNorm, OpaqueVocabulary, put_attention
+from lopt_edge.tracing.stand_ins import (
+    OpaqueExperts,
+    OpaqueLinear,
+    OpaqueMamba,
+    OpaqueMLP,
+    OpaqueNorm,
+    OpaqueVocabulary,
+    put_attention,
+)
 from lopt_edge.tracing.step import Trace, Variant, make_segments, observed
-from lopt_edge.tracing.tiles import traced_tile
+from lopt_edge.tracing.tiles import traced_chunk, traced_tile
 from quant.experts import Expert, Gate
 from quant.linear import DropoutClock
+from quant.sizes import DELTA_CHUNK as CHUNK
 
 CPU = torch.device("cpu")
 # Sequences (or one), tokens, one more than tokens, rows with a loss, rows of a vocabulary chunk: of three traces, and of
@@ -56,6 +66,7 @@ SIZES = tuple(
 LETTERS = "stunvx"  # x: tokens, and those before that a convolution sees
 GRAPHS = ("graph", "backward")  # the ops of layers that train
 WINDOW, NO_WINDOW = 5, 10_000
+MAMBA_OPS = ("mamba_forward", "mamba_backward")
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ def ensure_table(facts: ModelFacts, *, itemsize: int, targets: tuple[str, ...], 
         found[case_key(facts.family.name, itemsize)] = _norm_programs(facts, dtype)
         if (experts := next((kind.experts for kind in facts.kinds if kind.experts is not None), None)) is not None:
             found[case_key(facts.family.name, itemsize, "tile")] = _tile_programs(facts, experts, dtype)
+        for one in (False, True) if any(kind.mamba is not None for kind in facts.kinds) else ():
+            found[case_key(facts.family.name, itemsize, "mamba", one=one)] = _mamba_programs(facts, dtype, one=one)
     except Exception as error:  # of any kind, from layers that are not ours
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         what = f"what the layers of {facts.family.name!r} take cannot be planned ({reason})"
@@ -204,10 +217,32 @@ def _tile_programs(facts: ModelFacts, experts: ExpertFacts, dtype: torch.dtype) 
     return {op: fitted([text[op] for text in texts], list(SIZES), "n", what=op) for op in texts[0]}
 
 
+def _mamba_programs(facts: ModelFacts, dtype: torch.dtype, *, one: bool) -> dict[str, str]:
+    """The programs of a chunk of a state space, values and gradient."""
+    own = facts.family.unlisted
+    assert own is not None
+    layer = next(index for index in range(facts.n_layers) if facts.layer(index).mamba is not None)
+    linear, mamba = facts.layer(layer).linears, facts.layer(layer).mamba
+    assert mamba is not None
+    whole = skeleton_of(config_of(own.config, where="trace"), "eager")
+    compute_buffers(whole, device=CPU)
+    net = whole.get_submodule(f"{facts.layout.decoder}.{facts.layout.stack}.{layer}.{mamba.module}".removeprefix("."))
+    core = MambaNet(net).core
+    _fill(core, dtype)
+    width = next(each.out_features for each in linear if each.name == f"{mamba.module}.in_proj")
+    sizes = [{"s": 1 if one else each["s"]} for each in (SIZES[:1] if one else SIZES[:3])]
+    traces = [traced_chunk(core, (torch.zeros(each["s"], CHUNK, width, dtype=dtype),), MAMBA_OPS) for each in sizes]
+    texts = [{op: _alone(trace, op) for op in trace.spans} for trace in traces]
+    return {op: fitted([text[op] for text in texts], sizes, "" if one else "s", what=op) for op in MAMBA_OPS}
+
+
 def _put_stand_ins(layer: nn.Module, facts: ModelFacts, case: Case, norm: nn.Module, log: EventLog) -> None:
     own = facts.family.unlisted
     for linear in facts.kinds[case.kind].linears:
         layer.set_submodule(linear.name, OpaqueLinear(linear.short_name, linear.in_features, linear.out_features, log))
+    if (mamba := facts.kinds[case.kind].mamba) is not None:
+        put_recurrence(layer, facts.kinds[case.kind])
+        layer.set_submodule(f"{mamba.module}.core", OpaqueMamba(mamba.n_heads * mamba.head_dim, log))
     if (experts := facts.kinds[case.kind].experts) is not None:
         layer.set_submodule(f"{experts.module}.experts", OpaqueExperts(log))
     if own is not None and own.gated_mlp and facts.hidden_size % 64 == 0 and facts.kinds[case.kind].inner % 64 == 0:

@@ -276,6 +276,6 @@ def test_hours_are_those_of_the_data_that_is_named(run, tmp_path):
     assert "your data: about " in out and "30 steps over 120 examples" in out
     assert "planned for a CPU, whose memory is RAM" in out
     code, out, _ = run("--model", "qwen3-0.6b", "--gpu", "m2", "--data", data, "--max-seq-len", 64)
-    assert "was not read" in out and "this is the plan of that, not of its GPU" in out
+    assert "was not read" in out and "this is the plan of its CPU" in out
     code, out, _ = run("--model", tiny, "--data", "my.jsonl", "--device", "cpu", "--max-seq-len", 64)
     assert "data my.jsonl: no such file" in out

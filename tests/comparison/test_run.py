@@ -196,6 +196,25 @@ def test_mistakes_are_told_together_before_anything_runs(run, root, fake, words,
     assert not fake and not (root / "out").exists()
 
 
+def test_preferences_are_compared_by_their_objective(run, root, tmp_path):
+    rows = [{"prompt": f"What is {n}?", "chosen": f" It is {n}.", "rejected": " No." * (1 + n % 3)} for n in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = re.sub(r"(?m)^(data|eval_data|retention_data|max_steps|output):.*$", "", (root / "run.yaml").read_text())
+    more = f"objective: dpo\ndata: {tmp_path}/pairs.jsonl\neval_fraction: 0.25\nmax_steps: 3\noutput: {tmp_path}/out\n"
+    (tmp_path / "run.yaml").write_text(text + more)
+    code, out, err = run(tmp_path / "run.yaml", "--methods", "e2e")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["variants"]
+    figures = {name: row["figures"][name]["mean"] for name in ("eval_loss", "preferred", "margin")}
+    assert figures["eval_loss"] < 0.7 and 0.5 < figures["preferred"] <= 1 and figures["margin"] > 0
+    assert (
+        "that of objective dpo" in " ".join(out.split())
+        and "chosen preferred" in (tmp_path / "out" / "compare.md").read_text()
+    )
+    code, _, err = run(tmp_path / "run.yaml", "--methods", "e2e,e2e:objective=simpo", "--output", tmp_path / "other")
+    assert code == 2 and "objective is shared by all variants" in err
+
+
 def test_what_a_comparison_cannot_follow_is_refused(run, root, tmp_path, fake):
     text = (root / "run.yaml").read_text()
     cases = {

@@ -128,8 +128,8 @@ def test_gpu_that_torch_does_not_see(report):
 
 def test_an_accelerator_that_no_run_uses_is_said(report):
     assert report.system.unused is None
-    apple = replace(report, system=replace(report.system, unused="mps"))
-    assert "--device cpu" in advice(apple, "an accelerator (mps) that lopt-edge does not use yet")
+    apple = replace(report, system=replace(report.system, unused="hpu"))
+    assert "--device cpu" in advice(apple, "an accelerator (hpu) that lopt-edge does not use yet")
     assert apple.sound
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lopt_edge.adapters.merge import merged_tensors
 from lopt_edge.data import MicroBatch
@@ -54,8 +54,9 @@ def transformers_model(folder: Path) -> nn.Module:
     """
     facts = find_model(str(folder)).facts
     kernel = "eager" if facts.family.attention == "query tiles" else "sdpa"
+    kind = AutoModelForImageTextToText if facts.wrapper else AutoModelForCausalLM
     if facts.family.experts is None:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).train()
+        return kind.from_pretrained(folder, attn_implementation=kernel).train()
     plain = folder.with_name(f"{folder.name}-unpacked")
     if not plain.exists():
         ours = load_model(folder, facts, device=torch.device("cpu"), dtype=torch.float32)
@@ -67,7 +68,7 @@ def transformers_model(folder: Path) -> nn.Module:
         del config["quantization_config"]
         (plain / "config.json").write_text(json.dumps(config))
     options = {"attn_implementation": kernel, "experts_implementation": "eager"}
-    return by_rows(AutoModelForCausalLM.from_pretrained(plain, **options).train(), facts)
+    return by_rows(kind.from_pretrained(plain, **options).train(), facts)
 
 
 def by_rows(model: nn.Module, facts: ModelFacts) -> nn.Module:

@@ -1,7 +1,8 @@
 """Objectives of preferences: gradients and losses equal those of one autograd graph of their formulas, in plain torch.
 
 The reference runs layers and head whole, takes a log-softmax over the vocabulary, sums each reply's log-probabilities, and
-writes each paper's formula down once more. Bounds: the loss within 1e-5, each gradient within 2e-5 of its norm (law 2's).
+writes each paper's formula down once more. Bounds: the loss within 1e-5, each gradient within 2e-5 of its norm (law 2's);
+in bfloat16 within 3e-2 of its norm, the rounding of the products that both take (1.8e-2 was measured), the loss as before.
 Accumulation over micro-batches equals the one big batch (law 5), and planned bytes equal tracked ones (law 6).
 """
 
@@ -45,7 +46,7 @@ def sums_of(bench: Bench, batch: Batch) -> torch.Tensor:
             hidden = model.run_layer(layer, hidden, frame)
     rows = model.norm(hidden).flatten(0, 1)[batch.supervised_N]
     matrix = model.lm_head.rows(torch.arange(model.facts.vocab_size))
-    chosen = torch.log_softmax(rows @ matrix.t(), dim=1).gather(1, batch.targets_N.unsqueeze(1)).squeeze(1)
+    chosen = torch.log_softmax((rows @ matrix.t()).float(), dim=1).gather(1, batch.targets_N.unsqueeze(1)).squeeze(1)
     return torch.stack([part.sum() for part in chosen.split(list(batch.choices.n_targets))])
 
 
@@ -96,6 +97,19 @@ def test_gradients_equal_one_graph(folder, name):
         loss.backward()
         assert bench.result.loss == pytest.approx(loss.item(), abs=1e-5)
         assert_equal(ours, bench.take_gradients())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gradients_equal_one_graph_in_half_precision(folder, name):
+    """The same in bfloat16, sums and slopes in float32."""
+    bench, batch = made(folder, name, dtype=torch.bfloat16), as_choices(random_batch((13, 9, 11, 16), seed=1), name)
+    ours = bench.gradients([batch])
+    loss = formula(name, sums_of(bench, batch), batch, window_totals([batch]).window)
+    loss.backward()
+    theirs = bench.take_gradients()
+    assert bench.result.loss == pytest.approx(loss.item(), abs=1e-5) and ours.keys() == theirs.keys()
+    for parameter, gradient in ours.items():
+        assert gradient.norm() > 0 and (gradient - theirs[parameter]).norm() <= 3e-2 * gradient.norm(), parameter
 
 
 def test_the_last_segment_alone_learns_preferences(folder):

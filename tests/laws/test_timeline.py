@@ -38,7 +38,8 @@ DROPOUT = (184,)
 ODD = (0, 6)
 PACKED = (6, 11, 12, 18, 20)  # windows, delta rules, tiles of queries, layouts of heads
 # Every token goes to all experts: the most that a routing takes.
-EXPERTS = {"qwen3_moe": (1,), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (8,)}
+EXPERTS = {"qwen3_moe": (1,), "mixtral": (9,), "olmoe": (4,), "granitemoe": (5,), "gpt_oss": (8,),
+           "qwen3_5_moe_text": (3,)}  # fmt: skip
 LATER = {"glm4": (4,), "arcee": (2,), "granitemoehybrid": (4,)}  # families that no number draws
 COVERED = ((51, ""), (64, ""), (87, ""), (128, ""), (144, ""), (9, "qwen3_moe"), (1, "glm4"), (9, "glm4"), (5, "arcee"))
 CATEGORIES = {

@@ -22,6 +22,7 @@ from lopt_edge.plan.facts.families import WRAPPERS as WRAPPER_RECORDS
 from lopt_edge.run.model import load
 from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import load_adapters
+from tests.laws.bench import transformers_model
 from tests.laws.test_families import LONG, SHORT, our_logits
 from tests.pairs import pairs
 from tools.tiny_models import WRAPPERS, make_folder
@@ -69,7 +70,7 @@ def test_logits_equal_the_published_class(tmp_path, name, dtype, in_memory):
     source = make_folder(tmp_path / "source", name, dtype=dtype)
     found = find_model(str(renamed(source, RENAMED[name]) if in_memory and name in RENAMED else source))
     folder, _ = four_bit_folder(found, cache_dir=str(tmp_path / "cache"))
-    theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
+    theirs = transformers_model(folder)
     seen = {type(part).__name__ for key, part in theirs.named_modules() if is_vision(key)}
     assert "Linear" in seen and "Linear4bit" not in seen, "what is not trained stays as it is"
     ours = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=dtype)
@@ -107,8 +108,8 @@ def runs(tmp_path_factory):
 def test_peft_puts_the_adapter_on_the_published_class(runs, name):
     output = Path(runs[name].output)
     folder = Path(json.loads((output / "run.json").read_text())["quantised_folder"])
-    base = AutoModelForImageTextToText.from_pretrained(folder)
-    before = their_logits(base.train(), LONG)
+    base = transformers_model(folder)
+    before = their_logits(base, LONG)
     theirs = PeftModel.from_pretrained(base, output).train()
     after = their_logits(theirs, LONG)
     ours = load_model(folder, find_model(str(folder)).facts, device=torch.device("cpu"), dtype=torch.float32)

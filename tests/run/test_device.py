@@ -146,17 +146,17 @@ def test_a_limit_below_what_is_taken_is_refused():
 
 def test_choices_on_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == (HOST, "no CUDA device found")
+    assert choose_device("auto") == (HOST, "no CUDA, XPU or MPS device found")
     assert choose_device("cpu") == (HOST, "asked for")
     with monkeypatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
-        assert choose_device("auto") == (HOST, "no CUDA device found; mps is not supported yet")
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("hpu"))
+        assert choose_device("auto") == (HOST, "no CUDA, XPU or MPS device found; hpu is not supported yet")
     with pytest.raises(InputError, match="no CUDA device to torch") as caught:
         choose_device("cuda")
     assert "use --device cpu" in str(caught.value)
     with pytest.raises(InputError) as caught:
         choose_device("tpu")
-    assert "choose auto, cpu or cuda" in str(caught.value)
+    assert "choose auto, cpu, cuda, xpu or mps" in str(caught.value)
     with pytest.raises(InputError, match="float16 overflows"):
         choose_dtype("float16", HOST)
     assert choose_dtype("bfloat16", HOST) == (torch.bfloat16, "asked for")

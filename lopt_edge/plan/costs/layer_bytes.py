@@ -71,7 +71,18 @@ class LayerRun:
     @property
     def graph_op(self) -> str:
         """The name of the program of a forward that makes a graph."""
+        if self._beside_experts:
+            return f"graph first from {self._beside_experts}"
         return "graph first" if self.first else "graph"
+
+    @cached_property
+    def _beside_experts(self) -> str:
+        """The linear layers with LoRA of a first layer where all of them are of an expert that all tokens go to: they do
+        not lie in a row, and the router's graph is not there."""
+        names = [linear.short_name for linear in self.shape.linears if linear.short_name in self.shape.targets]
+        others = READS_INPUT | set(BESIDE_MLP)
+        alone = self.first and self.shape.layer.experts is not None and not others & set(names)
+        return ",".join(names) if alone and self.shape.facts.family.unlisted is None else ""
 
     @property
     def backward_op(self) -> str:
@@ -85,6 +96,8 @@ class LayerRun:
         names = [linear.short_name for linear in linears if linear.short_name in self.shape.targets]
         if READS_INPUT & set(names):
             return "backward first"
+        if self._beside_experts:
+            return f"backward from {self._beside_experts}"
         in_mlp = "mlp" if any(linear.short_name == "gate_proj" for linear in linears) else names[0]
         return f"backward from {names[0] if names[0] in BESIDE_MLP else in_mlp}"
 

@@ -1,7 +1,7 @@
 """What our modules take inside one call: unpacking, LoRA, the blocked MLP, a vocabulary's rows. By arithmetic, no torch.
 
 Each function follows its module line by line with sizes instead of tensors (quant/nf4.py, quant/linear.py, quant/mixed.py,
-quant/gated_mlp.py; sequences.py, query_tiles.py, delta_net.py and vocabulary.py of run/model), on a `Heap` that remembers
+quant/gated_mlp.py; sequences.py, query_tiles.py, chunks.py and vocabulary.py of run/model), on a `Heap` that remembers
 the most; whoever changes one changes the other (tests/plan/costs/test_module_bytes.py, tests/run/model and law 6 compare
 them). What a call leaves behind (its result) is taken inside as well and let go at the end: the program around it takes it
 (layer_bytes.py). On CUDA bitsandbytes' kernel unpacks, without an index.
@@ -16,14 +16,15 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from lopt_edge.plan.costs.tiles import _tile, _tile_queries
+from lopt_edge.plan.facts.device_kinds import DeviceKind
 from lopt_edge.plan.facts.layers import LinearFacts
 from quant.sizes import (
     BLOCK_ELEMENTS,
     DELTA_CHUNK,
     DELTA_STATES_APART,
-    UNPACK_CHUNK,
     adds_apart,
     rows_at_once,
+    unpack_chunk,
 )
 
 if TYPE_CHECKING:
@@ -61,17 +62,17 @@ class Heap:
 # quant/nf4.py ----------------------------------------------------------------------------------------------------------
 
 
-def unpack_scales(heap: Heap, n_elements: int, *, on_cpu: bool) -> None:
-    """Take the fp32 block scales of a matrix, which stay; on the CPU an int32 index lives on the way."""
+def unpack_scales(heap: Heap, n_elements: int, kind: DeviceKind) -> None:
+    """Take the fp32 block scales of a matrix, which stay; where our code unpacks an int32 index lives on the way."""
     scales = 4 * ceil(n_elements / BLOCK_ELEMENTS)
-    heap.touch(2 * scales if on_cpu else scales)
+    heap.touch(2 * scales if kind.unpacks_here else scales)
     heap.take(scales)
 
 
-def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) -> None:
-    """Touch what unpacking the codes takes: a chunk's int32 index, and for half precision its values in fp32."""
-    if on_cpu:
-        chunk = min(UNPACK_CHUNK, n_elements // 2)
+def unpack_codes(heap: Heap, n_elements: int, kind: DeviceKind, *, itemsize: int) -> None:
+    """Touch what our code takes to unpack the codes: a chunk's int32 index, and for half precision its values in fp32."""
+    if kind.unpacks_here:
+        chunk = min(unpack_chunk(on_cpu=kind.computes_on_cores), n_elements // 2)
         heap.touch(4 * chunk + (0 if itemsize == 4 else 8 * chunk))
 
 
@@ -80,12 +81,12 @@ def unpack_codes(heap: Heap, n_elements: int, *, itemsize: int, on_cpu: bool) ->
 
 def unpack_matrix(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Unpack a matrix into the shared buffer: its scales go at the end."""
-    n_elements, on_cpu = linear.in_features * linear.out_features, shape.kind.computes_on_cores
+    n_elements, kind = linear.in_features * linear.out_features, shape.kind
     if shape.facts.forms is not None:  # in a scratch buffer that is always there
         return
     with heap.call():
-        unpack_scales(heap, n_elements, on_cpu=on_cpu)
-        unpack_codes(heap, n_elements, itemsize=shape.itemsize, on_cpu=on_cpu)
+        unpack_scales(heap, n_elements, kind)
+        unpack_codes(heap, n_elements, kind, itemsize=shape.itemsize)
 
 
 def unpack_for_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
@@ -118,7 +119,7 @@ def lora_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int
 def lora_backward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int, *, need_x: bool) -> None:
     """Take what LoRA adds to a backward once dx is there: dA and dB."""
     c, r, n_in, n_out = shape.itemsize, shape.rank, linear.in_features, linear.out_features
-    cast, apart = c != 4, adds_apart(itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
+    cast, apart = c != 4, adds_apart(itemsize=shape.itemsize, widens=shape.kind.widens_products)
     with heap.call():
         if shape.dropout:
             heap.take(2 * n_rows * n_in * c)  # the mask, and the dropped input
@@ -145,14 +146,14 @@ def _mixed_rows(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     """Read blocks of rows: both matrices' scales stay; where no rows can be cut out they are made at each read instead."""
     if linear.in_features % BLOCK_ELEMENTS == 0 and shape.facts.forms is None:
         for _ in range(2):
-            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=shape.kind.computes_on_cores)
+            unpack_scales(heap, linear.in_features * linear.out_features, shape.kind)
 
 
 def _mixed_read(heap: Heap, shape: LayerShape, linear: LinearFacts) -> None:
     if linear.in_features % BLOCK_ELEMENTS:
         unpack_matrix(heap, shape, linear)
     elif shape.facts.forms is None:
-        unpack_codes(heap, mixed_elements(linear), itemsize=shape.itemsize, on_cpu=shape.kind.computes_on_cores)
+        unpack_codes(heap, mixed_elements(linear), shape.kind, itemsize=shape.itemsize)
 
 
 def mixed_forward(heap: Heap, shape: LayerShape, linear: LinearFacts, n_rows: int) -> None:
@@ -240,18 +241,15 @@ def sequence_backward(heap: Heap, shape: LayerShape, n_tokens: int, window: int 
     heap.touch(mask + n_tokens * (layer.n_heads + 2 * layer.n_kv_heads) * layer.head_dim * shape.itemsize)
 
 
-# run/model/delta_net.py ------------------------------------------------------------------------------------------------
+# run/model/chunks.py ---------------------------------------------------------------------------------------------------
 
 
-def delta_states(shape: LayerShape, n_sequences: int, n_tokens: int, *, backward: bool) -> int:
-    """The bytes of a delta rule's states that live while a chunk runs, that chunk's result left out.
+def chunk_states(state: int, n_tokens: int, *, backward: bool) -> int:
+    """The bytes of a recurrence's states, of `state` bytes each, that live while a chunk runs, its result left out.
 
     A backward keeps the state at the beginning of each group of chunks, those within the group at hand, and the gradient of
     one.
     """
-    delta = shape.layer.delta
-    assert delta is not None
-    state = 4 * n_sequences * delta.n_value_heads * delta.key_dim * delta.value_dim
     if not backward:
         return state
     n_chunks = ceil(n_tokens / DELTA_CHUNK)
@@ -269,15 +267,15 @@ class _Pass:
 
     def __init__(self, heap: Heap, shape: LayerShape, n_rows: int) -> None:
         self.heap, self.shape, self.c = heap, shape, shape.itemsize
-        self.hidden, self.on_cpu = shape.facts.hidden_size, shape.kind.computes_on_cores
+        self.hidden, self.kind = shape.facts.hidden_size, shape.kind
         self.width = min(shape.pieces.features, shape.layer.inner)
         self.tile = min(shape.pieces.tokens, n_rows)
         self.is_whole = self.width == shape.layer.inner
-        self.apart = adds_apart(itemsize=self.c, on_cpu=self.on_cpu)
+        self.apart = adds_apart(itemsize=self.c, widens=self.kind.widens_products)
         self.linears = mlp_linears(shape)
         self.ranks = [shape.rank if linear.short_name in shape.targets else 0 for linear in self.linears]
         for linear in self.linears if shape.facts.forms is None else ():
-            unpack_scales(heap, linear.in_features * linear.out_features, on_cpu=self.on_cpu)
+            unpack_scales(heap, linear.in_features * linear.out_features, self.kind)
         heap.take(self.adapter_elements * self.c if self.c != 4 else 0)
         heap.take(n_rows * (self.ranks[0] + self.ranks[1]) * self.c)
 
@@ -290,11 +288,11 @@ class _Pass:
         n_elements = self.width * self.hidden
         if self.shape.facts.forms is not None:
             return
-        unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
+        unpack_codes(self.heap, n_elements, self.kind, itemsize=self.c)
         with self.heap.call():
             if self.width < self.shape.layer.inner:
                 self.heap.take(n_elements // 2 + 4 * n_elements // BLOCK_ELEMENTS)
-            unpack_codes(self.heap, n_elements, itemsize=self.c, on_cpu=self.on_cpu)
+            unpack_codes(self.heap, n_elements, self.kind, itemsize=self.c)
 
 
 def mlp_linears(shape: LayerShape) -> list[LinearFacts]:

@@ -136,7 +136,9 @@ class Replay:
     def _attention_bytes(self, *, masked: bool) -> int:
         """The bytes that fused attention takes beside its results. The program has no mark for it, so they are taken
         wherever it may be: between its inputs and the product that follows, and the same way back."""
-        kernel, layer = self.shape.fused_kernel, self.shape.layer
+        kernel, layer, copies = self.shape.fused_kernel, self.shape.layer, self.shape.kind.score_copies
+        if copies and "t" in self.dimensions and layer.delta is None and self.shape.attention_kernel == "sdpa":
+            return copies * self._rows * self.dimensions["t"] * layer.n_heads
         if kernel is None or masked or "t" not in self.dimensions:
             return 0
         group = layer.n_heads // layer.n_kv_heads
@@ -180,6 +182,8 @@ class Replay:
             self._attention(backward=name == "attention_backward")
         elif name.startswith("delta"):
             self._delta(name)
+        elif name.startswith("mamba"):
+            self._mamba(name)
         elif name.startswith("experts"):
             self._experts(name)
         elif name == "gather" and self.stored:
@@ -234,8 +238,20 @@ class Replay:
         n_sequences, n_tokens = self.dimensions["s"], max(self.in_a_row, default=self.dimensions["t"])
         inside = Replay(self.shape, self.shape.delta_dimensions(n_sequences))
         inside.run(self.shape.delta_case(n_sequences), name)
-        states = module_bytes.delta_states(self.shape, n_sequences, n_tokens, backward=name == "delta_backward")
-        self.heap.touch(states + inside.heap.peak)
+        delta = self.shape.layer.delta
+        assert delta is not None
+        state = 4 * n_sequences * delta.n_value_heads * delta.key_dim * delta.value_dim
+        self.heap.touch(module_bytes.chunk_states(state, n_tokens, backward=self.is_backward) + inside.heap.peak)
+
+    def _mamba(self, name: str) -> None:
+        """Take what a state space needs, likewise (run/model/mamba.py)."""
+        n_sequences, mamba = self.dimensions["s"], self.shape.layer.mamba
+        assert mamba is not None
+        inside = Replay(self.shape, {"s": n_sequences})
+        inside.run(case_key(self.shape.facts.family.name, self.shape.itemsize, "mamba", one=n_sequences == 1), name)
+        state = 4 * n_sequences * mamba.n_heads * mamba.head_dim * mamba.n_state
+        n_tokens = self.dimensions["t"]
+        self.heap.touch(module_bytes.chunk_states(state, n_tokens, backward=self.is_backward) + inside.heap.peak)
 
     def _experts(self, name: str) -> None:
         """Take what experts need: they work on a tile of one expert's tokens at a time (quant/experts.py)."""

@@ -72,7 +72,7 @@ def layer_seconds(shape: LayerShape, rates: _Rates, batch: MicroBatchSize) -> La
         of_experts = _expert_seconds(experts, rates, rows, unpack)
         forward, backward = forward + of_experts.forward, backward + of_experts.backward
     chunks = 0.0
-    if shape.layer.delta is not None:
+    if shape.layer.delta is not None or shape.layer.mamba is not None:
         one_by_one = batch.in_a_row or (batch.n_tokens,)
         chunks = overhead * sum(ceil(n_tokens / DELTA_CHUNK) for n_tokens in one_by_one)
     blocks = _block_seconds(shape, rates, rows)
@@ -111,7 +111,13 @@ def _mixing_flops(shape: LayerShape, batch: MicroBatchSize) -> float:
         k, v = delta.key_dim, delta.value_dim
         of_token = DELTA_CHUNK * (5 * k + 3 * v) + 6 * k * v
         return batch.n_rows * delta.n_value_heads * of_token
-    return 2 * sum(n_tokens**2 for n_tokens in batch.attended) * layer.n_heads * layer.head_dim
+    found = 2.0 * sum(n_tokens**2 for n_tokens in batch.attended) * layer.n_heads * layer.head_dim
+    if (mamba := layer.mamba) is not None:  # in a chunk scores and values of each pair of tokens, and the state in and out
+        of_token = 2 * DELTA_CHUNK * (mamba.n_state + mamba.head_dim) + 4 * mamba.n_state * mamba.head_dim
+        of_mamba = float(batch.n_rows * mamba.n_heads * of_token)
+        has_attention = any("attn" in linear.name or "attention" in linear.name for linear in layer.linears)
+        return of_mamba + found * has_attention
+    return found
 
 
 @dataclass(frozen=True)

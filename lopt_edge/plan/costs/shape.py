@@ -111,7 +111,8 @@ class LayerShape:
     def blocked(self) -> bool:
         """Whether the MLP runs in blocks (quant/gated_mlp.py)."""
         own = self.facts.family.unlisted
-        names = {linear.short_name for linear in self.linears if own is None or own.gated_mlp}
+        whole = self.layer.experts is None and (own is None or own.gated_mlp)  # an expert for all tokens is as it is
+        names = {linear.short_name for linear in self.linears if whole}
         in_blocks = self.facts.hidden_size % 64 == 0 and self.layer.inner % 64 == 0
         cut = in_blocks or self.facts.forms is not None  # a row of a GGUF matrix is whole blocks
         dropped = self.dropout and bool({"gate_proj", "up_proj", "down_proj"} & set(self.targets))

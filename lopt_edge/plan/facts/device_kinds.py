@@ -5,15 +5,15 @@ plan/ compares a device's name, and no table is keyed by one. A size that decide
 stands here once, if it differs by device, else in plan/costs/tiles.py or quant/sizes.py: the planner and the code that runs
 read the same one. What torch can do on a device is run/devices', one class a kind.
 
-So a further kind (Intel's `xpu`, say) is a row here and a class there: settings, messages, planner and runtime take it from
-these two. Rates of its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.
+So a further kind is a row here and a class there: settings, messages, planner and runtime take it from these two. Rates of
+its cards would be a matter of cards.py and `profile_of_card`, which know NVIDIA's.
 
 It asks no machine and never imports torch. A card's own figures are cards.py's, a machine's measured ones profile.py's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 TORCH, TRITON = "torch", "triton"  # whose kernels a layer runs with, where there are both
@@ -26,7 +26,10 @@ class DeviceKind:
     `host_is_below`: a host tier lies between the device and the disk, in pinned memory, over a link. `counts_process`: its
     memory is the resident set of all processes of a run, their libraries and the heap's gaps included; else it is what one
     process' allocator has reserved, and the driver's context. `computes_on_cores`: arithmetic is done by this machine's
-    cores, so that the number of threads decides bits, and 4-bit weights are unpacked by our code (quant/nf4.py).
+    cores, so that the number of threads decides bits. `shares_ram`: its memory is the machine's, so that the host is no
+    tier, although a GPU's tensors are copied on their way to the disk. `unpacks_here`: 4-bit weights are unpacked by our
+    code (quant/nf4.py), not by bitsandbytes' kernel. `widens_products`: products of half precision add to fp32 sums by
+    themselves (quant/products.py). `has_float64`: sums of losses may be kept in it.
     """
 
     name: str  # torch's name of the type
@@ -34,6 +37,10 @@ class DeviceKind:
     host_is_below: bool
     counts_process: bool
     computes_on_cores: bool
+    shares_ram: bool
+    unpacks_here: bool
+    widens_products: bool
+    has_float64: bool
     beside: str  # what its memory holds beside tensors and the allocator's slack
     watcher: str  # the command that shows who uses its memory
 
@@ -60,6 +67,13 @@ class DeviceKind:
     measured_products: tuple[tuple[int, int, int], ...]  # (rows, in, out): micro-batches and layers (doctor/measure.py)
     measured_dtypes: tuple[str, ...]
     measured_tokens: int  # of attention
+    is_untried: bool = False  # no run has met one, nor is one played in tests
+    score_copies: int = 0  # of each attention score, in bytes, that torch's own attention takes beside its results
+
+    @property
+    def has_host_tier(self) -> bool:
+        """Whether host memory is a tier of its own, between the device and the disk."""
+        return self.host_is_below and not self.shares_ram
 
 
 CPU = DeviceKind(
@@ -68,6 +82,10 @@ CPU = DeviceKind(
     host_is_below=False,
     counts_process=True,
     computes_on_cores=True,
+    shares_ram=True,
+    unpacks_here=True,
+    widens_products=False,
+    has_float64=True,
     beside="library",
     watcher="top",
     # Smaller chunks cost no time (1024, 2048, 4096, 8192 rows: 1.73, 1.76, 1.72, 1.7 s for 512 tokens, Qwen2.5-0.5B shape)
@@ -104,6 +122,10 @@ CUDA = DeviceKind(
     host_is_below=True,
     counts_process=False,
     computes_on_cores=False,
+    shares_ram=False,
+    unpacks_here=False,
+    widens_products=True,
+    has_float64=True,
     beside="CUDA context",
     watcher="nvidia-smi",
     vocabulary_chunk=8192,  # a GPU wants larger products
@@ -129,7 +151,33 @@ CUDA = DeviceKind(
     measured_tokens=2048,
 )
 
-KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+# Intel's and Apple's GPUs: nothing of them is measured. Sizes are CUDA's, but for what torch or bitsandbytes lack there.
+XPU = replace(
+    CUDA,
+    name="xpu",
+    title="XPU",
+    beside="driver's context",
+    watcher="xpu-smi",
+    unpacks_here=True,
+    widens_products=False,
+    has_float64=False,
+    attention_bytes=0,
+    fuses_norms=False,
+    triton_capabilities=(),
+    is_untried=True,
+)
+MPS = replace(
+    XPU,
+    name="mps",
+    title="MPS",
+    beside="Metal's own",
+    watcher="Activity Monitor",
+    shares_ram=True,
+    context_bytes=256 * MIB,
+    score_copies=12,  # scores in the compute dtype and their softmax, and both gradients: an upper guess
+)
+
+KINDS = {kind.name: kind for kind in (CPU, CUDA, XPU, MPS)}
 DEVICE_TYPES = tuple(KINDS)
 AUTO = "auto"  # the setting that leaves the choice to run/device.py
 

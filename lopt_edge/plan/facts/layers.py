@@ -61,6 +61,17 @@ class DeltaFacts:
 
 
 @dataclass(frozen=True)
+class MambaFacts:
+    """The sizes of a selective state space (arXiv 2405.21060) in a layer: its state has `head_dim` x `n_state` numbers for
+    each head. `module` is transformers' module of the layer that has it."""
+
+    n_heads: int
+    head_dim: int
+    n_state: int
+    module: str
+
+
+@dataclass(frozen=True)
 class ExpertFacts:
     """The experts of a layer, in the place of an MLP: `count` gated MLPs of `inner` features; a token goes to `active`.
 
@@ -115,8 +126,8 @@ OWN, KEPT, SHARED = "own", "kept", "shared"
 @dataclass(frozen=True)
 class LayerFacts:
     """What the decoder layers of one kind have. `delta`: in the place of attention, whose heads then mean nothing;
-    `experts`: in the place of an MLP. `inner`: features inside the MLP. `keys`: OWN, KEPT or SHARED. `own_input`: whether
-    the layer is told of each token anew.
+    `experts`: in the place of an MLP; `mamba`: beside attention or in its place. `inner`: features inside the MLP. `keys`:
+    OWN, KEPT or SHARED. `own_input`: whether the layer is told of each token anew.
 
     `small_elements` counts the numbers of norms, biases and whatever else of a layer is not packed.
     """
@@ -131,10 +142,16 @@ class LayerFacts:
     experts: ExpertFacts | None = None
     keys: str = OWN
     own_input: bool = False
+    mamba: MambaFacts | None = None
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor of the layer."""
         return name if self.experts is None else self.experts.stored_name(name)
+
+    def reads_past(self, linear: LinearFacts) -> bool:
+        """Whether transformers may read a linear layer's matrix past its module, where an adapter would not be seen: a
+        fused kernel does with a state space's output projection, so that peft refuses it."""
+        return self.mamba is not None and linear.name == f"{self.mamba.module}.out_proj"
 
     @property
     def last_module(self) -> str:
@@ -193,6 +210,7 @@ def layer_kind(
         "hidden": known["hidden_size"],
         "inner": inner,
         "own input": own_input,
+        "one": 1,
         "q": n_heads * head_dim,
         "kv": n_kv_heads * head_dim,
     }
@@ -205,7 +223,7 @@ def layer_kind(
     linears = tuple(
         LinearFacts(name, size(reads), size(writes), bias=bias == ALWAYS or (bias != "" and bool(known.get(bias))))
         for name, reads, writes, bias, unless, only in family.projections_of(layer_type)
-        if not (unless and known.get(unless)) and not (experts and name.startswith(f"{experts.module}."))
+        if not (unless and known.get(unless)) and not (experts and family.experts and family.experts.replaces(name))
         if (not only or known.get(only)) and not (keys == SHARED and writes == "kv")
     )
     small = (

@@ -88,7 +88,7 @@ class ModelFacts:
         """The short names of the linear layers that may have adapters, each once, in the order in which they run."""
         experts = self.family.experts
         without = f"{experts.module}." if experts is not None and experts.takes_names else None
-        linears = (linear for kind in self.kinds for linear in kind.linears)
+        linears = (linear for kind in self.kinds for linear in kind.linears if not kind.reads_past(linear))
         names = (linear.short_name for linear in linears if without is None or not linear.name.startswith(without))
         return tuple(dict.fromkeys(names))
 

@@ -180,6 +180,11 @@ _ALL = (
                     "lzwjava.github.io/qwen3-5-9b-hybrid-review-en"),
     _qwen3_5("qwen3.5-27b", "Qwen/Qwen3.5-27B", 5120, 17408, 64, 24, 4, n_value_heads=48, tied=False,
              source=f"{_SLIME}; value heads from its published size"),
+    _preset("qwen3.5-35b-a3b", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_moe_text", (248320, 2048, 512, 40, 16, 2), tied=False,
+            positions=262144, head_dim=256, linear_num_value_heads=32, num_experts=256, num_experts_per_tok=8,
+            moe_intermediate_size=512, shared_expert_intermediate_size=512,
+            source="the defaults of transformers' Qwen3_5MoeTextConfig, which give its published size; positions as of "
+                   "Qwen3.5-9B"),
     _llama("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 2048, 8192, 16, 32, 8, tied=True),
     _llama("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3072, 8192, 28, 24, 8, tied=True),
     _llama("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 4096, 14336, 32, 32, 8, tied=False),

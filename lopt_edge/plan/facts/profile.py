@@ -152,7 +152,7 @@ def has_flash(profile: DeviceProfile) -> bool:
 
 
 def profile_of_card(card: Card) -> DeviceProfile:
-    """A profile from nominal rates. On an Apple chip lopt-edge computes on the CPU: there the default rates stand in."""
+    """A profile from nominal rates. Of an Apple chip it is the CPU's: there the default rates stand in."""
     if card.kind in ("apple", "cpu"):
         known = default_cpu_profile()
         source = f"{card.source}; rates: {known.source}"

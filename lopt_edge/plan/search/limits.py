@@ -93,7 +93,7 @@ def frugal(search: Search, *, limited: bool) -> list[Knobs]:
     """The combinations of little memory: the smallest as found, and everything below with recomputation. `limited`: tiers
     below the device have budgets, so that some things may have to stay on it."""
     knobs, fixed, space = search.smallest.knobs, search.space.fixed, search.space
-    below = "host" if kind_of(space.device_type).host_is_below else "disk"
+    below = "host" if kind_of(space.device_type).has_host_tier else "disk"
     n_layers = space.facts.n_layers
     wanted: dict[str, Any] = {
         "weights": (below,) * n_layers, "activations": ("recompute",) * n_layers, "saved_inputs": below, "states": below,

@@ -71,7 +71,7 @@ class Space:
         n_layers = self.facts.n_layers
         start = replace(default_knobs(self.facts, self.device_type), mlp_block=mlp_blocks(self.facts, self.device_type)[0])
         host_is_below = kind_of(self.device_type).host_is_below
-        below: Tier = "host" if host_is_below else "disk"
+        below: Tier = "host" if kind_of(self.device_type).has_host_tier else "disk"
         axes: dict[str, Sequence[Any]] = {
             "weights": [last_layers(n_layers, quarter, below, "resident") for quarter in QUARTERS],
             "activations": [

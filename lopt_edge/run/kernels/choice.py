@@ -53,6 +53,7 @@ def why_not(device: torch.device) -> str | None:
         return "Triton is not installed (pip install triton)"
     dtype = own.auto_dtype()[0]
     try:  # Triton wants a C compiler, a folder to write to and a driver that it knows: the kernels tell
+        own.settle_allocator()  # these are a run's first tensors
         with own.made_current():
             errors = {name: work() for name, work in kernel_checks(device, dtype)}
     except Exception as error:  # whatever a compiler or a driver may raise

@@ -3,8 +3,7 @@
 transformers' own form works on all chunks of a sequence at once and lets autograd keep some twenty fp32 tensors of all
 heads: at 2,048 tokens of Qwen3.5-9B over 600 MiB a layer. Here the same arithmetic runs one chunk of tokens after the
 other, with the convolution before it and the gated norm behind it, and the state of each head goes from chunk to chunk.
-Saved is what the four input projections gave; the backward runs the chunks again, keeping a state every so many chunks,
-and asks autograd for one chunk's gradients at a time, the last chunk first.
+Saved is what the four input projections gave (chunks.py).
 
 The rule: the values are those of transformers' module (tests/run/model/test_delta_net.py), gradients those of autograd
 through it; what lives inside is a chunk's worth, however long the sequence. Its parameters are frozen and get no gradient.
@@ -17,16 +16,26 @@ heads, K and V a head's key and value features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lopt_edge.run.model.chunks import in_chunks
 from lopt_edge.run.model.sequences import Sequences
 from quant.sizes import DELTA_CHUNK as CHUNK
-from quant.sizes import DELTA_STATES_APART as STATES_APART
+
+
+class Chunk(NamedTuple):
+    """The inputs of one chunk; `mixed_BSC` has the earlier tokens that the convolution sees as well, and `real_S1` is 0 for
+    tokens behind the sequence's end."""
+
+    mixed_BSC: Tensor
+    z: Tensor
+    b: Tensor
+    a: Tensor
+    real_S1: Tensor
 
 
 class DeltaNet(nn.Module):
@@ -76,17 +85,21 @@ class DeltaCore(nn.Module):
         self, mixed_BTC: Tensor, z_BTW: Tensor, b_BTJ: Tensor, a_BTJ: Tensor, sequences: Sequences | None = None
     ) -> Tensor:
         """The values (B, T, W) of the rule, normed and gated by z; b are the rates of writing, a those of forgetting."""
-        found = sequences or Sequences((z_BTW.shape[1],))
-        y: Tensor = _Delta.apply(mixed_BTC, z_BTW, b_BTJ, a_BTJ, self, found)  # type: ignore[no-untyped-call]
-        return y
+        return in_chunks(self, (mixed_BTC, z_BTW, b_BTJ, a_BTJ), sequences or Sequences((z_BTW.shape[1],)))
+
+    @property
+    def width(self) -> int:
+        """The features of a token's values."""
+        return self.n_value_heads * self.value_dim
 
     def first_state(self, n_sequences: int, device: torch.device) -> Tensor:
         """The state (B, J, K, V) before the first token, fp32."""
         shape = (n_sequences, self.n_value_heads, self.key_dim, self.value_dim)
         return torch.zeros(shape, dtype=torch.float32, device=device)
 
-    def chunk(self, inputs: Chunk, state_BJKV: Tensor) -> tuple[Tensor, Tensor]:
-        """The values (B, CHUNK, W) of one chunk, and the state after it."""
+    def chunk(self, parts: tuple[Tensor, ...], state_BJKV: Tensor) -> tuple[Tensor, Tensor]:
+        """The values (B, CHUNK, W) of one chunk, and the state after it; `parts` are a `Chunk`'s."""
+        inputs = Chunk(*parts)
         q, k, v = self._heads(inputs.mixed_BSC)
         beta = (inputs.b.sigmoid() * inputs.real_S1).transpose(1, 2).float().contiguous()
         decay = -self.A_log.float().exp() * functional.softplus(inputs.a.float() + self.dt_bias)
@@ -137,121 +150,3 @@ def _rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: T
     new = values - reads @ state
     core = q @ state + scores @ new
     return core, state * decay[..., -1].exp()[..., None, None] + k.transpose(-1, -2) @ new
-
-
-class Chunk(NamedTuple):
-    """The inputs of one chunk; `mixed_BSC` has the earlier tokens that the convolution sees as well, and `real_S1` is 0 for
-    tokens behind the sequence's end."""
-
-    mixed_BSC: Tensor
-    z: Tensor
-    b: Tensor
-    a: Tensor
-    real_S1: Tensor
-
-
-def _chunk(tensors: tuple[Tensor, ...], start: int, n_before: int) -> Chunk:
-    """The inputs of the chunk that begins at token `start`: copies, with zeros where the sequence has no token."""
-    n_real = min(CHUNK, tensors[0].shape[1] - start)
-    found = []
-    for tensor, before in zip(tensors, (n_before, 0, 0, 0), strict=True):
-        copy = tensor.new_zeros(tensor.shape[0], before + CHUNK, tensor.shape[2])
-        first = max(0, start - before)
-        copy[:, before - (start - first) : before + n_real] = tensor[:, first : start + n_real]
-        found.append(copy)
-    real = tensors[0].new_zeros(CHUNK, 1)
-    real[:n_real] = 1
-    mixed, z, b, a = found
-    return Chunk(mixed, z, b, a, real)
-
-
-class _Delta(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, core: DeltaCore, sequences: Sequences) -> Tensor:
-        ctx.core, ctx.sequences = core, sequences
-        ctx.save_for_backward(mixed, z, b, a)
-        y = torch.empty_like(z)
-        for rows in sequences:
-            _run(core, tuple(tensor[:, rows] for tensor in (mixed, z, b, a)), y[:, rows])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        found = [torch.zeros_like(tensor) for tensor in tensors]
-        for rows in ctx.sequences:
-            own = tuple(tensor[:, rows] for tensor in tensors)
-            _gradient(ctx.core, own, grads[0][:, rows], [total[:, rows] for total in found])
-        return (*found, None, None)
-
-
-def _run(core: DeltaCore, tensors: tuple[Tensor, ...], y_BTW: Tensor) -> None:
-    """Fill the values of one sequence, chunk by chunk."""
-    state = core.first_state(len(y_BTW), y_BTW.device)
-    for start in range(0, y_BTW.shape[1], CHUNK):
-        state = run_chunk(core, tensors, start, state, y_BTW)
-
-
-def _gradient(core: DeltaCore, tensors: tuple[Tensor, ...], g_BTW: Tensor, found: list[Tensor]) -> None:
-    """Fill the gradients of one sequence, the last chunk first."""
-    d_state = core.first_state(len(tensors[0]), tensors[0].device)
-    for start, state in _backwards(core, tensors):
-        d_state = chunk_gradient(core, tensors, start, state, (g_BTW, d_state), found)
-
-
-def run_chunk(
-    core: DeltaCore, tensors: tuple[Tensor, ...], start: int, state: Tensor, y_BTW: Tensor | None = None
-) -> Tensor:
-    """The state after the chunk that begins at token `start`; its values go to `y_BTW`."""
-    part, after = core.chunk(_chunk(tensors, start, core.n_before), state)
-    if y_BTW is not None:
-        y_BTW[:, start : start + CHUNK] = part[:, : y_BTW.shape[1] - start]
-    return after
-
-
-def _backwards(core: DeltaCore, tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the beginning of each chunk and the state before it, the last chunk first."""
-    starts = list(range(0, tensors[0].shape[1], CHUNK))
-    kept = {0: core.first_state(len(tensors[0]), tensors[0].device)}
-    state = kept[0]
-    last = starts[-1] // CHUNK // STATES_APART * STATES_APART
-    for index in range(last):
-        state = run_chunk(core, tensors, starts[index], state)
-        if (index + 1) % STATES_APART == 0:
-            kept[index + 1] = state
-    del state
-    for first in range(last, -1, -STATES_APART):
-        states = [kept.pop(first)]
-        for start in starts[first : first + STATES_APART - 1][: len(starts) - first - 1]:
-            states.append(run_chunk(core, tensors, start, states[-1]))
-        while states:
-            yield starts[first + len(states) - 1], states.pop()
-
-
-def chunk_gradient(
-    core: DeltaCore,
-    tensors: tuple[Tensor, ...],
-    start: int,
-    state: Tensor,
-    gradients: tuple[Tensor, Tensor],
-    found: list[Tensor],
-) -> Tensor:
-    """Add one chunk's gradients to `found`, and return that of the state before it.
-
-    `gradients` are those of all values (B, T, W) and of the state after the chunk.
-    """
-    inputs = _chunk(tensors, start, core.n_before)
-    leaves = [leaf.requires_grad_() for leaf in inputs[:4]]
-    state = state.detach().requires_grad_()
-    with torch.enable_grad():
-        y, after = core.chunk(inputs, state)
-    g, d_after = gradients
-    n_real, before = min(CHUNK, g.shape[1] - start), core.n_before
-    d_y = torch.zeros_like(y)
-    d_y[:, :n_real] = g[:, start : start + n_real]
-    *parts, d_before = torch.autograd.grad((y, after), (*leaves, state), (d_y, d_after))
-    first = max(0, start - before)
-    found[0][:, first : start + n_real] += parts[0][:, before - (start - first) : before + n_real]
-    for total, part in zip(found[1:], parts[1:], strict=True):
-        total[:, start : start + n_real] = part[:, :n_real]
-    return d_before

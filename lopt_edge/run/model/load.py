@@ -34,7 +34,7 @@ from lopt_edge.run.model.classes import rotary_class, skeleton_of, unusable
 from lopt_edge.run.model.context import LayerContext
 from lopt_edge.run.model.own_body import OwnBody, compute_buffers, make_body, output_of
 from lopt_edge.run.model.own_inputs import OwnInputs
-from lopt_edge.run.model.placed import block_mlp, put_delta_net, tile_norms
+from lopt_edge.run.model.placed import block_mlp, put_recurrence, tile_norms
 from lopt_edge.run.model.rotated import rotate_by_kernel
 from lopt_edge.run.model.sequences import Sequences
 from lopt_edge.run.model.tiled import TokenTiled
@@ -248,8 +248,7 @@ def load_model(
             tile_norms(layer, facts, like=model.norm, kernels=kernels)
             if kernels == TRITON:
                 rotate_by_kernel(layer)
-            if facts.layer(index).delta is not None:
-                put_delta_net(layer, facts.layer(index))
+            put_recurrence(layer, facts.layer(index))
             if facts.family.unlisted is None or facts.family.unlisted.gated_mlp:
                 sizes = {id(module): on_disk.block_elements for module, on_disk in matrices}
                 block_mlp(layer, sizes, pieces=pieces, kernels=kernels)

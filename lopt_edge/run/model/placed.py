@@ -1,4 +1,4 @@
-"""Puts our norms, gated MLPs and delta rules in the place of a decoder layer's own, once its linear layers are ours.
+"""Puts our norms, gated MLPs and recurrences in the place of a decoder layer's own, once its linear layers are ours.
 
 The rule: what stands in a place computes what stood there, up to the rounding that its own file states. Whether a module
 can be replaced is decided here, in what pieces it then works is not. Experts are load.py's.
@@ -17,6 +17,7 @@ from lopt_edge.plan.facts.layers import LayerFacts
 from lopt_edge.plan.facts.model import ModelFacts
 from lopt_edge.run.kernels.operators import operators
 from lopt_edge.run.model.delta_net import DeltaNet
+from lopt_edge.run.model.mamba import MambaNet
 from lopt_edge.run.model.tiled import TokenTiled
 from quant.gated_mlp import PackedGatedMLP, blocks_fit
 from quant.linear import PackedLinear
@@ -39,10 +40,13 @@ def tiles_norm(module: nn.Module, facts: ModelFacts, *, like: nn.Module) -> bool
     return type(module) is type(like) and bool(widths) and all(tuple(width) == (facts.hidden_size,) for width in widths)
 
 
-def put_delta_net(layer: nn.Module, facts: LayerFacts) -> None:
-    """Put a `DeltaNet` in the place of the family's gated delta rule."""
-    name = facts.linears[0].name.rpartition(".")[0]
-    layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
+def put_recurrence(layer: nn.Module, facts: LayerFacts) -> None:
+    """Put a `DeltaNet` in the place of the family's gated delta rule, a `MambaNet` in that of its state space, if any."""
+    if facts.delta is not None:
+        name = facts.linears[0].name.rpartition(".")[0]
+        layer.set_submodule(name, DeltaNet(layer.get_submodule(name)))
+    if facts.mamba is not None:
+        layer.set_submodule(facts.mamba.module, MambaNet(layer.get_submodule(facts.mamba.module)))
 
 
 def block_mlp(layer: nn.Module, block_elements: dict[int, int], *, pieces: MlpPieces, kernels: str = TORCH) -> None:

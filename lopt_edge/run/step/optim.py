@@ -31,6 +31,7 @@ from torch.optim.adamw import adamw
 
 from lopt_edge.errors import LoptError, NotFinite, RunError
 from lopt_edge.plan.schedule.ops import GroupName
+from lopt_edge.run.device import sum_dtype
 from lopt_edge.run.step.moments import Moments, make_moments
 from lopt_edge.run.step.step_state import present
 from lopt_edge.run.tiers.moves import Mover, OffloadedTensor
@@ -261,7 +262,8 @@ class SegmentOptimizer:
     ) -> None:
         """Compute the norms of all segments whose gradients are complete. Raises NotFinite if one is infinite or NaN.
 
-        `beside` are numbers in float64 that are read in the same wait; `told` gets their values before a norm is looked at.
+        `beside` are numbers that are read in the same wait, in the dtype of sums; `told` gets their values before a norm is
+        looked at.
         """
         squares: dict[int, list[Tensor]] = {}
         for group in self.groups.values():
@@ -271,7 +273,9 @@ class SegmentOptimizer:
             return
         for work in self.meanwhile:
             work()
-        read = torch.stack([*(torch.stack(found).sum().double() for found in squares.values()), *beside]).cpu().tolist()
+        dtype = sum_dtype(self.mover.device)
+        numbers = [torch.stack(found).sum().to(dtype) for found in squares.values()]
+        read = torch.stack([*numbers, *beside]).cpu().tolist()
         told(read[len(squares) :])
         sums = read[: len(squares)]  # one wait for a GPU
         self.norms = {segment: math.sqrt(value) / self.loss_scale for segment, value in zip(squares, sums, strict=True)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from lopt_edge.objectives import Objective
 from lopt_edge.objectives.objective import Judged, Scored
 from lopt_edge.objectives.objective import Window as ChoiceTotals
+from lopt_edge.run.device import sum_dtype
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Choices, Totals
 from lopt_edge.run.step.losses import task_loss
@@ -63,7 +64,7 @@ def choice_gradient(
     choices = present(batch.choices)
     scored = scored_sequences(choices, sequence_sums(losses_N, choices.n_targets))
     judged = objective.judged(scored, present(totals.window))
-    loss = torch.tensor(judged.loss, dtype=torch.float64, device=flat_ND.device)
+    loss = torch.tensor(judged.loss, dtype=sum_dtype(flat_ND.device), device=flat_ND.device)
     for place, slope in zip(batch.places, judged.slopes, strict=True):
         grad_ND[place].mul_(-slope / share)
     return SegmentGradient(grad_ND.view_as(hidden_BTD), loss, measured(scored, judged, choices.together))
@@ -88,8 +89,9 @@ def _tile(
 
 
 def sequence_sums(losses_N: Tensor, n_targets: Sequence[int]) -> list[float]:
-    """The log-probability of each sequence: minus the sum of its tokens' cross-entropies, in float64, read once."""
-    parts = [part.sum(dtype=torch.float64) for part in torch.split(losses_N, list(n_targets))]
+    """The log-probability of each sequence: minus the sum of its tokens' cross-entropies, in float64 where the device has
+    it, read once."""
+    parts = [part.sum(dtype=sum_dtype(losses_N.device)) for part in torch.split(losses_N, list(n_targets))]
     return [-value for value in torch.stack(parts).tolist()]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from lopt_edge.errors import NotFinite
 from lopt_edge.objectives import Objective
 from lopt_edge.plan.schedule.segments import Segment
+from lopt_edge.run.device import sum_dtype
 from lopt_edge.run.model.load import Model
 from lopt_edge.run.step.batches import Batch, Totals
 from lopt_edge.run.step.losses import ReconstructHead, alignment, task_loss
@@ -82,7 +83,7 @@ class SegmentLosses:
             return SegmentGradient(grad_BTD, total / factor)
         rows_N = output.batch.supervised_N if output.segment.reads_out else output.batch.real_N
         flat_ND = output.hidden_BTD.flatten(0, 1)
-        total = torch.zeros((), dtype=torch.float64, device=flat_ND.device)
+        total = torch.zeros((), dtype=sum_dtype(flat_ND.device), device=flat_ND.device)
         grad_ND = torch.zeros_like(flat_ND)
         positions = torch.arange(len(flat_ND), device=flat_ND.device) if rows_N is None else rows_N
         for start in range(0, len(positions), output.tile):
@@ -114,7 +115,7 @@ def aligned(output: SegmentOutput, *, scale: float) -> tuple[Tensor, Tensor]:
     """The gradient (B, T, D) of `scale` times minus the cosines of all real tokens to the teacher's, and that loss (a
     scalar on the device)."""
     hidden_ND, teacher_ND = output.hidden_BTD.flatten(0, 1), present(output.teacher_BTD).flatten(0, 1)
-    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    total = torch.zeros((), dtype=sum_dtype(hidden_ND.device), device=hidden_ND.device)
     grad_ND, rows_N = torch.zeros_like(hidden_ND), output.batch.real_N
     positions = torch.arange(len(hidden_ND), device=hidden_ND.device) if rows_N is None else rows_N
     for start in range(0, len(positions), output.tile):

@@ -19,6 +19,7 @@ from lopt_edge.plan.costs import module_bytes
 from lopt_edge.plan.costs.module_bytes import Heap
 from lopt_edge.plan.costs.shape import LayerShape, Vocabularies
 from lopt_edge.plan.costs.vocabulary_bytes import gather_rows
+from lopt_edge.plan.facts.device_kinds import CPU as CPU_KIND
 from lopt_edge.plan.facts.layers import LinearFacts
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.vocabulary import Vocabulary
@@ -104,10 +105,10 @@ def test_unpacking_takes_scales_and_one_chunk(n_rows, dtype):
     weight = tensors_of(packed)
     assert measured(lambda: nf4.unpack_into(packed, out), out, *weight) == (whole.peak, 0)
     scales = Heap()
-    module_bytes.unpack_scales(scales, n_rows * 128, on_cpu=True)
+    module_bytes.unpack_scales(scales, n_rows * 128, CPU_KIND)
     assert measured(lambda: unpack_scales(packed), *weight) == (scales.peak, scales.live)
     given, codes = unpack_scales(packed), Heap()
-    module_bytes.unpack_codes(codes, n_rows * 128, itemsize=dtype.itemsize, on_cpu=True)
+    module_bytes.unpack_codes(codes, n_rows * 128, CPU_KIND, itemsize=dtype.itemsize)
     rows = slice(0, n_rows)
     assert measured(lambda: unpack_part(packed, given, out, rows=rows), out, given, *weight)[0] == codes.peak
     assert whole.peak == max(scales.peak, scales.live + codes.peak)

@@ -61,7 +61,7 @@ def test_a_record_is_complete(family):
     for layer_type in family.layer_types:
         projections = family.projections_of(layer_type)
         mixing = ("conv", "value", "value heads") if layer_type == LINEAR else ("q", "kv")
-        words = {"hidden", "inner", "own input", *mixing}
+        words = {"hidden", "inner", "own input", "one", *mixing}
         assert len({one.name for one in projections}) == len(projections)
         for projection in projections:
             assert {*projection.reads.split("+"), *projection.writes.split("+")} <= words

@@ -28,8 +28,8 @@ from tools.tiny_models import GEMMA4_E, make_folder, tiny_config
 OPTIONAL = ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window",
             "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"]  # fmt: skip
 # Families whose layers ask config.layer_types, written down for themselves: the records' word for it is what is tested.
-BY_LAYER = ("qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "olmo3", "exaone4",
-            "gpt_oss")  # fmt: skip
+BY_LAYER = ("qwen2", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "gemma2", "gemma3_text", "gemma4_text", "smollm3",
+            "olmo3", "exaone4", "gpt_oss")  # fmt: skip
 
 
 def build(values: dict[str, Any]) -> tuple[Any, torch.nn.Module]:

@@ -61,6 +61,7 @@ PUBLISHED = {
     "qwen3.5-4b": 4.2,
     "qwen3.5-9b": 8.95,
     "qwen3.5-27b": 27,
+    "qwen3.5-35b-a3b": 34.7,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
 }
@@ -68,6 +69,7 @@ PUBLISHED = {
 
 # of them, for a token
 ACTIVE = {"qwen3-30b-a3b": 3.3, "qwen3-235b-a22b": 22, "mixtral-8x7b": 12.9, "olmoe-1b-7b": 1.3,
+          "qwen3.5-35b-a3b": 3.45,  # 3 without the embedding
           # OpenAI leaves the embedding out (3.6 and 5.1)
           "gpt-oss-20b": 3.61 + 0.58, "gpt-oss-120b": 5.13 + 0.58}  # fmt: skip
 

@@ -29,7 +29,11 @@ def card(monkeypatch):
         return found.error
 
     device = SimpleNamespace(
-        kind=CUDA, capability=lambda: found.capability, auto_dtype=lambda: (torch.bfloat16, ""), made_current=torch.no_grad
+        kind=CUDA,
+        capability=lambda: found.capability,
+        auto_dtype=lambda: (torch.bfloat16, ""),
+        made_current=torch.no_grad,
+        settle_allocator=lambda: None,
     )
     monkeypatch.setattr(choice, "device_of", lambda _: device)
     monkeypatch.setattr(choice, "find_spec", lambda name: found.triton or None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
-from lopt_edge.plan.costs.module_bytes import delta_states
+from lopt_edge.plan.costs.module_bytes import chunk_states
 from lopt_edge.plan.costs.programs import Replay
 from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.facts.model import facts_from_config
@@ -114,5 +114,7 @@ def test_bytes_inside_are_the_predicted_ones(dtype, n_tokens, sizes):
     for name, inside in zip(("delta_forward", "delta_backward"), measured, strict=True):
         replay = Replay(shape, shape.delta_dimensions(n_sequences))
         replay.run(shape.delta_case(n_sequences), name)
-        states = delta_states(shape, n_sequences, n_tokens, backward=name == "delta_backward")
+        rule = shape.layer.delta
+        state = 4 * n_sequences * rule.n_value_heads * rule.key_dim * rule.value_dim
+        states = chunk_states(state, n_tokens, backward=name == "delta_backward")
         assert inside == states + replay.heap.peak, name

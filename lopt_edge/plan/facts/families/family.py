@@ -26,7 +26,7 @@ class Projection(NamedTuple):
 
     `reads` and `writes` are words for sizes: hidden, inner (of the MLP), q and kv (all heads'), or a sum such as q+kv+kv;
     of a delta rule conv (queries, keys and values), value (of all heads) and `value heads` (how many); `own input` of
-    what a token's id says to each layer anew.
+    what a token's id says to each layer anew; `one` number a token.
     `bias`: a key of the config that says so, ALWAYS, or nothing for never. `unless`: a key that says that there is none;
     `only`: one without which there is none.
     """
@@ -84,6 +84,11 @@ def but_every_fourth(_config: Mapping[str, Any], layer: int, _window: int | None
     return SLIDING if (layer + 1) % 4 else FULL
 
 
+def nothing(_config: Mapping[str, Any]) -> bool:
+    """Whether a config asks for layers that the record of its family does not have, where none does."""
+    return False
+
+
 TINY: Mapping[str, Any] = {  # sizes for `shown`, as models/tiny.py has them
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
@@ -103,7 +108,8 @@ class Experts:
     `count`, `active`, `inner`: keys of the config (the first of them that it has) for how many there are, for how many a
     token goes to, and for the features inside one. `lies_in`: which layers have them.
     `module` is transformers' module in the layer, with the router and the `experts`; what its name begins with is no
-    projection of such a layer. `renames`: what names in it begin with in transformers, and in checkpoints instead.
+    projection of such a layer, but for what begins with `beside` (experts that all tokens go to). `renames`: what names in
+    it begin with in transformers, and in checkpoints instead.
     `stored`: the names of an expert's matrices, {} being its number, in a published checkpoint or (`publishes_stacks`) in
     our 4-bit folders: those that read the hidden states, and last the one that writes them. `stacks`: where one tensor has
     all experts, the names that it may have (published ones first), and how many of the matrices stand in it one under the
@@ -119,6 +125,7 @@ class Experts:
     inner: tuple[str, ...] = ("moe_intermediate_size",)
     lies_in: Callable[[Mapping[str, Any], int], bool] = everywhere
     module: str = "mlp"
+    beside: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     stored: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
     stacks: tuple[tuple[str, int], ...] = (("mlp.experts.gate_up_proj", 2), ("mlp.experts.down_proj", 1))
@@ -129,6 +136,11 @@ class Experts:
     biases: tuple[str, ...] = ()
     router_bias: bool = False
     in_mxfp4: bool = False
+
+    def replaces(self, projection: str) -> bool:
+        """Whether a projection of other layers is none of those that have experts."""
+        beside = bool(self.beside) and projection.startswith(self.beside)
+        return projection.startswith(f"{self.module}.") and not beside
 
 
 class OwnInputNames(NamedTuple):
@@ -212,6 +224,7 @@ class Family:
     is no window) and `layer_types` (which replaces the function of that kind, `layer_type`).
     `overrides`: the numbers of heads that one layer has instead of the config's. `refuses`: keys that may not be set, and
     what they would mean; `requires`: the only value that a key may have. `inner`: the key for the features inside an MLP.
+    `beyond`: whether a config asks for other layers than these, so that it is taken as if its family had no record.
     `projections`: the linear layers of a decoder layer, in the order in which they run; `projections_by_type`: those of
     layers of the types in which they are others. `experts`: what some or all layers have in the place of an MLP.
     `own_inputs`: the key for the features of what each layer is told anew of a token, and `own_vocabulary` for how many
@@ -248,6 +261,7 @@ class Family:
     overrides: Overrides = none
     refuses: Mapping[str, str] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
+    beyond: Callable[[Mapping[str, Any]], bool] = nothing
     inner: str = "intermediate_size"
     embedding_factor: str = ""
     own_inputs: str = ""

@@ -1,6 +1,7 @@
 """Granite 3 and 4: Llama's layers with factors on embeddings, logits and residuals (the last are its module's own).
 Where a layer has experts, checkpoints have them in two stacks. Of Granite 4 those models are here whose layers all have
-attention and no experts (micro, 1b, 350m): their MLP is what the others call shared."""
+attention and no experts (micro, 1b, 350m): their MLP is what the others call shared. Those with mamba layers or experts run
+as a family without a record does."""
 
 from __future__ import annotations
 
@@ -49,6 +50,12 @@ def _attention_or_mamba(config: Mapping[str, Any], layer: int, _window: int | No
     return FULL if named in ("attention", FULL) else LINEAR
 
 
+def _has_more(config: Mapping[str, Any]) -> bool:
+    given = config.get("layer_types") or config.get("layers_block_type")
+    types = {str(one) for one in given} if isinstance(given, list) else {"mamba"}
+    return bool(config.get("num_local_experts", 8)) or not types <= {"attention", FULL}
+
+
 _GRANITE4 = Family(
     "granitemoehybrid",
     defaults={
@@ -64,7 +71,11 @@ _GRANITE4 = Family(
     layer_type=_attention_or_mamba,
     refuses={"num_local_experts": "experts beside an MLP, as in Granite 4 tiny and small, are"},
     requires={"position_embedding_type": "rope"},
-    shown={**TINY, "num_local_experts": 0, "shared_intermediate_size": 128, "position_embedding_type": "rope"},
+    beyond=_has_more,
+    shown={
+        **TINY, "num_local_experts": 0, "shared_intermediate_size": 128, "position_embedding_type": "rope", "head_dim": 16,
+        "layer_types": [FULL] * TINY["num_hidden_layers"],
+    },
     embedding_factor="embedding_multiplier",
     logit_divisor="logits_scaling",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Qwen 2 (2.5 as well) and 3: a window, where it is in use, is that of the upper layers alone; with experts (Qwen 3 MoE)
 that of all layers. Qwen 3.5: gated attention in every fourth layer, and a gated delta rule in the others; it is published
-with a vision tower around it, as VL models are.
+with a vision tower around it, as VL models are. With experts (35B-A3B) each layer has one more that all tokens go to, and a
+gate for it.
 
 The text model inside a VL model is that of its time: its rotary tables have three positions a token (time, height, width),
 which are equal for text."""
@@ -8,6 +9,7 @@ which are equal for text."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lopt_edge.plan.facts.families.family import (
@@ -100,8 +102,26 @@ _QWEN3_5 = Family(
     qk_norm="head",
     plain_norms=False,
 )  # fmt: skip
+_SHARED = (
+    Projection("mlp.shared_expert.gate_proj", "hidden", "inner"),
+    Projection("mlp.shared_expert.up_proj", "hidden", "inner"),
+    Projection("mlp.shared_expert.down_proj", "inner", "hidden"),
+    Projection("mlp.shared_expert_gate", "hidden", "one"),
+)
+_QWEN3_5_MOE = replace(
+    _QWEN3_5,
+    name="qwen3_5_moe_text",
+    defaults={
+        **_QWEN3_5.defaults, "num_key_value_heads": 2, "hidden_size": 2048, "num_hidden_layers": 40, "num_experts": 256,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    },
+    projections=(*_QWEN3_5.projections[:4], *_SHARED),
+    projections_by_type={LINEAR: (*_QWEN3_5.projections_by_type[LINEAR][:5], *_SHARED)},
+    inner="shared_expert_intermediate_size",
+    experts=Experts(count=("num_experts",), beside="mlp.shared_expert", takes_names=False),
+)  # fmt: skip
 
-FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE, _QWEN3_5)
+FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE, _QWEN3_5, _QWEN3_5_MOE)
 # Hubs have Qwen2-VL's and 2.5-VL's text as if it stood alone, its config flat and its names under "model.".
 _FLAT = (("model.language_model.", "lm_head.weight"), ("model.", "lm_head.weight"))
 WRAPPERS = (
@@ -109,4 +129,5 @@ WRAPPERS = (
     Wrapper("qwen2_5_vl", text="qwen2", inner=("qwen2_5_vl_text",), is_flat=True, ties=False, prefixes=_FLAT),
     Wrapper("qwen3_vl", text="qwen3", inner=("qwen3_vl_text",), ties=False),
     Wrapper("qwen3_5", text="qwen3_5_text", ties=False),
+    Wrapper("qwen3_5_moe", text="qwen3_5_moe_text", ties=False),
 )
