@@ -172,7 +172,7 @@ def test_a_hub_data_set_is_read_from_its_parquet_files_and_no_code_is_fetched(hu
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
     specs = ["org/set[train[:5%]]", "org/set[test]", "org/set[validation]", "org/other"]
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *specs], env=environment, capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", ASK, *specs], env=environment, capture_output=True, text=True, timeout=300, check=True
     )
     part, test, validation, other = map(json.loads, done.stdout.strip().splitlines())
     assert part == ["train 0", "train 1"] and test == ["test 0", "test 1", "test 2"]
