@@ -51,6 +51,15 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No power fails in a test, so nothing waits until the disk has a file: a run syncs fifty. What would be lost is
+    tested by what is called (tests/training/crash_disk.py). Processes that tests start do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which a closed file refuses, too
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections() -> None:
     """A run collects garbage three times; of what earlier modules left alive none needs to be looked at again. In a worker

@@ -7,7 +7,7 @@ The rule: all variants of a repeat do the same steps on the same rows, one after
 finetune` in processes of its own; `ratio` is the seconds of the one process with one core in the same repeat over the
 variant's. One process with all cores stands beside it: that is what the ranks must beat. Seconds are means over the steps
 without the first, which warms up; peaks are the largest rank's. What all ranks take together on one machine is about that
-many times as much.
+many times as much. What the plan says of each variant stands beside: the seconds of a step, and the peak of a process.
 
 It does not measure several GPUs unless run on them (`--device cuda --ranks 2`), nor a network. Seconds are only worth
 something on a machine that does nothing else.
@@ -30,8 +30,8 @@ from bench_peers import append, check_csv, common_columns, usable_cores
 
 N_STEPS = 4  # of a run; the first is left out
 COLUMNS = ("date", "hardware", "threads", "versions", "commit", "model", "shape", "device", "dtype", "lora_r", "seq_len",
-           "variant", "ranks", "repeat", "micro_batches", "step_seconds", "tokens_per_second", "ratio", "peak_rss_bytes",
-           "peak_device_bytes", "same_adapter", "error")  # fmt: skip
+           "variant", "ranks", "repeat", "micro_batches", "step_seconds", "predicted_seconds", "tokens_per_second", "ratio",
+           "peak_rss_bytes", "peak_device_bytes", "predicted_device_bytes", "same_adapter", "error")  # fmt: skip
 
 
 def variants(options: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -53,13 +53,15 @@ def run_variant(options: argparse.Namespace, ranks: int, threads: int, output: P
     done = subprocess.run([sys.executable, "-c", LAUNCH, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr.strip()[-300:]}
-    run = json.loads((output / "run.json").read_text())
+    run, planned = (json.loads((output / name).read_text()) for name in ("run.json", "plan.json"))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line][1:]
     seconds = mean(line["step_seconds"] for line in steps)
     return {
         "step_seconds": seconds,
         "tokens_per_second": round(mean(line["tokens"] for line in steps) / seconds, 1),
+        "predicted_seconds": planned["plan"]["step_seconds"],
+        "predicted_device_bytes": planned["plan"]["peak_bytes"]["device"],
         **{name: run["peaks"][name] for name in ("peak_rss_bytes", "peak_device_bytes")},
         "error": "",
     }
@@ -86,12 +88,20 @@ def run_all(options: argparse.Namespace) -> list[Row]:
 
 def show(options: argparse.Namespace, rows: list[Row]) -> None:
     """Print the medians over the repeats."""
-    print(f"{'variant':24s} {'s a step':>9s} {'tokens/s':>9s} {'x one core':>10s} {'peak MiB':>9s}")
+    print(f"{'variant':24s} {'s a step':>9s} {'planned':>9s} {'tokens/s':>9s} {'x one core':>10s} {'peak MiB':>9s} planned")
     for name, _, _ in variants(options):
         if found := [row for row in rows if row["variant"] == name and not row["error"]]:
-            names = ("step_seconds", "tokens_per_second", "ratio", "peak_rss_bytes")
-            step, speed, ratio, peak = (median(row[column] for row in found) for column in names)
-            print(f"{name:24s} {step:9.3f} {speed:9.1f} {ratio:10.2f} {peak / 2**20:9.0f}")
+            names = (
+                "step_seconds",
+                "predicted_seconds",
+                "tokens_per_second",
+                "ratio",
+                "peak_rss_bytes",
+                "predicted_device_bytes",
+            )
+            step, told, speed, ratio, *peaks = (median(row[column] for row in found) for column in names)
+            peak, most = (n_bytes / 2**20 for n_bytes in peaks)
+            print(f"{name:24s} {step:9.3f} {told:9.3f} {speed:9.1f} {ratio:10.2f} {peak:9.0f} {most:7.0f}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
     python tools/laptop_table.py            the table, to paste
     python tools/laptop_table.py --check    exits with 1 if the document's table is another one
+    ... --card "RTX 4060 Laptop"            that card's lines alone
 
 The rule: every number in that document's table comes from here, and a test runs --check.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,9 +27,9 @@ HOST_MEMORY, DISK_MEMORY = "12GB", "100GB"
 HEAD = ("card", "tokens", "device memory", "of it", "layers' weights", "graphs", "host", "tokens/s", "longest context")
 
 
-def rows() -> list[tuple[str, ...]]:
+def rows(cards: Sequence[str]) -> list[tuple[str, ...]]:
     found = []
-    for card in CARDS:
+    for card in cards:
         for length in LENGTHS:
             one = plan_run(
                 "llama-3.1-8b", gpu=card, max_seq_len=length, grad_accum=1, host_memory=HOST_MEMORY, disk_memory=DISK_MEMORY
@@ -52,16 +54,18 @@ def cells(one: RunPlan) -> tuple[str, ...]:
     )
 
 
-def table() -> str:
-    lines = [HEAD, tuple("---" for _ in HEAD), *rows()]
+def table(card: str | None) -> str:
+    lines = rows([card]) if card else [HEAD, tuple("---" for _ in HEAD), *rows(CARDS)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the document, print nothing")
-    found = table()
-    if not parser.parse_args().check:
+    parser.add_argument("--card", choices=CARDS, help="its lines alone")
+    options = parser.parse_args()
+    found = table(options.card)
+    if not options.check:
         print(found, end="")
     elif found not in DOCUMENT.read_text(encoding="utf-8"):
         raise SystemExit(f"{DOCUMENT} has another table; paste what this tool prints")

@@ -117,8 +117,20 @@ def sentences_of(rows: list[Row]) -> set[str]:
     return {row.prompt for row in rows} | {row.completion.strip() for row in rows}
 
 
+class Text:
+    """A text with single spaces, and whether a sentence stands in it: searched through only where each two words in a row
+    inside the sentence are such two somewhere, which is seldom."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.text, self.pairs = " ".join(words), set(itertools.pairwise(words))
+
+    def __contains__(self, sentence: str) -> bool:
+        whole = sentence.split(" ")[1:-1]  # of the first and last word the text may have more
+        return all(pair in self.pairs for pair in itertools.pairwise(whole)) and sentence in self.text
+
+
 def broad_splits(files: list[SourceFile], *, seed: int, train: int, heldout: int) -> Splits:
-    pretrained = " ".join(" ".join(file.text.split()) for file in files if not file.heldout)
+    pretrained = Text([word for file in files if not file.heldout for word in file.text.split()])
     found = (row for name, text in sorted(topics.items()) for row in manual_rows(name, text))
     new = (row for row in found if not any(sentence in pretrained for sentence in sentences_of([row])))
     rows = without_repeats(new, seed=seed)

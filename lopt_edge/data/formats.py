@@ -80,7 +80,7 @@ def detect_format(
         f"the data format is not recognised; the first row has {fields}",
         where=first.where,
         fix="use 'messages', 'conversations', 'instruction' + 'output', 'prompt' + 'completion', 'text' or, with an "
-        "objective of preferences, 'chosen' + 'rejected'",
+        "objective of preferences, 'chosen' + 'rejected'; --columns prompt=question,completion=answer takes others",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 
 from lopt_edge.data.records import Record
 from lopt_edge.errors import InputError
@@ -67,4 +68,10 @@ class Renamed:
     def no_such_column(self, theirs: str) -> InputError:
         """The error for a name that is not there."""
         there = ", ".join(sorted(self._there)[:SHOWN_NAMES])
-        return InputError(f"no row has the column {theirs!r} (there are: {there})", where=f"columns {self._name}")
+        near = get_close_matches(theirs, sorted(self._there), n=1)
+        fix = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else "write ours=theirs: prompt=question takes the rows' 'question' as prompt"
+        )
+        return InputError(f"no row has the column {theirs!r} (there are: {there})", where=f"columns {self._name}", fix=fix)

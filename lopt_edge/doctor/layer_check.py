@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lopt_edge.run.kernels.checks import relative
 from quant.nf4 import PackedWeight
 
 TOKENS, WIDTH_IN, WIDTH_OUT, RANK, SCALE = 64, 256, 384, 8, 2.0  # the checked layer
@@ -68,6 +67,7 @@ def _layer_errors(device_name: str, dtype_name: str) -> dict[str, float]:
     import torch
     from torch import nn
 
+    from lopt_edge.run.kernels.checks import relative
     from quant.linear import PackedLinear, UnpackBuffer
     from quant.nf4 import pack
 

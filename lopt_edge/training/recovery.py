@@ -28,9 +28,10 @@ def smaller_plan(inputs: Inputs) -> tuple[Inputs, str] | None:
     before = inputs.predict()
     search = _search(inputs)
     allowed = replace(inputs.budget, device_bytes=round(STEP * before.device_bytes))
-    found = search.within(allowed)
+    if search.within(allowed).best is not None:
+        return _with(inputs, search, allowed, "")
     least = search.smallest.prediction.timeline.peak_bytes
-    if found.best is not None or least < LEAST * before.timeline.peak_bytes:
+    if least < LEAST * before.timeline.peak_bytes:
         return _with(inputs, search, allowed, "")
     for smaller, what in smaller_micro_batches(inputs.config):
         split = replace(inputs, config=smaller)

@@ -132,7 +132,8 @@ def test_a_timeline_is_drawn(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("example", "model", "gpu"),
-    [("8b-on-24gb", "llama-3.1-8b", "rtx4090"), ("8b-on-8gb-laptop", "llama-3.1-8b", "rtx 4060 laptop"),
+    [pytest.param("8b-on-24gb", "llama-3.1-8b", "rtx4090", marks=pytest.mark.long),  # tests/planning plans these, too
+     pytest.param("8b-on-8gb-laptop", "llama-3.1-8b", "rtx 4060 laptop", marks=pytest.mark.long),
      ("3b-on-cpu", "llama-3.2-3b", None)],
 )  # fmt: skip
 def test_a_yaml_file_and_flags(run, example, model, gpu):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -57,11 +59,17 @@ SINGLE = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_steps(four_bit) -> Callable[..., tuple]:
+    """Two steps without any knob, made once for each shape."""
+    return cache(lambda **shape: two_steps(make_bench(four_bit(), **shape), 2))
+
+
 @pytest.mark.parametrize("name", list(SINGLE))
 @pytest.mark.parametrize(("method", "num_segments"), [("e2e", 1), ("lopt", 2), ("lopt", 4)])
-def test_each_knob_alone(four_bit, tmp_path, name, method, num_segments):
+def test_each_knob_alone(four_bit, plain_steps, tmp_path, name, method, num_segments):
     shape = {"method": method, "num_segments": num_segments, "n_micro_batches": 2}
-    plain = two_steps(make_bench(four_bit(), **shape), 2)
+    plain = plain_steps(**shape)
     knobs = Knobs(**{"weights": ("resident",) * N_LAYERS, "activations": ("recompute",) * N_LAYERS, **SINGLE[name]})
     assert_same(two_steps(make_bench(four_bit(), **shape, knobs=knobs, page_dir=tmp_path), 2), plain)
 
@@ -153,7 +161,7 @@ KNOBS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     knobs=KNOBS,
     shape=st.sampled_from([("e2e", 1), ("lopt", 2), ("lopt", 4), ("frozen", 2)]),

@@ -104,36 +104,35 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(runs, tmp_path, stop_in)
 
 
 @pytest.mark.parametrize(
-    "settings",  # long: those of which another case has all, and more
+    "settings",  # several kinds of state in a run; long: those of which another case has all, and more
     [
-        {"optimizer": "adamw8bit"},
-        {"lora_dropout": 0.3},
-        {"apply": "segment"},
+        pytest.param({"optimizer": "adamw8bit"}, marks=pytest.mark.long),
+        {"lora_dropout": 0.3, "apply": "segment"},
         {"apply": "layer", "clip": 0.0, "grad_accum": 1},
-        {"clip_scope": "global", "num_segments": 4},
+        {
+            "clip_scope": "global",
+            "num_segments": 4,
+            "schedule": "linear",
+            "weight_decay": 0.1,
+            "batch_size": 3,
+            "grad_accum": 3,
+            "sample_prompt": "What is 3?",
+            "seed": 9,
+        },
         {"eval_fraction": 0.3, "eval_every": 1, "keep_best": True},
-        {"schedule": "linear", "weight_decay": 0.1, "batch_size": 3, "grad_accum": 3},
-        {"sample_prompt": "What is 3?", "seed": 9},
         pytest.param({"method": "lcsb"}, marks=pytest.mark.long),
         {"method": "lcsb", "selection": "uniform", "unselected": "rest"},
-        pytest.param(
-            {"method": "top-layers", "train_layers": 3}, marks=pytest.mark.long
-        ),  # as a case that has more of the same
+        pytest.param({"method": "top-layers", "train_layers": 3}, marks=pytest.mark.long),
         {"local_every": 2, "open_every": 3},
         {"open_until": 0.5, "n_rows": 4, "max_steps": 5},
         {"reach": "0.5:all,0.8:3,1:half", "optimizer": "adamw8bit"},
         {"reach": "auto", "max_steps": 12, "lr": 3e-2},
         {"boundary_update": "fresh"},
-        pytest.param(
-            {"method": "segprop", "tail_layers": 1, "stages": 3}, marks=pytest.mark.long
-        ),  # as a case that has more of the same
+        pytest.param({"method": "segprop", "tail_layers": 1, "stages": 3}, marks=pytest.mark.long),
         {"method": "let", "align_layer": 1},
-        pytest.param(
-            {"method": "let-local", "align_until": 0.75}, marks=pytest.mark.long
-        ),  # as a case that has more of the same
+        pytest.param({"method": "let-local", "align_until": 0.75}, marks=pytest.mark.long),
         {"method": "segprop", "tail_layers": 2, "stages": 2, "eval_fraction": 0.3, "eval_every": 1, "stage_patience": 1},
-        {"local_loss": "next-token", "num_segments": 3},
-        {"packing": True, "row_tokens": 48, "eval_fraction": 0.2},
+        {"local_loss": "next-token", "num_segments": 3, "packing": True, "row_tokens": 48, "eval_fraction": 0.2},
     ],
     ids=lambda settings: "-".join(map(str, list(settings.items())[-1])),
 )

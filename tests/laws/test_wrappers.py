@@ -24,6 +24,7 @@ from lopt_edge.run.model.load import load_model
 from lopt_edge.run.model.lora import load_adapters
 from tests.laws.bench import transformers_model
 from tests.laws.test_families import LONG, SHORT, our_logits
+from tests.pairs import pairs
 from tools.tiny_models import WRAPPERS, make_folder
 from tools.tiny_runs import make_config, make_model
 
@@ -64,9 +65,7 @@ def test_every_wrapper_has_a_tiny_model():
     assert all(record.text in RECORDS for record in WRAPPER_RECORDS.values())
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(("name", "dtype", "in_memory"), pairs(WRAPPERS, [torch.float32, torch.bfloat16], [False, True]))
 def test_logits_equal_the_published_class(tmp_path, name, dtype, in_memory):
     source = make_folder(tmp_path / "source", name, dtype=dtype)
     found = find_model(str(renamed(source, RENAMED[name]) if in_memory and name in RENAMED else source))

@@ -136,7 +136,7 @@ def ask(hub: str, cache: Path, name: str, revision: str = "", *, code: str = ASK
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])

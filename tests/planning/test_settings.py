@@ -223,7 +223,7 @@ def search_of(method: Any, gradients: str) -> Search:
 SHARES = st.floats(0.5, 1.1)  # of what the fastest combination takes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from(["lopt", "e2e", "frozen"]), st.sampled_from(["auto", "device"]), SHARES, SHARES)
 def test_a_smaller_budget_never_yields_a_larger_predicted_peak(method, gradients, share, other):
     search = search_of(method, gradients)

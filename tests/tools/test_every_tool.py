@@ -31,8 +31,10 @@ def bench(run_tool) -> Callable[..., tuple[int, str, str, list[dict[str, str]]]]
     return call
 
 
-def test_the_laptop_table_is_what_the_planner_says(run_tool):
-    assert run_tool("laptop_table", "--check") == (0, "", "")
+@pytest.mark.parametrize("card", ["RTX 4060 Laptop", pytest.param("", marks=pytest.mark.long)])
+def test_the_laptop_table_is_what_the_planner_says(run_tool, card):
+    """One card's lines, all with `long`."""
+    assert run_tool("laptop_table", "--check", *(("--card", card) if card else ())) == (0, "", "")
 
 
 def test_bench_host_counts_the_calls_of_a_step_and_times_them(run_tool, tmp_path):

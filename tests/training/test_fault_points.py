@@ -99,8 +99,15 @@ def chosen(points: list[Point]) -> Iterator[Point]:
         yield group[len(group) // 2]
 
 
-def test_there_are_points_of_every_kind(model, tmp_path, monkeypatch):
-    found = {(point.kind, point.call) for point in Scene(model, tmp_path, monkeypatch).found}
+@pytest.fixture(scope="module")
+def scene(model, tmp_path_factory) -> Iterator[Scene]:
+    """The run, counted once: each fault clears what the one before left."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Scene(model, tmp_path_factory.mktemp("scene"), patch)
+
+
+def test_there_are_points_of_every_kind(scene):
+    found = {(point.kind, point.call) for point in scene.found}
     assert found >= {
         ("checkpoint", "write"),
         ("checkpoint", "fsync"),
@@ -118,8 +125,8 @@ def test_there_are_points_of_every_kind(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "pages", "cache", "log", "result"])
-def test_a_fault_in_the_middle(model, tmp_path, monkeypatch, kind):
-    scene, seen = Scene(model, tmp_path, monkeypatch), 0
+def test_a_fault_in_the_middle(scene, kind):
+    seen = 0
     for number, point in enumerate(point for point in chosen(scene.found) if point.kind == kind):
         faults = [fault for fault in FAULTS if point.can(fault)]
         scene.withstands(point, faults[number % len(faults)])
@@ -129,8 +136,7 @@ def test_a_fault_in_the_middle(model, tmp_path, monkeypatch, kind):
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_every_point(model, tmp_path, monkeypatch, fault):
-    scene = Scene(model, tmp_path, monkeypatch)
+def test_a_fault_at_every_point(scene, fault):
     points = [point for point in scene.found if point.can(fault)][FAULTS.index(fault) :: STRIDE * SLOW_STRIDE[fault]]
     for point in points:
         scene.withstands(point, fault)

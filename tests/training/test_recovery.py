@@ -101,6 +101,14 @@ def refuse(error: Exception) -> Callable[[Any], None]:
 # memory ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Config:
+    """The settings of four steps in which nothing happened."""
+    config = make_config(model, tmp_path_factory.mktemp("whole"), n_rows=15, max_steps=4)
+    finetune(config)
+    return config
+
+
 @pytest.mark.parametrize(
     ("op", "error"),
     [
@@ -110,9 +118,7 @@ def refuse(error: Exception) -> Callable[[Any], None]:
         ("STEP layer 2", MemoryError("no room")),
     ],
 )
-def test_a_smaller_plan_takes_over_and_no_bit_changes(model, tmp_path, happen, op, error):
-    whole = make_config(model, tmp_path, output="whole", n_rows=15, max_steps=4)
-    finetune(whole)
+def test_a_smaller_plan_takes_over_and_no_bit_changes(model, tmp_path, happen, whole, op, error):
     happen(3, f"^{op}", refuse(error))
     config, listener = make_config(model, tmp_path, n_rows=15, max_steps=4), Listener()
     assert finetune(config, listener).steps == 4
@@ -217,6 +223,7 @@ main()
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit needs Linux")
 @pytest.mark.parametrize(("mib", "code"), [(20, 0), pytest.param(4, 1, marks=pytest.mark.long)])
+@pytest.mark.usefixtures("warm_children")
 def test_memory_that_the_kernel_refuses(tmp_path, tiny_cache, mib, code):
     """A limit that the plan knows nothing of, in a child: it ends well with smaller plans, or says why not."""
     program = CAPPED.replace("MIB", str(mib))
@@ -334,7 +341,7 @@ def test_an_overflow_after_an_early_update_costs_no_step(model, tmp_path, monkey
 
     def scaled(*arguments: Any, **options: Any) -> Any:
         executor, shape = build(*arguments, **options)
-        executor.loss_scale = 2.0**130
+        executor.loss_scale = 2.0**113  # halved some six times
         return executor, shape
 
     monkeypatch.setattr(loaded, "build_executor", scaled)

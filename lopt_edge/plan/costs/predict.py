@@ -80,7 +80,7 @@ class Prediction:
     def held_at_peak(self) -> dict[str, int]:
         """Tensor bytes by category when the op of the peak begins."""
         if self._in_saving:
-            kept = _kept_at_the_end(self.steady)
+            kept = kept_at_the_end(self.steady)
             kept["weights"] -= self.ring_bytes
             return {**kept, "saving": self.saving_bytes - sum(kept.values())}
         if self._in_teaching:
@@ -149,7 +149,7 @@ def _without_training(steady: dict[str, int]) -> dict[str, int]:
     return {name: n_bytes for name, n_bytes in steady.items() if name in ("weights", "workspace", "head")}
 
 
-def _kept_at_the_end(steady: dict[str, int]) -> dict[str, int]:
+def kept_at_the_end(steady: dict[str, int]) -> dict[str, int]:
     """What is there by category when a run saves: moments and gradients were let go."""
     return {name: n_bytes for name, n_bytes in steady.items() if name not in ("optimizer", "gradients")}
 
@@ -192,7 +192,7 @@ def predict(
         evaluating = max(most, sizes.loss_within(evaluation, task=True))
         evaluated = steady + passing + evaluating + sizes.intact_bytes
     taught = teaching_bytes and teaching_bytes + sum(_without_training(by_category).values())
-    kept = sum(_kept_at_the_end(by_category).values()) - sizes.ring_bytes
+    kept = sum(kept_at_the_end(by_category).values()) - sizes.ring_bytes
     saved = kept + kind.saving_bytes if kind.saving_bytes else 0
     least_slack = slack_bytes(kind.name, max(moving, evaluated - steady, teaching_bytes))
     library = kind.library_bytes if library_bytes is None else library_bytes

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from lopt_edge.plan.costs.predict import slack_bytes
+from lopt_edge.plan.costs.predict import kept_at_the_end, slack_bytes
 from lopt_edge.plan.costs.seconds import Costs
 from lopt_edge.plan.costs.sizes import MicroBatchSize, Sizes
 from lopt_edge.plan.schedule.build import StepKind, groups_of
@@ -165,15 +165,24 @@ class Bounds:
     # bytes
 
     def device_bytes(self, knobs: Knobs) -> int:
-        """The least device bytes: what lives through the step, and the most that a segment needs where it turns round."""
+        """The least device bytes: what lives through the step, and the most that a segment needs where it turns round; or
+        what is there when the run saves."""
         workload = self.workload
         own = knobs.gradients != "device" and knobs.apply != "layer"  # each group's gradients in a block of its own
         key: tuple[Any, ...] = ("steady", knobs.weights, knobs.states, own, knobs.head, knobs.prefetch, knobs.mlp_block)
-        steady = self._once(key, lambda: sum(workload.sizes(knobs).steady(self._segments, gradients_move=own).values()))
+        steady, saving = self._once(key, lambda: self._steady(workload.sizes(knobs), gradients_move=own))
         of_graphs = (knobs.activations, knobs.saved_inputs, knobs.prefetch)
         key = ("turning", *of_graphs, knobs.head, knobs.token_tile, knobs.mlp_block)
         moving, with_slack = self._once(key, lambda: self._turning(workload.sizes(knobs), knobs))
-        return steady + with_slack + slack_bytes(workload.shape.device_type, moving) + workload.library_bytes
+        slack = slack_bytes(workload.shape.device_type, moving)
+        return max(steady + with_slack, saving) + slack + workload.library_bytes
+
+    def _steady(self, sizes: Sizes, *, gradients_move: bool) -> tuple[int, int]:
+        """What lives through the step, and what is there when the run saves (nothing is said where layers close)."""
+        steady, saving_bytes = sizes.steady(self._segments, gradients_move=gradients_move), sizes.shape.kind.saving_bytes
+        at_end = sum(kept_at_the_end(steady).values()) - sizes.ring_bytes + saving_bytes
+        says = saving_bytes and not any(kind.closed for kind in self.workload.kinds)
+        return sum(steady.values()), at_end if says else 0
 
     def host_bytes(self, knobs: Knobs) -> int:
         """The least bytes on the host."""

@@ -142,13 +142,17 @@ class Search:
 
     def __init__(self, workload: Workload, space: Space) -> None:
         self.workload, self.space = workload, space
-        self.bounds = bounds = Bounds(workload)
-        rows = [(three_digits(bounds.seconds(knobs)), order, knobs) for order, knobs in enumerate(space)]
-        self.rows = sorted(rows, key=lambda row: row[:2])
+        self.bounds = Bounds(workload)
         self._bytes: dict[int, int] = {}
         self._timed: dict[Knobs, StepSeconds] = {}
         self._predicted: dict[Knobs, Prediction] = {}
         self._found: dict[Budget, Found] = {}
+
+    @cached_property
+    def rows(self) -> list[tuple[float, int, Knobs]]:
+        """The combinations in the order of their bound of seconds: the bound, the place in the space, and the knobs."""
+        rows = [(three_digits(self.bounds.seconds(knobs)), order, knobs) for order, knobs in enumerate(self.space)]
+        return sorted(rows, key=lambda row: row[:2])
 
     def candidate(self, knobs: Knobs) -> Candidate:
         """The combination, timed and replayed."""
@@ -258,9 +262,12 @@ class Search:
         """The combination of the least device memory; of equal ones the fastest. By their bounds few are replayed."""
         found: list[Knobs] = []
         rows = ((self._least_bytes(order, row), seconds, order, row) for seconds, order, row in self.rows)
-        for device_bytes, _, _, row in sorted(rows, key=lambda row: row[:3]):
-            if found and device_bytes > self.prediction(found[0]).device_bytes:
+        for device_bytes, seconds, _, row in sorted(rows, key=lambda row: row[:3]):
+            least_bytes = self.prediction(found[0]).device_bytes if found else device_bytes
+            if device_bytes > least_bytes:
                 break
+            if device_bytes == least_bytes and found and seconds > min(_rank(self.candidate(knobs)) for knobs in found):
+                continue  # no fewer bytes, and slower
             for knobs in self._tiles(self._least(row)):
                 taken, least = self.prediction(knobs), self.prediction(found[0]) if found else None
                 if least is None or taken.device_bytes < least.device_bytes:

@@ -6,7 +6,6 @@ dropped, and set to null, in turn.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lopt_edge.models.folder import find_model
 from lopt_edge.plan.facts.families import FAMILIES, WRAPPERS, family_of
 from lopt_edge.plan.facts.layers import DELTA_KEYS, LinearFacts
 from lopt_edge.plan.facts.model import ModelFacts, facts_from_config
+from tests.pairs import pairs
 from tools.tiny_models import FAMILIES as TINY
 from tools.tiny_models import GEMMA4_E, make_folder, tiny_config
 
@@ -110,7 +110,7 @@ def test_packed_names_are_the_linear_layers(family):
     assert {name for name in model.state_dict() if facts.packs(name)} == expected
 
 
-@pytest.mark.parametrize(("family", "key", "null"), list(itertools.product(FAMILIES, OPTIONAL, [False, True])))
+@pytest.mark.parametrize(("family", "key", "null"), pairs(FAMILIES, OPTIONAL, [False, True]))
 def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(family, key, null):
     values = tiny_config(family).to_dict() | {"model_type": family}
     values.pop(key, None)
@@ -316,7 +316,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(name=st.sampled_from(sorted(HUB)), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 def test_any_values_give_facts_or_an_input_error(name, changes):
     try:

@@ -187,7 +187,7 @@ def test_the_faulty_line_is_named(line, text):
         parse_plan("\n".join(lines))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_damaged_text_is_a_plan_or_a_plan_text_error(data):
     text = list(PLAN.text())

@@ -60,7 +60,7 @@ def computed_between(plan: Plan, begin: int, end: int, *, steps_too: bool) -> in
 # laws -----------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(cases())
 def test_every_arranged_plan_is_valid_and_comes_back_from_its_text(case):
     plan = validate(case.plan, clip_scope=case.clip_scope)
@@ -77,7 +77,7 @@ def test_the_same_work_in_the_same_order(case):
     assert [op.kind for op in case.plan.ops if op.kind not in (*BEGINS, *COMPUTE, Kind.WAIT, Kind.EVICT)] == []
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(cases())
 def test_streamed_layers_never_take_more_buffers_than_the_ring_has(case):
     """A buffer is taken from the beginning of FETCH to EVICT."""

@@ -36,9 +36,10 @@ def share(search: Search, part: float) -> Budget:
     return Budget(device_bytes=round(least + part * (most - least)))
 
 
-def answer(machine: str, part: float, **how: Any) -> tuple[Search, RunPlan]:
+def answer(machine: str, part: float, *, brief: bool = False, **how: Any) -> tuple[Search, RunPlan]:
+    """`brief`: of what is asked for this run alone; the rest is several searches more."""
     search = search_of(machine, **how)
-    return search, make_run_plan(search, share(search, part), kinds_of_cards=("desktop",))
+    return search, make_run_plan(search, share(search, part), kinds_of_cards=("desktop",), brief=brief)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def answer(machine: str, part: float, **how: Any) -> tuple[Search, RunPlan]:
 def test_items_add_up_to_the_peak(machine, method, part, evaluates):
     """Every pair of a machine, a method, a budget (too small or not) and an evaluation: an item comes from one of them (the
     card's context, the aux heads, what is moved, the evaluation's tensors), and is added to the others'."""
-    _, found = answer(machine, part, method=method, evaluates=evaluates)
+    _, found = answer(machine, part, method=method, evaluates=evaluates, brief=True)
     assert sum(found.items.values()) == found.peak_bytes["device"]
     assert min(found.items.values()) >= 0
     assert found.items["4-bit weights"] > 8 * found.items["scales"] > 0
@@ -75,7 +76,7 @@ def test_json_has_the_promised_keys():
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("part", [0.1, 0.6, 1.0])
 def test_the_hash_is_that_of_the_plan_that_will_run(machine, part):
-    search, found = answer(machine, part)
+    search, found = answer(machine, part, brief=True)
     plan = search.workload.plan(found.chosen.knobs, n_micro_batches=2)
     assert found.plan_hash == plan.hash()
     assert found.bytes_moved == search.workload.seconds(found.chosen.knobs).bytes_moved
@@ -99,7 +100,7 @@ def test_answers_are_frozen():
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.7])
 def test_reasons_are_true(machine, method, part):
     """Put a knob back to its fastest value: then it does not fit, or is slower, or takes as long, as the reason says."""
-    search, found = answer(machine, part, method=method)
+    search, found = answer(machine, part, method=method, brief=True)
     fastest = default_knobs(search.space.facts, search.space.device_type)
     plain = {"weights": fastest.weights, "activations": ("keep",) * 4, "saved_inputs": "device", "states": "device",
              "gradients": "device", "head": fastest.head, "prefetch": 1, "token_tile": 1024,

@@ -51,10 +51,9 @@ def budgets(search: Search, share: float, host: float | None, disk: float | None
 
 def test_the_same_question_has_the_same_answer():
     first, again = (make_search(make_workload("lopt", "rtx 4060 laptop")) for _ in range(2))
-    for share in (0.1, 0.5, 0.9):
-        budget = Budget(device_bytes=device_budget(first, share))
-        assert again.within(budget).best == first.within(budget).best, "from scratch"
-        assert first.within(budget).best == first.within(budget).best, "and from what is remembered"
+    budget = Budget(device_bytes=device_budget(first, 0.5))
+    assert again.within(budget).best == first.within(budget).best, "from scratch"
+    assert first.within(budget).best == first.within(budget).best, "and from what is remembered"
     assert [row[-1] for row in first.rows] == [row[-1] for row in again.rows]
 
 
@@ -65,7 +64,7 @@ def exhaustive(search: Search, budget: Budget) -> Candidate | None:
     return min(fitting, key=lambda candidate: three_digits(candidate.seconds.seconds), default=None)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(METHODS, MACHINES, SHARE, SHARE, st.none() | SHARE, st.none() | SHARE)
 def test_more_device_memory_is_never_slower_and_less_never_takes_more(method, machine, share, other, host, disk):
     search = search_of(method, *machine)
@@ -79,7 +78,7 @@ def test_more_device_memory_is_never_slower_and_less_never_takes_more(method, ma
     assert small.prediction.fits(low) and large.prediction.fits(high)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(METHODS, MACHINES, st.tuples(*[SHARE] * 6))
 def test_more_of_every_tier_is_never_slower(method, machine, shares):
     search = search_of(method, *machine)
@@ -91,7 +90,7 @@ def test_more_of_every_tier_is_never_slower(method, machine, shares):
 
 
 def test_the_smallest_fits_its_own_bytes_and_nothing_fits_one_less():
-    search = search_of("lopt", "cpu")
+    search = make_search(make_workload("lopt", "cpu"), prefetch=1)
     need = search.smallest.prediction.device_bytes
     assert search.within(Budget(device_bytes=need)).best is not None
     assert search.within(Budget(device_bytes=need - 1)).best is None
@@ -184,14 +183,30 @@ def test_the_walk_finds_what_looking_at_everything_finds(method, machine, n_laye
 
 @pytest.mark.parametrize("method", ["lopt", "e2e", "frozen"])
 @pytest.mark.parametrize(
-    ("machine", "n_tokens", "each"), [("cpu, slow disk", (700, 90, 20), 1), ("rtx 4060 laptop, slow link", (900, 200), 12)]
+    ("machine", "n_tokens", "each"),
+    [("cpu, slow disk", (700, 90, 20), 11), ("rtx 4060 laptop, slow link", (900, 200), 121)],
+)
+def test_lower_bounds_are_lower_bounds_for_one_in_many_combinations(method, machine, n_tokens, each):
+    """The strides have no factor in common with the numbers of choices, so that each knob takes each value."""
+    hold_bounds(search_of(method, machine, 4, n_tokens), each)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lopt", "e2e", "frozen"])
+@pytest.mark.parametrize(
+    ("machine", "n_tokens", "each"), [("cpu, slow disk", (700, 90, 20), 3), ("rtx 4060 laptop, slow link", (900, 200), 36)]
 )
 def test_lower_bounds_are_lower_bounds_for_every_combination(method, machine, n_tokens, each):
     """Of a GPU's some 18,000 forms every 36th."""
-    search = search_of(method, machine, 4, n_tokens)
+    hold_bounds(search_of(method, machine, 4, n_tokens), each)
+
+
+def hold_bounds(search: Search, each: int) -> None:
     rows = [knobs for *_, row in search.rows for block in search.space.blocked(row) for knobs in search.space.tiled(block)]
-    forms = [form for knobs in rows for form in (knobs, *search.space.lowered(knobs))][:: 3 * each]
-    assert len(forms) > 450
+    forms = [form for knobs in rows for form in (knobs, *search.space.lowered(knobs))][::each]
+    assert len(forms) > 130
+    seen = {name: {getattr(form, name) for form in forms} for name in ("saved_inputs", "states", "gradients", "prefetch")}
+    assert len(seen.pop("prefetch")) == 3 and all(len(values) > 1 for values in seen.values())
     for knobs in forms:
         check_bounds(search.bounds, knobs)
 
@@ -223,7 +238,7 @@ def test_lower_bounds_hold_for_knobs_that_a_user_may_set(case: Case, machine: st
 # what the user fixed ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.fixed_dictionaries(
         {"optimizer": st.sampled_from(["adamw", "adamw8bit"])},

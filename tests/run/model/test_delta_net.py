@@ -18,6 +18,7 @@ from lopt_edge.plan.costs.shape import LayerShape
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model.delta_net import DeltaCore, DeltaNet
 from lopt_edge.run.watch.tracker import MemoryTracker
+from tests.pairs import pairs
 
 HIDDEN = 64
 
@@ -86,10 +87,12 @@ def test_a_cache_goes_through_transformers_module():
     torch.testing.assert_close(torch.cat(parts, dim=1), ours(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("n_tokens", [3, 64, 100, 64 * 8, 64 * 9, 64 * 21 + 1])
-@pytest.mark.parametrize(("n_sequences", "n_key"), [(2, 2), (1, 4)])
-def test_bytes_inside_are_the_predicted_ones(dtype, n_tokens, n_sequences, n_key):
+@pytest.mark.parametrize(
+    ("dtype", "n_tokens", "sizes"),
+    pairs([torch.float32, torch.bfloat16], [3, 64, 100, 64 * 8, 64 * 9, 64 * 21 + 1], [(2, 2), (1, 4)]),
+)
+def test_bytes_inside_are_the_predicted_ones(dtype, n_tokens, sizes):
+    n_sequences, n_key = sizes
     config = make_config(n_key, 4)
     core = DeltaCore(make_net(config, dtype))
     facts = facts_from_config(config.to_dict() | {"model_type": "qwen3_5_text"}, where="test")

@@ -23,6 +23,7 @@ from lopt_edge.plan.facts.device_kinds import CPU
 from lopt_edge.plan.facts.model import facts_from_config
 from lopt_edge.run.model import query_tiles
 from lopt_edge.run.watch.tracker import MemoryTracker
+from tests.pairs import pairs
 from tools.tiny_models import tiny_config
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -86,10 +87,7 @@ def tiles_of(monkeypatch):
     return cut
 
 
-@pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("n", [1, 2, 7, 21])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "heads", "n", "window"), pairs(DTYPES, HEADS, [1, 2, 7, 21], [None, 8]))
 def test_one_tile_is_eager_bitwise(dtype, heads, n, window):
     """With several sequences torch lays eager's keys out anew, unless they are repeated: a few tokens, another kernel."""
     given = random_heads(n, heads, dtype, n_sequences=2 if heads == (4, 2) else 1)
@@ -144,9 +142,7 @@ def test_in_bfloat16_sinks_are_no_further_from_the_exact_values_than_eager(windo
         assert distance(mine, true) <= 1.1 * distance(theirs, true)
 
 
-@pytest.mark.parametrize("window", [None, 5, 16, 60])
-@pytest.mark.parametrize("n_queries", [1, 7, 32, 63])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("heads", "n_queries", "window"), pairs(HEADS, [1, 7, 32, 63], [None, 5, 16, 60]))
 def test_several_tiles_are_eager_up_to_rounding(tiles_of, heads, n_queries, window):
     given, n = random_heads(64, heads, torch.float32), 64
     expected = run("eager", given, window=window)
@@ -243,11 +239,10 @@ def test_bytes_grow_linearly_in_tokens(monkeypatch, dtype):
     assert peaks("eager", 512) > 3 * found[512]
 
 
-@pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("n_queries", [3, 40, 100])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "heads", "n_queries", "window"),
+    pairs(["gemma2", "gpt_oss"], DTYPES, HEADS, [3, 40, 100], [None, 16]),
+)
 def test_the_planner_knows_the_bytes_of_a_call(tiles_of, family, dtype, heads, n_queries, window):
     """To the byte, beside the output, and the gradients of query, key and value."""
     tiles_of(n_queries, heads, 100)
