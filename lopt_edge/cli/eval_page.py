@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from rich.table import Table
 from lopt_edge.adapters.harness import Asked, figures_of, manager_of, run_tasks
 from lopt_edge.cli.options import BaseOption, CacheOption, DeviceOption, DtypeOption, RevisionOption
 from lopt_edge.cli.terminal import out, warn
+from lopt_edge.config.load import load_config
 from lopt_edge.errors import InputError, raise_collected
 
 
@@ -31,6 +33,9 @@ def evaluate(
     few_shot: Annotated[int | None, typer.Option("--few-shot", help="--tasks: examples before each question")] = None,
     as_chat: Annotated[bool, typer.Option("--as-chat", help="--tasks: questions in the chat template")] = False,
     with_base: Annotated[bool, typer.Option("--base/--no-base", help="measure the base beside an adapter")] = True,
+    columns: Annotated[
+        str, typer.Option("--columns", help="our field names, e.g. prompt=question (default: as the run had, if they fit)")
+    ] = "",
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="longest sequence in tokens")] = None,
     revision: RevisionOption = None,
     cache_dir: CacheOption = None,
@@ -44,7 +49,7 @@ def evaluate(
     manager = manager_of(asked) if asked.tasks else None
     loading: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "device": device, "say": warn}
     loading["compute_dtype"] = compute_dtype
-    how = Measured(data, exact_match, max_seq_len, asked, manager)
+    how = Measured(data, exact_match, max_seq_len, asked, manager, _columns(columns, adapter, data))
     rows = {"adapter" if adapter else "model": _scored(model, adapter, loading, how)}
     if adapter is not None and with_base:
         from lopt_edge.adapters.base import base_of
@@ -62,17 +67,36 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of each model: a data file, exact matches on its first rows, tasks."""
+    """What is measured of each model: a data file, exact matches on its first rows, tasks; `columns`: ours=theirs."""
 
     data: str
     n_matches: int
     max_seq_len: int | None
     asked: Asked
     manager: Any
+    columns: tuple[str, ...]
 
 
 def _names(tasks: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
+def _columns(given: str, adapter: str | None, data: str) -> tuple[str, ...]:
+    """The names of the data's fields: as given, else as the run of this adapter had them, if the first row has them all."""
+    if given and not data:
+        raise InputError("has no effect without --data", where="--columns", fix="leave it out")
+    if given or not data or adapter is None:
+        return _names(given)
+    from lopt_edge.data.renamed import mapping_of
+    from lopt_edge.data.sources import sources_of
+
+    run = Path(adapter) / "config.yaml"
+    had = (load_config(run).columns if run.is_file() else None) or ()
+    first = next((record.value for record in sources_of(data)[0].records()), None) if had else None
+    if not isinstance(first, dict) or not mapping_of(had).keys() <= first.keys():
+        return ()
+    warn(f"columns as in the run: {', '.join(had)}")
+    return tuple(had)
 
 
 def _check(data: str, named: str | None, exact_match: int, asked: Asked) -> None:
@@ -101,10 +125,10 @@ def _scored(model: str | None, adapter: str | None, loading: dict[str, Any], how
     from lopt_edge.adapters.perplexity import read_for, score
     from lopt_edge.comparison.exact_match import matches_of, questions
 
-    asked = questions(how.data, how.n_matches, None) if how.n_matches else []
+    asked = questions(how.data, how.n_matches, None, columns=how.columns) if how.n_matches else []
     generator, values = load_generator(model, adapter, **loading), dict[str, Any]()
     if how.data:
-        found = score(generator, read_for(generator, how.data, max_seq_len=how.max_seq_len))
+        found = score(generator, read_for(generator, how.data, max_seq_len=how.max_seq_len, columns=how.columns))
         values |= {**asdict(found), "perplexity": found.perplexity}
     if asked:
         values |= {"asked": len(asked), "matches": matches_of(generator, asked)}

@@ -12,15 +12,16 @@ Not here: other measures than equality, and speed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lopt_edge.config.load import load_config
 from lopt_edge.data import Conversation, Preference, PromptCompletion, detect_format, to_rows
 from lopt_edge.data.formats import DataFormat
+from lopt_edge.data.renamed import Renamed, mapping_of
 from lopt_edge.data.sources import sources_of
 from lopt_edge.errors import InputError
 from lopt_edge.system.files import write_json
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 Question = tuple[str | Conversation, str]  # a text to continue or a conversation to answer, the reference
 
 
-def questions(path: str, n_rows: int, data_format: DataFormat | None) -> list[Question]:
-    """The prompts and references of a data file's first rows. Raises InputError where rows have no reference."""
-    records = list(islice((record for source in sources_of(path) for record in source.records()), n_rows))
+def questions(path: str, n_rows: int, data_format: DataFormat | None, *, columns: Iterable[str] = ()) -> list[Question]:
+    """The prompts and references of a data file's first rows, `columns` (ours=theirs) under our names. Raises InputError
+    where rows have no reference."""
+    mapping = mapping_of(columns)
+    sources = [Renamed(source.records(), mapping, name=path) for source in sources_of(path)]
+    records = list(islice(chain.from_iterable(source.records for source in sources), n_rows))
+    for theirs in mapping if records else ():
+        if all(theirs in source.missing for source in sources):
+            raise sources[0].no_such_column(theirs)
     found: list[Question] = []
     for row in to_rows(records, data_format=data_format or detect_format(records)[0]):
         if isinstance(row, PromptCompletion):
@@ -52,7 +59,7 @@ def count_matches(folder: Path, path: str, n_rows: int) -> dict[str, object]:
     from lopt_edge.adapters.generation import load_generator
 
     config = load_config(folder / "config.yaml")
-    asked = questions(path, n_rows, config.data_format)
+    asked = questions(path, n_rows, config.data_format, columns=config.columns or ())
     generator = load_generator(
         config.model,
         str(folder),

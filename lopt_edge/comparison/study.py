@@ -215,7 +215,7 @@ def _exact_faults(held_out: str | None, n_exact: int, base: Config) -> Iterator[
         yield InputError("needs held-out rows of its own", where="--exact-match", fix="give eval_data or --test-data")
     elif Path(held_out).is_file():
         try:
-            questions(held_out, n_exact, base.data_format)
+            questions(held_out, n_exact, base.data_format, columns=base.columns or ())
         except InputErrors as errors:
             yield from errors.errors
         except InputError as error:

@@ -61,20 +61,29 @@ def test_rows_and_callbacks_and_a_stop(tmp_path, cache):
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, cache, command):
-    evaluation = write_rows(tmp_path / "eval.jsonl", 3, first=50)
+    ours = write_rows(tmp_path / "eval.jsonl", 3, first=50)
+    evaluation, data = tmp_path / "theirs.jsonl", tmp_path / "data.jsonl"  # a table with names of its own
+    for source, target in ((ours, evaluation), (write_rows(tmp_path / "rows.jsonl", 6), data)):
+        target.write_text(source.read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
     config = make_config(
         TINY, tmp_path, max_steps=20, lr=3.0, eval_data=str(evaluation), eval_every=1, patience=2, cache_dir=cache,
-        lora_rslora=True,
+        lora_rslora=True, data=str(data), columns=("prompt=question", "completion=answer"),
     )  # fmt: skip
     result = finetune(config)
     losses = [line["eval_loss"] for line in metrics_of(config)[1]]
     lowest = losses.index(min(losses))
     assert result.steps == lowest + 2 < 20 and len(losses) == result.steps + 1
     assert json.loads((Path(config.output) / "adapter_config.json").read_text())["use_rslora"] is True
-    code, out, _ = command("eval", config.output, "--data", evaluation, "--cache-dir", cache, "--exact-match", 1, "--json")
+    asks = ("eval", config.output, "--cache-dir", cache, "--exact-match", 1, "--json", "--data")
+    code, out, err = command(*asks, evaluation)
     scored = json.loads(out)
     assert code == 0 and scored["base"]["loss"] == pytest.approx(losses[0], rel=1e-5)
     assert scored["adapter"]["loss"] == pytest.approx(losses[-1], rel=1e-5) and scored["adapter"]["asked"] == 1
+    assert "columns as in the run: prompt=question, completion=answer" in " ".join(err.split())
+    code, out, err = command(*asks, ours, "--no-base")
+    assert code == 0 and json.loads(out) == {"adapter": scored["adapter"]} and "columns" not in err
+    code, _, err = command(*asks, evaluation, "--columns", "prompt=questoin,completion=answer")
+    assert code == 2 and "did you mean 'question'?" in " ".join(err.split())
     generator = load(None, config.output, cache_dir=cache)
     assert "LlamaForCausalLM" in repr(generator)
     said = generator("f(x)", max_new_tokens=4)

@@ -8,7 +8,7 @@ heard between batches; then the others learn that no more come. Shapes: B sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def held_out_loss(
     model: Model,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     token_tile: int,
     layers: Sequence[int] | None = None,
@@ -62,7 +62,7 @@ def losses(
     }
 
 
-def _lead(model: Model, link: Link, batches: Sequence[Batch], token_tile: int, between: Callable[[], None]) -> float:
+def _lead(model: Model, link: Link, batches: Iterable[Batch], token_tile: int, between: Callable[[], None]) -> float:
     link.broadcast({"do": "evaluate", "token_tile": token_tile})
     stopped: KeyboardInterrupt | None = None
     for batch in batches:
