@@ -11,7 +11,6 @@ Needs the network once (tools/get_real_model.py) and a binding of llama.cpp: `py
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from lopt_edge.training.run import finetune
 from tools.get_real_model import get
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
-N_PROMPTS, EXACT = 25, 0.02
+N_PROMPTS, EXACT = 50, 0.02
 pytestmark = pytest.mark.real
 
 
@@ -38,7 +37,6 @@ def files(tmp_path_factory) -> dict[str, Path]:
     """The real model, what was made of it, and the run: by name."""
     pytest.importorskip("xllamacpp")
     root = tmp_path_factory.mktemp("real")
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing runs beside it
     try:
         base = get(Path.home() / ".cache" / "lopt-edge" / "real")
     except SystemExit as reason:
