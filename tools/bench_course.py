@@ -2,7 +2,7 @@
 
     python tools/make_model.py --shape smollm2-135m --output /tmp/model
     lopt-edge doctor --measure
-    python tools/bench_course.py --model /tmp/model [--seq-len 512] [--rows 12] [--repeats 2]
+    python tools/bench_course.py --model /tmp/model [--seq-len 512] [--rows 5] [--repeats 2]
 
 Two epochs over the same rows, so that a boundary that closes after a quarter fills its cache and then reads it. The rule:
 the courses of a repeat run one after another, each as a whole `lopt-edge finetune` in a process of its own; measured are
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder with a tokenizer")
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--device", default="cpu")
@@ -124,6 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-course-") as folder:
         scratch = Path(folder)
         whole = data_file(options, scratch, sparse=False).read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(whole) < options.rows:
+            parser.error(f"--rows is at most {len(whole)}: bench_methods.py draws no more")
         options.data = scratch / "rows.jsonl"
         options.data.write_text("".join(whole[: options.rows]), encoding="utf-8")
         show(run_all(options, scratch))
