@@ -49,16 +49,10 @@ def settings(options: argparse.Namespace, course: str, output: Path) -> dict[str
 
 def predicted(values: dict[str, Any]) -> float:
     """The planner's seconds for all steps of a run, on its own data."""
+    from lopt_edge.comparison.equal import planned_duration
     from lopt_edge.config.load import load_config
-    from lopt_edge.planning.worst_case import answer, question
-    from lopt_edge.training.prepare.plan_data import read_data
 
-    config = load_config(None, values)
-    data = read_data(config)
-    asked = question(config, largest=data.largest)
-    expected = data.duration(asked, answer(asked))
-    assert expected is not None, data.why_not
-    return expected.train_seconds
+    return planned_duration(load_config(None, values))[1]
 
 
 def measured(options: argparse.Namespace, values: dict[str, Any]) -> Row:

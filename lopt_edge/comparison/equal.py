@@ -83,14 +83,14 @@ def equal_steps(
     missing = [variant for variant in variants if variant.name not in found]
     if not missing:
         return found
-    n_steps, seconds = _duration(resolve(variants[0], lr, base=base, common={**budget}))
+    n_steps, seconds = planned_duration(resolve(variants[0], lr, base=base, common={**budget}))
     if found.get(variants[0].name, n_steps) != n_steps:
         what = f"was made for {found[variants[0].name]} steps of {variants[0].name}, not {n_steps}"
         raise InputError(what, where=str(folder / STEPS_NAME), fix="choose another --output")
     for variant in missing:
         steps = n_steps
         for _ in range(0 if variant is variants[0] else ROUNDS):
-            _, own = _duration(resolve(variant, lr, base=base, common={**budget, "max_steps": steps}))
+            _, own = planned_duration(resolve(variant, lr, base=base, common={**budget, "max_steps": steps}))
             steps = max(1, round(steps * seconds / own))
         found[variant.name] = steps
     return found
@@ -106,7 +106,7 @@ def _device_bytes(config: Config) -> int:
     return found.peak_bytes["device"]
 
 
-def _duration(config: Config) -> tuple[int, float]:
+def planned_duration(config: Config) -> tuple[int, float]:
     """The steps of a run and the planner's seconds for them, on its own data. Raises InputError(s)."""
     data, asked, found = _planned(config)
     expected = data.duration(asked, found)

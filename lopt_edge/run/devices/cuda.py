@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lopt_edge.plan.costs.tiles import EFFICIENT, FLASH, FLASH_WIDEST
 from lopt_edge.plan.facts.device_kinds import CUDA
+from lopt_edge.run.devices.driven import DrivenCounters, DrivenStream
 from lopt_edge.run.devices.interface import Counters, SideStream, Wall
 from lopt_edge.system.memory import is_wsl
 
@@ -132,7 +133,7 @@ class Cuda:
         return torch.cuda.max_memory_reserved(self.device)
 
     def counters(self) -> Counters | None:
-        return _CudaCounters(self.device)
+        return DrivenCounters(torch.cuda, self.device)
 
     def allocator(self) -> str | None:
         return growing_segments()[1]
@@ -148,7 +149,7 @@ class Cuda:
         return Wall(lambda: torch.cuda.set_per_process_memory_fraction(1.0, self.device))
 
     def side_stream(self) -> SideStream | None:
-        return _CudaStream(self.device)
+        return DrivenStream(torch.cuda, self.device)
 
     def pin(self, block: Tensor) -> bool:
         with self.made_current():  # a worker's current device is the first one, whose driver context would cost memory
@@ -175,42 +176,3 @@ class Cuda:
 def _cudart() -> Any:
     """torch's binding of the CUDA runtime."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # it has no types
-
-
-class _CudaStream:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own has no types
-
-    def record_event(self) -> Any:
-        return self.stream.record_event()
-
-    def mark_compute(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
-
-    def after(self, mark: Any) -> AbstractContextManager[Any]:
-        if mark is not None:
-            self.stream.wait_event(mark)
-        return torch.cuda.stream(self.stream)
-
-    def hold_compute(self, mark: Any) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
-
-    def synchronize(self) -> None:
-        self.stream.synchronize()
-
-
-class _CudaCounters:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    @property
-    def live_bytes(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
-
-    @property
-    def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def start_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)

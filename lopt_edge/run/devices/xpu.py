@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lopt_edge.plan.facts.device_kinds import XPU
+from lopt_edge.run.devices.driven import DrivenCounters, DrivenStream
 from lopt_edge.run.devices.interface import Counters, SideStream, Wall
 
 
@@ -94,7 +95,7 @@ class Xpu:
         return torch.xpu.max_memory_reserved(self.device)
 
     def counters(self) -> Counters | None:
-        return _XpuCounters(self.device)
+        return DrivenCounters(torch.xpu, self.device)
 
     def allocator(self) -> str | None:
         return None
@@ -109,7 +110,7 @@ class Xpu:
         return Wall(lambda: torch.xpu.set_per_process_memory_fraction(1.0, self.device))
 
     def side_stream(self) -> SideStream | None:
-        return _XpuStream(self.device)
+        return DrivenStream(torch.xpu, self.device)
 
     def pin(self, block: Tensor) -> bool:
         return False
@@ -125,42 +126,3 @@ class Xpu:
 
     def set_random_state(self, state: Tensor) -> None:
         torch.xpu.set_rng_state(state, self.device)
-
-
-class _XpuStream:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream: Any = torch.xpu.Stream(device)  # type: ignore[no-untyped-call]  # torch's own has no types
-
-    def record_event(self) -> Any:
-        return self.stream.record_event()
-
-    def mark_compute(self) -> Any:
-        return torch.xpu.current_stream(self.device).record_event()
-
-    def after(self, mark: Any) -> AbstractContextManager[Any]:
-        if mark is not None:
-            self.stream.wait_event(mark)
-        return torch.xpu.stream(self.stream)
-
-    def hold_compute(self, mark: Any) -> None:
-        torch.xpu.current_stream(self.device).wait_event(mark)
-
-    def synchronize(self) -> None:
-        self.stream.synchronize()
-
-
-class _XpuCounters:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    @property
-    def live_bytes(self) -> int:
-        return torch.xpu.memory_allocated(self.device)
-
-    @property
-    def peak_bytes(self) -> int:
-        return torch.xpu.max_memory_allocated(self.device)
-
-    def start_peak(self) -> None:
-        torch.xpu.reset_peak_memory_stats(self.device)
